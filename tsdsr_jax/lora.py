@@ -1,0 +1,98 @@
+"""LoRA adapters as pytrees (PEFT's conventions, alpha = rank: ΔW = A B).
+
+An adapter mirrors the parameter tree of the network it adapts, with a pair in place of each adapted kernel:
+
+    dense  kernel (in, out)          a (in, r)          b (r, out)
+    conv   kernel (kh, kw, in, out)  a (kh, kw, in, r)  b (r, out)
+
+and a leading layer axis on all three where blocks are scanned. It is applied by passing it as the `lora` collection:
+`model.apply({"params": base, "lora": adapter}, ...)`; one base serves any number of adapters in one jitted function.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Tree = dict[str, Any]
+
+# Which modules an adapter covers: regular expressions that a module's path must match as a whole, or in its last
+# components (PEFT's rule: `linear` covers `norm_out/linear` but not `linear_1`).
+ATTENTION_TARGETS = (r"to_[qkv]", r"to_out_0", r"add_[qkv]_proj")
+STUDENT_TARGETS = (*ATTENTION_TARGETS, "proj", "linear", "proj_out")  # and the teacher's
+AUXILIARY_TARGETS = ATTENTION_TARGETS
+VAE_ENCODER_TARGETS = (r"encoder/.*",)
+
+
+def covers(targets: Sequence[str], module: str) -> bool:
+    """Whether the module path (`blocks_0/attn/to_q`) is one of the targets."""
+    return any(re.fullmatch(rf"(.*/)?({target})", module) for target in targets)
+
+
+def init(key: jax.Array, params: Tree, targets: Sequence[str], rank: int) -> Tree:
+    """A new adapter that changes nothing yet: A ~ N(0, 1/rank²), B = 0, float32 (PEFT's "gaussian").
+
+    Args:
+      key: PRNG key.
+      params: the network's parameters, or their shapes (`jax.eval_shape`).
+      targets: module patterns, for example `STUDENT_TARGETS`.
+      rank: r ≥ 1.
+
+    Raises:
+      ValueError: no module matches, or the rank is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"a LoRA needs a rank of at least 1, not {rank}")
+    kernels = {path[:-1]: leaf for path, leaf in flatten_dict(params).items() if path[-1] == "kernel"}
+    chosen = {path: leaf.shape for path, leaf in kernels.items() if covers(targets, "/".join(path))}
+    if not chosen:
+        raise ValueError(f"no module matches the LoRA targets {tuple(targets)}")
+    pairs = {}
+    for index, (path, shape) in enumerate(sorted(chosen.items())):
+        a = jax.random.normal(jax.random.fold_in(key, index), (*shape[:-1], rank), jnp.float32) / rank
+        stack = shape[:1] if len(shape) == 3 else ()
+        pairs[(*path, "a")], pairs[(*path, "b")] = a, jnp.zeros((*stack, rank, shape[-1]), jnp.float32)
+    return unflatten_dict(pairs)
+
+
+def scale(lora: Tree, factor: float | jax.Array) -> Tree:
+    """The adapter whose ΔW is `factor` times as large."""
+    pairs = flatten_dict(lora)
+    return unflatten_dict({path: leaf * factor if path[-1] == "b" else leaf for path, leaf in pairs.items()})
+
+
+def merge(params: Tree, lora: Tree, factor: float = 1.0) -> Tree:
+    """Adds factor·A B to the kernels, in float32; each result keeps its kernel's dtype.
+
+    Leaves without a pair are passed on as they are, not copied.
+
+    Raises:
+      ValueError: the adapter has a module the parameters lack, or of another shape.
+    """
+    merged, pairs = flatten_dict(params), flatten_dict(lora)
+    for path in {path[:-1] for path in pairs}:
+        kernel, a, b = merged.get((*path, "kernel")), pairs[(*path, "a")], pairs[(*path, "b")]
+        if kernel is None or kernel.shape != (*a.shape[:-1], b.shape[-1]):
+            found = "no such module" if kernel is None else f"its kernel is {kernel.shape}"
+            raise ValueError(f"the LoRA adapts {'/'.join(path)} with a {a.shape} and b {b.shape}, but {found}")
+        merged[(*path, "kernel")] = _merge_kernel(kernel, a, b, factor)
+    return unflatten_dict(merged)
+
+
+@partial(jax.jit, static_argnames="factor")
+def _merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, factor: float) -> jax.Array:
+    # Highest precision: GPUs would otherwise round these float32 products to TF32.
+    delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + factor * delta).astype(kernel.dtype)
+
+
+def modules(lora: Tree) -> dict[str, int]:
+    """The adapted module paths and their ranks."""
+    pairs = flatten_dict(lora, sep="/")
+    return {path[: -len("/a")]: leaf.shape[-1] for path, leaf in pairs.items() if path.endswith("/a")}

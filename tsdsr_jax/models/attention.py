@@ -1,0 +1,95 @@
+"""One entrance to attention, whatever the device.
+
+Axes: B batch, Q query tokens, K key tokens, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Implementation = Literal["auto", "cudnn", "xla"]
+
+_CUDNN_DTYPES = (jnp.float16, jnp.bfloat16)
+_CUDNN_MAX_HEAD_DIM = 128
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    lengths: jax.Array | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """softmax(q kᵀ / √H) v, without dropout or causality.
+
+    Args:
+      query: (B, Q, N, H).
+      key, value: (B, K, N, H).
+      lengths: (B,) int; only the first `lengths[b]` keys of each row count. A prefix is all that cuDNN can mask
+        without materialising a bias. None: all keys count.
+      implementation: "cudnn" (flash attention; fp16/bf16 on an NVIDIA GPU), "xla", or "auto", which takes cuDNN
+        wherever it applies.
+
+    Returns:
+      (B, Q, N, H) in the query's dtype. The softmax runs in float32.
+    """
+    if implementation == "auto":
+        fits_cudnn = query.dtype in _CUDNN_DTYPES and query.shape[-1] <= _CUDNN_MAX_HEAD_DIM
+        implementation = "cudnn" if fits_cudnn and jax.default_backend() == "gpu" else "xla"
+    if lengths is None:
+        return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    # cuDNN wants both lengths or none; every query row is computed, padded or not.
+    all_queries = jnp.full(lengths.shape, query.shape[1], jnp.int32)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        query_seq_lengths=all_queries,
+        key_value_seq_lengths=lengths.astype(jnp.int32),
+        implementation=implementation,
+    )
+
+
+def single_head_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    key_mask: jax.Array | None = None,
+    max_scores: int = 2**28,
+) -> jax.Array:
+    """Attention with one wide head, as in the VAE's mid block; bounded memory for large images.
+
+    The VAE's head is 512 wide, beyond cuDNN's limit, so this runs on XLA. Queries are taken in chunks of at most
+    `max_scores` scores; each query's result does not depend on the others, so chunking is exact.
+
+    Args:
+      query, key, value: (B, K, H).
+      key_mask: (B, K) bool, False for keys that do not count. Any pattern.
+      max_scores: largest number of float32 scores held at once.
+
+    Returns:
+      (B, K, H) in the query's dtype.
+    """
+    batch, tokens, width = query.shape
+    bias = None if key_mask is None else jnp.where(key_mask, 0.0, -jnp.inf)[:, None, :]
+
+    def attend(rows: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bqh,bkh->bqk", rows, key, preferred_element_type=jnp.float32) / width**0.5
+        scores = scores if bias is None else scores + bias
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bqk,bkh->bqh", weights, value)
+
+    chunk = max(1, max_scores // (batch * tokens))
+    if chunk >= tokens:
+        return attend(query)
+    chunks = -(-tokens // chunk)
+    chunk = -(-tokens // chunks)
+    padded = jnp.pad(query, ((0, 0), (0, chunks * chunk - tokens), (0, 0)))
+    stacked = padded.reshape(batch, chunks, chunk, width).swapaxes(0, 1)
+    result = jax.lax.map(attend, stacked).swapaxes(0, 1)
+    return result.reshape(batch, chunks * chunk, width)[:, :tokens]

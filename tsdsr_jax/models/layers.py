@@ -1,0 +1,192 @@
+"""The two layers that carry weights, Dense and Conv, and the norms.
+
+Both layers look into the `lora` collection: where it holds a pair (`a`, `b`) for them they add the low-rank branch, and
+where it holds nothing they are the plain layer. An adapter is therefore an argument of `apply`, never a change to the
+module: `model.apply({"params": base, "lora": adapter}, ...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+# (rows (B, h, W, C), index of the first row) -> rows of the same shape, elementwise.
+Prepare = Callable[[jax.Array, jax.Array | int], jax.Array]
+
+
+class Dense(nn.Module):
+    """y = x W + b, plus x A B where the `lora` collection has `a` (in, r) and `b` (r, out)."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., in) -> (..., features)."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
+            y = y + (x @ a) @ b
+        return y + bias.astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """2-D convolution, NHWC, with the low-rank branch of PEFT's Conv2d: A has the kernel's own shape, stride and padding
+    with r outputs, B is 1×1.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the square kernel.
+      stride: 1, or 2 for the encoder's down-sampling.
+      padding: (before, after) on both axes.
+      upsample: 2 repeats every pixel twice on both axes before the convolution.
+    """
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: tuple[int, int] = (1, 1)
+    upsample: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, prepare: Prepare | None = None, band_pixels: int | None = None
+    ) -> jax.Array:
+        """(B, H, W, C) -> (B, H', W', features).
+
+        Args:
+          x: input.
+          prepare: elementwise function applied to the input first. Given here rather than before the call so that a
+            banded convolution never holds the prepared copy of the whole image.
+          band_pixels: compute at most about this many output pixels at a time; None: the whole image. Exact either way.
+        """
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        lora = None
+        if self.has_variable("lora", "a"):
+            lora = [self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b")]
+
+        def convolve(rows: jax.Array, first_row: jax.Array | int) -> jax.Array:
+            rows = rows.astype(self.dtype) if prepare is None else prepare(rows, first_row).astype(self.dtype)
+            if self.upsample > 1:
+                rows = rows.repeat(self.upsample, 1).repeat(self.upsample, 2)
+            y = self._convolve(rows, kernel)
+            if lora is not None:
+                y = y + self._convolve(rows, lora[0]) @ lora[1]
+            return y + bias
+
+        scale = self.upsample / self.stride
+        height, width = int(x.shape[1] * scale), int(x.shape[2] * scale)
+        band = height if band_pixels is None else max(8, band_pixels // width)
+        # A band needs its own rows, plus a margin, inside the image; small images are cheap whole.
+        if band + 2 * max(1, self.upsample) >= height:
+            return convolve(x, 0)
+        return in_bands(convolve, x, band, self.upsample, self.stride)
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+def in_bands(
+    convolve: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, band: int, upsample: int, stride: int
+) -> jax.Array:
+    """Computes a 3×3 convolution band by band of output rows; the same numbers, a fraction of the temporary memory.
+
+    Each band reads its input rows and a margin of one row (of `stride` rows when down-sampling), clamped to the image:
+    away from the border the margin replaces the zero padding, at the border the padding is the true one. The
+    outputs made from the margin are dropped.
+
+    Args:
+      convolve: (input rows (B, n, W, C), index of the first) -> output rows (B, n·upsample/stride, W', C').
+      x: (B, H, W, C), H a multiple of `stride`.
+      band: output rows a band; rounded down to a multiple of `upsample`.
+    """
+    height = x.shape[1]
+    rows_in = max(1, band // upsample) * stride
+    margin = stride
+    slice_rows = rows_in + 2 * margin
+    rows_out = rows_in * upsample // stride
+    out = jax.eval_shape(convolve, x, jnp.int32(0))
+    count = -(-out.shape[1] // rows_out)
+
+    def add_band(index: jax.Array, result: jax.Array) -> jax.Array:
+        # The last band starts early enough to be a full one: it recomputes some rows, to the same values.
+        first_in = jnp.minimum(index * rows_in, height - rows_in)
+        start = jnp.clip(first_in - margin, 0, height - slice_rows)
+        rows = convolve(jax.lax.dynamic_slice_in_dim(x, start, slice_rows, 1), start)
+        offset = (first_in - start) * upsample // stride
+        rows = jax.lax.dynamic_slice_in_dim(rows, offset, rows_out, 1)
+        return jax.lax.dynamic_update_slice_in_dim(result, rows, first_in * upsample // stride, 1)
+
+    return jax.lax.fori_loop(0, count, add_band, jnp.zeros(out.shape, out.dtype))
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation as a per-sample, per-channel affine map, statistics over the valid pixels only."""
+
+    groups: int
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Measures x and returns (scale, shift), each (B, 1, 1, C) float32: the normalised x is x·scale + shift.
+
+        Args:
+          x: (B, H, W, C).
+          mask: (B, H, W, 1) bool, False where a pixel is padding; None: all are valid.
+        """
+        channels = x.shape[-1]
+        weight = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        if mask is None:
+            valid, pixels = jnp.float32(1), jnp.float32(x.shape[1] * x.shape[2])
+        else:
+            valid = mask.astype(jnp.float32)
+            pixels = valid.sum((1, 2, 3))[:, None]
+        mean = self._over_groups((x * valid).sum((1, 2)) / pixels)
+        # Two passes: E[x²] − E[x]² loses half the digits where the mean is large.
+        squares = jnp.square(x - mean[:, None, None, :]) * valid
+        scale = weight * jax.lax.rsqrt(self._over_groups(squares.sum((1, 2)) / pixels) + self.epsilon)
+        return scale[:, None, None, :], (bias - mean * scale)[:, None, None, :]
+
+    def _over_groups(self, per_channel: jax.Array) -> jax.Array:
+        """(B, C) -> (B, C): each channel's value replaced by its group's mean."""
+        batch, channels = per_channel.shape
+        means = per_channel.reshape(batch, self.groups, -1).mean(-1)
+        return jnp.repeat(means, channels // self.groups, axis=1)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) · scale over the last axis, in float32."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * scale).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Layer normalisation without affine parameters over the last axis, computed in float32, returned in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)).astype(x.dtype)

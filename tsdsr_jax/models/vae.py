@@ -1,0 +1,328 @@
+"""SD3's autoencoder (AutoencoderKL) as Flax modules, exact on padded inputs and in bands.
+
+Axes: B batch, H W image or feature height and width, h w latent height and width (= H/8, W/8), C channels.
+
+Two properties the plain network does not have:
+- `valid` sizes: images of several sizes share one padded shape, hence one compiled program. Group norms measure valid
+  pixels only, padding is zeroed before every convolution and masked out of the mid attention, so the valid region
+  equals the unpadded result to rounding.
+- `band_pixels`: convolutions run over bands of rows, so that no prepared, padded or up-sampled copy of a large
+  feature map is ever held. Group norms and the attention still see the whole image, so this too is exact: no tiles,
+  no seams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from tsdsr_jax.models.attention import single_head_attention
+from tsdsr_jax.models.layers import Conv, Dense, GroupNorm, Prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The checkpoint's `vae/config.json`; defaults are SD3's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    scaling_factor: float = 1.5305
+    shift_factor: float | None = 0.0609
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
+        """Reads a diffusers config.
+
+        Raises:
+          ValueError: the file describes an autoencoder with parts SD3's has not.
+        """
+        # A missing key means diffusers' default, which for the quant convolutions is not SD3's choice.
+        expected = {"use_quant_conv": (True, False), "use_post_quant_conv": (True, False),
+                    "mid_block_add_attention": (True, True), "act_fn": ("silu", "silu")}  # fmt: skip
+        for key, (default, wanted) in expected.items():
+            if values.get(key, default) != wanted:
+                raise ValueError(f"{key} is {values.get(key, default)!r}; SD3's autoencoder has {wanted!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        chosen = {key: value for key, value in values.items() if key in known}
+        chosen["block_out_channels"] = tuple(chosen.get("block_out_channels", cls.block_out_channels))
+        return cls(**chosen)
+
+    @classmethod
+    def sd3(cls) -> VAEConfig:
+        return cls()
+
+    @classmethod
+    def tiny(cls, **overrides: Any) -> VAEConfig:
+        """A few ten thousand parameters, for tests and rehearsals."""
+        return cls(**(dict(block_out_channels=(16, 16, 32, 32), norm_num_groups=8) | overrides))
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent pixel spans on each axis."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class Posterior(NamedTuple):
+    """The encoder's Gaussian, both (B, h, w, latent_channels) float32; not multiplied by the scaling factor."""
+
+    mean: jax.Array
+    logvar: jax.Array
+
+    def sample(self, noise: jax.Array) -> jax.Array:
+        """mean + std · noise, noise of the mean's shape and standard normal."""
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+
+
+def valid_mask(valid: jax.Array, shape: tuple[int, int], first_row: jax.Array | int = 0) -> jax.Array:
+    """(B, 2) valid (rows, columns) -> (B, *shape, 1) bool; `first_row` is the index of the mask's first row."""
+    rows = first_row + jnp.arange(shape[0])
+    inside = (rows[None, :, None] < valid[:, 0, None, None]) & (
+        jnp.arange(shape[1])[None, None] < valid[:, 1, None, None]
+    )
+    return inside[..., None]
+
+
+def normalise(affine: tuple[jax.Array, jax.Array] | None, valid: jax.Array | None) -> Prepare:
+    """What precedes a convolution: optionally group norm and SiLU, then zeros wherever a pixel is padding."""
+
+    def prepare(rows: jax.Array, first_row: jax.Array | int) -> jax.Array:
+        if affine is not None:
+            rows = nn.silu(rows.astype(jnp.float32) * affine[0] + affine[1])
+        if valid is not None:
+            rows = jnp.where(valid_mask(valid, rows.shape[1:3], first_row), rows, 0)
+        return rows
+
+    return prepare
+
+
+class NormSiluConv(NamedTuple):
+    """Group norm, SiLU and a 3×3 convolution, the pair all of the network is made of."""
+
+    norm: GroupNorm
+    conv: Conv
+
+    def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
+        mask = None if valid is None else valid_mask(valid, x.shape[1:3])
+        return self.conv(x, normalise(self.norm(x, mask), valid), band_pixels)
+
+
+class ResnetBlock(nn.Module):
+    """x + two (norm, SiLU, conv); a 1×1 convolution on the shortcut where the width changes."""
+
+    features: int
+    groups: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
+        def layer(index: int) -> NormSiluConv:
+            norm = GroupNorm(self.groups, name=f"norm{index}")
+            return NormSiluConv(norm, Conv(self.features, dtype=self.dtype, name=f"conv{index}"))
+
+        h = layer(1)(x, valid, band_pixels)
+        h = layer(2)(h, valid, band_pixels)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, 1, padding=(0, 0), dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over all valid pixels, with a residual."""
+
+    groups: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+        batch, height, width, channels = x.shape
+        mask = None if valid is None else valid_mask(valid, (height, width))
+        scale, shift = GroupNorm(self.groups, name="group_norm")(x, mask)
+        tokens = (x.astype(jnp.float32) * scale + shift).reshape(batch, height * width, channels)
+        q, k, v = (Dense(channels, self.dtype, name=name)(tokens) for name in ("to_q", "to_k", "to_v"))
+        out = single_head_attention(q, k, v, key_mask=None if mask is None else mask.reshape(batch, -1))
+        return x + Dense(channels, self.dtype, name="to_out_0")(out).reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    """Resnet, attention, resnet."""
+
+    features: int
+    groups: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
+        x = ResnetBlock(self.features, self.groups, self.dtype, name="resnets_0")(x, valid, band_pixels)
+        x = SpatialAttention(self.groups, self.dtype, name="attentions_0")(x, valid)
+        return ResnetBlock(self.features, self.groups, self.dtype, name="resnets_1")(x, valid, band_pixels)
+
+
+class Resampler(nn.Module):
+    """Down-samples (pad right and bottom, stride 2) or up-samples (nearest) by two, with a 3×3 convolution.
+
+    A module of its own because the checkpoint names it `downsamplers.0.conv` and `upsamplers.0.conv`.
+    """
+
+    features: int
+    down: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
+        kind = dict(stride=2, padding=(0, 1)) if self.down else dict(upsample=2)
+        conv = Conv(self.features, dtype=self.dtype, name="conv", **kind)
+        return conv(x, normalise(None, valid), band_pixels)
+
+
+class Level(nn.Module):
+    """The resnets of one resolution and the change to the next."""
+
+    features: int
+    layers: int
+    groups: int
+    resample: str | None
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None, band_pixels_out: int | None
+    ) -> jax.Array:
+        for layer in range(self.layers):
+            block = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{layer}")
+            x = block(x, valid, band_pixels)
+        if self.resample is None:
+            return x
+        sampler = Resampler(self.features, self.resample == "downsamplers", self.dtype, name=f"{self.resample}_0")
+        return sampler(x, valid, band_pixels_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Valid size and band size at one resolution; both change with it."""
+
+    valid: jax.Array | None
+    band_pixels: int | None
+
+    def down(self) -> Scale:
+        return Scale(
+            None if self.valid is None else self.valid // 2,
+            None if self.band_pixels is None else self.band_pixels // 4,
+        )
+
+    def up(self) -> Scale:
+        return Scale(
+            None if self.valid is None else self.valid * 2,
+            None if self.band_pixels is None else self.band_pixels * 4,
+        )
+
+
+class Encoder(nn.Module):
+    """Image (B, H, W, 3) in [-1, 1] -> moments (B, h, w, 2·latent_channels)."""
+
+    config: VAEConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, image: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
+        config, dtype, scale = self.config, self.dtype, Scale(valid, band_pixels)
+        groups, widths = config.norm_num_groups, config.block_out_channels
+        conv_in = Conv(widths[0], dtype=dtype, name="conv_in")
+        x = conv_in(image, normalise(None, scale.valid), scale.band_pixels)
+        for index, width in enumerate(widths):
+            last = index == len(widths) - 1
+            following = scale if last else scale.down()
+            resample = None if last else "downsamplers"
+            level = Level(width, config.layers_per_block, groups, resample, dtype, name=f"down_blocks_{index}")
+            x = level(x, scale.valid, scale.band_pixels, following.band_pixels)
+            scale = following
+        x = MidBlock(widths[-1], groups, dtype, name="mid_block")(x, scale.valid, scale.band_pixels)
+        conv_out = Conv(2 * config.latent_channels, dtype=dtype, name="conv_out")
+        norm_out = GroupNorm(groups, name="conv_norm_out")
+        return NormSiluConv(norm_out, conv_out)(x, scale.valid, scale.band_pixels)
+
+
+class Decoder(nn.Module):
+    """Latents (B, h, w, latent_channels) -> image (B, H, W, 3), about [-1, 1], not clamped."""
+
+    config: VAEConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, latents: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
+        config, dtype, scale = self.config, self.dtype, Scale(valid, band_pixels)
+        groups, widths = config.norm_num_groups, config.block_out_channels[::-1]
+        conv_in = Conv(widths[0], dtype=dtype, name="conv_in")
+        x = conv_in(latents, normalise(None, scale.valid), scale.band_pixels)
+        x = MidBlock(widths[0], groups, dtype, name="mid_block")(x, scale.valid, scale.band_pixels)
+        for index, width in enumerate(widths):
+            last = index == len(widths) - 1
+            following = scale if last else scale.up()
+            resample = None if last else "upsamplers"
+            level = Level(width, config.layers_per_block + 1, groups, resample, dtype, name=f"up_blocks_{index}")
+            x = level(x, scale.valid, scale.band_pixels, following.band_pixels)
+            scale = following
+        conv_out = Conv(config.out_channels, dtype=dtype, name="conv_out")
+        norm_out = GroupNorm(groups, name="conv_norm_out")
+        return NormSiluConv(norm_out, conv_out)(x, scale.valid, scale.band_pixels)
+
+
+class AutoencoderKL(nn.Module):
+    """SD3's autoencoder. TSD-SR multiplies latents by `scaling_factor` and ignores `shift_factor`; that is the caller's.
+
+    Attributes:
+      config: sizes, from the checkpoint.
+      dtype: computation dtype; group norm statistics and the softmax are float32 in any case.
+    """
+
+    config: VAEConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """Encodes and decodes at the posterior mean; creates all parameters in `init`."""
+        return self.decode(self.encode(image).mean)
+
+    def encode(
+        self, image: jax.Array, valid: jax.Array | None = None, band_pixels: int | None = None
+    ) -> Posterior:
+        """Encodes.
+
+        Args:
+          image: (B, H, W, 3) in [-1, 1], H and W multiples of 8.
+          valid: (B, 2) int valid (height, width) in pixels, multiples of 8; outside, the image counts as absent.
+          band_pixels: compute convolutions on bands of about this many image pixels; None: whole.
+
+        Returns:
+          The posterior at (B, h, w); its values in the padding have no meaning.
+        """
+        moments = self.encoder(image, valid, band_pixels).astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+
+    def decode(
+        self, latents: jax.Array, valid: jax.Array | None = None, band_pixels: int | None = None
+    ) -> jax.Array:
+        """Decodes.
+
+        Args:
+          latents: (B, h, w, latent_channels), already divided by the scaling factor.
+          valid: (B, 2) int valid (height, width) in latent pixels.
+          band_pixels: compute convolutions on bands of about this many latent pixels (times 64 at full size).
+
+        Returns:
+          (B, H, W, 3) in the computation dtype, not clamped.
+        """
+        return self.decoder(latents, valid, band_pixels)

@@ -1,0 +1,196 @@
+"""Safetensors files, read lazily and written tensor by tensor, so that a checkpoint never has to fit in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from tsdsr_jax.errors import UserError
+
+_DTYPE_CODES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+}
+_CODES = {dtype: code for code, dtype in _DTYPE_CODES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a tensor that need not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class TensorReader:
+    """The tensors of one or several safetensors files under one roof.
+
+    Attributes:
+      source: the file, or the index of the shards; for messages.
+      specs: name -> shape and dtype of every tensor.
+      metadata: the (first) file's string metadata.
+    """
+
+    def __init__(self, source: Path, files: Iterable[Path]):
+        """Opens all files; reads headers only.
+
+        Raises:
+          UserError: a file is missing, damaged, holds an unknown dtype, or two files hold the same tensor.
+        """
+        self.source = source
+        self.metadata: dict[str, str] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self._owners: dict[str, safe_open] = {}
+        for path in files:
+            self._add(path)
+
+    def _add(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"{self.source}: {path.name} is missing; download the checkpoint again")
+        try:
+            handle = safe_open(path, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error}); it may be truncated") from None
+        self.metadata = self.metadata or dict(handle.metadata() or {})
+        for name in handle.keys():  # noqa: SIM118 (a safe_open is no mapping)
+            view = handle.get_slice(name)
+            if view.get_dtype() not in _DTYPE_CODES:
+                raise UserError(f"{path}: {name} is {view.get_dtype()}; expected one of {', '.join(_DTYPE_CODES)}")
+            if name in self.specs:
+                raise UserError(f"{path}: {name} is also in another shard of {self.source}")
+            self.specs[name] = TensorSpec(tuple(view.get_shape()), _DTYPE_CODES[view.get_dtype()])
+            self._owners[name] = handle
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, as stored."""
+        return self._owners[name].get_tensor(name)
+
+
+def open_tensors(path: Path) -> TensorReader:
+    """Opens one safetensors file, or the shards a `*.index*.json` names."""
+    if path.suffix != ".json":
+        return TensorReader(path, [path])
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: not an index of safetensors shards ({error!r})") from None
+    return TensorReader(path, [path.parent / shard for shard in shards])
+
+
+def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
+    """The weights file, or shard index, of one model folder.
+
+    Looks for `stem.safetensors`, sharded files with an index, and the same with a variant such as `fp16` in the name.
+    Without a variant asked for, a folder that has just one variant serves it.
+
+    Raises:
+      UserError: none is there, several variants are, or only pickled weights.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a diffusers checkpoint has transformer/ and vae/ in it")
+    names = {path.name for path in folder.iterdir()}
+
+    def of_variant(infix: str) -> list[str]:
+        return [f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"]
+
+    for name in of_variant(f".{variant}" if variant else ""):
+        if name in names:
+            return folder / name
+    variants = sorted(
+        name.removeprefix(f"{stem}.").removesuffix(".safetensors").removeprefix("safetensors.index.").removesuffix(".json")
+        for name in names
+        if name.startswith(f"{stem}.") and name.endswith((".safetensors", ".json")) and "-of-" not in name
+        if name not in of_variant("")
+    )
+    if not variant and len(variants) == 1:
+        return find_weights(folder, stem, variants[0])
+    wanted = " or ".join(of_variant(f".{variant}" if variant else ""))
+    if variants or (variant and names & set(of_variant(""))):
+        choice = ", ".join(variants) or "no variant"
+        raise UserError(f"{folder}: {wanted} not found; the folder has {choice}: choose with --variant")
+    if any(name.endswith((".bin", ".pt", ".ckpt")) for name in names):
+        raise UserError(f"{folder}: only pickled weights here; expected {wanted} (pickles can run code and are not read)")
+    raise UserError(f"{folder}: {wanted} not found")
+
+
+def write_tensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file one tensor at a time; the file appears under its name only when complete.
+
+    Args:
+      path: the file; parent folders are created.
+      specs: every tensor's shape and dtype, in the order in which `tensors` yields them.
+      tensors: (name, array) pairs.
+      metadata: string metadata for the header.
+
+    Raises:
+      UserError: the file cannot be written.
+      ValueError: `tensors` does not yield what `specs` announced.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata or {})}
+    offset = 0
+    for name, spec in specs.items():
+        size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
+        header[name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        expected = iter(specs.items())
+        for name, array in tensors:
+            if (name, TensorSpec(array.shape, array.dtype)) != next(expected, None):
+                raise ValueError(f"{name} {array.dtype}{array.shape} is not the tensor announced next")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        if (missing := next(expected, None)) is not None:
+            raise ValueError(f"{missing[0]} was announced but not given")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors that are already in memory."""
+    specs = {name: TensorSpec(array.shape, array.dtype) for name, array in tensors.items()}
+    write_tensors(path, specs, tensors.items(), metadata)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`, and moves it there when the block ends well.
+
+    Raises:
+      UserError: the folder cannot be made or written, or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".{path.name}.{uuid4().hex}.part"
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror})") from None
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: writing failed ({error.strerror})") from None
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()

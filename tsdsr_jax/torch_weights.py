@@ -1,0 +1,315 @@
+"""PyTorch (diffusers, PEFT) names and layouts ↔ this library's parameter trees, both ways.
+
+One table per network says which torch module a Flax module is and how its tensors are laid out. Everything else follows
+from it: a network's parameters are listed from its config (`jax.eval_shape`), each entry knows its torch tensors, one
+per scanned layer, and each torch tensor must be consumed exactly once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.tensor_files import TensorReader, TensorSpec
+
+Config = MMDiTConfig | VAEConfig
+Tree = dict[str, Any]
+
+
+class Rule(NamedTuple):
+    """Flax modules (a regular expression for the whole path) and their torch name (`{layer}`: the block's index)."""
+
+    module: str
+    torch: str
+    layout: str
+
+
+MMDIT_RULES = (
+    Rule(r"pos_embed", r"pos_embed", "table"),
+    Rule(r"pos_embed/proj", r"pos_embed.proj", "patch"),
+    Rule(r"time_text_embed/(\w+)/(linear_[12])", r"time_text_embed.\1.\2", "dense"),
+    Rule(r"context_embedder|proj_out", r"\g<0>", "dense"),
+    Rule(r"norm_out/linear", r"norm_out.linear", "dense"),
+    Rule(r"blocks_\d+/(norm1|norm1_context)/linear", r"transformer_blocks.{layer}.\1.linear", "dense"),
+    Rule(r"blocks_\d+/(attn2?)/(to_[qkv]|add_[qkv]_proj|to_add_out)", r"transformer_blocks.{layer}.\1.\2", "dense"),
+    Rule(r"blocks_\d+/(attn2?)/to_out_0", r"transformer_blocks.{layer}.\1.to_out.0", "dense"),
+    Rule(r"blocks_\d+/(attn2?)/(norm_\w+)", r"transformer_blocks.{layer}.\1.\2", "norm"),
+    Rule(r"blocks_\d+/(ff|ff_context)/net_0/proj", r"transformer_blocks.{layer}.\1.net.0.proj", "dense"),
+    Rule(r"blocks_\d+/(ff|ff_context)/net_2", r"transformer_blocks.{layer}.\1.net.2", "dense"),
+)
+
+_SIDE = r"(encoder|decoder)"
+_RESNET = r"(?:(down|up)_blocks_(\d)|(mid)_block)/resnets_(\d)"
+VAE_RULES = (
+    Rule(rf"{_SIDE}/(conv_in|conv_out)", r"\1.\2", "conv"),
+    Rule(rf"{_SIDE}/conv_norm_out", r"\1.conv_norm_out", "norm"),
+    Rule(rf"{_SIDE}/(down|up)_blocks_(\d)/resnets_(\d)/(conv\w+)", r"\1.\2_blocks.\3.resnets.\4.\5", "conv"),
+    Rule(rf"{_SIDE}/(down|up)_blocks_(\d)/resnets_(\d)/(norm\d)", r"\1.\2_blocks.\3.resnets.\4.\5", "norm"),
+    Rule(rf"{_SIDE}/(down|up)_blocks_(\d)/(\w+samplers)_0/conv", r"\1.\2_blocks.\3.\4.0.conv", "conv"),
+    Rule(rf"{_SIDE}/mid_block/resnets_(\d)/(conv\d)", r"\1.mid_block.resnets.\2.\3", "conv"),
+    Rule(rf"{_SIDE}/mid_block/resnets_(\d)/(norm\d)", r"\1.mid_block.resnets.\2.\3", "norm"),
+    Rule(rf"{_SIDE}/mid_block/attentions_0/(to_[qkv])", r"\1.mid_block.attentions.0.\2", "dense"),
+    Rule(rf"{_SIDE}/mid_block/attentions_0/to_out_0", r"\1.mid_block.attentions.0.to_out.0", "dense"),
+    Rule(rf"{_SIDE}/mid_block/attentions_0/group_norm", r"\1.mid_block.attentions.0.group_norm", "norm"),
+)
+
+# torch leaf name of each of our leaves.
+_BASE_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "table": "pos_embed"}
+_LORA_LEAVES = {"a": "lora_A.weight", "b": "lora_B.weight"}
+
+
+class Transform(NamedTuple):
+    """One layer's tensor from torch's layout, and back."""
+
+    from_torch: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _transform(layout: str, leaf: str, patch: int) -> Transform:
+    """How a leaf of a module with this layout is laid out in torch."""
+    if leaf in ("bias", "scale"):
+        return Transform(_same, _same)
+    if leaf == "table":  # (1, P·P, D)
+        return Transform(
+            lambda x: x.reshape(int(x.shape[1] ** 0.5), -1, x.shape[2]), lambda x: x.reshape(1, -1, x.shape[2])
+        )
+    if layout == "dense":  # kernel, a and b: (out, in)
+        return Transform(np.transpose, np.transpose)
+    if leaf == "b":  # of a convolution: (out, r, 1, 1)
+        return Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
+    if layout == "conv":  # (out, in, kh, kw)
+        return Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+    # The patch embedding, a (out, C, p, p) convolution in torch and a linear map of (p, p, C) patches here.
+    return Transform(
+        lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+        lambda x: x.reshape(patch, patch, -1, x.shape[1]).transpose(3, 2, 0, 1),
+    )
+
+
+class Entry(NamedTuple):
+    """One leaf of a parameter or adapter tree and the torch tensors it is made of.
+
+    Attributes:
+      path: `blocks_0/attn/to_q/kernel`.
+      shape: with the leading layer axis where `stacked`.
+      names: torch names without prefix, one per layer, or a single one.
+      torch_shape: shape of each of these.
+      transform: between one torch tensor and one layer of ours.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    stacked: bool
+    names: tuple[str, ...]
+    torch_shape: tuple[int, ...]
+    transform: Transform
+
+    def gather(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The leaf, built from its torch tensors."""
+        if not self.stacked:
+            return np.ascontiguousarray(self.transform.from_torch(read(self.names[0])))
+        first = self.transform.from_torch(read(self.names[0]))
+        leaf = np.empty(self.shape, first.dtype)
+        leaf[0] = first
+        for index, name in enumerate(self.names[1:], start=1):
+            leaf[index] = self.transform.from_torch(read(name))
+        return leaf
+
+    def scatter(self, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """(torch name, tensor) of each layer."""
+        layers = leaf if self.stacked else [leaf]
+        for name, layer in zip(self.names, layers, strict=True):
+            yield name, np.ascontiguousarray(self.transform.to_torch(layer))
+
+
+def network(config: Config, **options: Any) -> MMDiT | AutoencoderKL:
+    """The module a config describes; options go to its constructor."""
+    return MMDiT(config, **options) if isinstance(config, MMDiTConfig) else AutoencoderKL(config, **options)
+
+
+@lru_cache(maxsize=16)
+def _abstract_params(config: Config) -> Tree:
+    if isinstance(config, MMDiTConfig):
+        side = 2 * config.patch_size
+        inputs = (
+            jnp.zeros((1, side, side, config.in_channels)),
+            jnp.zeros((1,)),
+            jnp.zeros((1, 1, config.joint_attention_dim)),
+            jnp.zeros((1, config.pooled_projection_dim)),
+        )
+    else:
+        inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
+    return jax.eval_shape(network(config).init, jax.random.key(0), *inputs)["params"]
+
+
+def abstract_params(config: Config) -> Tree:
+    """Shapes and dtypes (float32) of a network's parameters, without computing any."""
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
+
+
+def _locate(config: Config, module: str) -> tuple[Rule, tuple[str, ...]]:
+    """A Flax module's rule and its torch names, one per layer."""
+    rules = MMDIT_RULES if isinstance(config, MMDiTConfig) else VAE_RULES
+    matches = [(rule, match) for rule in rules if (match := re.fullmatch(rule.module, module))]
+    if len(matches) != 1:
+        raise AssertionError(f"{len(matches)} rules, not one, for {module}")
+    rule, match = matches[0]
+    template = match.expand(rule.torch)
+    run = re.match(r"blocks_(\d+)/", module)
+    if run is None:
+        return rule, (template,)
+    first, length, _ = config.runs()[int(run[1])]
+    return rule, tuple(template.replace("{layer}", str(first + index)) for index in range(length))
+
+
+def _entry(config: Config, path: str, shape: tuple[int, ...], leaves: Mapping[str, str]) -> Entry:
+    module, leaf = path.rsplit("/", 1)
+    rule, names = _locate(config, module)
+    transform = _transform(rule.layout, leaf, getattr(config, "patch_size", 1))
+    stacked = module.startswith("blocks_")
+    # A zero-stride array has a shape to permute and no memory.
+    torch_shape = transform.to_torch(np.broadcast_to(np.float32(0), shape[stacked:])).shape
+    return Entry(path, shape, stacked, tuple(f"{name}.{leaves[leaf]}" for name in names), torch_shape, transform)
+
+
+def base_entries(config: Config) -> list[Entry]:
+    """Every parameter of a network, with its torch tensors."""
+    shapes = flatten_dict(abstract_params(config), sep="/")
+    return [_entry(config, path, leaf.shape, _BASE_LEAVES) for path, leaf in sorted(shapes.items())]
+
+
+def check_names(found: Mapping[str, TensorSpec], expected: Mapping[str, tuple[int, ...]], source: object) -> None:
+    """Compares tensors with what is expected, and reports every difference at once.
+
+    Raises:
+      UserError: tensors are missing, extra or misshapen; all are named.
+    """
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} is {found[name].shape}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != tuple(shape)
+    ]
+    if not (missing or extra or misshapen):
+        return
+    if not set(found) & set(expected):
+        some = ", ".join(list(found)[:3]) or "none"
+        raise UserError(
+            f"{source}: not one tensor belongs to the model its config.json describes (first tensors: {some}); "
+            "is this another kind of checkpoint?"
+        )
+    lines = [f"{source}: does not fit the model its config.json describes"]
+    for title, names in (("missing", missing), ("unexpected", extra), ("wrong shape", misshapen)):
+        lines += [f"  {title}: {name}" for name in names]
+    raise UserError("\n".join(lines))
+
+
+def read_base(reader: TensorReader, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads a torch checkpoint, one leaf at a time: (path, array in the stored dtype).
+
+    Raises:
+      UserError: (at once) the tensors do not fit the config.
+    """
+    entries = base_entries(config)
+    expected = {name: entry.torch_shape for entry in entries for name in entry.names}
+    check_names(reader.specs, expected, reader.source)
+    return ((entry.path, entry.gather(reader.read)) for entry in entries)
+
+
+def base_specs(reader: TensorReader, config: Config) -> dict[str, TensorSpec]:
+    """Shape and dtype of what `read_base` will yield, in its order."""
+    return {
+        entry.path: TensorSpec(entry.shape, reader.specs[entry.names[0]].dtype) for entry in base_entries(config)
+    }
+
+
+def write_base(params: Tree, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """The torch tensors of a parameter tree, (name, array) one at a time."""
+    leaves = flatten_dict(params, sep="/")
+    for entry in base_entries(config):
+        yield from entry.scatter(np.asarray(leaves[entry.path]))
+
+
+def _module_of(name: str) -> str | None:
+    """`a.b.lora_A.weight` -> `a.b`; None for any other name."""
+    match = re.fullmatch(r"(.+)\.lora_[AB]\.weight", name)
+    return match and match[1]
+
+
+def read_lora(
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], np.ndarray],
+    config: Config,
+    source: object,
+    prefix: str = "transformer.",
+) -> Tree:
+    """Reads a PEFT adapter as the tree `tsdsr_jax.lora` describes, in the stored dtype.
+
+    Args:
+      specs: the file's tensors.
+      read: name -> array.
+      config: of the network the adapter belongs to.
+      source: the file, for messages.
+      prefix: what stands before every module path; TSD-SR's files have "transformer." also for the VAE.
+
+    Raises:
+      UserError: tensors without the prefix or that are no LoRA pair, a pair's half missing, modules that the network
+        lacks, shapes or ranks that do not fit, or layers of a scanned run adapted only in part. All are named.
+    """
+    foreign = [name for name in specs if not name.startswith(prefix) or not _module_of(name.removeprefix(prefix))]
+    if foreign or not specs:
+        raise UserError(
+            f"{source}: not a PEFT LoRA for this network; expected names like {prefix}<module>.lora_A.weight, found "
+            + (", ".join(foreign) or "no tensors")
+        )
+    kernels = {
+        entry.path.removesuffix("/kernel"): entry for entry in base_entries(config) if entry.path.endswith("/kernel")
+    }
+    found = {name.removeprefix(prefix): spec for name, spec in specs.items()}
+    adapted = {_module_of(name) for name in found}
+    entries = []
+    for module, kernel in kernels.items():
+        names = [name.removesuffix(".weight") for name in kernel.names]
+        if not adapted & set(names):
+            continue
+        first = next(name for name in names if name in adapted)
+        half = found.get(f"{first}.lora_A.weight") or found.get(f"{first}.lora_B.weight")
+        rank = half.shape[0] if f"{first}.lora_A.weight" in found else half.shape[1]
+        stack = kernel.shape[: kernel.stacked]
+        a_shape, b_shape = (*kernel.shape[:-1], rank), (*stack, rank, kernel.shape[-1])
+        entries += [_entry(config, f"{module}/{leaf}", shape, _LORA_LEAVES) for leaf, shape in
+                    (("a", a_shape), ("b", b_shape))]  # fmt: skip
+    expected = {name: entry.torch_shape for entry in entries for name in entry.names}
+    check_names(found, expected, source)
+    return unflatten_dict(
+        {tuple(entry.path.split("/")): entry.gather(lambda name: read(prefix + name)) for entry in entries}
+    )
+
+
+def write_lora(lora: Tree, config: Config, prefix: str = "transformer.") -> dict[str, np.ndarray]:
+    """The PEFT tensors of an adapter, names and layouts as PEFT loads them."""
+    return {
+        prefix + name: tensor
+        for path, leaf in sorted(flatten_dict(lora, sep="/").items())
+        for name, tensor in _entry(config, path, leaf.shape, _LORA_LEAVES).scatter(np.asarray(leaf))
+    }
+
+
+def to_tree(leaves: Iterable[tuple[str, Any]]) -> Tree:
+    """(path, leaf) pairs -> nested tree."""
+    return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in leaves})

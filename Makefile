@@ -1,0 +1,69 @@
+# `make demo` and `make test` set up their own environment in $(VENV); nothing has to be installed first.
+#
+#   PYTHON=python3.12   the interpreter a new $(VENV) is made with (3.11 or newer)
+#   TORCH=1 / TORCH=0   test with or without PyTorch; the tests that compare with it skip without it
+#   TESTFLAGS="-x -k vae"  passed on to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+TESTFLAGS ?=
+
+VENV_PYTHON := $(VENV)/bin/python
+PIP := $(VENV_PYTHON) -m pip -qq --disable-pip-version-check
+
+# The PyTorch parity tests belong to Python 3.11. Newer interpreters test the JAX side with the newest JAX and leave
+# PyTorch out, because with it usually come gigabytes of CUDA libraries that no test uses. Where pip is set up to find
+# CPU builds of PyTorch, TORCH=1 runs everything there as well.
+INTERPRETER := $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
+TORCH ?= $(shell $(INTERPRETER) -c 'import sys; print(int(sys.version_info[:2] == (3, 11)))' 2>/dev/null)
+ifeq ($(TORCH),1)
+TEST_PACKAGES := -e '.[test,convert]' peft -c tests/constraints.txt
+else
+TEST_PACKAGES := -e '.[test]'
+endif
+
+# A stamp is newer than what it was installed from, or the install is repeated.
+BASE_STAMP := $(VENV)/.installed-base
+TEST_STAMP := $(VENV)/.installed-test-torch$(if $(filter 1,$(TORCH)),1,0)
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo     run examples/demo.py on the example photographs; a CPU is enough"
+	@echo "make test     run the test suite      (TESTFLAGS='-k lora', TORCH=0, PYTHON=python3.12)"
+	@echo "make lint     check style and formatting"
+	@echo "make format   apply the formatter and the safe fixes"
+	@echo "make clean    remove .venv, caches and what the demo wrote"
+
+demo: $(BASE_STAMP)
+	@$(VENV_PYTHON) examples/demo.py
+
+test: $(TEST_STAMP)
+	@$(VENV_PYTHON) -m pytest -q $(TESTFLAGS)
+
+lint: $(TEST_STAMP)
+	@$(VENV_PYTHON) -m ruff check --quiet .
+	@$(VENV_PYTHON) -m ruff format --quiet --check .
+
+format: $(TEST_STAMP)
+	@$(VENV_PYTHON) -m ruff check --quiet --fix .
+	@$(VENV_PYTHON) -m ruff format --quiet .
+
+$(BASE_STAMP): pyproject.toml | $(VENV)/bin/pip
+	@echo "Installing tsdsr_jax into $(VENV)"
+	@$(PIP) install -e .
+	@touch $@
+
+$(TEST_STAMP): pyproject.toml tests/constraints.txt | $(VENV)/bin/pip
+	@echo "Installing tsdsr_jax and its test packages into $(VENV)$(if $(filter 1,$(TORCH)), with PyTorch)"
+	@$(PIP) install $(TEST_PACKAGES)
+	@touch $(BASE_STAMP) $@
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "tsdsr_jax needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo 'not there'): try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf .venv build dist demo *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

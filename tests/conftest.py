@@ -1,0 +1,70 @@
+"""Set before any test module imports jax or torch: where the tests run, on how many devices, and what may be skipped.
+
+The suite runs on eight virtual CPU devices, so that sharding is exercised everywhere. TSDSR_TEST_PLATFORM=cuda (or tpu)
+runs it on what the machine has instead.
+"""
+
+import os
+import re
+import sys
+
+import pytest
+
+PLATFORM = os.environ.get("TSDSR_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORM
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "2"
+)  # torch's threads; more only fight with XLA's over these tiny tensors
+
+import jax  # noqa: E402
+
+if PLATFORM == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)
+
+# CI fails on any other skip: a test that never runs is worse than none, because it looks like one.
+EXPECTED_SKIPS = (r"\bshared/data\b", r"\bGPUs?\b")
+# Python 3.11 is the version that is tested with PyTorch (see the Makefile).
+EXPECTED_SKIPS_WITHOUT_TORCH = (
+    r"\b(torch|pytorch|torchvision|transformers|diffusers|peft|accelerate|sentencepiece)\b",
+)
+
+_unexpected_skips: list[str] = []
+
+
+def is_expected_skip(reason: str, python: tuple[int, int] = sys.version_info[:2]) -> bool:
+    patterns = EXPECTED_SKIPS + (EXPECTED_SKIPS_WITHOUT_TORCH if python >= (3, 12) else ())
+    return any(re.search(pattern, reason, re.IGNORECASE) for pattern in patterns)
+
+
+def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not is_expected_skip(reason):
+        _unexpected_skips.append(f"{report.nodeid}: {reason}")
+
+
+def _in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note_skip(report)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _in_ci() and _unexpected_skips and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _in_ci() and _unexpected_skips:
+        terminalreporter.section(
+            "skips that CI does not expect (tests/conftest.py lists those it does)", red=True
+        )
+        for line in _unexpected_skips:
+            terminalreporter.line(line, red=True)

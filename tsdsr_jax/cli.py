@@ -1,0 +1,304 @@
+"""Command lines: a frozen dataclass is the list of flags, and every mistake is one line.
+
+    options = cli.parse(Options, description="Upscale photographs.")    # exits 2 on a bad command line
+    cli.run(main)                                                       # exits 1 on a UserError
+
+tyro converts the values and writes `--help`. What it does not do is done here, before it sees the arguments:
+booleans that may carry a value, spelling help for unknown flags, and messages of one line instead of a box.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from tsdsr_jax.errors import UserError
+
+Options = TypeVar("Options")
+
+_BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
+    ("false", "no", "off", "0"), False
+)
+_NEGATIVE_NUMBER = re.compile(r"-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
+
+
+class _UsageError(Exception):
+    """A command line that cannot be understood; the message is the one line to print."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    name: str
+    hint: Any  # the field's type, `Annotated` included
+    default: Any  # dataclasses.MISSING for a required flag
+    aliases: tuple[str, ...]
+
+    @property
+    def display(self) -> str:
+        return "--" + self.name
+
+    @property
+    def kind(self) -> Any:
+        """The type without its annotations."""
+        return typing.get_args(self.hint)[0] if typing.get_origin(self.hint) is Annotated else self.hint
+
+    @property
+    def is_bool(self) -> bool:
+        return _members(self.kind) in ([bool], [bool, type(None)])
+
+    @property
+    def is_switch(self) -> bool:
+        """tyro makes `--x` and `--no_x` of these; other booleans it wants with a value."""
+        return self.kind is bool and self.default is not dataclasses.MISSING
+
+    @property
+    def arity(self) -> tuple[int, bool]:
+        """How many values the flag takes at least, and whether more may follow."""
+        origin, arguments = typing.get_origin(self.kind), typing.get_args(self.kind)
+        if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
+            return 1, True
+        return (len(arguments), False) if origin is tuple else (1, False)
+
+    @property
+    def repeatable(self) -> bool:
+        return self.arity[1]
+
+
+def parse(options_class: type[Options], *, description: str, argv: Sequence[str] | None = None) -> Options:
+    """Reads the command line into `options_class`.
+
+    `--align_method` and `--align-method` are the same flag, and `--flag value` the same as `--flag=value`. A
+    boolean field can be given bare (`--is_use_tile`), negated (`--no_is_use_tile`) or with a value
+    (`--is_use_tile false`). A flag of type `tuple[T, ...]` may be repeated; of any other flag the last counts.
+
+    Args:
+      options_class: a frozen dataclass of plain values. The docstring below a field is its help text; short
+        names come from `Annotated[..., tyro.conf.arg(aliases=["-i"])]`.
+      description: what the script does; stands at the top of `--help`.
+      argv: the arguments without the script's name; `sys.argv[1:]` when absent.
+
+    A command line that does not fit ends the process with status 2 and one line on stderr.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = _flags_of(options_class)
+    try:
+        if any(token in ("-h", "--help") for token in argv):
+            return _tyro(options_class, ["--help"], description)
+        given = _read(argv, flags)
+        missing = [f.display for f in flags if f.default is dataclasses.MISSING and f.name not in given]
+        if missing:
+            raise _UsageError(f"{_join(missing, 'and')} must be given; --help explains the flags")
+        options = _convert(options_class, flags, given, description)
+    except _UsageError as error:
+        print(f"{script_name()}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    # tyro adds repeated values to the default; here they replace it.
+    own = {
+        f.name: getattr(options, f.name)[len(f.default) :]
+        for f in flags
+        if f.repeatable and f.name in given and f.default is not dataclasses.MISSING
+    }
+    return dataclasses.replace(options, **own) if own else options  # pyright: ignore
+
+
+def run(main: Callable[[], object]) -> None:
+    """Calls `main` and ends the process as a command-line tool should.
+
+    A `UserError` becomes one line on stderr and status 1; Ctrl-C says `interrupted` and gives 130; a reader that
+    closes the pipe early (`... | head`) is not worth a message. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{script_name()}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more on its way out; give it somewhere to write.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
+
+
+def script_name() -> str:
+    return Path(sys.argv[0]).name
+
+
+def _flags_of(options_class: type) -> list[_Flag]:
+    hints = typing.get_type_hints(options_class, include_extras=True)
+    flags = []
+    for field in dataclasses.fields(options_class):
+        if not field.init:
+            continue
+        hint, default = hints[field.name], field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        settings = getattr(hint, "__metadata__", ())
+        aliases = tuple(a for s in settings for a in getattr(s, "aliases", None) or ())
+        flags.append(_Flag(field.name, hint, default, aliases))
+    return flags
+
+
+def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
+    """Splits the arguments into values per flag, still as text."""
+    by_spelling: dict[str, tuple[_Flag, bool]] = {}
+    for flag in flags:
+        if flag.is_switch:
+            by_spelling["--no_" + flag.name] = (flag, False)
+    for flag in flags:  # second, so that a field that is really called `no_...` wins
+        by_spelling |= dict.fromkeys((flag.display, *map(_canonical, flag.aliases)), (flag, True))
+
+    given: dict[str, list[str]] = {}
+    flag = None
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if _is_value(token):
+            after = f" after {flag.display}, which takes {_expected(flag.kind)}" if flag else ""
+            raise _UsageError(f"unexpected argument '{token}'{after or '; every value follows its flag'}")
+        spelling, has_value, attached = token.partition("=")
+        if _canonical(spelling) not in by_spelling:
+            raise _UsageError(f"unknown flag {spelling}{_suggestion(spelling, list(by_spelling))}")
+        flag, positive = by_spelling[_canonical(spelling)]
+
+        if flag.is_bool:
+            if not positive and has_value:
+                raise _UsageError(f"{_canonical(spelling)} takes no value; {flag.display} does")
+            if not has_value and positive and rest and rest[0].lower() in _BOOLEANS:
+                attached, has_value = rest.pop(0), "="
+            is_none = attached == "None" and type(None) in _members(flag.kind)
+            if has_value and attached.lower() not in _BOOLEANS and not is_none:
+                raise _bad_value(flag, [attached])
+            given[flag.name] = [attached if has_value else str(positive)]
+            continue
+
+        values = [attached] if has_value else []
+        count, more = flag.arity
+        while rest and (len(values) < count or (more and not has_value)) and _is_value(rest[0]):
+            values.append(rest.pop(0))
+        if len(values) < count:
+            hint = f"; write {flag.display}={rest[0]} if {rest[0]} is it" if rest else ""
+            raise _UsageError(f"{flag.display} needs {_expected(flag.kind)}{hint}")
+        given[flag.name] = given.get(flag.name, []) + values if flag.repeatable else values
+    return given
+
+
+def _canonical(spelling: str) -> str:
+    """`--align-method` -> `--align_method`; short names stay as they are."""
+    return "--" + spelling[2:].replace("-", "_") if spelling.startswith("--") else spelling
+
+
+def _is_value(token: str) -> bool:
+    return not token.startswith("-") or token == "-" or _NEGATIVE_NUMBER.match(token) is not None
+
+
+def _suggestion(spelling: str, known: list[str]) -> str:
+    # `-input_dir` is a slip for `--input_dir`, and `--align` the start of `--align_method`.
+    wanted = _canonical("--" + spelling.lstrip("-").lower())
+    starts = [k for k in known if len(wanted) > 3 and k.startswith(wanted)]
+    # A long name is never a slip for a one-letter one, nor the other way round.
+    close = difflib.get_close_matches(wanted, [k for k in known if k.startswith("--")], n=1, cutoff=0.7)
+    found = starts[:1] or close
+    return f"; did you mean {found[0]}?" if found else "; --help lists the flags"
+
+
+def _convert(
+    options_class: type[Options], flags: list[_Flag], given: dict[str, list[str]], description: str
+) -> Options:
+    arguments = [token for f in flags if f.name in given for token in _spell(f, given[f.name])]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return _tyro(options_class, arguments, description)
+    except SystemExit:
+        for flag in flags:
+            if flag.name in given and not flag.is_bool and not _accepts(flag, given[flag.name]):
+                raise _bad_value(flag, given[flag.name]) from None
+        # Every value is fine by itself, so the class refused them together (ValueError in `__post_init__`).
+        raise _UsageError(_unframed(said.getvalue())) from None
+
+
+def _spell(flag: _Flag, values: list[str]) -> Iterator[str]:
+    """The flag as tyro reads it without doubt, whatever the values look like."""
+    if flag.is_bool and values != ["None"]:
+        truth = _BOOLEANS[values[0].lower()]
+        yield f"--{'' if truth else 'no_'}{flag.name}" if flag.is_switch else f"{flag.display}={truth}"
+    elif flag.repeatable:
+        yield from (f"{flag.display}={value}" for value in values)
+    else:
+        yield f"{flag.display}={values[0]}"
+        yield from values[1:]
+
+
+def _accepts(flag: _Flag, values: list[str]) -> bool:
+    """Whether tyro can convert this flag's values, asked of a class that has no other field."""
+    alone = dataclasses.make_dataclass("Alone", [(flag.name, flag.hint)])
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            _tyro(alone, list(_spell(flag, values)), "")
+        except SystemExit:
+            return False
+    return True
+
+
+def _tyro(options_class: type[Options], arguments: list[str], description: str) -> Options:
+    return tyro.cli(
+        options_class,
+        prog=script_name(),
+        description=description,
+        args=arguments,
+        use_underscores=True,
+        config=(tyro.conf.UseAppendAction,),
+    )
+
+
+def _bad_value(flag: _Flag, values: list[str]) -> _UsageError:
+    return _UsageError(f"{flag.display} was given '{' '.join(values)}'; expected {_expected(flag.kind)}")
+
+
+def _members(kind: Any) -> list[Any]:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return list(typing.get_args(kind))
+    return [kind]
+
+
+def _expected(kind: Any) -> str:
+    """What a flag of this type accepts, in words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    names = {int: "an integer", float: "a number", bool: "true or false", Path: "a path", type(None): "None"}
+    if len(_members(kind)) > 1:
+        return _join([_expected(m) for m in _members(kind)], "or")
+    if origin is Annotated:
+        return _expected(arguments[0])
+    if origin is Literal:
+        return "one of " + _join([str(a) for a in arguments], "or")
+    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
+        return f"one or more values, each {_expected(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} values: {', '.join(_expected(a) for a in arguments)}"
+    return names.get(kind, "a value")
+
+
+def _join(words: list[str], conjunction: str) -> str:
+    return f" {conjunction} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _unframed(text: str) -> str:
+    """tyro's message in its box, as one line."""
+    lines = [line.strip("│╭╮╰╯─|+- ") for line in text.splitlines()]
+    lines = [line for line in lines if line and line != "Value error" and "For full helptext" not in line]
+    message = re.sub(r"^Error parsing \w+: ", "", " ".join(lines))
+    return message or "the flags do not fit together"

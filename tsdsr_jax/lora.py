@@ -80,13 +80,16 @@ def merge(params: Tree, lora: Tree, factor: float = 1.0) -> Tree:
         kernel, a, b = merged.get((*path, "kernel")), pairs[(*path, "a")], pairs[(*path, "b")]
         if kernel is None or kernel.shape != (*a.shape[:-1], b.shape[-1]):
             found = "no such module" if kernel is None else f"its kernel is {kernel.shape}"
-            raise ValueError(f"the LoRA adapts {'/'.join(path)} with a {a.shape} and b {b.shape}, but {found}")
-        merged[(*path, "kernel")] = _merge_kernel(kernel, a, b, factor)
+            raise ValueError(
+                f"the LoRA adapts {'/'.join(path)} with a {a.shape} and b {b.shape}, but {found}"
+            )
+        merged[(*path, "kernel")] = merge_kernel(kernel, a, b, factor)
     return unflatten_dict(merged)
 
 
 @partial(jax.jit, static_argnames="factor")
-def _merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, factor: float) -> jax.Array:
+def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, factor: float = 1.0) -> jax.Array:
+    """One kernel plus factor·A B, computed in float32, in the kernel's dtype."""
     # Highest precision: GPUs would otherwise round these float32 products to TF32.
     delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(jnp.float32) + factor * delta).astype(kernel.dtype)

@@ -63,12 +63,16 @@ class TensorReader:
         try:
             handle = safe_open(path, framework="np")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}); it may be truncated") from None
+            raise UserError(
+                f"{path}: not a readable safetensors file ({error}); it may be truncated"
+            ) from None
         self.metadata = self.metadata or dict(handle.metadata() or {})
         for name in handle.keys():  # noqa: SIM118 (a safe_open is no mapping)
             view = handle.get_slice(name)
             if view.get_dtype() not in _DTYPE_CODES:
-                raise UserError(f"{path}: {name} is {view.get_dtype()}; expected one of {', '.join(_DTYPE_CODES)}")
+                raise UserError(
+                    f"{path}: {name} is {view.get_dtype()}; expected one of {', '.join(_DTYPE_CODES)}"
+                )
             if name in self.specs:
                 raise UserError(f"{path}: {name} is also in another shard of {self.source}")
             self.specs[name] = TensorSpec(tuple(view.get_shape()), _DTYPE_CODES[view.get_dtype()])
@@ -110,7 +114,10 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
         if name in names:
             return folder / name
     variants = sorted(
-        name.removeprefix(f"{stem}.").removesuffix(".safetensors").removeprefix("safetensors.index.").removesuffix(".json")
+        name.removeprefix(f"{stem}.")
+        .removesuffix(".safetensors")
+        .removeprefix("safetensors.index.")
+        .removesuffix(".json")
         for name in names
         if name.startswith(f"{stem}.") and name.endswith((".safetensors", ".json")) and "-of-" not in name
         if name not in of_variant("")
@@ -122,7 +129,9 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
         choice = ", ".join(variants) or "no variant"
         raise UserError(f"{folder}: {wanted} not found; the folder has {choice}: choose with --variant")
     if any(name.endswith((".bin", ".pt", ".ckpt")) for name in names):
-        raise UserError(f"{folder}: only pickled weights here; expected {wanted} (pickles can run code and are not read)")
+        raise UserError(
+            f"{folder}: only pickled weights here; expected {wanted} (pickles can run code and are not read)"
+        )
     raise UserError(f"{folder}: {wanted} not found")
 
 
@@ -167,7 +176,9 @@ def write_tensors(
             raise ValueError(f"{missing[0]} was announced but not given")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors that are already in memory."""
     specs = {name: TensorSpec(array.shape, array.dtype) for name, array in tensors.items()}
     write_tensors(path, specs, tensors.items(), metadata)

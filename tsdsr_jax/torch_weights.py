@@ -41,7 +41,11 @@ MMDIT_RULES = (
     Rule(r"context_embedder|proj_out", r"\g<0>", "dense"),
     Rule(r"norm_out/linear", r"norm_out.linear", "dense"),
     Rule(r"blocks_\d+/(norm1|norm1_context)/linear", r"transformer_blocks.{layer}.\1.linear", "dense"),
-    Rule(r"blocks_\d+/(attn2?)/(to_[qkv]|add_[qkv]_proj|to_add_out)", r"transformer_blocks.{layer}.\1.\2", "dense"),
+    Rule(
+        r"blocks_\d+/(attn2?)/(to_[qkv]|add_[qkv]_proj|to_add_out)",
+        r"transformer_blocks.{layer}.\1.\2",
+        "dense",
+    ),
     Rule(r"blocks_\d+/(attn2?)/to_out_0", r"transformer_blocks.{layer}.\1.to_out.0", "dense"),
     Rule(r"blocks_\d+/(attn2?)/(norm_\w+)", r"transformer_blocks.{layer}.\1.\2", "norm"),
     Rule(r"blocks_\d+/(ff|ff_context)/net_0/proj", r"transformer_blocks.{layer}.\1.net.0.proj", "dense"),
@@ -85,7 +89,8 @@ def _transform(layout: str, leaf: str, patch: int) -> Transform:
         return Transform(_same, _same)
     if leaf == "table":  # (1, P·P, D)
         return Transform(
-            lambda x: x.reshape(int(x.shape[1] ** 0.5), -1, x.shape[2]), lambda x: x.reshape(1, -1, x.shape[2])
+            lambda x: x.reshape(int(x.shape[1] ** 0.5), -1, x.shape[2]),
+            lambda x: x.reshape(1, -1, x.shape[2]),
         )
     if layout == "dense":  # kernel, a and b: (out, in)
         return Transform(np.transpose, np.transpose)
@@ -118,15 +123,17 @@ class Entry(NamedTuple):
     torch_shape: tuple[int, ...]
     transform: Transform
 
-    def gather(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    def stored_dtype(self, specs: Mapping[str, TensorSpec], prefix: str = "") -> np.dtype:
+        """The dtype its torch tensors share; float32 where layers differ, so that stacking loses nothing."""
+        dtypes = {specs[prefix + name].dtype for name in self.names}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def gather(self, read: Callable[[str], np.ndarray], dtype: np.dtype) -> np.ndarray:
         """The leaf, built from its torch tensors."""
-        if not self.stacked:
-            return np.ascontiguousarray(self.transform.from_torch(read(self.names[0])))
-        first = self.transform.from_torch(read(self.names[0]))
-        leaf = np.empty(self.shape, first.dtype)
-        leaf[0] = first
-        for index, name in enumerate(self.names[1:], start=1):
-            leaf[index] = self.transform.from_torch(read(name))
+        leaf = np.empty(self.shape, dtype)
+        layers = leaf if self.stacked else leaf[None]
+        for layer, name in zip(layers, self.names, strict=True):
+            layer[...] = self.transform.from_torch(read(name))
         return leaf
 
     def scatter(self, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -183,7 +190,9 @@ def _entry(config: Config, path: str, shape: tuple[int, ...], leaves: Mapping[st
     stacked = module.startswith("blocks_")
     # A zero-stride array has a shape to permute and no memory.
     torch_shape = transform.to_torch(np.broadcast_to(np.float32(0), shape[stacked:])).shape
-    return Entry(path, shape, stacked, tuple(f"{name}.{leaves[leaf]}" for name in names), torch_shape, transform)
+    return Entry(
+        path, shape, stacked, tuple(f"{name}.{leaves[leaf]}" for name in names), torch_shape, transform
+    )
 
 
 def base_entries(config: Config) -> list[Entry]:
@@ -192,7 +201,9 @@ def base_entries(config: Config) -> list[Entry]:
     return [_entry(config, path, leaf.shape, _BASE_LEAVES) for path, leaf in sorted(shapes.items())]
 
 
-def check_names(found: Mapping[str, TensorSpec], expected: Mapping[str, tuple[int, ...]], source: object) -> None:
+def check_names(
+    found: Mapping[str, TensorSpec], expected: Mapping[str, tuple[int, ...]], source: object
+) -> None:
     """Compares tensors with what is expected, and reports every difference at once.
 
     Raises:
@@ -219,22 +230,30 @@ def check_names(found: Mapping[str, TensorSpec], expected: Mapping[str, tuple[in
     raise UserError("\n".join(lines))
 
 
+def check_base(reader: TensorReader, config: Config) -> None:
+    """Raises UserError, naming every offender, where a torch checkpoint does not fit the config."""
+    expected = {name: entry.torch_shape for entry in base_entries(config) for name in entry.names}
+    check_names(reader.specs, expected, reader.source)
+
+
 def read_base(reader: TensorReader, config: Config) -> Iterator[tuple[str, np.ndarray]]:
     """Reads a torch checkpoint, one leaf at a time: (path, array in the stored dtype).
 
     Raises:
       UserError: (at once) the tensors do not fit the config.
     """
-    entries = base_entries(config)
-    expected = {name: entry.torch_shape for entry in entries for name in entry.names}
-    check_names(reader.specs, expected, reader.source)
-    return ((entry.path, entry.gather(reader.read)) for entry in entries)
+    check_base(reader, config)
+    return (
+        (entry.path, entry.gather(reader.read, entry.stored_dtype(reader.specs)))
+        for entry in base_entries(config)
+    )
 
 
 def base_specs(reader: TensorReader, config: Config) -> dict[str, TensorSpec]:
     """Shape and dtype of what `read_base` will yield, in its order."""
     return {
-        entry.path: TensorSpec(entry.shape, reader.specs[entry.names[0]].dtype) for entry in base_entries(config)
+        entry.path: TensorSpec(entry.shape, entry.stored_dtype(reader.specs))
+        for entry in base_entries(config)
     }
 
 
@@ -271,14 +290,18 @@ def read_lora(
       UserError: tensors without the prefix or that are no LoRA pair, a pair's half missing, modules that the network
         lacks, shapes or ranks that do not fit, or layers of a scanned run adapted only in part. All are named.
     """
-    foreign = [name for name in specs if not name.startswith(prefix) or not _module_of(name.removeprefix(prefix))]
+    foreign = [
+        name for name in specs if not name.startswith(prefix) or not _module_of(name.removeprefix(prefix))
+    ]
     if foreign or not specs:
         raise UserError(
             f"{source}: not a PEFT LoRA for this network; expected names like {prefix}<module>.lora_A.weight, found "
             + (", ".join(foreign) or "no tensors")
         )
     kernels = {
-        entry.path.removesuffix("/kernel"): entry for entry in base_entries(config) if entry.path.endswith("/kernel")
+        entry.path.removesuffix("/kernel"): entry
+        for entry in base_entries(config)
+        if entry.path.endswith("/kernel")
     }
     found = {name.removeprefix(prefix): spec for name, spec in specs.items()}
     adapted = {_module_of(name) for name in found}
@@ -296,9 +319,32 @@ def read_lora(
                     (("a", a_shape), ("b", b_shape))]  # fmt: skip
     expected = {name: entry.torch_shape for entry in entries for name in entry.names}
     check_names(found, expected, source)
-    return unflatten_dict(
-        {tuple(entry.path.split("/")): entry.gather(lambda name: read(prefix + name)) for entry in entries}
+    return to_tree(
+        (entry.path, entry.gather(lambda name: read(prefix + name), entry.stored_dtype(specs, prefix)))
+        for entry in entries
     )
+
+
+def check_lora(specs: Mapping[str, TensorSpec], config: Config, source: object) -> None:
+    """Checks an adapter in our own layout: each tensor half of a pair, for a kernel the network has.
+
+    Raises:
+      UserError: as `read_lora`.
+    """
+    shapes = flatten_dict(abstract_params(config), sep="/")
+    kernels = {
+        path.removesuffix("/kernel"): leaf.shape for path, leaf in shapes.items() if path.endswith("/kernel")
+    }
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, spec in specs.items():
+        module, _, half = name.rpartition("/")
+        if module not in kernels or half not in ("a", "b") or len(spec.shape) < 2:
+            continue
+        kernel, rank = kernels[module], spec.shape[-1] if half == "a" else spec.shape[-2]
+        stack = kernel[:1] if len(kernel) == 3 else ()
+        expected.setdefault(f"{module}/a", (*kernel[:-1], rank))
+        expected.setdefault(f"{module}/b", (*stack, rank, kernel[-1]))
+    check_names(specs, expected, source)
 
 
 def write_lora(lora: Tree, config: Config, prefix: str = "transformer.") -> dict[str, np.ndarray]:

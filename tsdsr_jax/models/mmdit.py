@@ -58,7 +58,9 @@ class MMDiTConfig:
                 f"image stream: {self.num_attention_heads} heads × {self.attention_head_dim} = {self.width}"
             )
         if not all(0 <= layer < self.num_layers for layer in self.dual_attention_layers):
-            raise ValueError(f"dual_attention_layers {self.dual_attention_layers} exceed {self.num_layers} layers")
+            raise ValueError(
+                f"dual_attention_layers {self.dual_attention_layers} exceed {self.num_layers} layers"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MMDiTConfig:
@@ -241,7 +243,9 @@ class Block(nn.Module):
         from_image, from_text = Attention(*settings, name="attn")(attend(image), attend_text(text), lengths)
         attended = image + attend.gate * from_image
         if second:
-            attended += second[0].gate * Attention(*settings, name="attn2")(second[0](image), None, lengths)[0]
+            attended += (
+                second[0].gate * Attention(*settings, name="attn2")(second[0](image), None, lengths)[0]
+            )
         image = attended + mlp.gate * FeedForward(width, dtype, name="ff")(mlp(attended))
         if not self.kind.context_pre_only:
             text = text + attend_text.gate * from_text

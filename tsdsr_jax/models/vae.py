@@ -202,7 +202,9 @@ class Level(nn.Module):
             x = block(x, valid, band_pixels)
         if self.resample is None:
             return x
-        sampler = Resampler(self.features, self.resample == "downsamplers", self.dtype, name=f"{self.resample}_0")
+        sampler = Resampler(
+            self.features, self.resample == "downsamplers", self.dtype, name=f"{self.resample}_0"
+        )
         return sampler(x, valid, band_pixels_out)
 
 
@@ -242,7 +244,9 @@ class Encoder(nn.Module):
             last = index == len(widths) - 1
             following = scale if last else scale.down()
             resample = None if last else "downsamplers"
-            level = Level(width, config.layers_per_block, groups, resample, dtype, name=f"down_blocks_{index}")
+            level = Level(
+                width, config.layers_per_block, groups, resample, dtype, name=f"down_blocks_{index}"
+            )
             x = level(x, scale.valid, scale.band_pixels, following.band_pixels)
             scale = following
         x = MidBlock(widths[-1], groups, dtype, name="mid_block")(x, scale.valid, scale.band_pixels)
@@ -268,7 +272,9 @@ class Decoder(nn.Module):
             last = index == len(widths) - 1
             following = scale if last else scale.up()
             resample = None if last else "upsamplers"
-            level = Level(width, config.layers_per_block + 1, groups, resample, dtype, name=f"up_blocks_{index}")
+            level = Level(
+                width, config.layers_per_block + 1, groups, resample, dtype, name=f"up_blocks_{index}"
+            )
             x = level(x, scale.valid, scale.band_pixels, following.band_pixels)
             scale = following
         conv_out = Conv(config.out_channels, dtype=dtype, name="conv_out")

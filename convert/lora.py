@@ -1,0 +1,93 @@
+"""Converts LoRA files: PEFT's layout (TSD-SR's released files) to ours, and ours to PEFT's.
+
+    python convert/lora.py --input checkpoint/tsdsr --output lora/tsdsr --base sd3
+    python convert/lora.py --input lora/tsdsr --output for_pytorch --base sd3
+
+The direction follows from each file. A folder converts all of its transformer.safetensors, vae.safetensors,
+teacher.safetensors and transformer_reg.safetensors. Round trips are bit-exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tsdsr_jax import cli, lora
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.pretrained import NetworkFiles, Part, is_own_lora, load_lora, lora_part, save_lora
+from tsdsr_jax.tensor_files import open_tensors, save_tensors
+from tsdsr_jax.torch_weights import Config, write_lora
+
+KNOWN_FILES = (
+    "transformer.safetensors",
+    "vae.safetensors",
+    "teacher.safetensors",
+    "transformer_reg.safetensors",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
+    """A LoRA file, or a folder of them."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write; files keep their names."""
+    base: Path | None = None
+    """Checkpoint folder the LoRA belongs to (only its config.json files are read); without it: SD3-medium."""
+    overwrite: bool = False
+    """Replace files that are already in the output folder."""
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    for source in find_files(options.input):
+        target = options.output / source.name
+        if target.resolve() == source.resolve():
+            raise UserError(f"{target}: input and output are the same file; choose another --output")
+        if target.exists() and not options.overwrite:
+            raise UserError(f"{target}: exists already; pass --overwrite to replace it")
+        print(convert(source, target, options.base))
+
+
+def find_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: not found")
+    files = [path / name for name in KNOWN_FILES if (path / name).is_file()]
+    if not files:
+        raise UserError(
+            f"{path}: has none of {', '.join(KNOWN_FILES)}; name the file itself if it is called otherwise"
+        )
+    return files
+
+
+def convert(source: Path, target: Path, base: Path | None) -> str:
+    """Converts one file; returns a line that says what was done."""
+    reader = open_tensors(source)
+    part = lora_part(reader.specs)
+    config = read_config(base, part)
+    adapter = load_lora(source, config)
+    ours = is_own_lora(reader)
+    if ours:
+        save_tensors(target, write_lora(adapter, config), {"format": "pt"})
+    else:
+        save_lora(target, adapter, part)
+    modules = lora.modules(adapter)
+    ranks = "/".join(str(rank) for rank in sorted(set(modules.values())))
+    return f"{source} -> {target} ({'PEFT' if ours else 'tsdsr_jax'} layout, {part}, rank {ranks})"
+
+
+def read_config(base: Path | None, part: Part) -> Config:
+    if base is None:
+        return MMDiTConfig.sd3_medium() if part == "transformer" else VAEConfig.sd3()
+    return NetworkFiles(base / part, part).config
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,146 @@
+"""Converts an SD3 checkpoint: diffusers' layout to ours, or back with --to_diffusers.
+
+    python convert/sd3.py --input stable-diffusion-3-medium-diffusers --output sd3
+
+Tensors are streamed, so memory stays far below the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import ml_dtypes
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import tsdsr_jax
+from tsdsr_jax import cli
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.pretrained import PARAMS_FILE, PARTS, TORCH_STEM, NetworkFiles, open_checkpoint
+from tsdsr_jax.tensor_files import TensorSpec, replacing, write_tensors
+from tsdsr_jax.torch_weights import base_entries
+
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    input: Annotated[str, tyro.conf.arg(aliases=["-i"])]
+    """A diffusers SD3 folder or hub id (with --to_diffusers: a folder that this script wrote)."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """File-name variant to read, such as fp16."""
+    dtype: Literal["keep", "float16", "bfloat16", "float32"] = "keep"
+    """Store tensors in this type; keep: as they are."""
+    to_diffusers: bool = False
+    """Write diffusers' layout instead of ours."""
+    overwrite: bool = False
+    """Replace weights that are already in the output folder."""
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    checkpoint = open_checkpoint(options.input, options.revision, options.variant)
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"{options.output}: is a file; --output must be a folder")
+    if options.output.resolve() == checkpoint.folder.resolve():
+        raise UserError(f"{options.output}: --output is the checkpoint itself; choose another folder")
+    networks = [checkpoint.network(part) for part in PARTS]
+    name = f"{TORCH_STEM}.safetensors" if options.to_diffusers else PARAMS_FILE
+    for network in networks:
+        target = options.output / network.part / name
+        if target.exists() and not options.overwrite:
+            raise UserError(f"{target}: exists already; pass --overwrite to replace it")
+        if options.to_diffusers and not network.is_converted:
+            raise UserError(f"{network.folder}: not a folder written by this script; nothing to convert back")
+        if network.is_converted and not options.to_diffusers:
+            raise UserError(f"{network.folder}: converted already; --to_diffusers would convert it back")
+        network.specs  # noqa: B018 (both networks are checked before a byte is written)
+    for network in networks:
+        convert(network, options.output / network.part / name, options)
+    copy_small_files(checkpoint.folder, options.output)
+    print(
+        f"wrote {options.output}: {', '.join(f'{n.part} {count_values(n) / 1e6:,.1f} M' for n in networks)} parameters"
+    )
+
+
+def convert(network: NetworkFiles, target: Path, options: Options) -> None:
+    """Streams one network's tensors into `target`, then its config beside it."""
+    specs, tensors = torch_tensors(network) if options.to_diffusers else (network.specs, network.leaves())
+    if options.dtype != "keep":
+        dtype = DTYPES[options.dtype]
+        specs = {name: TensorSpec(spec.shape, dtype) for name, spec in specs.items()}
+        tensors = cast(tensors, dtype)
+    # diffusers looks for this entry; ours says what made the file.
+    metadata = (
+        {"format": "pt"}
+        if options.to_diffusers
+        else {"format": "tsdsr_jax", "version": tsdsr_jax.__version__}
+    )
+    with tqdm(total=count_values(network), desc=network.part, unit=" values", unit_scale=True) as bar:
+        write_tensors(target, specs, counted(tensors, bar), metadata)
+    with replacing(target.parent / "config.json") as temporary:
+        shutil.copyfile(network.folder / "config.json", temporary)
+
+
+def torch_tensors(network: NetworkFiles) -> tuple[dict[str, TensorSpec], Iterator[tuple[str, np.ndarray]]]:
+    """The specs and tensors of a converted network under their torch names."""
+    entries = base_entries(network.config)
+    specs = {
+        name: TensorSpec(entry.torch_shape, network.specs[entry.path].dtype)
+        for entry in entries
+        for name in entry.names
+    }
+    return specs, (
+        pair
+        for entry, (_, leaf) in zip(entries, network.leaves(), strict=True)
+        for pair in entry.scatter(leaf)
+    )
+
+
+def cast(tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Casts each tensor; a finite value that the new type cannot hold is refused."""
+    for name, array in tensors:
+        # Through float32: NumPy has no direct cast between its float16 and bfloat16.
+        with np.errstate(over="ignore"):
+            result = array.astype(np.float32).astype(dtype)
+        if not np.isfinite(result.astype(np.float32)).all() and np.isfinite(array.astype(np.float32)).all():
+            raise UserError(
+                f"{name}: has values beyond the range of {dtype}; choose --dtype bfloat16 or float32"
+            )
+        yield name, result
+
+
+def counted(tensors: Iterator[tuple[str, np.ndarray]], bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in tensors:
+        yield name, array
+        bar.update(array.size)
+
+
+def count_values(network: NetworkFiles) -> int:
+    return sum(int(np.prod(spec.shape)) for spec in network.specs.values())
+
+
+def copy_small_files(source: Path, output: Path) -> None:
+    """The scheduler's config and the model index, so that the folder still says what it is."""
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        if (source / name).is_file():
+            with replacing(output / name) as temporary:
+                temporary.write_text(json.dumps(json.loads((source / name).read_text()), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

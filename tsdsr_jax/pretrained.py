@@ -1,0 +1,267 @@
+"""Checkpoints on disk: diffusers folders, hub ids and folders written by `convert/sd3.py`.
+
+A converted folder looks like the diffusers folder it came from (`transformer/config.json`, `vae/config.json`, ...), but
+its weights are `params.safetensors`, already laid out and stacked as this library uses them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
+
+from tsdsr_jax import lora as lora_lib
+from tsdsr_jax import torch_weights
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.tensor_files import TensorReader, TensorSpec, find_weights, open_tensors, save_tensors
+from tsdsr_jax.torch_weights import Config, Tree
+
+Part = Literal["transformer", "vae"]
+PARTS: tuple[Part, ...] = ("transformer", "vae")
+
+TORCH_STEM = "diffusion_pytorch_model"
+PARAMS_FILE = "params.safetensors"
+_CONFIG_CLASSES = {"transformer": MMDiTConfig, "vae": VAEConfig}
+_TORCH_CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkFiles:
+    """One network of a checkpoint: `folder/config.json` and its weights.
+
+    Attributes:
+      folder: `CHECKPOINT/transformer` or `CHECKPOINT/vae`.
+      part: which of the two.
+      variant: file-name variant of torch weights, such as "fp16".
+    """
+
+    folder: Path
+    part: Part
+    variant: str | None = None
+
+    @cached_property
+    def config(self) -> Config:
+        """Raises UserError where `config.json` is missing, damaged, or describes another kind of model."""
+        path = self.folder / "config.json"
+        values = read_json(path)
+        class_name = values.get("_class_name", _TORCH_CLASSES[self.part])
+        if class_name != _TORCH_CLASSES[self.part]:
+            raise UserError(f"{path}: describes a {class_name}; expected a {_TORCH_CLASSES[self.part]}")
+        try:
+            return _CONFIG_CLASSES[self.part].from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @property
+    def is_converted(self) -> bool:
+        return (self.folder / PARAMS_FILE).is_file()
+
+    @cached_property
+    def reader(self) -> TensorReader:
+        if self.is_converted:
+            return open_tensors(self.folder / PARAMS_FILE)
+        return open_tensors(find_weights(self.folder, TORCH_STEM, self.variant))
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Path, shape and stored dtype of every parameter, checked against the config.
+
+        Raises:
+          UserError: missing, extra or misshapen tensors, all of them named.
+        """
+        if not self.is_converted:
+            torch_weights.check_base(self.reader, self.config)
+            return torch_weights.base_specs(self.reader, self.config)
+        expected = {entry.path: entry.shape for entry in torch_weights.base_entries(self.config)}
+        torch_weights.check_names(self.reader.specs, expected, self.reader.source)
+        return {path: self.reader.specs[path] for path in expected}
+
+    def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(path, array in the stored dtype), in the order of `specs`, one at a time."""
+        if not self.is_converted:
+            return torch_weights.read_base(self.reader, self.config)
+        return ((path, self.reader.read(path)) for path in self.specs)
+
+    def load(
+        self,
+        dtype: DTypeLike,
+        lora: Tree | None = None,
+        lora_scale: float = 1.0,
+        put: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+        progress: Callable[[int], object] = lambda size: None,
+    ) -> Tree:
+        """Loads all parameters, one leaf at a time, merging an adapter on the way.
+
+        Args:
+          dtype: what the parameters are kept in.
+          lora: merged in float32 before the cast to `dtype`.
+          lora_scale: factor on the adapter.
+          put: host array -> device array, to choose devices.
+          progress: called with the number of values of each leaf that has been loaded.
+
+        Raises:
+          UserError: the weights do not fit the config.
+        """
+        pairs = flatten_dict(lora or {}, sep="/")
+        loaded = []
+        for path, array in self.leaves():
+            leaf = put(array)
+            module = path.removesuffix("/kernel")
+            if f"{module}/a" in pairs and path.endswith("/kernel"):
+                pair = (put(np.asarray(pairs[f"{module}/{half}"], np.float32)) for half in ("a", "b"))
+                leaf = lora_lib.merge_kernel(leaf.astype(jnp.float32), *pair, factor=lora_scale)
+            loaded.append((path, leaf.astype(dtype)))
+            progress(array.size)
+        return torch_weights.to_tree(loaded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An SD3 checkpoint folder, diffusers' or converted."""
+
+    folder: Path
+    variant: str | None = None
+
+    def network(self, part: Part) -> NetworkFiles:
+        return NetworkFiles(self.folder / part, part, self.variant)
+
+
+def open_checkpoint(name: str | Path, revision: str | None = None, variant: str | None = None) -> Checkpoint:
+    """A checkpoint by folder or hub id; a hub id is downloaded into huggingface_hub's cache.
+
+    Raises:
+      UserError: no such folder, and not a hub id that can be fetched; or a folder without transformer/ and vae/.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        folder = _download(str(name), revision, variant)
+    for part in PARTS:
+        if not (folder / part / "config.json").is_file():
+            raise UserError(
+                f"{folder}: no {part}/config.json; expected a diffusers SD3 folder or one written by convert/sd3.py"
+            )
+    return Checkpoint(folder, variant)
+
+
+def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
+    # Imported here: only hub ids need it, and it takes a second.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise UserError(f"{repo_id}: no such folder (nor is it a hub id, which reads owner/name)")
+    infix = f".{variant}" if variant else ""
+    weights = [f"{TORCH_STEM}{infix}.safetensors", f"{TORCH_STEM}{infix}-*.safetensors", PARAMS_FILE]
+    patterns = [f"{part}/{name}" for part in PARTS for name in (*weights, "*.json")]
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=[*patterns, "scheduler/*", "model_index.json"]
+            )
+        )
+    except GatedRepoError:
+        raise UserError(
+            f"{repo_id}: the repository is gated; accept its licence on its page, then log in with `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{repo_id}: has no revision {revision!r}; see --revision") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"{repo_id}: neither a folder here nor a repository on the hub") from None
+    except Exception as error:  # the hub's client lets its HTTP library's errors through
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{repo_id}: no such folder, and fetching it from the hub failed: {reason}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError where the file is missing or holds something else."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(values).__name__}")
+    return values
+
+
+def torch_config(config: Config) -> dict[str, Any]:
+    """What diffusers expects in `config.json` for this network."""
+    values = dataclasses.asdict(config)
+    if isinstance(config, MMDiTConfig):
+        return {"_class_name": _TORCH_CLASSES["transformer"], **values}
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": _TORCH_CLASSES["vae"],
+        **values,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+LORA_FORMAT = "tsdsr_jax.lora"
+
+
+def is_own_lora(reader: TensorReader) -> bool:
+    """Whether a LoRA file is ours (paths as names) rather than PEFT's."""
+    return reader.metadata.get("format") == LORA_FORMAT
+
+
+def load_lora(path: Path, config: Config) -> Tree:
+    """Reads an adapter, PEFT's or ours, for the network that `config` describes; stored dtype, host arrays.
+
+    Raises:
+      UserError: the file is missing, damaged, or made for another network; the tensors are named.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not found; expected LoRA weights there")
+    reader = open_tensors(path)
+    if not is_own_lora(reader):
+        return torch_weights.read_lora(reader.specs, reader.read, config, path)
+    torch_weights.check_lora(reader.specs, config, path)
+    return torch_weights.to_tree((name, reader.read(name)) for name in sorted(reader.specs))
+
+
+def save_lora(path: Path, lora: Tree, part: Part) -> None:
+    """Writes an adapter in our own layout, atomically."""
+    leaves = {name: np.asarray(leaf) for name, leaf in sorted(flatten_dict(lora, sep="/").items())}
+    save_tensors(path, leaves, {"format": LORA_FORMAT, "network": part})
+
+
+def lora_part(names: Mapping[str, Any]) -> Part:
+    """Which network an adapter file belongs to, by its module names."""
+    autoencoder = re.compile(r"(transformer\.)?(encoder|decoder)[./]")
+    return "vae" if any(autoencoder.match(name) for name in names) else "transformer"
+
+
+def check_rank(lora: Tree, rank: int, path: Path, flag: str) -> None:
+    """Compares every module's rank with the flag's.
+
+    Raises:
+      UserError: naming the modules that differ and the flag that would fit.
+    """
+    others = {module: found for module, found in lora_lib.modules(lora).items() if found != rank}
+    if others:
+        module, found = next(iter(others.items()))
+        more = f" and {len(others) - 1} more modules" if len(others) > 1 else ""
+        hint = f"pass {flag} {found}" if len(set(others.values())) == 1 else "its ranks are mixed"
+        raise UserError(f"{path}: rank {found} in {module}{more}, but {flag} is {rank}; {hint}")

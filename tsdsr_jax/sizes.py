@@ -1,0 +1,133 @@
+"""From a photograph's size to the shapes that are computed: target size, padding, shared buckets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+Size = tuple[int, int]  # (height, width)
+
+LATENT_FACTOR = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SizePlan:
+    """The sizes one photograph goes through, each (height, width) in pixels.
+
+    Attributes:
+      source: the photograph's.
+      resized: after bicubic interpolation; what the network is meant to see.
+      padded: `resized` extended by reflection at the bottom and right to what the latents need; cropped off again.
+      output: the file's: source × upscale. Differs from `resized` where the photograph was too small to process as it
+        was; the result is then resized to it.
+    """
+
+    source: Size
+    resized: Size
+    padded: Size
+    output: Size
+
+    @property
+    def latent(self) -> Size:
+        return self.padded[0] // LATENT_FACTOR, self.padded[1] // LATENT_FACTOR
+
+    @property
+    def portrait(self) -> bool:
+        """Processed lying on its side, so that portraits and landscapes share programs."""
+        return self.padded[0] > self.padded[1]
+
+    @property
+    def lying(self) -> Size:
+        """`padded` with the short side first."""
+        return min(self.padded), max(self.padded)
+
+
+def plan_size(source: Size, upscale: float, process_size: int, latent_tile: int, patch: int = 2) -> SizePlan:
+    """Plans one photograph.
+
+    A photograph whose short side would come out below `process_size` is enlarged until it does not. Sides are then
+    padded to multiples of 8 (the autoencoder), and where the latent is not longer than a tile, to multiples of 8·patch,
+    because the tile must hold whole patches; longer sides are covered by overlapping tiles and need none.
+    """
+    minimum = max(1, int(process_size // upscale))
+    height, width = source
+    if min(source) < minimum:
+        # Rounded: the original truncates, which leaves some sides one pixel short of the minimum and crashes.
+        height, width = (max(minimum, round(side * minimum / min(source))) for side in source)
+    resized = round(height * upscale), round(width * upscale)
+
+    def pad(side: int) -> int:
+        latent = -(-side // LATENT_FACTOR)
+        if latent <= latent_tile:
+            latent = -(-latent // patch) * patch
+        return latent * LATENT_FACTOR
+
+    padded = pad(resized[0]), pad(resized[1])
+    return SizePlan(source, resized, padded, (round(source[0] * upscale), round(source[1] * upscale)))
+
+
+def plan_buckets(
+    sizes: Sequence[Size], most: int = 6, ratio: float = 1.2, grid: int = 2 * LATENT_FACTOR
+) -> list[Size]:
+    """Assigns every size a padded size, few of them in all, because each is a compiled program.
+
+    Starts with the sizes themselves and keeps merging the two buckets whose union costs the least extra pixels, while
+    there are more than `most`, or while all padded pixels together stay within `ratio` of the valid ones. The result
+    depends on the set of sizes, not on their order.
+
+    Args:
+      sizes: (height, width) of each image.
+      most: largest number of buckets.
+      ratio: padding that is cheaper than another compilation.
+      grid: with very many distinct sizes, sides are first rounded up to a multiple of this, doubled as needed.
+
+    Returns:
+      One (height, width) per entry of `sizes`.
+    """
+    if not sizes:
+        return []
+    exact, counts = np.unique(np.asarray(sizes, np.int64), axis=0, return_counts=True)
+    starts = exact
+    while len(np.unique(starts, axis=0)) > 400:  # the merging below is cubic
+        starts = -(-exact // grid) * grid
+        grid *= 2
+    labels = _merge(starts, counts, int((exact.prod(axis=1) * counts).sum()), most, ratio)
+    bucket = {label: exact[labels == label].max(axis=0) for label in set(labels.tolist())}
+    by_size = {
+        tuple(size): bucket[label] for size, label in zip(exact.tolist(), labels.tolist(), strict=True)
+    }
+    return [(int(by_size[tuple(size)][0]), int(by_size[tuple(size)][1])) for size in sizes]
+
+
+def _merge(starts: np.ndarray, counts: np.ndarray, valid: int, most: int, ratio: float) -> np.ndarray:
+    """Agglomerative merging of sizes (n, 2); returns each one's cluster label."""
+    boxes, inverse = np.unique(starts, axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    weight = np.bincount(inverse, counts).astype(np.int64)
+    labels, alive = np.arange(len(boxes)), np.ones(len(boxes), bool)
+    while alive.sum() > 1:
+        index = np.flatnonzero(alive)
+        box, count = boxes[index], weight[index]
+        cost = box.prod(axis=1) * count
+        union = np.maximum(box[:, None], box[None]).prod(axis=2) * (count[:, None] + count[None])
+        extra = union - cost[:, None] - cost[None]
+        np.fill_diagonal(extra, np.iinfo(np.int64).max)
+        first, second = np.unravel_index(extra.argmin(), extra.shape)
+        if len(index) <= most and cost.sum() + extra[first, second] > ratio * valid:
+            break
+        keep, drop = index[min(first, second)], index[max(first, second)]
+        boxes[keep] = np.maximum(boxes[keep], boxes[drop])
+        weight[keep] += weight[drop]
+        labels[labels == drop] = keep
+        alive[drop] = False
+    return labels[inverse]
+
+
+def token_levels(smallest: int, largest: int, most: int = 3) -> list[int]:
+    """Token counts that packed tiles are padded to: at most `most`, in geometric steps up to `largest`."""
+    if smallest >= largest:
+        return [largest]
+    steps = np.geomspace(smallest, largest, most + 1)[1:]
+    return sorted({min(largest, int(np.ceil(step / 16) * 16)) for step in steps})

@@ -1,0 +1,359 @@
+"""Image → image: encode, one transformer step, decode, for a batch of photographs in one padded shape.
+
+    z = encode(bicubic(photo)) · scaling_factor        (a posterior sample, or its mean)
+    ẑ = z − v(z, t = 1000, prompt)
+    result = colour fix(decode(ẑ / scaling_factor))
+
+The arithmetic on the device is four small jitted functions; what depends on each photograph's size (resampling,
+padding, tiles as index arrays, colour) happens on the host around them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from PIL import Image
+
+from tsdsr_jax import color, tiling
+from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask
+from tsdsr_jax.prompts import PromptEmbeds
+from tsdsr_jax.resize import bicubic, reflect_pad
+from tsdsr_jax.sizes import LATENT_FACTOR, Size, SizePlan, plan_size, token_levels
+from tsdsr_jax.torch_weights import Tree
+
+TIMESTEP = 1000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How photographs are cut up and processed; the original's flags and defaults.
+
+    Attributes:
+      upscale: output size over input size, ≥ 1.
+      process_size: smallest side, in output pixels, that is processed as it is.
+      latent_tile, latent_overlap: transformer tiles, in latent pixels.
+      tile_batch: tiles per device and transformer call.
+      encoder_band, decoder_band: sides (pixels, latent pixels) of the area that the autoencoder's convolutions
+        compute at a time; None: the whole image.
+      sample: draw the latent from the encoder's posterior; otherwise take its mean.
+    """
+
+    upscale: float = 4.0
+    process_size: int = 512
+    latent_tile: int = 64
+    latent_overlap: int = 8
+    tile_batch: int = 1
+    encoder_band: int | None = None
+    decoder_band: int | None = None
+    sample: bool = True
+
+    def plan(self, source: Size) -> SizePlan:
+        """The sizes of a photograph of (height, width) `source`."""
+        return plan_size(source, self.upscale, self.process_size, self.latent_tile)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A photograph ready for the device.
+
+    Attributes:
+      plan: its sizes.
+      image: (H, W, 3) float32 in [−1, 1], `plan.padded` large, upright.
+      noise: (H/8, W/8, latent channels) float32 for the posterior sample; zeros give its mean.
+    """
+
+    plan: SizePlan
+    image: np.ndarray
+    noise: np.ndarray
+
+
+def latent_noise(content: bytes, seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 noise that depends on the seed and the file's content, on nothing else."""
+    digest = hashlib.sha256(seed.to_bytes(16, "little", signed=True) + content).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def prepare(rgb: np.ndarray, plan: SizePlan, noise: np.ndarray) -> Prepared:
+    """Bicubic interpolation (a = −0.75, in float32) of (H, W, 3) uint8 to the planned size, and padding."""
+    image = bicubic(rgb.astype(np.float32) / 255, *plan.resized) * 2 - 1
+    return Prepared(plan, reflect_pad(np.clip(image, -1, 1), *plan.padded), noise)
+
+
+def finish(result: np.ndarray, rgb: np.ndarray, plan: SizePlan, align: color.Method) -> np.ndarray:
+    """The network's picture, brought to the output size, with the photograph's colours.
+
+    Args:
+      result: (H, W, 3) uint8, `plan.padded` large.
+      rgb: the photograph, (h, w, 3) uint8.
+
+    Returns:
+      `plan.output` large, uint8.
+    """
+    result = result[: plan.resized[0], : plan.resized[1]]
+    if plan.output != plan.resized:
+        result = _pillow_bicubic(result, plan.output)
+    upscaled = _pillow_bicubic(rgb, plan.output) if align == "wavelet" else result
+    return color.align(align, result, rgb, upscaled)
+
+
+def _pillow_bicubic(image: np.ndarray, size: Size) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Launched:
+    """A batch under way on the device."""
+
+    plans: list[SizePlan]
+    bucket: Size
+    images: jax.Array
+    finite: jax.Array
+
+    def results(self) -> list[np.ndarray | None]:
+        """Waits; upright (H, W, 3) uint8 pictures, `plan.padded` large; None where values were not finite."""
+        images, finite = np.asarray(self.images), np.asarray(self.finite)
+        return [
+            _laid(image, plan)[: plan.padded[0], : plan.padded[1]] if fine else None
+            for image, fine, plan in zip(images, finite, self.plans, strict=False)
+        ]
+
+
+class Upscaler:
+    """The two networks on their devices.
+
+    Args:
+      transformer, vae: configs and parameters; the adapters merged, kept in any dtype.
+      prompt: text embeddings, of the widths that the transformer's config asks for.
+      settings: see `Settings`.
+      dtype: computation dtype.
+      devices: a batch is one photograph per device; tiles are spread over all of them.
+    """
+
+    def __init__(
+        self,
+        transformer: tuple[MMDiTConfig, Tree],
+        vae: tuple[VAEConfig, Tree],
+        prompt: PromptEmbeds,
+        settings: Settings,
+        dtype: DTypeLike,
+        devices: Sequence[jax.Device],
+    ):
+        mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
+        self.settings, self.dtype, self.devices = settings, jnp.dtype(dtype), list(devices)
+        self._shared = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec("data"))
+        self._configs = transformer[0], vae[0]
+        self._prompt = prompt
+        self._transformer_params = jax.device_put(transformer[1], self._shared)
+        self._vae_params = jax.device_put(vae[1], self._shared)
+        self._mmdit, self._vae = MMDiT(transformer[0], self.dtype), AutoencoderKL(vae[0], self.dtype)
+        self._text = [
+            jax.device_put(jnp.asarray(array, self.dtype)[None], self._shared)
+            for array in (prompt.prompt, prompt.pooled)
+        ]
+        jit = partial(jax.jit, out_shardings=self._shared)
+        self.encode = jit(self._encode)
+        self.gather = jax.jit(_gather, out_shardings=self._split)
+        self.velocity = jax.jit(self._velocity, out_shardings=self._split)
+        self.blend = jit(_blend, donate_argnums=0)
+        self.decode = jax.jit(self._decode, out_shardings=self._split)
+
+    @property
+    def batch(self) -> int:
+        """Photographs a launch takes at most."""
+        return len(self.devices)
+
+    @property
+    def latent_channels(self) -> int:
+        return self._configs[1].latent_channels
+
+    @cached_property
+    def in_float32(self) -> Upscaler:
+        """The same networks computing in float32, for results that overflow in half precision."""
+        transformer, vae = zip(self._configs, (self._transformer_params, self._vae_params), strict=True)
+        return Upscaler(transformer, vae, self._prompt, self.settings, jnp.float32, self.devices)
+
+    @cached_property
+    def _lying_vae_params(self) -> Tree:
+        """The autoencoder that does to a transposed image what the other does to the image."""
+        leaves = flatten_dict(self._vae_params)
+        return unflatten_dict(
+            {path: leaf.swapaxes(0, 1) if leaf.ndim == 4 else leaf for path, leaf in leaves.items()}
+        )
+
+    def launch(self, photos: Sequence[Prepared], bucket: Size) -> Launched:
+        """Starts a batch and returns at once.
+
+        Args:
+          photos: at most `batch`, all portraits or none.
+          bucket: (height, width) with height ≤ width, no smaller than any `plan.lying`.
+        """
+        plans = [photo.plan for photo in photos]
+        filled = [photos[index] if index < len(photos) else photos[0] for index in range(self.batch)]
+        params = self._lying_vae_params if plans[0].portrait else self._vae_params
+        latent_bucket = bucket[0] // LATENT_FACTOR, bucket[1] // LATENT_FACTOR
+        sizes = np.asarray([photo.plan.lying for photo in filled], np.int32)
+        # A batch that fills its bucket needs no masks; whether it does is part of which program it is.
+        exact = all(size == bucket for size in (photo.plan.lying for photo in filled))
+        images = self._put(np.stack([_corner(_laid(photo.image, photo.plan), bucket) for photo in filled]))
+        noise = self._put(
+            np.stack([_corner(_laid(photo.noise, photo.plan), latent_bucket) for photo in filled])
+        )
+        valid = None if exact else self._put(sizes)
+        with self._matmul_precision():
+            latents = self.encode(params, images, noise, valid)
+            sums = self._denoise(latents, plans)
+            pictures, finite = self.decode(params, latents, sums, valid)
+        return Launched(plans, bucket, pictures, finite)
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self._split)
+
+    def _matmul_precision(self):
+        # GPUs round float32 products to TF32 unless told otherwise.
+        return jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
+
+    def _denoise(self, latents: jax.Array, plans: Sequence[SizePlan]) -> jax.Array:
+        """Runs all tiles of a batch; returns what `_blend` accumulates."""
+        settings, config = self.settings, self._configs[0]
+        tiles = [
+            tile
+            for index, plan in enumerate(plans)
+            for tile in tiling.cut(
+                index, *plan.latent, settings.latent_tile, settings.latent_overlap, plan.portrait
+            )
+        ]
+        sums = jnp.zeros((*latents.shape[:3], latents.shape[3] + 1), jnp.float32, device=self._shared)
+        for tokens, members in self._by_tokens(tiles):
+            for chunk, size in self._chunks(members):
+                packed = tiling.pack(chunk, size, tokens, latents.shape[1:3], config)
+                pixels, positions, lengths = map(self._put, (packed.pixels, packed.positions, packed.lengths))
+                patches = self.gather(latents, pixels)
+                full = packed.full
+                velocity = self.velocity(
+                    self._transformer_params, patches, positions, None if full else lengths, *self._text
+                )
+                sums = self.blend(sums, velocity, packed.pixels, packed.weights)
+        return sums
+
+    def _by_tokens(self, tiles: Sequence[tiling.Tile]) -> list[tuple[int, list[tiling.Tile]]]:
+        """Groups tiles by the padded token count they are computed at."""
+        patch, settings = self._configs[0].patch_size, self.settings
+        shortest = max(patch, min(settings.latent_tile, settings.process_size // LATENT_FACTOR))
+        levels = token_levels((shortest // patch) ** 2, (settings.latent_tile // patch) ** 2)
+        groups: dict[int, list[tiling.Tile]] = {}
+        for tile in tiles:
+            tokens = tile.height * tile.width // patch**2
+            groups.setdefault(next(level for level in levels if level >= tokens), []).append(tile)
+        return sorted(groups.items())
+
+    def _chunks(self, tiles: list[tiling.Tile]) -> list[tuple[list[tiling.Tile], int]]:
+        """Cuts tiles into calls of one of two batch sizes: the full one, and one tile per device for a short rest."""
+        small, large = self.batch, self.batch * self.settings.tile_batch
+        chunks = []
+        while tiles:
+            size = large if len(tiles) > large // 2 else small
+            chunks.append((tiles[:size], size))
+            tiles = tiles[size:]
+        return chunks
+
+    def _encode(
+        self, params: Tree, images: jax.Array, noise: jax.Array, valid: jax.Array | None
+    ) -> jax.Array:
+        """(B, H, W, 3) in [−1, 1] -> (B, h, w, C) float32 latents times the scaling factor."""
+        band = self.settings.encoder_band
+        posterior = self._vae.apply(
+            {"params": params}, images, valid, None if band is None else band**2, method="encode"
+        )
+        return posterior.sample(noise) * self._configs[1].scaling_factor
+
+    def _velocity(
+        self,
+        params: Tree,
+        patches: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array | None,
+        context: jax.Array,
+        pooled: jax.Array,
+    ) -> jax.Array:
+        """(n, T, p·p·C) -> (n, T, p·p·C) float32 velocities at t = 1000."""
+        tiles = patches.shape[0]
+        timestep = jnp.full((tiles,), TIMESTEP)
+        context, pooled = (jnp.broadcast_to(text, (tiles, *text.shape[1:])) for text in (context, pooled))
+        velocity = self._mmdit.apply(
+            {"params": params}, patches, positions, timestep, context, pooled, lengths, method="tokens"
+        )
+        return velocity.astype(jnp.float32)
+
+    def _decode(
+        self, params: Tree, latents: jax.Array, sums: jax.Array, valid: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns (B, H, W, 3) uint8 pictures and (B,) whether all their valid values were finite."""
+        latent_valid = None if valid is None else valid // LATENT_FACTOR
+        velocity = sums[..., :-1] / jnp.where(sums[..., -1:] > 0, sums[..., -1:], 1)
+        band = self.settings.decoder_band
+        decoded = self._vae.apply(
+            {"params": params},
+            (latents - velocity) / self._configs[1].scaling_factor,
+            latent_valid,
+            None if band is None else band**2,
+            method="decode",
+        ).astype(jnp.float32)
+        finite = jnp.isfinite(decoded)
+        if valid is not None:
+            finite |= ~valid_mask(valid, decoded.shape[1:3])
+        # Truncated, not rounded: so does the original.
+        pictures = (jnp.clip(decoded, -1, 1) * 0.5 + 0.5) * 255
+        return pictures.astype(jnp.uint8), finite.all((1, 2, 3))
+
+
+def _gather(latents: jax.Array, pixels: jax.Array) -> jax.Array:
+    """(B, h, w, C) and (n, T, p·p) flat pixel indices -> (n, T, p·p·C) patches."""
+    flat = latents.reshape(-1, latents.shape[-1])
+    return flat[pixels].reshape(*pixels.shape[:2], -1)
+
+
+def _blend(sums: jax.Array, velocity: jax.Array, pixels: jax.Array, weights: jax.Array) -> jax.Array:
+    """Adds weighted velocities, and the weights in the last channel, at each tile's pixels.
+
+    Tile after tile: a single scatter would add overlapping tiles in an order that GPUs do not fix.
+
+    Args:
+      sums: (B, h, w, C + 1) float32.
+      velocity: (n, T, p·p·C) float32.
+      pixels, weights: (n, T, p·p).
+    """
+    tiles, channels = velocity.shape[0], sums.shape[-1] - 1
+    values = velocity.reshape(tiles, -1, channels)
+    pixels, weights = pixels.reshape(tiles, -1), weights.reshape(tiles, -1, 1)
+    # Padding tokens point at pixel 0 with weight 0; what the network returned for them must not count even if infinite.
+    values = jnp.where(weights > 0, values * weights, 0)
+
+    def add(tile: jax.Array, flat: jax.Array) -> jax.Array:
+        return flat.at[pixels[tile]].add(jnp.concatenate([values[tile], weights[tile]], axis=-1))
+
+    flat = sums.reshape(-1, channels + 1)
+    return jax.lax.fori_loop(0, tiles, add, flat).reshape(sums.shape)
+
+
+def _laid(array: np.ndarray, plan: SizePlan) -> np.ndarray:
+    """Lays a portrait on its side, or sets it up again."""
+    return array.swapaxes(0, 1) if plan.portrait else array
+
+
+def _corner(array: np.ndarray, size: Size) -> np.ndarray:
+    """The array in the top left corner of zeros."""
+    result = np.zeros((*size, *array.shape[2:]), array.dtype)
+    result[: array.shape[0], : array.shape[1]] = array
+    return result

@@ -1,0 +1,272 @@
+"""Prompt embeddings on disk: what the transformer reads instead of a text.
+
+Legend: `S` text tokens (333 = 77 CLIP + 256 T5), `D` the transformer's `joint_attention_dim` (4096), `P` its
+`pooled_projection_dim` (2048). Two layouts of a folder are read:
+
+- ours: `prompt.safetensors` with `prompt_embeds` (S, D) and `pooled_embeds` (P,);
+- the released TSD-SR's: `prompt_embeds.pt` (1, S, D) and `pool_embeds.pt` (1, P), read without torch.
+
+No torch and no jax here. `text_encoders.py` makes embeddings from texts, `convert/prompts.py` is the command
+line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.torch_pickle import read_tensor
+
+# The text behind the embeddings that the authors ship (SPEC §6). The misspelling belongs to it: it is an
+# input.
+DEFAULT_PROMPT = (
+    "Cinematic, High Contrast, highly detailed, taken using a Canon EOS R camera, "
+    "hyper detailed photo - realistic maximum detail, 32k, Color Grading, ultra HD, extrememeticulous "
+    "detailing, skin pore detailing, hyper sharpness, perfect without deformations."
+)
+
+SAFETENSORS_NAME = "prompt.safetensors"
+TORCH_PROMPT_NAME = "prompt_embeds.pt"
+TORCH_POOLED_NAME = "pool_embeds.pt"
+TORCH_PROMPT_FOLDER = "prompt_embeds"
+TORCH_POOLED_FOLDER = "pool_embeds"
+_FLOATS = tuple(np.dtype(kind) for kind in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEmbeds:
+    """One text as SD3's encoders see it. Both arrays keep the dtype they were stored in.
+
+    Attributes:
+        prompt: (S, D), one row per token.
+        pooled: (P,), the whole text in one vector.
+    """
+
+    prompt: np.ndarray
+    pooled: np.ndarray
+
+
+def load_prompt_embeds(path: str | os.PathLike[str]) -> PromptEmbeds:
+    """Reads a folder in either layout (ours first), or a single `.safetensors` file such as training uses.
+
+    Raises:
+        UserError: nothing there, a file missing or unreadable, a wrong rank or dtype, a value that is not
+        finite.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder of prompt embeddings. {_how_to_make(path)}")
+    if (path / SAFETENSORS_NAME).is_file():
+        return _read_safetensors(path / SAFETENSORS_NAME)
+    return _read_torch_folder(path)
+
+
+def check_widths(
+    embeds: PromptEmbeds,
+    joint_dim: int,
+    pooled_dim: int,
+    source: str | os.PathLike[str] = "the prompt embeddings",
+) -> None:
+    """Raises UserError unless D and P of `embeds` are the transformer's `joint_dim` and `pooled_dim`.
+
+    `source` is where the embeddings come from: the message starts with it.
+    """
+    found = embeds.prompt.shape[-1], embeds.pooled.shape[-1]
+    if found != (joint_dim, pooled_dim):
+        raise UserError(
+            f"{os.fspath(source)}: widths {found[0]} (prompt) and {found[1]} (pooled) do not fit the"
+            f" transformer's config, which says joint_attention_dim {joint_dim} and pooled_projection_dim"
+            f" {pooled_dim}: use embeddings made with this model's own text encoders (convert/prompts.py)."
+        )
+
+
+def save_prompt_embeds(
+    folder_or_file: str | os.PathLike[str], embeds: PromptEmbeds, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes one embedding, so that a reader sees the whole file or the one that was there before.
+
+    Args:
+        folder_or_file: a name ending in `.safetensors` is the file itself, any other a folder for
+            `prompt.safetensors`. Folders are made.
+        embeds: what to write, in its own dtype.
+        metadata: for the file's header, by convention `text` (where known) and `encoder` (where it comes
+        from).
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: the embedding has a wrong rank or dtype or a value that is not finite, or the place is not
+        writable.
+    """
+    file = target_file(folder_or_file)
+    _check(embeds, str(file))
+    tensors = {
+        "prompt_embeds": np.ascontiguousarray(embeds.prompt),
+        "pooled_embeds": np.ascontiguousarray(embeds.pooled),
+    }
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata=dict(metadata or {}))
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file} cannot be written ({error}): choose another output folder or free the place."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return file
+
+
+def target_file(folder_or_file: str | os.PathLike[str]) -> Path:
+    """The file that `save_prompt_embeds` writes for this argument."""
+    path = Path(folder_or_file)
+    return path if path.suffix == ".safetensors" else path / SAFETENSORS_NAME
+
+
+def refuse_existing(files: Iterable[Path], overwrite: bool) -> None:
+    """Raises UserError naming the files that are already there, unless they may be overwritten."""
+    present = [] if overwrite else [str(file) for file in files if file.exists()]
+    if present:
+        raise UserError(f"already there: {_listed(present)}. Pass --overwrite or another --output.")
+
+
+def convert_torch_embeds(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], overwrite: bool = False
+) -> list[Path]:
+    """Turns the released code's `.pt` embeddings into safetensors; everything is checked before the first
+    write.
+
+    Args:
+        source: a folder with `prompt_embeds.pt` and `pool_embeds.pt`, which becomes
+            `output/prompt.safetensors`; or a training folder with `prompt_embeds/*.pt` and
+            `pool_embeds/*.pt`, in which every pair of one name becomes `output/<name>.safetensors`.
+        output: the folder to write into.
+        overwrite: replace files that exist.
+
+    Returns:
+        The files written, in order.
+
+    Raises:
+        UserError: a file missing, without its partner, unreadable or already there.
+    """
+    source, output = Path(source), Path(output)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder of .pt embeddings; expected {_TORCH_LAYOUTS}.")
+    folders = source / TORCH_PROMPT_FOLDER, source / TORCH_POOLED_FOLDER
+    if any(folder.is_dir() for folder in folders):
+        jobs = {output / f"{stem}.safetensors": pair for stem, pair in _pairs(*folders).items()}
+    else:
+        jobs = {output / SAFETENSORS_NAME: (source / TORCH_PROMPT_NAME, source / TORCH_POOLED_NAME)}
+    refuse_existing(jobs, overwrite)
+    for target, (prompt, pooled) in jobs.items():
+        save_prompt_embeds(
+            target, _read_torch_pair(prompt, pooled), {"encoder": f"converted from {prompt.name}"}
+        )
+    return list(jobs)
+
+
+_TORCH_LAYOUTS = (
+    f"{TORCH_PROMPT_NAME} and {TORCH_POOLED_NAME} in it, or pairs of files in {TORCH_PROMPT_FOLDER}/ and"
+    f" {TORCH_POOLED_FOLDER}/"
+)
+
+
+def _how_to_make(folder: Path) -> str:
+    return (
+        f"Expected {SAFETENSORS_NAME}, or the released {TORCH_PROMPT_NAME} and {TORCH_POOLED_NAME}. Make it"
+        f" with: python convert/prompts.py --default --pretrained_model_name_or_path SD3_FOLDER --output"
+        f" {folder} (--null instead of --default for the empty prompt)"
+    )
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _pairs(prompt_folder: Path, pooled_folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Pairs the `.pt` files of two folders by stem, in order of their names."""
+    prompts, pooled = (
+        {file.stem: file for file in folder.glob("*.pt")} for folder in (prompt_folder, pooled_folder)
+    )
+    alone = [str(prompts.get(stem) or pooled[stem]) for stem in sorted(prompts.keys() ^ pooled.keys())]
+    if alone:
+        raise UserError(
+            f"{prompt_folder.parent}: every .pt file needs one of the same name in {TORCH_PROMPT_FOLDER}/"
+            f" and in {TORCH_POOLED_FOLDER}/. Without a partner: {_listed(alone)}. Add or remove them."
+        )
+    if not prompts:
+        raise UserError(f"{prompt_folder} holds no .pt file; expected {_TORCH_LAYOUTS}.")
+    return {stem: (prompts[stem], pooled[stem]) for stem in sorted(prompts)}
+
+
+def _read_torch_folder(folder: Path) -> PromptEmbeds:
+    files = folder / TORCH_PROMPT_NAME, folder / TORCH_POOLED_NAME
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {' and '.join(missing)}. {_how_to_make(folder)}")
+    return _read_torch_pair(*files)
+
+
+def _read_torch_pair(prompt_file: Path, pooled_file: Path) -> PromptEmbeds:
+    embeds = PromptEmbeds(
+        _without_batch(read_tensor(prompt_file), 2), _without_batch(read_tensor(pooled_file), 1)
+    )
+    _check(embeds, str(prompt_file), str(pooled_file))
+    return embeds
+
+
+def _read_safetensors(file: Path) -> PromptEmbeds:
+    try:
+        with safe_open(file, framework="np") as tensors:
+            names = set(tensors.keys())
+            missing = [name for name in ("prompt_embeds", "pooled_embeds") if name not in names]
+            if missing:
+                raise UserError(
+                    f"{file} lacks the tensor {' and '.join(missing)}. {_how_to_make(file.parent)}"
+                )
+            prompt, pooled = tensors.get_tensor("prompt_embeds"), tensors.get_tensor("pooled_embeds")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} cannot be read as safetensors ({error}): copy it again or make it anew."
+        ) from error
+    embeds = PromptEmbeds(_without_batch(prompt, 2), _without_batch(pooled, 1))
+    _check(embeds, str(file))
+    return embeds
+
+
+def _without_batch(array: np.ndarray, rank: int) -> np.ndarray:
+    """Drops a leading axis of 1 from an array of one axis more than `rank`; leaves any other as it is."""
+    return array[0] if array.ndim == rank + 1 and array.shape[0] == 1 else array
+
+
+def _check(embeds: PromptEmbeds, prompt_source: str, pooled_source: str | None = None) -> None:
+    checks = (
+        (embeds.prompt, 2, "prompt embeddings (tokens, width)", prompt_source),
+        (embeds.pooled, 1, "a pooled embedding (width,)", pooled_source or prompt_source),
+    )
+    for array, rank, expected, source in checks:
+        if array.ndim != rank or array.size == 0:
+            raise UserError(f"{source}: shape {array.shape}, expected {expected}, at most with a leading 1.")
+        if array.dtype not in _FLOATS:
+            raise UserError(f"{source}: dtype {array.dtype}, expected floating point for {expected}.")
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        if bad:
+            raise UserError(
+                f"{source}: {bad} of {array.size} values are NaN or infinite."
+                f" {_how_to_make(Path(source).parent)}"
+            )

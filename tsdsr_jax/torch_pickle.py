@@ -1,0 +1,233 @@
+"""Reads one tensor from a `.pt` file of `torch.save`, without torch and without running anything the file
+says.
+
+The file is a zip archive: `<root>/data.pkl` is a pickle that describes the tensor, `<root>/data/<key>` holds
+the bytes of one storage, `<root>/byteorder` says how they are ordered. A pickle may name any Python function
+and have it called, so only the handful of names that describe a plain tensor are resolved here, and to
+functions of this module: they return plain descriptions, and the array is built from the description once it
+has been checked.
+
+Source of the format: archives written by torch 2.13, taken apart with `zipfile` and `pickletools`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from tsdsr_jax.errors import UserError
+
+STORAGE_DTYPES: dict[str, np.dtype] = {
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+# A tensor that was expanded stores few bytes and claims many elements; the largest prompt embedding has 2.4
+# million.
+MAX_ELEMENTS = 2**31
+
+_ZIP_START = b"PK\x03\x04"
+_OLD_FORMAT_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LFS_START = b"version https://git-lfs"
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError)
+
+
+# What the unpickler builds. Tuples, because a pickle can rewrite the attributes of most other objects.
+
+
+class _StorageType(NamedTuple):
+    name: str
+
+
+class _Storage(NamedTuple):
+    type_name: str
+    key: str
+    elements: int
+
+
+class _View(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def read_tensor(path: str | os.PathLike[str]) -> np.ndarray:
+    """Returns the one tensor (or Parameter) that `torch.save` wrote to `path`.
+
+    Args:
+        path: a `.pt` file in torch's zip format (the default since torch 1.6), little-endian.
+
+    Returns:
+        A contiguous array of its own memory, with the tensor's shape and dtype; bfloat16 becomes
+        `ml_dtypes.bfloat16`.
+
+    Raises:
+        UserError: the file is missing, empty, damaged, big-endian or in torch's old format, holds something
+            else than one tensor, or its pickle names anything that a tensor does not need.
+    """
+    path = Path(path)
+    _check_start(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_archive(archive, path)
+    except _DAMAGED as error:
+        raise UserError(f"{path} is damaged or cut short ({error}): copy or download it again.") from error
+
+
+def _check_start(path: Path) -> None:
+    """Tells the files that are no zip archive apart by their first bytes."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if start.startswith(_ZIP_START):
+        return
+    if not start:
+        raise UserError(f"{path} is empty (0 bytes): copy or download it again.")
+    if start.startswith(_OLD_FORMAT_START):
+        raise UserError(
+            f"{path} is in torch's format from before version 1.6, which is not read here. Re-save it once"
+            f" where torch is installed: t = torch.load({path.name!r}, weights_only=True); torch.save(t,"
+            f" {path.name!r})"
+        )
+    if start.startswith(_LFS_START):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.")
+    raise UserError(
+        f"{path} is not a file of torch.save (expected a zip archive): check that it is the right file."
+    )
+
+
+def _read_archive(archive: zipfile.ZipFile, path: Path) -> np.ndarray:
+    roots = [name[: -len("data.pkl")] for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+    if len(roots) != 1:
+        raise UserError(
+            f"{path} is a zip archive but not one of torch.save (it has no data.pkl): check the file."
+        )
+    root = roots[0]
+    names = set(archive.namelist())
+    if root + "byteorder" in names and archive.read(root + "byteorder").strip() != b"little":
+        raise UserError(f"{path} was written on a big-endian machine: re-save it on a little-endian one.")
+    view = _unpickle(archive.read(root + "data.pkl"), path)
+    record = f"{root}data/{view.storage.key}"
+    if record not in names:
+        raise UserError(f"{path} is damaged: it has no record {record}. Copy or download it again.")
+    return _build_array(view, archive.read(record), path)
+
+
+def _unpickle(data: bytes, path: Path) -> _View:
+    try:
+        value = _TensorUnpickler(io.BytesIO(data), path).load()
+    except UserError:
+        raise
+    except Exception as error:  # a malformed pickle can make the unpickler raise almost anything
+        raise UserError(
+            f"{path} is damaged: its pickle cannot be read ({error}). Copy or download it again."
+        ) from error
+    if isinstance(value, _View):
+        return value
+    kind = "dict" if isinstance(value, dict) else type(value).__name__.strip("_")
+    raise UserError(
+        f"{path} holds a {kind}, expected one tensor: save the tensor alone with torch.save(tensor, path)."
+    )
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Resolves the names that a plain tensor's pickle uses, and no other."""
+
+    def __init__(self, file: io.BytesIO, path: Path) -> None:
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Called for every global of the pickle, before anything can be done with it."""
+        if module == "torch" and name in STORAGE_DTYPES:
+            return _StorageType(name)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        rebuild = _REBUILD.get((module, name))
+        if rebuild is None:
+            raise UserError(
+                f"{self._path} names {module}.{name}, which a plain tensor does not need. It may contain"
+                " code and was not loaded: if you trust it, open it with torch and save only the tensor"
+                " again."
+            )
+        # A new function each time: a pickle may set attributes on it, and those must not outlive the file.
+        return lambda *args: rebuild(*args)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Called for every storage: ("storage", type, key, device, number of elements)."""
+        kind, storage_type, key, _device, elements = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
+            raise ValueError(f"unexpected reference {pid!r}")
+        return _Storage(storage_type.name, key, _natural(elements))
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a natural number")
+    return value
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _View:
+    """Describes a tensor; `rest` is (requires_grad, hooks, metadata), and only the last affects the values."""
+    if not isinstance(storage, _Storage):
+        raise ValueError("a tensor without a storage")
+    if len(rest) > 2 and rest[2]:
+        raise ValueError(f"a tensor with metadata {rest[2]!r}")
+    return _View(storage, _natural(offset), tuple(map(_natural, shape)), tuple(map(_natural, strides)))
+
+
+def _rebuild_parameter(tensor: Any, _requires_grad: Any, _hooks: Any) -> _View:
+    if not isinstance(tensor, _View):
+        raise ValueError("a Parameter without a tensor")
+    return tensor
+
+
+_REBUILD: dict[tuple[str, str], Callable[..., _View]] = {
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
+
+
+def _build_array(view: _View, data: bytes, path: Path) -> np.ndarray:
+    """Cuts the view out of its storage's bytes, after checking that it lies inside them."""
+    dtype = STORAGE_DTYPES[view.storage.type_name]
+    if len(view.shape) != len(view.strides) or len(data) < view.storage.elements * dtype.itemsize:
+        raise UserError(f"{path} is damaged: its storage has too few bytes. Copy or download it again.")
+    elements = math.prod(view.shape)
+    if elements > MAX_ELEMENTS:
+        raise UserError(
+            f"{path} claims a tensor of shape {view.shape}, too large to be an embedding: check the file."
+        )
+    if elements == 0:
+        return np.zeros(view.shape, dtype)
+    last = view.offset + sum(
+        (side - 1) * stride for side, stride in zip(view.shape, view.strides, strict=True)
+    )
+    if last >= view.storage.elements:
+        raise UserError(f"{path} is damaged: its tensor reaches past its storage. Copy or download it again.")
+    flat = np.frombuffer(data, dtype, count=view.storage.elements)[view.offset :]
+    byte_strides = [stride * dtype.itemsize for stride in view.strides]
+    return np.lib.stride_tricks.as_strided(flat, view.shape, byte_strides, writeable=False).copy(order="C")

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 import tsdsr_jax
 from tsdsr_jax import cli
+from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.pretrained import PARAMS_FILE, PARTS, TORCH_STEM, NetworkFiles, open_checkpoint
-from tsdsr_jax.tensor_files import TensorSpec, replacing, write_tensors
+from tsdsr_jax.tensor_files import TensorSpec, write_tensors
 from tsdsr_jax.torch_weights import base_entries
 
 DTYPES = {

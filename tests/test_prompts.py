@@ -336,7 +336,7 @@ def test_missing_folders_and_files_name_both_layouts_and_the_way_to_make_them(tm
     with pytest.raises(UserError, match="lacks the tensor pooled_embeds"):
         load_prompt_embeds(tmp_path)
     (tmp_path / "prompt.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"prompt\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"prompt\.safetensors: not a readable safetensors"):
         load_prompt_embeds(tmp_path)
 
 

@@ -8,7 +8,6 @@ the result. All sizes are (height, width) in pixels as the viewer sees them, aft
 import contextlib
 import io
 import os
-import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
 
+from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -192,7 +192,8 @@ def write_photo(
     # Encoded in memory, so that the errors left for the disk are the disk's own and say what they are.
     encoded = io.BytesIO()
     image.save(encoded, **_ENCODERS[format], **_metadata(like, format))
-    _write_atomically(path, encoded.getbuffer())
+    with replacing(path) as temporary:
+        temporary.write_bytes(encoded.getbuffer())
 
 
 # ---- opening -------------------------------------------------------------------------------------
@@ -525,23 +526,3 @@ def _metadata(like: Photo, format: str) -> dict[str, Any]:
     elif like.exif and not (format == "jpg" and len(like.exif) > _MAX_JPEG_EXIF):
         kept["exif"] = like.exif
     return kept
-
-
-def _write_atomically(path: Path, content: memoryview) -> None:
-    """Puts the content under the path in one step, through a temporary file beside it."""
-    # Not built from the file's name, which may already be as long as the file system allows.
-    temporary = path.parent / f".{secrets.token_hex(8)}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({_reason(error)}); check the folder, its permissions and free space"
-        ) from error

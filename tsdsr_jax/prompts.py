@@ -12,7 +12,6 @@ line.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.tensor_files import open_tensors, save_tensors
 from tsdsr_jax.torch_pickle import read_tensor
 
 # The text behind the embeddings that the authors ship (SPEC §6). The misspelling belongs to it: it is an
@@ -112,22 +110,7 @@ def save_prompt_embeds(
     """
     file = target_file(folder_or_file)
     _check(embeds, str(file))
-    tensors = {
-        "prompt_embeds": np.ascontiguousarray(embeds.prompt),
-        "pooled_embeds": np.ascontiguousarray(embeds.pooled),
-    }
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata=dict(metadata or {}))
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file} cannot be written ({error}): choose another output folder or free the place."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    save_tensors(file, {"prompt_embeds": embeds.prompt, "pooled_embeds": embeds.pooled}, metadata)
     return file
 
 
@@ -231,19 +214,11 @@ def _read_torch_pair(prompt_file: Path, pooled_file: Path) -> PromptEmbeds:
 
 
 def _read_safetensors(file: Path) -> PromptEmbeds:
-    try:
-        with safe_open(file, framework="np") as tensors:
-            names = set(tensors.keys())
-            missing = [name for name in ("prompt_embeds", "pooled_embeds") if name not in names]
-            if missing:
-                raise UserError(
-                    f"{file} lacks the tensor {' and '.join(missing)}. {_how_to_make(file.parent)}"
-                )
-            prompt, pooled = tensors.get_tensor("prompt_embeds"), tensors.get_tensor("pooled_embeds")
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} cannot be read as safetensors ({error}): copy it again or make it anew."
-        ) from error
+    reader = open_tensors(file)
+    missing = [name for name in ("prompt_embeds", "pooled_embeds") if name not in reader.specs]
+    if missing:
+        raise UserError(f"{file} lacks the tensor {' and '.join(missing)}. {_how_to_make(file.parent)}")
+    prompt, pooled = reader.read("prompt_embeds"), reader.read("pooled_embeds")
     embeds = PromptEmbeds(_without_batch(prompt, 2), _without_batch(pooled, 1))
     _check(embeds, str(file))
     return embeds

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 
 _DTYPE_CODES = {
@@ -182,26 +180,3 @@ def save_tensors(
     """Writes tensors that are already in memory."""
     specs = {name: TensorSpec(array.shape, array.dtype) for name, array in tensors.items()}
     write_tensors(path, specs, tensors.items(), metadata)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, and moves it there when the block ends well.
-
-    Raises:
-      UserError: the folder cannot be made or written, or the disk is full.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name}.{uuid4().hex}.part"
-        temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror})") from None
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: writing failed ({error.strerror})") from None
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()

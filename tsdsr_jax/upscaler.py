@@ -18,7 +18,6 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from PIL import Image
@@ -187,10 +186,7 @@ class Upscaler:
     @cached_property
     def _lying_vae_params(self) -> Tree:
         """The autoencoder that does to a transposed image what the other does to the image."""
-        leaves = flatten_dict(self._vae_params)
-        return unflatten_dict(
-            {path: leaf.swapaxes(0, 1) if leaf.ndim == 4 else leaf for path, leaf in leaves.items()}
-        )
+        return jax.jit(_transpose_kernels, out_shardings=self._shared)(self._vae_params)
 
     def launch(self, photos: Sequence[Prepared], bucket: Size) -> Launched:
         """Starts a batch and returns at once.
@@ -345,6 +341,10 @@ def _blend(sums: jax.Array, velocity: jax.Array, pixels: jax.Array, weights: jax
 
     flat = sums.reshape(-1, channels + 1)
     return jax.lax.fori_loop(0, tiles, add, flat).reshape(sums.shape)
+
+
+def _transpose_kernels(params: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1) if leaf.ndim == 4 else leaf, params)
 
 
 def _laid(array: np.ndarray, plan: SizePlan) -> np.ndarray:

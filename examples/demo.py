@@ -42,7 +42,9 @@ TARGETS = {"transformer": lora.STUDENT_TARGETS, "vae": lora.VAE_ENCODER_TARGETS}
 
 def main() -> None:
     start = time.monotonic()
-    print("This demo runs SD3's architecture, small, with RANDOM weights: its pictures are noise in the right colours.")
+    print(
+        "This demo runs SD3's architecture, small, with RANDOM weights: its pictures are noise in the right colours."
+    )
     make_checkpoint(OUTPUT / "checkpoint")
     run("convert/sd3.py", "-i", OUTPUT / "checkpoint", "-o", OUTPUT / "converted", "--overwrite")
     run(
@@ -51,7 +53,9 @@ def main() -> None:
         *("--embedding_dir", OUTPUT / "prompt", "-i", PHOTOS, "-o", OUTPUT / "results", "--overwrite"),
     )
     photos = sorted(path for path in PHOTOS.iterdir() if path.suffix in IMAGE_SUFFIXES)
-    sheet = comparison_sheet([compare(path) for path in photos], ["input", "bicubic", "result (random weights)"])
+    sheet = comparison_sheet(
+        [compare(path) for path in photos], ["input", "bicubic", "result (random weights)"]
+    )
     sheet.save(OUTPUT / "comparison.png")
     print(f"Look at {OUTPUT / 'comparison.png'}  ({time.monotonic() - start:.0f} s)")
 
@@ -66,7 +70,9 @@ def make_checkpoint(folder: Path) -> None:
         adapter = lora.init(jax.random.key(0), params, TARGETS[part], RANK)
         save_tensors(OUTPUT / "lora" / f"{part}.safetensors", write_lora(adapter, config))
     widths = CONFIGS["transformer"].joint_attention_dim, CONFIGS["transformer"].pooled_projection_dim
-    prompt = PromptEmbeds(*(generator.standard_normal(shape, np.float32) for shape in ((333, widths[0]), widths[1:])))
+    prompt = PromptEmbeds(
+        *(generator.standard_normal(shape, np.float32) for shape in ((333, widths[0]), widths[1:]))
+    )
     save_prompt_embeds(OUTPUT / "prompt", prompt)
 
 

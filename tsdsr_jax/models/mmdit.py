@@ -292,7 +292,8 @@ class PatchEmbedding(nn.Module):
         side, width = self.config.pos_embed_max_size, self.config.width
         table = self.param("table", lambda _: jnp.asarray(sincos_table(self.config)))
         tokens = Dense(width, self.dtype, name="proj")(patches)
-        return tokens + table.reshape(side * side, width)[positions].astype(self.dtype)
+        # jnp.take: parameters may be NumPy arrays, which a traced index cannot index.
+        return tokens + jnp.take(table.reshape(side * side, width), positions, axis=0).astype(self.dtype)
 
 
 class MMDiT(nn.Module):

@@ -1,0 +1,101 @@
+"""One training step's losses in PyTorch + PEFT, written from the method's description.
+
+A single diffusers transformer carries three adapters, "student", "teacher" and "auxiliary", switched on one at a time; the
+autoencoder carries the encoder's. Every random draw is an argument. Latents are NCHW here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor
+
+LEVELS = torch.tensor(
+    [3 * s / (1 + 2 * s) for s in ((1000 - i) / 1000 for i in range(1000))], dtype=torch.float64
+)
+
+
+class TorchText(NamedTuple):
+    states: Tensor  # (B, S, D)
+    pooled: Tensor  # (B, P)
+
+
+def wide(values: Tensor) -> Tensor:
+    return values.float()[:, None, None, None]
+
+
+def velocity(
+    transformer: SD3Transformer2DModel, adapter: str | None, x: Tensor, timestep: Tensor, text: TorchText
+) -> Tensor:
+    if adapter is None:
+        transformer.disable_adapters()
+    else:
+        transformer.enable_adapters()
+        transformer.set_adapter(adapter)
+    return transformer(
+        hidden_states=x,
+        timestep=timestep.float(),
+        encoder_hidden_states=text.states,
+        pooled_projections=text.pooled,
+    ).sample
+
+
+def student_latent(transformer, vae: AutoencoderKL, lr: Tensor, noise: Tensor, text: TorchText) -> Tensor:
+    posterior = vae.encode(lr).latent_dist
+    z = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
+    return z - velocity(transformer, "student", z, torch.full((len(z),), 1000.0), text)
+
+
+@torch.no_grad()
+def tsd_gradient(
+    transformer, teacher, fake, real, noise, index, bias, text, null, scale, points, stride, balance
+):
+    """g, each sample followed alone along its own trajectory."""
+
+    def guidance(adapter, x, timestep, b):
+        at = TorchText(*(part[b : b + 1] for part in text))
+        without = velocity(transformer, adapter, x, timestep, null)
+        return without + scale * (velocity(transformer, adapter, x, timestep, at) - without)
+
+    results = []
+    for b in range(len(fake)):
+        last = min(int(index[b]) + stride * len(points) + int(bias[b]), 999)
+        grid = np.linspace(int(index[b]), last, len(points) + 1).astype(int)
+        sigma = LEVELS[grid[0]].float()
+        x, y = (sigma * noise[b : b + 1] + (1 - sigma) * clean[b : b + 1] for clean in (fake, real))
+        variational, matching = torch.zeros_like(x), torch.zeros_like(x)
+        for n, gamma in enumerate(points):
+            sigma, following = LEVELS[grid[n]].float(), LEVELS[grid[n + 1]].float()
+            timestep = (1000 * sigma).reshape(1)
+            teacher_x, teacher_y = (guidance(teacher, latent, timestep, b) for latent in (x, y))
+            auxiliary_x = guidance("auxiliary", x, timestep, b)
+            variational += torch.nan_to_num(sigma**2 * gamma * (teacher_x - auxiliary_x))
+            matching += torch.nan_to_num(sigma**2 * gamma * (teacher_x - teacher_y))
+            x, y = x - (sigma - following) * auxiliary_x, y - (sigma - following) * teacher_y
+        results.append(balance * variational + (1 - balance) * matching)
+    return torch.cat(results)
+
+
+def tsd_loss(fake: Tensor, gradient: Tensor) -> Tensor:
+    # In float64: the difference of two nearly equal latents would round the gradient away.
+    target = (fake.double() - gradient.double()).detach()
+    return 0.5 * torch.mean((fake.double() - target) ** 2)
+
+
+def sample_weights(scheme: str, sigma: Tensor, normal: Tensor, uniform: Tensor) -> Tensor:
+    if scheme == "logit_normal":
+        return torch.sigmoid(normal)
+    if scheme == "mode":
+        return 1 - uniform - 1.29 * (torch.cos(torch.pi * uniform / 2) ** 2 - 1 + uniform)
+    return sigma**-2
+
+
+def auxiliary_loss(transformer, fake, noise, index, weight, text: TorchText) -> Tensor:
+    sigma = LEVELS[index].float()
+    fake = fake.detach()
+    x = wide(sigma) * noise + (1 - wide(sigma)) * fake
+    clean = x - wide(sigma) * velocity(transformer, "auxiliary", x, 1000 * sigma, text)
+    return (0.5 * weight * ((clean - fake) ** 2).mean((1, 2, 3))).mean()

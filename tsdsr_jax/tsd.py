@@ -1,0 +1,226 @@
+"""Target Score Distillation: the paper's losses, as functions of predictions, latents and random draws.
+
+Nothing here knows a network, a device or a file. A `Predict` is a velocity network at a fixed text:
+(noisy latents (B, h, w, C), timesteps (B,)) -> velocities of the same shape. Every random draw is an argument.
+
+Symbols: ẑ the student's clean latent, z the high-resolution photograph's, v_ψ the teacher, v_φ the auxiliary ("fake
+score") network, σ noise level, n a point of the trajectory.
+Source: Dong et al. 2025, §3.2 (target score matching) and §3.3 (distribution-aware sampling).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tsdsr_jax.flow import STEPS, add_noise, euler_step, per_sample, timesteps, to_clean
+
+Predict = Callable[[jax.Array, jax.Array], jax.Array]
+Weighting = Literal["logit_normal", "sigma_sqrt", "mode"]
+
+
+class Text(NamedTuple):
+    """Text conditioning: states (B, S, D) and pooled vector (B, P)."""
+
+    states: jax.Array
+    pooled: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TSDConfig:
+    """The paper's constants.
+
+    Attributes:
+      balance: λ, the share of variational score distillation; the rest is target score matching.
+      point_weights: γ of each trajectory point; their number is the number of points. One point: no DASM.
+      stride: schedule steps between points.
+      first_index, last_index: range of the drawn schedule index, both included.
+    """
+
+    balance: float = 0.7
+    point_weights: tuple[float, ...] = (1.0, 0.3, 0.3, 0.3)
+    stride: int = 50
+    first_index: int = 50
+    last_index: int = 949
+
+    def without_dasm(self) -> TSDConfig:
+        return dataclasses.replace(self, point_weights=self.point_weights[:1])
+
+
+def trajectory(index: jax.Array, bias: jax.Array, points: int, stride: int) -> jax.Array:
+    """Schedule indices of each sample's trajectory, (B, points + 1) int32.
+
+    Evenly spaced from `index` (B,) to index + stride·points + bias, at most the schedule's end, truncated to integers.
+    """
+    last = jnp.minimum(index + stride * points + bias, STEPS - 1)
+    steps = jnp.arange(points + 1, dtype=jnp.int32)
+    return index[:, None] + (last - index)[:, None] * steps // points
+
+
+def guided(
+    network: Callable[[jax.Array, jax.Array, Text], jax.Array],
+    prompt: Text,
+    null: Text,
+    scale: float,
+    split: bool = False,
+) -> Predict:
+    """Classifier-free guidance, v_null + scale·(v_prompt − v_null).
+
+    Args:
+      network: (latents, timesteps, text) -> velocities.
+      prompt, null: texts, of batch B, or of a divisor of the batch they will meet (then repeated: a prediction for
+        [fake, real] latents uses each sample's text twice).
+      scale: guidance scale; at 1 only the prompt is evaluated.
+      split: two evaluations of B instead of one of 2B; half the memory.
+    """
+
+    def repeat(text: Text, batch: int) -> Text:
+        times = batch // text.pooled.shape[0]
+        return Text(*(jnp.tile(part, (times,) + (1,) * (part.ndim - 1)) for part in text))
+
+    def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+        batch = latents.shape[0]
+        with_prompt, without = repeat(prompt, batch), repeat(null, batch)
+        if scale == 1:
+            return network(latents, timestep, with_prompt)
+        if split:
+            v_null = network(latents, timestep, without)
+            v_prompt = network(latents, timestep, with_prompt)
+        else:
+            both = Text(*map(jnp.concatenate, zip(without, with_prompt, strict=True)))
+            v_null, v_prompt = jnp.split(
+                network(jnp.concatenate([latents] * 2), jnp.concatenate([timestep] * 2), both), 2
+            )
+        return v_null + scale * (v_prompt - v_null)
+
+    return predict
+
+
+def tsd_gradient(
+    fake: jax.Array,
+    real: jax.Array,
+    noise: jax.Array,
+    index: jax.Array,
+    bias: jax.Array,
+    teacher: Predict,
+    auxiliary: Predict,
+    schedule: jax.Array,
+    config: TSDConfig,
+) -> jax.Array:
+    """What the student's latent should move against: λ·g_VSD + (1 − λ)·g_TSM, summed over the trajectory.
+
+    Both latents are noised alike and followed to less noise, the fake one by the auxiliary network, the real one by the
+    teacher; at each point n, weighted by σ_n²·γ_n,
+
+        g_VSD += v_ψ(ẑ_n) − v_φ(ẑ_n)        g_TSM += v_ψ(ẑ_n) − v_ψ(z_n)
+
+    Each sample has a trajectory of its own.
+
+    Args:
+      fake, real: ẑ and z, (B, h, w, C).
+      noise: ε of the same shape, shared by both.
+      index: (B,) schedule index of the first point.
+      bias: (B,) schedule steps added to the trajectory's length.
+      teacher: called with [ẑ_n, z_n] stacked to 2B.
+      auxiliary: called with ẑ_n.
+      schedule: (1000,) noise levels.
+
+    Returns:
+      (B, h, w, C) float32, finite; no gradient flows through it.
+    """
+    points = len(config.point_weights)
+    levels = schedule[trajectory(index, bias, points, config.stride)].T  # (points + 1, B)
+    weights = jnp.asarray(config.point_weights, jnp.float32)
+    start = tuple(
+        add_noise(jax.lax.stop_gradient(clean.astype(jnp.float32)), noise, levels[0])
+        for clean in (fake, real)
+    )
+
+    def visit(noisy: tuple[jax.Array, jax.Array], point: tuple[jax.Array, jax.Array, jax.Array]):
+        fake_n, real_n = noisy
+        sigma, following, weight = point
+        pair = teacher(jnp.concatenate([fake_n, real_n]), timesteps(jnp.concatenate([sigma, sigma])))
+        teacher_fake, teacher_real = jnp.split(pair.astype(jnp.float32), 2)
+        auxiliary_fake = auxiliary(fake_n, timesteps(sigma)).astype(jnp.float32)
+        variational, matching = teacher_fake - auxiliary_fake, teacher_fake - teacher_real
+        mixed = config.balance * variational + (1 - config.balance) * matching
+        gradient = jnp.nan_to_num(per_sample(jnp.square(sigma), mixed) * weight * mixed)
+        onward = (
+            euler_step(fake_n, auxiliary_fake, sigma, following),
+            euler_step(real_n, teacher_real, sigma, following),
+        )
+        return onward, gradient
+
+    _, gradients = jax.lax.scan(visit, start, (levels[:-1], levels[1:], weights))
+    return jax.lax.stop_gradient(jnp.nan_to_num(gradients.sum(0)))
+
+
+def tsd_loss(fake: jax.Array, gradient: jax.Array) -> jax.Array:
+    """½·mean‖ẑ − sg(ẑ − g)‖²: worth ½·mean g², with gradient g / numel in ẑ.
+
+    Written as a value plus a term that is zero and has that gradient: ẑ − (ẑ − g) in floating point would round g to
+    ẑ's precision.
+    """
+    fake, gradient = fake.astype(jnp.float32), jax.lax.stop_gradient(gradient)
+    through = (fake - jax.lax.stop_gradient(fake)) * gradient
+    return 0.5 * jnp.mean(jnp.square(gradient)) + jnp.mean(through)
+
+
+def auxiliary_loss(
+    fake: jax.Array,
+    noise: jax.Array,
+    sigma: jax.Array,
+    sample_weight: jax.Array,
+    auxiliary: Predict,
+) -> jax.Array:
+    """Denoising loss that keeps the auxiliary network at the student's distribution.
+
+    mean over samples of ½·w_b·mean‖x₀ − sg(ẑ)‖² with x₀ the auxiliary's prediction from x_σ; each sample weighs its own
+    error.
+
+    Args:
+      fake: ẑ (B, h, w, C); no gradient flows into it.
+      noise: fresh ε.
+      sigma: (B,) noise levels.
+      sample_weight: (B,), see `sample_weights`.
+      auxiliary: without guidance, at the images' prompts.
+    """
+    fake = jax.lax.stop_gradient(fake.astype(jnp.float32))
+    noisy = add_noise(fake, noise, sigma)
+    predicted = to_clean(noisy, auxiliary(noisy, timesteps(sigma)).astype(jnp.float32), sigma)
+    errors = jnp.square(predicted - fake).mean(tuple(range(1, fake.ndim)))
+    return 0.5 * jnp.mean(sample_weight * errors)
+
+
+def sample_weights(
+    scheme: Weighting,
+    sigma: jax.Array,
+    normal: jax.Array,
+    uniform: jax.Array,
+    *,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
+) -> jax.Array:
+    """One weight per sample for the auxiliary loss.
+
+    Args:
+      scheme: "logit_normal": sigmoid of a normal draw; "mode": 1 − u − scale·(cos²(πu/2) − 1 + u) of a uniform draw;
+        "sigma_sqrt": σ⁻².
+      sigma: (B,) noise levels.
+      normal, uniform: (B,) standard draws; each scheme uses one, or none.
+
+    Raises:
+      ValueError: unknown scheme.
+    """
+    if scheme == "logit_normal":
+        return jax.nn.sigmoid(logit_mean + logit_std * normal)
+    if scheme == "mode":
+        return 1 - uniform - mode_scale * (jnp.cos(jnp.pi * uniform / 2) ** 2 - 1 + uniform)
+    if scheme == "sigma_sqrt":
+        return sigma**-2.0
+    raise ValueError(f"weighting scheme {scheme!r}; known are logit_normal, sigma_sqrt and mode")

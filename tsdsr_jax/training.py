@@ -1,8 +1,4 @@
-"""The training step of TSD-SR: student and auxiliary network, one pure function.
-
-One frozen base serves three adapters. The student (transformer and VAE-encoder LoRAs) turns a low-resolution photograph
-into ẑ in one step; the teacher (the base, or the base with its own LoRA) and the auxiliary network (a third LoRA, trained
-here to follow the student's distribution) say where ẑ should move.
+"""The training step: student and auxiliary network updated in one pure function.
 
 Both updates use the adapters from before the step, as in the original, so fusing them changes nothing.
 """
@@ -10,238 +6,217 @@ Both updates use the adapters from before the step, as in the original, so fusin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from tsdsr_jax import flow
-from tsdsr_jax.models.mmdit import MMDiT
-from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.objective import Base, Batch, Losses, Metrics, Student, draw
+from tsdsr_jax.schedules import ScheduleName, learning_rate
 from tsdsr_jax.torch_weights import Tree
-from tsdsr_jax.tsd import (
-    Text,
-    TSDConfig,
-    Weighting,
-    auxiliary_loss,
-    guided,
-    sample_weights,
-    tsd_gradient,
-    tsd_loss,
-)
-
-STUDENT_TIMESTEP = 1000.0
-Metrics = dict[str, jax.Array]
-# (result, target), both (B, H, W, 3) in [−1, 1] -> (B,) distances.
-Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """What is trained for.
+class OptimizerConfig:
+    """Two AdamW optimisers, each with a gradient clip of its own; defaults of the published run.
 
     Attributes:
-      tsd: constants of Target Score Distillation.
-      weight_tsd, weight_mse, weight_lpips: factors of the student's three losses; 0 leaves one out.
-      guidance_scale: of teacher and auxiliary network inside TSD.
-      split_guidance: evaluate null and prompt one after the other; half the memory.
-      bias_range: half-open range of the trajectory's random bias; None: no bias.
-      weighting: of the auxiliary loss, with the parameters of two of its schemes.
+      learning_rate, learning_rate_auxiliary: peaks of the student's and the auxiliary network's schedules.
+      schedule, warmup, steps, cycles, power: see `schedules.learning_rate`; steps are optimiser steps.
+      max_grad_norm: global norm that gradients are clipped to; the student's is over both of its adapters.
+      beta1, beta2, epsilon, weight_decay: AdamW's.
+      ema_decay: of an exponential moving average of the student; None: none is kept.
     """
 
-    tsd: TSDConfig = dataclasses.field(default_factory=TSDConfig)
-    weight_tsd: float = 1.0
-    weight_mse: float = 1.0
-    weight_lpips: float = 1.0
-    guidance_scale: float = 7.5
-    split_guidance: bool = False
-    bias_range: tuple[int, int] | None = (-25, 25)
-    weighting: Weighting = "logit_normal"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
+    learning_rate: float = 5e-6
+    learning_rate_auxiliary: float = 1e-6
+    schedule: ScheduleName = "cosine_with_restarts"
+    warmup: int = 3000
+    steps: int = 200_000
+    cycles: int = 1
+    power: float = 1.0
+    max_grad_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-4
+    ema_decay: float | None = None
+
+    def optimizer(self, peak: float) -> optax.GradientTransformation:
+        rate = learning_rate(
+            self.schedule, peak, warmup=self.warmup, steps=self.steps, cycles=self.cycles, power=self.power
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(self.max_grad_norm),
+            optax.adamw(rate, self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay),
+        )
 
 
-class Base(NamedTuple):
-    """Frozen parameters: SD3's two networks, and the teacher's adapter ({}: SD3 itself is the teacher)."""
+class LossScale(NamedTuple):
+    """Dynamic loss scale of float16 training; stays at 1 otherwise.
 
-    transformer: Tree
-    vae: Tree
-    teacher: Tree
+    Gradients of the TSD loss lie below float16's smallest normal number. The scale doubles after `GROWTH_STEPS` good
+    steps and halves when gradients overflow, and that step is skipped.
+    """
 
-
-class Student(NamedTuple):
-    """The student's trainable adapters, float32."""
-
-    transformer: Tree
-    vae: Tree
+    value: jax.Array
+    good_steps: jax.Array
 
 
-class Batch(NamedTuple):
-    """B training samples.
+INITIAL_SCALE, GROWTH_STEPS = 65536.0, 2000
+
+
+class TrainState(NamedTuple):
+    """Everything that changes while training, all of it float32 or int32.
 
     Attributes:
-      lr, hr: (B, H, W, 3) in [−1, 1]; lr is interpolated to hr's size.
-      latent_hr: (B, h, w, C), times the scaling factor.
-      text: the images' prompts.
-      student_text: what the student is conditioned on: the same, or the default prompt.
+      step: steps taken, skipped ones included.
+      bad_steps: skipped steps in a row.
+      student, auxiliary: adapters.
+      student_optimizer, auxiliary_optimizer: optax states.
+      ema: moving average of the student, or {}.
+      loss_scale: see `LossScale`.
     """
 
-    lr: jax.Array
-    hr: jax.Array
-    latent_hr: jax.Array
-    text: Text
-    student_text: Text
+    step: jax.Array
+    bad_steps: jax.Array
+    student: Student
+    auxiliary: Tree
+    student_optimizer: Any
+    auxiliary_optimizer: Any
+    ema: Student | dict[str, Any]
+    loss_scale: LossScale
 
 
-class Draws(NamedTuple):
-    """Every random number of a step.
-
-    Attributes:
-      posterior, noise, auxiliary_noise: (B, h, w, C) standard normal: for the encoder's sample, for ε of TSD, for ε of
-        the auxiliary loss.
-      index, auxiliary_index: (B,) schedule indices.
-      bias: (B,) steps added to the trajectory.
-      normal, uniform: (B,) for the auxiliary loss's weights.
-    """
-
-    posterior: jax.Array
-    noise: jax.Array
-    auxiliary_noise: jax.Array
-    index: jax.Array
-    auxiliary_index: jax.Array
-    bias: jax.Array
-    normal: jax.Array
-    uniform: jax.Array
-
-
-def draw(key: jax.Array, latent_shape: tuple[int, ...], config: LossConfig) -> Draws:
-    """Draws a step's random numbers; each sample has its own.
+class Trainer:
+    """The step for one objective; `step` is pure and meant to be jitted with its state donated.
 
     Args:
-      key: PRNG key of this step.
-      latent_shape: (B, h, w, C).
-      config: for the ranges.
-    """
-    keys = jax.random.split(key, len(Draws._fields))
-    batch = latent_shape[:1]
-    indices = partial(
-        jax.random.randint, shape=batch, minval=config.tsd.first_index, maxval=config.tsd.last_index + 1
-    )
-    return Draws(
-        posterior=jax.random.normal(keys[0], latent_shape),
-        noise=jax.random.normal(keys[1], latent_shape),
-        auxiliary_noise=jax.random.normal(keys[2], latent_shape),
-        index=indices(keys[3]),
-        auxiliary_index=indices(keys[4]),
-        bias=jax.random.randint(keys[5], batch, *(config.bias_range or (0, 1))),
-        normal=jax.random.normal(keys[6], batch),
-        uniform=jax.random.uniform(keys[7], batch),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """The losses as functions of adapters; holds the modules, no parameters.
-
-    Attributes:
-      mmdit, vae: SD3's networks, in the computation dtype.
-      config: see `LossConfig`.
-      null: text embedding of the empty prompt, (1, S, D) and (1, P).
-      perceptual: LPIPS or None, when its weight is 0.
+      losses: the objective.
+      config: of the optimisers.
+      dynamic_scale: scale the loss, for float16.
     """
 
-    mmdit: MMDiT
-    vae: AutoencoderKL
-    config: LossConfig
-    null: Text
-    perceptual: Perceptual | None = None
+    def __init__(self, losses: Losses, config: OptimizerConfig, *, dynamic_scale: bool = False):
+        self.losses, self.config, self.dynamic_scale = losses, config, dynamic_scale
+        self._student_optimizer = config.optimizer(config.learning_rate)
+        self._auxiliary_optimizer = config.optimizer(config.learning_rate_auxiliary)
 
-    def velocity(
-        self, base: Base, adapter: Tree, latents: jax.Array, timestep: jax.Array, text: Text
-    ) -> jax.Array:
-        """The transformer under an adapter; float32 out."""
-        variables = {"params": base.transformer, "lora": adapter}
-        return self.mmdit.apply(variables, latents, timestep, *text).astype(jnp.float32)
+    def init(self, student: Student, auxiliary: Tree) -> TrainState:
+        """The state before the first step; adapters become float32 masters."""
+        student, auxiliary = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (student, auxiliary))
+        return TrainState(
+            step=jnp.int32(0),
+            bad_steps=jnp.int32(0),
+            student=student,
+            auxiliary=auxiliary,
+            student_optimizer=self._student_optimizer.init(student),
+            auxiliary_optimizer=self._auxiliary_optimizer.init(auxiliary),
+            # A copy: a buffer may be donated only once.
+            ema=jax.tree.map(jnp.copy, student) if self.config.ema_decay is not None else {},
+            loss_scale=LossScale(jnp.float32(INITIAL_SCALE if self.dynamic_scale else 1), jnp.int32(0)),
+        )
 
-    def student_latent(self, base: Base, student: Student, batch: Batch, posterior: jax.Array) -> jax.Array:
-        """ẑ = z − v(z, t = 1000): (B, h, w, C) float32, times the scaling factor."""
-        variables = {"params": base.vae, "lora": student.vae}
-        moments = self.vae.apply(variables, batch.lr, method="encode")
-        latent = moments.sample(posterior) * self.vae.config.scaling_factor
-        timestep = jnp.full(latent.shape[:1], STUDENT_TIMESTEP)
-        return latent - self.velocity(base, student.transformer, latent, timestep, batch.student_text)
+    def step(
+        self, state: TrainState, base: Base, batches: Batch, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """One optimiser step of both networks.
 
-    def student(
-        self, student: Student, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
-    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        """The student's loss; also ẑ and the terms.
+        Args:
+          state: donate it.
+          base: frozen parameters.
+          batches: with a leading axis of gradient-accumulation parts, (A, B, ...) on every leaf.
+          key: the run's key; the step number and the part are folded in.
 
         Returns:
-          (loss, (ẑ, metrics)).
+          The new state and scalar metrics. Where a gradient is not finite the adapters and optimisers stay as they are.
         """
-        config = self.config
-        fake = self.student_latent(base, student, batch, draws.posterior)
-        metrics = {}
-        if config.weight_tsd:
-            gradient = self.tsd_gradient(fake, base, auxiliary, batch, draws)
-            metrics["tsd"] = tsd_loss(fake, gradient)
-            metrics["tsd_gradient_norm"] = jnp.sqrt(jnp.mean(jnp.square(gradient)))
-        metrics["mse"] = jnp.mean(jnp.square(fake - batch.latent_hr))
-        if config.weight_lpips:
-            metrics["lpips"] = self.lpips(base, fake, batch)
-        loss = config.weight_mse * metrics["mse"]
-        loss += config.weight_tsd * metrics["tsd"] if config.weight_tsd else 0.0
-        loss += config.weight_lpips * metrics["lpips"] if config.weight_lpips else 0.0
-        return loss, (fake, metrics)
+        gradients, metrics = self._gradients(state, base, batches, jax.random.fold_in(key, state.step))
+        student_norm, auxiliary_norm = (optax.global_norm(gradient) for gradient in gradients)
+        finite = jnp.isfinite(student_norm) & jnp.isfinite(auxiliary_norm)
 
-    def tsd_gradient(
-        self, fake: jax.Array, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
-    ) -> jax.Array:
-        """g of the TSD loss, under the networks as they are."""
-
-        def predict(adapter: Tree):
-            network = partial(self.velocity, base, adapter)
-            return guided(
-                network, batch.text, self.null, self.config.guidance_scale, self.config.split_guidance
-            )
-
-        return tsd_gradient(
-            fake,
-            batch.latent_hr,
-            draws.noise,
-            draws.index,
-            draws.bias,
-            predict(base.teacher),
-            predict(auxiliary),
-            jnp.asarray(flow.sigmas()),
-            self.config.tsd,
+        student_updates, student_optimizer = self._student_optimizer.update(
+            gradients[0], state.student_optimizer, state.student
         )
-
-    def lpips(self, base: Base, fake: jax.Array, batch: Batch) -> jax.Array:
-        """LPIPS between the decoded ẑ, clamped, and the photograph; mean over the batch."""
-        decoded = self.vae.apply({"params": base.vae}, fake / self.vae.config.scaling_factor, method="decode")
-        return self.perceptual(jnp.clip(decoded.astype(jnp.float32), -1, 1), batch.hr).mean()
-
-    def auxiliary(
-        self, auxiliary: Tree, base: Base, fake: jax.Array, batch: Batch, draws: Draws
-    ) -> jax.Array:
-        """The auxiliary network's denoising loss on ẑ, at the images' prompts, without guidance."""
-        config = self.config
-        sigma = jnp.asarray(flow.sigmas())[draws.auxiliary_index]
-        weight = sample_weights(
-            config.weighting,
-            sigma,
-            draws.normal,
-            draws.uniform,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-            mode_scale=config.mode_scale,
+        auxiliary_updates, auxiliary_optimizer = self._auxiliary_optimizer.update(
+            gradients[1], state.auxiliary_optimizer, state.auxiliary
         )
+        student = optax.apply_updates(state.student, student_updates)
+        auxiliary = optax.apply_updates(state.auxiliary, auxiliary_updates)
+        moved = student, auxiliary, student_optimizer, auxiliary_optimizer, self._average(state.ema, student)
+        stayed = state.student, state.auxiliary, state.student_optimizer, state.auxiliary_optimizer, state.ema
+        student, auxiliary, student_optimizer, auxiliary_optimizer, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), moved, stayed
+        )
+        new_state = TrainState(
+            step=state.step + 1,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            student=student,
+            auxiliary=auxiliary,
+            student_optimizer=student_optimizer,
+            auxiliary_optimizer=auxiliary_optimizer,
+            ema=ema,
+            loss_scale=self._rescaled(state.loss_scale, finite),
+        )
+        norms = {
+            "student_gradient_norm": student_norm,
+            "auxiliary_gradient_norm": auxiliary_norm,
+            "student_update_norm": jnp.where(finite, optax.global_norm(student_updates), 0),
+            "student_norm": optax.global_norm(student),
+            "bad_steps": new_state.bad_steps,
+            "loss_scale": state.loss_scale.value,
+        }
+        return new_state, metrics | norms
 
-        def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-            return self.velocity(base, auxiliary, latents, timestep, batch.text)
+    def _gradients(
+        self, state: TrainState, base: Base, batches: Batch, key: jax.Array
+    ) -> tuple[tuple[Student, Tree], Metrics]:
+        """Mean gradients and metrics over the accumulation parts."""
+        parts = batches.lr.shape[0]
 
-        return auxiliary_loss(fake, draws.auxiliary_noise, sigma, weight, predict)
+        def of_part(part: jax.Array):
+            batch = jax.tree.map(lambda leaf: leaf[part], batches)
+            return self._part_gradients(state, base, batch, jax.random.fold_in(key, part))
+
+        if parts == 1:
+            return of_part(jnp.int32(0))
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_part, jnp.int32(0))
+        )
+        total = jax.lax.fori_loop(
+            0, parts, lambda part, sums: jax.tree.map(jnp.add, sums, of_part(part)), zeros
+        )
+        return jax.tree.map(lambda leaf: leaf / parts, total)
+
+    def _part_gradients(
+        self, state: TrainState, base: Base, batch: Batch, key: jax.Array
+    ) -> tuple[tuple[Student, Tree], Metrics]:
+        draws = draw(key, batch.latent_hr.shape, self.losses.config)
+        scale = state.loss_scale.value
+
+        def student_loss(student: Student):
+            loss, extra = self.losses.student(student, base, state.auxiliary, batch, draws)
+            return loss * scale, extra
+
+        def auxiliary_loss(auxiliary: Tree, fake: jax.Array):
+            return self.losses.auxiliary(auxiliary, base, fake, batch, draws) * scale
+
+        (total, (fake, metrics)), student = jax.value_and_grad(student_loss, has_aux=True)(state.student)
+        value, auxiliary = jax.value_and_grad(auxiliary_loss)(state.auxiliary, fake)
+        metrics = metrics | {"student": total / scale, "auxiliary": value / scale}
+        return jax.tree.map(lambda gradient: gradient / scale, (student, auxiliary)), metrics
+
+    def _average(self, ema: Student | dict[str, Any], student: Student) -> Student | dict[str, Any]:
+        decay = self.config.ema_decay
+        if decay is None:
+            return ema
+        return jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, student)
+
+    def _rescaled(self, scale: LossScale, finite: jax.Array) -> LossScale:
+        if not self.dynamic_scale:
+            return scale
+        grown = scale.good_steps + 1 >= GROWTH_STEPS
+        value = jnp.where(finite, jnp.where(grown, scale.value * 2, scale.value), scale.value / 2)
+        good_steps = jnp.where(finite & ~grown, scale.good_steps + 1, 0)
+        return LossScale(value, good_steps)

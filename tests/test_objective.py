@@ -18,9 +18,9 @@ import oracle_training as oracle  # noqa: E402
 from tsdsr_jax import lora as lora_lib  # noqa: E402
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig  # noqa: E402
+from tsdsr_jax.objective import Base, Batch, Draws, LossConfig, Losses, Student  # noqa: E402
 from tsdsr_jax.tensor_files import TensorSpec  # noqa: E402
 from tsdsr_jax.torch_weights import base_entries, read_lora, to_tree, write_lora  # noqa: E402
-from tsdsr_jax.training import Base, Batch, Draws, LossConfig, Losses, Student  # noqa: E402
 from tsdsr_jax.tsd import Text, TSDConfig  # noqa: E402
 
 TOLERANCE = 1e-4

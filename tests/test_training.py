@@ -1,0 +1,146 @@
+"""The step around the losses: optimisers, clipping, accumulation, loss scale, skipped steps. Toy losses, exact answers."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsdsr_jax.objective import Base, Batch, LossConfig, Student
+from tsdsr_jax.schedules import learning_rate
+from tsdsr_jax.training import OptimizerConfig, Trainer
+from tsdsr_jax.tsd import Text
+
+KEY = jax.random.key(0)
+CONSTANT = OptimizerConfig(
+    learning_rate=1e-2, learning_rate_auxiliary=3e-3, schedule="constant", max_grad_norm=0.5
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyLosses:
+    """Student: mean (x·(w + u) − y)²; auxiliary: mean (x·a − y)². x and y come in as lr and hr."""
+
+    config: Any = dataclasses.field(default_factory=LossConfig)
+
+    def student(self, student, base, auxiliary, batch, draws):
+        fake = batch.lr * (student.transformer["w"] + student.vae["u"])
+        loss = jnp.mean(jnp.square(fake - batch.hr))
+        return loss, (fake, {"mse": loss})
+
+    def auxiliary(self, auxiliary, base, fake, batch, draws):
+        return jnp.mean(jnp.square(batch.lr * auxiliary["a"] - batch.hr))
+
+
+def start() -> tuple[Student, dict]:
+    generator = np.random.default_rng(0)
+    w, u, a = (generator.standard_normal(3).astype(np.float32) for _ in range(3))
+    return Student({"w": w}, {"u": u}), {"a": a}
+
+
+def batches(seed: int, parts: int = 1, batch: int = 4) -> Batch:
+    generator = np.random.default_rng(seed)
+    x, y = (generator.standard_normal((parts, batch, 2, 2, 3)).astype(np.float32) for _ in range(2))
+    text = Text(jnp.zeros((parts, batch, 1, 1)), jnp.zeros((parts, batch, 1)))
+    return Batch(x, 3 * y, np.zeros((parts, batch, 1, 1, 1), np.float32), text, text)
+
+
+def run(trainer: Trainer, steps: int, make=batches):
+    state, step = trainer.init(*start()), jax.jit(trainer.step, donate_argnums=0)
+    history = []
+    for index in range(steps):
+        state, metrics = step(state, Base({}, {}, {}), make(index), KEY)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine_with_restarts"])
+def test_updates_are_those_of_torchs_adamw_with_clipping(schedule):
+    torch = pytest.importorskip("torch")
+    config = dataclasses.replace(CONSTANT, schedule=schedule, warmup=2, steps=12, cycles=2)
+    state, history = run(Trainer(ToyLosses(), config), 6)
+
+    curve = learning_rate(schedule, 1.0, warmup=2, steps=12, cycles=2)
+    student, auxiliary = start()
+    w, u, a = (
+        torch.tensor(p, requires_grad=True)
+        for p in (student.transformer["w"], student.vae["u"], auxiliary["a"])
+    )
+    optimizers = [torch.optim.AdamW(parameters, weight_decay=1e-4) for parameters in ([w, u], [a])]
+    for index in range(6):
+        x, y = (torch.tensor(np.asarray(value[0])) for value in batches(index)[:2])
+        losses = ((x * (w + u) - y) ** 2).mean(), ((x * a - y) ** 2).mean()
+        peaks = config.learning_rate, config.learning_rate_auxiliary
+        for optimizer, loss, peak in zip(optimizers, losses, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * float(curve(index))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.max_grad_norm)
+            optimizer.step()
+    # torch divides by norm + 1e-6 when it clips.
+    for ours, theirs in (
+        (state.student.transformer["w"], w),
+        (state.student.vae["u"], u),
+        (state.auxiliary["a"], a),
+    ):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=2e-5, atol=1e-6)
+    assert history[0]["student_gradient_norm"] > config.max_grad_norm  # or clipping was not tested
+
+
+def test_accumulated_parts_equal_one_large_batch():
+    whole = lambda index: jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batches(index, 4, 2))  # noqa: E731
+    accumulated, history = run(Trainer(ToyLosses(), CONSTANT), 3, lambda index: batches(index, 4, 2))
+    together, expected = run(Trainer(ToyLosses(), CONSTANT), 3, whole)
+    np.testing.assert_allclose(
+        accumulated.student.transformer["w"], together.student.transformer["w"], rtol=1e-5
+    )
+    np.testing.assert_allclose(accumulated.auxiliary["a"], together.auxiliary["a"], rtol=1e-5)
+    for ours, theirs in zip(history, expected, strict=True):
+        assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-5)
+
+
+def broken(*bad: int):
+    def make(index: int) -> Batch:
+        batch = batches(index)
+        return batch._replace(lr=np.full_like(batch.lr, np.nan)) if index in bad else batch
+
+    return make
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    trainer = Trainer(ToyLosses(), CONSTANT)
+    state, history = run(trainer, 6, broken(2, 3))
+    assert [row["bad_steps"] for row in history] == [0, 0, 1, 2, 0, 0]
+    # The four good steps alone give the same weights: neither moments nor schedule noticed the others.
+    good = [0, 1, 4, 5]
+    expected, _ = run(trainer, 4, lambda index: batches(good[index]))
+    for ours, theirs in zip(jax.tree.leaves(state[2:6]), jax.tree.leaves(expected[2:6]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert int(state.step) == 6
+
+
+def test_the_loss_scale_halves_on_overflow_and_leaves_the_result_alone():
+    scaled, history = run(Trainer(ToyLosses(), CONSTANT, dynamic_scale=True), 4, broken(1))
+    assert [row["loss_scale"] for row in history] == [65536, 65536, 32768, 32768]
+    plain, _ = run(Trainer(ToyLosses(), CONSTANT), 4, broken(1))
+    np.testing.assert_allclose(scaled.student.transformer["w"], plain.student.transformer["w"], rtol=1e-6)
+
+
+def test_the_loss_scale_grows_after_enough_good_steps(monkeypatch):
+    monkeypatch.setattr("tsdsr_jax.training.GROWTH_STEPS", 3)
+    _, history = run(Trainer(ToyLosses(), CONSTANT, dynamic_scale=True), 8)
+    assert [row["loss_scale"] for row in history] == [65536] * 3 + [131072] * 3 + [262144] * 2
+
+
+def test_the_average_follows_the_student():
+    config = dataclasses.replace(CONSTANT, ema_decay=0.9)
+    trainer = Trainer(ToyLosses(), config)
+    state, step = trainer.init(*start()), jax.jit(trainer.step)
+    mean = np.asarray(start()[0].transformer["w"])
+    for index in range(5):
+        state, _ = step(state, Base({}, {}, {}), batches(index), KEY)
+        mean = 0.9 * mean + 0.1 * np.asarray(state.student.transformer["w"])
+    np.testing.assert_allclose(state.ema.transformer["w"], mean, rtol=1e-5)
+    assert Trainer(ToyLosses(), CONSTANT).init(*start()).ema == {}

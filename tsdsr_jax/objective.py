@@ -1,0 +1,245 @@
+"""What TSD-SR trains for: the losses of the student and of the auxiliary network, as functions of their adapters.
+
+One frozen base serves three adapters. The student (transformer and VAE-encoder LoRAs) turns a low-resolution photograph
+into ẑ in one step; the teacher (the base, or the base with its own LoRA) and the auxiliary network (a third LoRA, trained
+to follow the student's distribution) say where ẑ should move.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tsdsr_jax import flow
+from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.torch_weights import Tree
+from tsdsr_jax.tsd import (
+    Text,
+    TSDConfig,
+    Weighting,
+    auxiliary_loss,
+    guided,
+    sample_weights,
+    tsd_gradient,
+    tsd_loss,
+)
+
+STUDENT_TIMESTEP = 1000.0
+Metrics = dict[str, jax.Array]
+# (result, target), both (B, H, W, 3) in [−1, 1] -> (B,) distances.
+Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is trained for.
+
+    Attributes:
+      tsd: constants of Target Score Distillation.
+      weight_tsd, weight_mse, weight_lpips: factors of the student's three losses; 0 leaves one out.
+      guidance_scale: of teacher and auxiliary network inside TSD.
+      split_guidance: evaluate null and prompt one after the other; half the memory.
+      bias_range: half-open range of the trajectory's random bias; None: no bias.
+      weighting: of the auxiliary loss, with the parameters of two of its schemes.
+    """
+
+    tsd: TSDConfig = dataclasses.field(default_factory=TSDConfig)
+    weight_tsd: float = 1.0
+    weight_mse: float = 1.0
+    weight_lpips: float = 1.0
+    guidance_scale: float = 7.5
+    split_guidance: bool = False
+    bias_range: tuple[int, int] | None = (-25, 25)
+    weighting: Weighting = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+
+class Base(NamedTuple):
+    """Frozen parameters: SD3's two networks, and the teacher's adapter ({}: SD3 itself is the teacher)."""
+
+    transformer: Tree
+    vae: Tree
+    teacher: Tree
+
+
+class Student(NamedTuple):
+    """The student's trainable adapters, float32."""
+
+    transformer: Tree
+    vae: Tree
+
+
+class Batch(NamedTuple):
+    """B training samples.
+
+    Attributes:
+      lr, hr: (B, H, W, 3) in [−1, 1]; lr is interpolated to hr's size.
+      latent_hr: (B, h, w, C), times the scaling factor.
+      text: the images' prompts.
+      student_text: what the student is conditioned on: the same, or the default prompt.
+    """
+
+    lr: jax.Array
+    hr: jax.Array
+    latent_hr: jax.Array
+    text: Text
+    student_text: Text
+
+
+class Draws(NamedTuple):
+    """Every random number of a step.
+
+    Attributes:
+      posterior, noise, auxiliary_noise: (B, h, w, C) standard normal: for the encoder's sample, for ε of TSD, for ε of
+        the auxiliary loss.
+      index, auxiliary_index: (B,) schedule indices.
+      bias: (B,) steps added to the trajectory.
+      normal, uniform: (B,) for the auxiliary loss's weights.
+    """
+
+    posterior: jax.Array
+    noise: jax.Array
+    auxiliary_noise: jax.Array
+    index: jax.Array
+    auxiliary_index: jax.Array
+    bias: jax.Array
+    normal: jax.Array
+    uniform: jax.Array
+
+
+def draw(key: jax.Array, latent_shape: tuple[int, ...], config: LossConfig) -> Draws:
+    """Draws a step's random numbers; each sample has its own.
+
+    Args:
+      key: PRNG key of this step.
+      latent_shape: (B, h, w, C).
+      config: for the ranges.
+    """
+    keys = jax.random.split(key, len(Draws._fields))
+    batch = latent_shape[:1]
+    indices = partial(
+        jax.random.randint, shape=batch, minval=config.tsd.first_index, maxval=config.tsd.last_index + 1
+    )
+    return Draws(
+        posterior=jax.random.normal(keys[0], latent_shape),
+        noise=jax.random.normal(keys[1], latent_shape),
+        auxiliary_noise=jax.random.normal(keys[2], latent_shape),
+        index=indices(keys[3]),
+        auxiliary_index=indices(keys[4]),
+        bias=jax.random.randint(keys[5], batch, *(config.bias_range or (0, 1))),
+        normal=jax.random.normal(keys[6], batch),
+        uniform=jax.random.uniform(keys[7], batch),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """The losses as functions of adapters; holds the modules, no parameters.
+
+    Attributes:
+      mmdit, vae: SD3's networks, in the computation dtype.
+      config: see `LossConfig`.
+      null: text embedding of the empty prompt, (1, S, D) and (1, P).
+      perceptual: LPIPS or None, when its weight is 0.
+    """
+
+    mmdit: MMDiT
+    vae: AutoencoderKL
+    config: LossConfig
+    null: Text
+    perceptual: Perceptual | None = None
+
+    def velocity(
+        self, base: Base, adapter: Tree, latents: jax.Array, timestep: jax.Array, text: Text
+    ) -> jax.Array:
+        """The transformer under an adapter; float32 out."""
+        variables = {"params": base.transformer, "lora": adapter}
+        return self.mmdit.apply(variables, latents, timestep, *text).astype(jnp.float32)
+
+    def student_latent(self, base: Base, student: Student, batch: Batch, posterior: jax.Array) -> jax.Array:
+        """ẑ = z − v(z, t = 1000): (B, h, w, C) float32, times the scaling factor."""
+        variables = {"params": base.vae, "lora": student.vae}
+        moments = self.vae.apply(variables, batch.lr, method="encode")
+        latent = moments.sample(posterior) * self.vae.config.scaling_factor
+        timestep = jnp.full(latent.shape[:1], STUDENT_TIMESTEP)
+        return latent - self.velocity(base, student.transformer, latent, timestep, batch.student_text)
+
+    def student(
+        self, student: Student, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
+    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        """The student's loss; also ẑ and the terms.
+
+        Returns:
+          (loss, (ẑ, metrics)).
+        """
+        config = self.config
+        fake = self.student_latent(base, student, batch, draws.posterior)
+        metrics = {}
+        if config.weight_tsd:
+            gradient = self.tsd_gradient(fake, base, auxiliary, batch, draws)
+            metrics["tsd"] = tsd_loss(fake, gradient)
+            metrics["tsd_gradient_norm"] = jnp.sqrt(jnp.mean(jnp.square(gradient)))
+        metrics["mse"] = jnp.mean(jnp.square(fake - batch.latent_hr))
+        if config.weight_lpips:
+            metrics["lpips"] = self.lpips(base, fake, batch)
+        loss = config.weight_mse * metrics["mse"]
+        loss += config.weight_tsd * metrics["tsd"] if config.weight_tsd else 0.0
+        loss += config.weight_lpips * metrics["lpips"] if config.weight_lpips else 0.0
+        return loss, (fake, metrics)
+
+    def tsd_gradient(
+        self, fake: jax.Array, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
+    ) -> jax.Array:
+        """g of the TSD loss, under the networks as they are."""
+
+        def predict(adapter: Tree):
+            network = partial(self.velocity, base, adapter)
+            return guided(
+                network, batch.text, self.null, self.config.guidance_scale, self.config.split_guidance
+            )
+
+        return tsd_gradient(
+            fake,
+            batch.latent_hr,
+            draws.noise,
+            draws.index,
+            draws.bias,
+            predict(base.teacher),
+            predict(auxiliary),
+            jnp.asarray(flow.sigmas()),
+            self.config.tsd,
+        )
+
+    def lpips(self, base: Base, fake: jax.Array, batch: Batch) -> jax.Array:
+        """LPIPS between the decoded ẑ, clamped, and the photograph; mean over the batch."""
+        decoded = self.vae.apply({"params": base.vae}, fake / self.vae.config.scaling_factor, method="decode")
+        return self.perceptual(jnp.clip(decoded.astype(jnp.float32), -1, 1), batch.hr).mean()
+
+    def auxiliary(
+        self, auxiliary: Tree, base: Base, fake: jax.Array, batch: Batch, draws: Draws
+    ) -> jax.Array:
+        """The auxiliary network's denoising loss on ẑ, at the images' prompts, without guidance."""
+        config = self.config
+        sigma = jnp.asarray(flow.sigmas())[draws.auxiliary_index]
+        weight = sample_weights(
+            config.weighting,
+            sigma,
+            draws.normal,
+            draws.uniform,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+            mode_scale=config.mode_scale,
+        )
+
+        def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+            return self.velocity(base, auxiliary, latents, timestep, batch.text)
+
+        return auxiliary_loss(fake, draws.auxiliary_noise, sigma, weight, predict)

@@ -188,8 +188,8 @@ def test_guidance_combines_both_texts_of_each_sample(split, scale):
         )
 
     prompt, null = (Text(normal(s, (2, 5, 3)), normal(s + 1, (2, 2))) for s in (10, 20))
-    x, t = normal(0, (4, 3, 3, 2)), jnp.asarray([1.0, 2.0, 3.0, 4.0])  # [fake, real] of a batch of two
-    twice = [Text(*(np.concatenate([part, part]) for part in text)) for text in (prompt, null)]
+    x, t = normal(0, (4, 3, 3, 2)), jnp.asarray([1.0, 2.0, 3.0, 4.0])  # fake, real, fake, real
+    twice = [Text(*(np.repeat(part, 2, axis=0) for part in text)) for text in (prompt, null)]
     with_prompt, without = (toy(x, t, text) for text in twice)
     expected = without + scale * (with_prompt - without)
     np.testing.assert_allclose(guided(toy, prompt, null, scale, split)(x, t), expected, rtol=1e-5, atol=1e-4)

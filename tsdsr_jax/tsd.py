@@ -61,6 +61,20 @@ def trajectory(index: jax.Array, bias: jax.Array, points: int, stride: int) -> j
     return index[:, None] + (last - index)[:, None] * steps // points
 
 
+def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Two (B, ...) arrays -> (2B, ...), each sample's two values beside each other.
+
+    Concatenating them instead would put a sample's values on different devices, and move every activation there.
+    """
+    return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
+
+
+def separate(both: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Undoes `interleave`."""
+    pairs = both.reshape(-1, 2, *both.shape[1:])
+    return pairs[:, 0], pairs[:, 1]
+
+
 def guided(
     network: Callable[[jax.Array, jax.Array, Text], jax.Array],
     prompt: Text,
@@ -72,28 +86,28 @@ def guided(
 
     Args:
       network: (latents, timesteps, text) -> velocities.
-      prompt, null: texts, of batch B, or of a divisor of the batch they will meet (then repeated: a prediction for
-        [fake, real] latents uses each sample's text twice).
+      prompt, null: texts, of batch B, or of a divisor of the batch they will meet: then each is repeated for
+        neighbouring samples, as `interleave` orders them.
       scale: guidance scale; at 1 only the prompt is evaluated.
       split: two evaluations of B instead of one of 2B; half the memory.
     """
 
-    def repeat(text: Text, batch: int) -> Text:
-        times = batch // text.pooled.shape[0]
-        return Text(*(jnp.tile(part, (times,) + (1,) * (part.ndim - 1)) for part in text))
-
     def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
         batch = latents.shape[0]
-        with_prompt, without = repeat(prompt, batch), repeat(null, batch)
+        # jnp.repeat, not tile: copies of a sample's text must lie beside each other, as its latents do.
+        with_prompt, without = (
+            Text(*(jnp.repeat(part, batch // part.shape[0], axis=0) for part in text))
+            for text in (prompt, null)
+        )
         if scale == 1:
             return network(latents, timestep, with_prompt)
         if split:
             v_null = network(latents, timestep, without)
             v_prompt = network(latents, timestep, with_prompt)
         else:
-            both = Text(*map(jnp.concatenate, zip(without, with_prompt, strict=True)))
-            v_null, v_prompt = jnp.split(
-                network(jnp.concatenate([latents] * 2), jnp.concatenate([timestep] * 2), both), 2
+            both = Text(*map(interleave, without, with_prompt))
+            v_null, v_prompt = separate(
+                network(interleave(latents, latents), interleave(timestep, timestep), both)
             )
         return v_null + scale * (v_prompt - v_null)
 
@@ -125,7 +139,7 @@ def tsd_gradient(
       noise: ε of the same shape, shared by both.
       index: (B,) schedule index of the first point.
       bias: (B,) schedule steps added to the trajectory's length.
-      teacher: called with [ẑ_n, z_n] stacked to 2B.
+      teacher: called with ẑ_n and z_n interleaved to 2B.
       auxiliary: called with ẑ_n.
       schedule: (1000,) noise levels.
 
@@ -143,8 +157,8 @@ def tsd_gradient(
     def visit(noisy: tuple[jax.Array, jax.Array], point: tuple[jax.Array, jax.Array, jax.Array]):
         fake_n, real_n = noisy
         sigma, following, weight = point
-        pair = teacher(jnp.concatenate([fake_n, real_n]), timesteps(jnp.concatenate([sigma, sigma])))
-        teacher_fake, teacher_real = jnp.split(pair.astype(jnp.float32), 2)
+        pair = teacher(interleave(fake_n, real_n), timesteps(interleave(sigma, sigma)))
+        teacher_fake, teacher_real = separate(pair.astype(jnp.float32))
         auxiliary_fake = auxiliary(fake_n, timesteps(sigma)).astype(jnp.float32)
         variational, matching = teacher_fake - auxiliary_fake, teacher_fake - teacher_real
         mixed = config.balance * variational + (1 - config.balance) * matching

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from tsdsr_jax.models.attention import Implementation, attention
@@ -223,12 +224,15 @@ class Block(nn.Module):
     kind: BlockKind
     dtype: DTypeLike
     implementation: Implementation
+    activation_sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
         self, streams: Streams, conditioning: jax.Array, lengths: jax.Array | None
     ) -> tuple[Streams, None]:
         width, dtype = self.config.width, self.dtype
+        if self.activation_sharding is not None:
+            streams = jax.lax.with_sharding_constraint(streams, self.activation_sharding)
         image, text = streams
         # A dual-attention block's image modulations are (attention, MLP, second attention).
         attend, mlp, *second = AdaLayerNorm(3 if self.kind.dual_attention else 2, width, dtype, name="norm1")(
@@ -304,12 +308,15 @@ class MMDiT(nn.Module):
       dtype: computation dtype; parameters are cast on use.
       remat: recompute each block in the backward pass instead of keeping its activations.
       implementation: see `attention`.
+      activation_sharding: pins the streams between blocks to this sharding. Where the parameters are split over
+        devices, XLA then gathers a block's weights instead of the whole batch's activations.
     """
 
     config: MMDiTConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     implementation: Implementation = "auto"
+    activation_sharding: Sharding | None = None
 
     def setup(self):
         config = self.config
@@ -324,7 +331,7 @@ class MMDiT(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast),
                 length=length,
-            )(config, kind, self.dtype, self.implementation)
+            )(config, kind, self.dtype, self.implementation, self.activation_sharding)
             for _, length, kind in config.runs()
         ]
         self.norm_out = AdaLayerNormContinuous(config.width, self.dtype)

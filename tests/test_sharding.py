@@ -1,0 +1,130 @@
+"""Eight virtual devices against one: the same training, and the collectives that were meant."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tsdsr_jax import lora
+from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.objective import Base, Batch, LossConfig, Losses, Student
+from tsdsr_jax.sharding import base_shardings, batch_sharding, make_mesh, replicated
+from tsdsr_jax.torch_weights import abstract_params
+from tsdsr_jax.training import OptimizerConfig, Trainer
+from tsdsr_jax.tsd import Text
+
+# As small as compiles fast: one scanned block of each kind, an autoencoder of two levels.
+MMDIT = MMDiTConfig.tiny(num_layers=2)
+VAE = VAEConfig.tiny(block_out_channels=(8, 8), layers_per_block=1)
+BATCH, STEPS = 8, 3
+KEY = jax.random.key(7)
+
+
+def random_like(shapes, seed):
+    """Kernels of variance 1 / inputs, so that activations keep their size."""
+    leaves, tree = jax.tree.flatten(shapes)
+    generator = np.random.default_rng(seed)
+    return tree.unflatten(
+        generator.standard_normal(leaf.shape, np.float32)
+        / np.sqrt(max(leaf.shape[-2:-1] or (1,)), dtype=np.float32)
+        for leaf in leaves
+    )
+
+
+def problem():
+    generator = np.random.default_rng(0)
+
+    def normal(*shape):
+        return generator.standard_normal(shape).astype(np.float32)
+
+    base = Base(random_like(abstract_params(MMDIT), 1), random_like(abstract_params(VAE), 2), {})
+    student = Student(
+        lora.init(jax.random.key(1), base.transformer, lora.STUDENT_TARGETS, 4),
+        lora.init(jax.random.key(2), base.vae, lora.VAE_ENCODER_TARGETS, 4),
+    )
+    auxiliary = lora.init(jax.random.key(3), base.transformer, lora.AUXILIARY_TARGETS, 4)
+    text = Text(normal(1, BATCH, 5, 48), normal(1, BATCH, 40))
+    images = np.tanh(normal(1, BATCH, 8, 8, 3)), np.tanh(normal(1, BATCH, 8, 8, 3))
+    batches = Batch(*images, normal(1, BATCH, 4, 4, 16), text, text)
+    null = Text(normal(1, 5, 48), normal(1, 40))
+    return base, student, auxiliary, batches, null
+
+
+def compiled(mesh):
+    """The jitted step with its arguments in place."""
+    base, student, auxiliary, batches, null = problem()
+    losses = Losses(
+        MMDiT(MMDIT, activation_sharding=batch_sharding(mesh)),
+        AutoencoderKL(VAE),
+        LossConfig(weight_lpips=0),
+        null,
+    )
+    trainer = Trainer(
+        losses, OptimizerConfig(learning_rate=1e-3, learning_rate_auxiliary=1e-3, schedule="constant")
+    )
+    base = jax.device_put(base, base_shardings(base, mesh))
+    batches = jax.device_put(batches, batch_sharding(mesh, axis=1))
+    state = jax.device_put(trainer.init(student, auxiliary), replicated(mesh))
+    step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh)))
+    return step, state, base, batches
+
+
+def movement(devices, fsdp):
+    """θ₃ − θ₀ of both networks' adapters, as one vector."""
+    step, state, base, batches = compiled(make_mesh(devices, fsdp))
+    start = [np.asarray(leaf) for leaf in jax.tree.leaves((state.student, state.auxiliary))]
+    for _ in range(STEPS):
+        state, metrics = step(state, base, batches, KEY)
+    assert int(metrics["bad_steps"]) == 0
+    end = jax.tree.leaves((state.student, state.auxiliary))
+    return np.concatenate([(np.asarray(new) - old).ravel() for new, old in zip(end, start, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return movement(jax.devices()[:1], 1)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_eight_devices_train_like_one(on_one_device, fsdp):
+    eight = movement(jax.devices(), fsdp)
+    assert np.linalg.norm(eight - on_one_device) <= 1e-4 * np.linalg.norm(on_one_device)
+
+
+def collectives(text):
+    """(operation, elements) of every collective in compiled HLO."""
+    found = []
+    for line in text.splitlines():
+        match = re.search(
+            r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", line
+        )
+        if match:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            found += [
+                (match[2], int(np.prod([int(n) for n in shape.split(",") if n] or [1]))) for shape in shapes
+            ]
+    return found
+
+
+def test_data_parallel_training_reduces_gradients_and_scalars_only():
+    step, state, base, batches = compiled(make_mesh(fsdp=1))
+    found = collectives(step.lower(state, base, batches, KEY).compile().as_text())
+    sizes = {leaf.size for leaf in jax.tree.leaves((state.student, state.auxiliary))}
+    assert found and {kind for kind, _ in found} == {"all-reduce"}
+    assert {size for _, size in found} <= sizes | {1}
+
+
+def test_split_bases_gather_weights_not_activations():
+    _, _, base, _ = compiled(make_mesh(fsdp=8))
+    for leaf in jax.tree.leaves(base):
+        assert leaf.addressable_shards[0].data.nbytes <= leaf.nbytes / 8 + 1024, leaf.shape
+    on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(base))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    assert on_device <= (1 / 8 + 0.01) * total
+
+
+def test_devices_must_divide_into_groups():
+    with pytest.raises(ValueError, match="8 devices cannot be split into groups of 3"):
+        make_mesh(fsdp=3)

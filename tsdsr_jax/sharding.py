@@ -1,0 +1,58 @@
+"""Where arrays live when many devices train together.
+
+The mesh has two axes. Batches are split over both; adapters and optimiser states, which are small, are on every device; the
+frozen base is too, or is split over `fsdp` (each device then gathers a layer's weights when it needs them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
+    """A (data, fsdp) mesh over the devices (default: all, of all processes), `fsdp` of them sharing one base.
+
+    Raises:
+      ValueError: the number of devices is no multiple of `fsdp`.
+    """
+    devices = list(devices or jax.devices())
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(f"{len(devices)} devices cannot be split into groups of {fsdp}")
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), BATCH_AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Splits the given axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+
+
+def base_shardings(shapes: Any, mesh: Mesh) -> Any:
+    """One sharding per frozen parameter: its largest axis that divides evenly is split over `fsdp`.
+
+    Stacked layers keep their leading axis whole, because the scan walks along it.
+
+    Args:
+      shapes: tree of arrays or `jax.ShapeDtypeStruct`.
+    """
+    parts = mesh.shape["fsdp"]
+
+    def choose(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        stacked = any(getattr(key, "key", "").startswith("blocks_") for key in path)
+        axes = [axis for axis in range(int(stacked), len(leaf.shape)) if leaf.shape[axis] % parts == 0]
+        if parts == 1 or not axes:
+            return replicated(mesh)
+        widest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
+        return NamedSharding(mesh, PartitionSpec(*[None] * widest, "fsdp"))
+
+    return jax.tree_util.tree_map_with_path(choose, shapes)

@@ -1,0 +1,232 @@
+"""LPIPS weights: torchvision's and the lpips package's names → this library's parameters, and our own file.
+
+torchvision has the network (`features.0.weight`), the lpips package the lin layers (`lin0.model.1.weight`). The state
+dict of the package's whole module (`net.slice1.0.weight`, `lin0.model.1.weight`) is understood as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.lpips import LPIPS, SLICES, Network, minimum_side
+from tsdsr_jax.tensor_files import TensorSpec, open_tensors, save_tensors
+from tsdsr_jax.torch_weights import Entry, Transform, Tree, check_names, to_tree
+
+FORMAT = "tsdsr_jax.lpips"
+TORCHVISION_FILES: dict[Network, str] = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
+
+
+class Layout(NamedTuple):
+    """One kind of file.
+
+    Attributes:
+      what: its content in words, with `{network}`.
+      rules: (our path, torch name): a regular expression for the whole path and what it becomes.
+      ignored: a regular expression for the names of tensors that LPIPS does not use; they may be there or not.
+    """
+
+    what: str
+    rules: tuple[tuple[str, str], ...]
+    ignored: str
+
+
+_NOTHING = r"(?!)"
+_LIN_RULE = (r"(lin\d)", r"\1.model.1.weight")
+
+TORCHVISION = Layout(
+    "torchvision's network for {network}",
+    ((r"slice\d_(\d+)/kernel", r"features.\1.weight"), (r"slice\d_(\d+)/bias", r"features.\1.bias")),
+    ignored=r"classifier\.\d\.(weight|bias)",
+)
+LIN = Layout("the lpips package's lin layers for {network}", (_LIN_RULE,), ignored=_NOTHING)
+PACKAGE = Layout(
+    "the lpips package's LPIPS over {network}",
+    (
+        (r"(slice\d)_(\d+)/kernel", r"net.\1.\2.weight"),
+        (r"(slice\d)_(\d+)/bias", r"net.\1.\2.bias"),
+        _LIN_RULE,
+    ),
+    # The same lin layers once more, and constants that models/lpips.py has.
+    ignored=r"lins\.\d\.model\.1\.weight|scaling_layer\.(shift|scale)",
+)
+OWN = Layout("LPIPS over {network}", ((r".+", r"\g<0>"),), ignored=_NOTHING)
+
+_SAME = Transform(lambda x: x, lambda x: x)
+_CONV = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+_LIN = Transform(lambda x: x.reshape(-1), lambda x: x.reshape(1, -1, 1, 1))
+
+
+@lru_cache
+def param_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter."""
+    side = minimum_side(network)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    params = jax.eval_shape(LPIPS(network).init, jax.random.key(0), image, image)["params"]
+    return {path: leaf.shape for path, leaf in sorted(flatten_dict(params, sep="/").items())}
+
+
+def entries(network: Network, layout: Layout) -> list[Entry]:
+    """The parameters that a kind of file holds, each with its tensor there."""
+    found = []
+    for path, shape in param_shapes(network).items():
+        matches = [match.expand(name) for rule, name in layout.rules if (match := re.fullmatch(rule, path))]
+        if len(matches) > 1:
+            raise AssertionError(f"{len(matches)} rules for {path}")
+        transform = _SAME
+        if layout is not OWN:
+            transform = _CONV if path.endswith("/kernel") else _LIN if path.startswith("lin") else _SAME
+        for name in matches:
+            torch_shape = transform.to_torch(np.broadcast_to(np.float32(0), shape)).shape
+            found.append(Entry(path, shape, False, (name,), torch_shape, transform))
+    return found
+
+
+class Tensors(NamedTuple):
+    """The tensors of one file, whatever its format."""
+
+    source: Path
+    specs: Mapping[str, TensorSpec]
+    read: Callable[[str], np.ndarray]
+
+
+def read_leaves(tensors: Tensors, network: Network, layout: Layout) -> dict[str, np.ndarray]:
+    """Path -> float32 array of all that a file of this kind holds.
+
+    Raises:
+      UserError: tensors are missing, extra or misshapen, all of them named; or they are the other network's.
+    """
+    found = {name: spec for name, spec in tensors.specs.items() if not re.fullmatch(layout.ignored, name)}
+    needed = entries(network, layout)
+    try:
+        _check(found, network, layout, tensors.source)
+    except UserError:
+        for other in set(SLICES) - {network}:
+            if _fits(found, other, layout):
+                raise UserError(
+                    f"{tensors.source}: these are the weights for {other}, not {network}; pass --network {other}, or the"
+                    f" file for {network}"
+                ) from None
+        raise
+    return {entry.path: entry.gather(tensors.read, np.dtype(np.float32)) for entry in needed}
+
+
+def _check(found: Mapping[str, TensorSpec], network: Network, layout: Layout, source: object) -> None:
+    expected = {entry.names[0]: entry.torch_shape for entry in entries(network, layout)}
+    check_names(found, expected, source, layout.what.format(network=network))
+
+
+def _fits(found: Mapping[str, TensorSpec], network: Network, layout: Layout) -> bool:
+    try:
+        _check(found, network, layout, "")
+    except UserError:
+        return False
+    return True
+
+
+def read_torch_lpips(network: Network, backbone: Path, lin: Path | None = None) -> Tree:
+    """LPIPS's parameters from the files of the PyTorch world, `.pth` or safetensors.
+
+    Args:
+      network: which one the files belong to.
+      backbone: torchvision's file, or the state dict of the lpips package's whole module.
+      lin: the package's file of lin layers; None if `backbone` is the whole module.
+
+    Raises:
+      UserError: a file is missing, damaged or does not fit, torch is needed and not there, or `lin` is one file too
+        many or too few.
+    """
+    opened = open_torch_file(backbone, network)
+    if any(name.startswith("net.slice") for name in opened.specs):
+        if lin is not None:
+            raise UserError(f"{backbone}: holds the lin layers too; leave --lin {lin} out")
+        return to_tree(read_leaves(opened, network, PACKAGE).items())
+    leaves = read_leaves(opened, network, TORCHVISION)
+    if lin is None:
+        raise UserError(
+            f"{backbone}: has no lin layers; pass the lpips package's weights/v0.1/{network}.pth as --lin"
+        )
+    leaves |= read_leaves(open_torch_file(lin, network), network, LIN)
+    return to_tree(leaves.items())
+
+
+def open_torch_file(path: Path, network: Network) -> Tensors:
+    """Opens a safetensors file, or with torch's help a `.pth` file in its zip or its old format.
+
+    Raises:
+      UserError: the file is missing or damaged, holds something else than named tensors, or torch is needed and not
+        installed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get(network)}")
+    if path.suffix == ".safetensors":
+        reader = open_tensors(path)
+        return Tensors(path, reader.specs, reader.read)
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path}: reading it needs torch: pip install 'tsdsr_jax[convert]' (safetensors files need none)"
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make torch raise almost anything
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise UserError(
+            f"{path}: not a readable file of torch.save ({reason}); it may be truncated, download it again"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(
+            f"{path}: expected a state dict, that is, tensors by name; check that it is the right file"
+        )
+    # Through float32, the type of our parameters: NumPy has no bfloat16.
+    arrays = {str(name): tensor.detach().float().numpy() for name, tensor in state.items()}
+    specs = {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}
+    return Tensors(path, specs, arrays.__getitem__)
+
+
+def how_to_get(network: Network, output: Path | None = None) -> str:
+    """Where the weights come from, and the command that makes our file of them."""
+    backbone, output = TORCHVISION_FILES[network], output or Path(f"lpips_{network}.safetensors")
+    return (
+        f"LPIPS is made from two files, torchvision's {backbone} (https://download.pytorch.org/models/{backbone})"
+        f" and lin layers, lpips/weights/v0.1/{network}.pth of https://github.com/richzhang/PerceptualSimilarity:\n"
+        f"  python convert/lpips.py --network {network} --backbone {backbone} --lin {network}.pth --output {output}"
+    )
+
+
+def save_lpips(path: Path, network: Network, params: Tree) -> None:
+    """Writes our own file, atomically."""
+    leaves = {name: np.asarray(leaf) for name, leaf in sorted(flatten_dict(params, sep="/").items())}
+    save_tensors(path, leaves, {"format": FORMAT, "network": network})
+
+
+def load_lpips(path: Path) -> tuple[Network, Tree]:
+    """Reads a file that `convert/lpips.py` wrote: `LPIPS(network).apply({"params": params}, first, second)`.
+
+    Returns:
+      (network, params): "alex" or "vgg", and float32 host arrays.
+
+    Raises:
+      UserError: the file is missing (the message says how to get it), damaged, or another kind of file.
+    """
+    guess: Network = "vgg" if "vgg" in path.name.lower() else "alex"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get(guess, path)}"
+        )
+    reader = open_tensors(path)
+    network = reader.metadata.get("network")
+    if reader.metadata.get("format") != FORMAT or network not in SLICES:
+        raise UserError(f"{path}: not a file that convert/lpips.py wrote; {how_to_get(guess)}")
+    tensors = Tensors(path, reader.specs, reader.read)
+    return network, to_tree(read_leaves(tensors, network, OWN).items())

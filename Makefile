@@ -3,10 +3,12 @@
 #   PYTHON=python3.12   the interpreter a new $(VENV) is made with (3.11 or newer)
 #   TORCH=1 / TORCH=0   test with or without PyTorch; the tests that compare with it skip without it
 #   TESTFLAGS="-x -k vae"  passed on to pytest
+#   JOBS=2   test processes at a time; each compiles on one core
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTFLAGS ?=
+JOBS ?= 2
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip -qq --disable-pip-version-check
@@ -39,7 +41,7 @@ demo: $(BASE_STAMP)
 	@$(VENV_PYTHON) examples/demo.py
 
 test: $(TEST_STAMP)
-	@$(VENV_PYTHON) -m pytest -q $(TESTFLAGS)
+	@$(VENV_PYTHON) -m pytest -q -n $(JOBS) $(TESTFLAGS)
 
 lint: $(TEST_STAMP)
 	@$(VENV_PYTHON) -m ruff check --quiet .

@@ -23,7 +23,7 @@ import tsdsr_jax
 from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.pretrained import PARAMS_FILE, PARTS, TORCH_STEM, NetworkFiles, open_checkpoint
+from tsdsr_jax.pretrained import PARAMS_FILE, PARTS, TORCH_STEM, NetworkFiles, open_checkpoint, read_json
 from tsdsr_jax.tensor_files import TensorSpec, write_tensors
 from tsdsr_jax.torch_weights import base_entries
 
@@ -115,13 +115,16 @@ def torch_tensors(network: NetworkFiles) -> tuple[dict[str, TensorSpec], Iterato
 def cast(tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """Casts each tensor; a finite value that the new type cannot hold is refused."""
     for name, array in tensors:
-        # Through float32: NumPy has no direct cast between its float16 and bfloat16.
-        with np.errstate(over="ignore"):
-            result = array.astype(np.float32).astype(dtype)
-        if not np.isfinite(result.astype(np.float32)).all() and np.isfinite(array.astype(np.float32)).all():
-            raise UserError(
-                f"{name}: has values beyond the range of {dtype}; choose --dtype bfloat16 or float32"
-            )
+        result = np.empty(array.shape, dtype)
+        # One layer at a time, and through float32: NumPy has no cast between float16 and bfloat16.
+        for target, source in zip(np.atleast_2d(result), np.atleast_2d(array), strict=True):
+            wide = source.astype(np.float32)
+            with np.errstate(over="ignore"):
+                target[...] = wide
+            if (np.isfinite(wide) & ~np.isfinite(target.astype(np.float32))).any():
+                raise UserError(
+                    f"{name}: has values beyond the range of {dtype}; choose --dtype bfloat16 or float32"
+                )
         yield name, result
 
 
@@ -139,8 +142,9 @@ def copy_small_files(source: Path, output: Path) -> None:
     """The scheduler's config and the model index, so that the folder still says what it is."""
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         if (source / name).is_file():
+            text = json.dumps(read_json(source / name), indent=2) + "\n"
             with replacing(output / name) as temporary:
-                temporary.write_text(json.dumps(json.loads((source / name).read_text()), indent=2) + "\n")
+                temporary.write_text(text)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ TARGETS = {"transformer": lora.STUDENT_TARGETS, "vae": lora.VAE_ENCODER_TARGETS}
 
 def main() -> None:
     start = time.monotonic()
+    # This process makes small random weights; the GPU, if there is one, is for the scripts it starts.
+    jax.config.update("jax_platforms", "cpu")
     print(
         "This demo runs SD3's architecture, small, with RANDOM weights: its pictures are noise in the right colours."
     )

@@ -23,6 +23,7 @@ from tsdsr_jax.devices import select_devices, select_dtype
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.pretrained import NetworkFiles, check_rank, load_lora, open_checkpoint
 from tsdsr_jax.prompts import check_widths, load_prompt_embeds
+from tsdsr_jax.sizes import LATENT_FACTOR, PATCH_SIZE
 from tsdsr_jax.torch_weights import Tree
 from tsdsr_jax.upscaler import Settings, Upscaler
 
@@ -63,10 +64,10 @@ class Options:
     """Tiles per device and call; default: 8, on a CPU 1."""
     is_use_tile: bool = False
     """Run the autoencoder band by band: the same picture from less memory."""
-    vae_decoder_tiled_size: int = 224
-    """With --is_use_tile: side of the area decoded at a time, in latent pixels."""
-    vae_encoder_tiled_size: int = 1024
-    """With --is_use_tile: side of the area encoded at a time, in pixels."""
+    vae_decoder_tiled_size: int = 64
+    """With --is_use_tile: side of the area decoded at a time, in latent pixels; changes memory and speed only."""
+    vae_encoder_tiled_size: int = 512
+    """With --is_use_tile: side of the area encoded at a time, in pixels; changes memory and speed only."""
     mixed_precision: Literal["fp16", "bf16", "fp32"] | None = None
     """Computation; default: fp16 on a GPU, bf16 on a TPU, fp32 on a CPU."""
     device: str | None = None
@@ -99,22 +100,22 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    part, parts = check(options)
+    part = check(options)
     jobs = folder.find_jobs(options.input_dir, options.output_dir, f".{options.format}")
     check_writable(options.output_dir)
 
     devices = select_devices(options.device)
-    upscaler = load(options, devices)
-
-    with tqdm(total=len(jobs), unit=" images", disable=None) as bar:
-        report = folder.Report(lambda line: tqdm.write(line, file=sys.stderr), lambda: bar.update())
-        groups = folder.plan_groups(jobs, upscaler.settings.plan, upscaler.batch, options.max_pixels, report)
-        groups = groups[part::parts]
-        bar.total = sum(len(group.jobs) for group in groups) + len(report.failures)
-        file_options = folder.FileOptions(
-            options.align_method, options.format, options.seed, options.max_pixels
-        )
-        folder.upscale(upscaler, groups, file_options, report, overwrite=options.overwrite)
+    settings = options.settings(devices[0].platform)
+    files = folder.FileOptions(options.align_method, options.format, options.seed, options.max_pixels)
+    report = folder.Report(lambda line: tqdm.write(line, file=sys.stderr))
+    groups = folder.plan_groups(jobs, settings.plan, len(devices), files, report, part)
+    if not options.overwrite:
+        groups = folder.unfinished(groups, report)
+    if groups:
+        upscaler = load(options, settings, devices)
+        with tqdm(total=sum(len(group.jobs) for group in groups), unit=" images", disable=None) as bar:
+            report.on_done = bar.update
+            folder.upscale(upscaler, groups, files, report, overwrite=options.overwrite)
     finished = (
         f", {report.skipped} existed already (--overwrite computes them again)" if report.skipped else ""
     )
@@ -130,7 +131,7 @@ def check(options: Options) -> tuple[int, int]:
         raise UserError(f"--upscale {options.upscale:g}: expected 1 to 64")
     if options.process_size < 16:
         raise UserError(f"--process_size {options.process_size}: expected at least 16")
-    if options.latent_tiled_size < 2 or options.latent_tiled_size % 2:
+    if options.latent_tiled_size < PATCH_SIZE or options.latent_tiled_size % PATCH_SIZE:
         raise UserError(
             f"--latent_tiled_size {options.latent_tiled_size}: expected an even number (patches are 2×2)"
         )
@@ -164,7 +165,7 @@ def check_writable(output: Path) -> None:
         raise UserError(f"{output}: not writable; choose another --output_dir")
 
 
-def load(options: Options, devices: list[jax.Device]) -> Upscaler:
+def load(options: Options, settings: Settings, devices: list[jax.Device]) -> Upscaler:
     """Opens and checks everything by its headers, then loads both networks, LoRAs merged."""
     checkpoint = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     transformer, vae = checkpoint.network("transformer"), checkpoint.network("vae")
@@ -173,6 +174,7 @@ def load(options: Options, devices: list[jax.Device]) -> Upscaler:
             f"--latent_tiled_size {options.latent_tiled_size}: this transformer's position table ends at "
             f"{2 * transformer.config.pos_embed_max_size}"
         )
+    check_fit(transformer, vae)
     prompt = load_prompt_embeds(options.embedding_dir)
     check_widths(
         prompt,
@@ -201,10 +203,22 @@ def load(options: Options, devices: list[jax.Device]) -> Upscaler:
         (transformer.config, params[0]),
         (vae.config, params[1]),
         prompt,
-        options.settings(devices[0].platform),
+        settings,
         dtype,
         devices,
     )
+
+
+def check_fit(transformer: NetworkFiles, vae: NetworkFiles) -> None:
+    """Refuses two networks that were not made for each other, or not for super-resolution on SD3's latents."""
+    found = vae.config.latent_channels, vae.config.factor, transformer.config.patch_size
+    wanted = transformer.config.in_channels, LATENT_FACTOR, PATCH_SIZE
+    if found != wanted or transformer.config.out_channels != transformer.config.in_channels:
+        raise UserError(
+            f"{transformer.folder.parent}: expected {wanted[0]} latent channels, {wanted[1]} pixels a latent and patches of "
+            f"{wanted[2]}; the autoencoder has {found[0]} and {found[1]}, the transformer patches of {found[2]} and "
+            f"{transformer.config.out_channels} channels out"
+        )
 
 
 def load_loras(

@@ -13,7 +13,7 @@ import pytest
 PLATFORM = os.environ.get("TSDSR_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ.setdefault(
-    "OMP_NUM_THREADS", "2"
+    "OMP_NUM_THREADS", "1"
 )  # torch's threads; more only fight with XLA's over these tiny tensors
 
 import jax  # noqa: E402

@@ -15,11 +15,11 @@ from threading import Lock
 
 import jax
 import numpy as np
-from PIL import Image
 
 from tsdsr_jax import color
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import IMAGE_SUFFIXES, Photo, read_photo, read_size, write_photo
+from tsdsr_jax.images import IMAGE_SUFFIXES, Photo, check_format, read_photo, read_size, write_photo
+from tsdsr_jax.resize import pillow_bicubic
 from tsdsr_jax.sizes import Size, SizePlan, plan_buckets
 from tsdsr_jax.upscaler import Launched, Prepared, Upscaler, finish, latent_noise, prepare
 
@@ -39,10 +39,12 @@ class Group:
     Attributes:
       jobs: with the sizes planned for each.
       bucket: the padded (height, width) they share, height ≤ width.
+      masked: whether a photograph of this or another group does not fill the bucket.
     """
 
     jobs: tuple[tuple[Job, SizePlan], ...]
     bucket: Size
+    masked: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +88,38 @@ def find_jobs(source: Path, output: Path, suffix: str) -> list[Job]:
             )
     else:
         raise UserError(f"{source}: no such file or folder")
-    plain = [(output / file.relative_to(root)).with_suffix(suffix) for file in files]
-    taken = Counter(str(target).casefold() for target in plain)
-    jobs = []
-    for file, target in zip(files, plain, strict=True):
-        if taken[str(target).casefold()] > 1:
-            target = target.with_name(f"{file.stem}_{file.suffix[1:]}{suffix}")
-        if target.exists() and target.samefile(file):
+    targets = _distinct_targets(
+        files, [(output / file.relative_to(root)).with_suffix(suffix) for file in files]
+    )
+    photographs = {file.resolve() for file in files}
+    for target in targets:
+        beside_one = source.is_file() and target.parent.resolve() == root.resolve() and target.exists()
+        if beside_one or target.resolve() in photographs:
             raise UserError(
-                f"{target}: the result would replace the photograph itself; choose another --output_dir"
+                f"{target}: lies among the photographs, and the result would replace it; choose another --output_dir"
             )
-        jobs.append(Job(file, target))
-    return jobs
+    return [Job(file, target) for file, target in zip(files, targets, strict=True)]
+
+
+def _distinct_targets(files: Sequence[Path], targets: list[Path]) -> list[Path]:
+    """Puts the file's own suffix into the name (a_jpg.png) wherever targets coincide, upper and lower case alike."""
+    while True:
+        taken = Counter(str(target).casefold() for target in targets)
+        renamed = [
+            target.with_name(f"{file.stem}_{file.suffix[1:]}{target.suffix}")
+            if taken[str(target).casefold()] > 1
+            else target
+            for file, target in zip(files, targets, strict=True)
+        ]
+        # Again while names change: the new one may be another's plain one (a.jpg, a.png, a_jpg.bmp).
+        if renamed == targets:
+            return targets
+        targets = renamed
 
 
 def _images_below(folder: Path, output: Path) -> Iterable[Path]:
-    excluded = output.resolve()
+    # Results of an earlier run, where they lie among the photographs.
+    excluded = output.resolve() if folder.resolve() in output.resolve().parents else None
     for path in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if hidden or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
@@ -116,54 +134,93 @@ class Report:
     def __init__(self, note: Callable[[str], object], on_done: Callable[[], object] = lambda: None):
         self.written, self.skipped = 0, 0
         self.failures: list[str] = []
-        self.note, self._on_done, self._lock = note, on_done, Lock()
+        self.note, self.on_done, self._lock = note, on_done, Lock()
 
     def wrote(self) -> None:
         with self._lock:
             self.written += 1
-            self._on_done()
+            self.on_done()
 
-    def failed(self, message: str) -> None:
+    def failed(self, path: Path, error: Exception) -> None:
+        """Notes a failure: a UserError in its own words, anything else as what it is."""
+        message = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
         with self._lock:
             self.failures.append(message)
             self.note(message)
-            self._on_done()
+            self.on_done()
 
 
 def plan_groups(
-    jobs: Sequence[Job], plan: Callable[[Size], SizePlan], batch: int, max_pixels: int, report: Report
+    jobs: Sequence[Job],
+    plan: Callable[[Size], SizePlan],
+    batch: int,
+    options: FileOptions,
+    report: Report,
+    part: tuple[int, int] = (0, 1),
 ) -> list[Group]:
     """Reads the headers, and puts photographs of like shape into batches.
 
     The result depends on the set of files, not on which of them are finished or on the order: a resumed run computes
     each photograph exactly as an uninterrupted one.
+
+    Args:
+      jobs: the photographs.
+      plan: (height, width) -> sizes.
+      batch: photographs a group holds at most.
+      options: for format and size limits.
+      report: takes photographs that cannot be read or are too large.
+      part: (i, n): keep the i-th of n parts. Shapes follow from the whole set all the same, and which photographs a part
+        has does not depend on `batch`, which may differ between the machines that share a folder.
     """
 
-    def measure(job: Job) -> SizePlan | None:
+    index, parts = part
+
+    def measure(number: int, job: Job) -> SizePlan | None:
         try:
-            sizes = plan(read_size(job.source, max_pixels))
-            pixels = sizes.padded[0] * sizes.padded[1]
-            if pixels > max_pixels:
+            sizes = plan(read_size(job.source, options.max_pixels))
+            if sizes.padded[0] * sizes.padded[1] > options.max_pixels:
                 raise UserError(
                     f"{job.source}: would be processed at {sizes.padded[1]}×{sizes.padded[0]} pixels, more than "
-                    f"--max_pixels {max_pixels}"
+                    f"--max_pixels {options.max_pixels}"
                 )
+            check_format(job.source, options.format, *sizes.output)
             return sizes
-        except UserError as error:
-            report.failed(str(error))
+        except Exception as error:  # whatever one file provokes, the others go on
+            if number % parts == index:  # once, not by every part
+                report.failed(job.source, error)
             return None
 
     with ThreadPoolExecutor() as pool:
-        measured = [(job, sizes) for job, sizes in zip(jobs, pool.map(measure, jobs), strict=True) if sizes]
+        plans = pool.map(measure, range(len(jobs)), jobs)
+        measured = [(job, sizes) for job, sizes in zip(jobs, plans, strict=True) if sizes]
     buckets = plan_buckets([sizes.lying for _, sizes in measured])
+    masked = {bucket for (_, sizes), bucket in zip(measured, buckets, strict=True) if sizes.lying != bucket}
     together: dict[tuple[Size, bool], list[tuple[Job, SizePlan]]] = {}
     for (job, sizes), bucket in zip(measured, buckets, strict=True):
         together.setdefault((bucket, sizes.portrait), []).append((job, sizes))
-    return [
-        Group(tuple(members[start : start + batch]), bucket)
-        for (bucket, _), members in sorted(together.items())
-        for start in range(0, len(members), batch)
-    ]
+    groups = []
+    for (bucket, _), members in sorted(together.items()):
+        mine = members[index::parts]
+        groups += [
+            Group(tuple(mine[start : start + batch]), bucket, bucket in masked)
+            for start in range(0, len(mine), batch)
+        ]
+    return groups
+
+
+def unfinished(groups: Sequence[Group], report: Report) -> list[Group]:
+    """The groups with a result still missing; counts the results that exist.
+
+    A group of which only some results exist stays whole: all are computed, so that each comes out as in an uninterrupted
+    run, and the missing ones are written.
+    """
+    todo = []
+    for group in groups:
+        finished = sum(job.target.exists() for job, _ in group.jobs)
+        report.skipped += finished
+        if finished < len(group.jobs):
+            todo.append(group)
+    return todo
 
 
 def upscale(
@@ -175,25 +232,15 @@ def upscale(
     overwrite: bool = False,
     threads: int = 4,
 ) -> None:
-    """Runs the groups.
-
-    Groups whose results all exist are skipped. In a group of which only some exist all are computed, so that each
-    comes out as in an uninterrupted run, and the missing ones are written.
-    """
-    todo = []
-    for group in groups:
-        finished = 0 if overwrite else sum(job.target.exists() for job, _ in group.jobs)
-        report.skipped += finished
-        if finished < len(group.jobs):
-            todo.append(group)
+    """Runs the groups. A result that exists is written again only with `overwrite`."""
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
         run = _Run(upscaler, options, report, overwrite, readers, writers, threads)
         try:
-            run.all(todo)
-        except BaseException:
-            # What is being written finishes; what waits does not start.
+            run.all(groups)
+        except BaseException as error:
+            # What has been computed is still written, unless the user wants to leave now.
             readers.shutdown(wait=False, cancel_futures=True)
-            writers.shutdown(wait=False, cancel_futures=True)
+            writers.shutdown(wait=False, cancel_futures=isinstance(error, KeyboardInterrupt))
             raise
 
 
@@ -216,10 +263,10 @@ class _Run:
         for _ in range(2):
             self._read_next(upcoming, ahead)
         while ahead:
-            bucket, futures = ahead.popleft()
+            group, futures = ahead.popleft()
             self._read_next(upcoming, ahead)
             slots = [slot for future in futures if (slot := future.result())]
-            launched = self._launch(slots, bucket) if slots else None
+            launched = self._launch(slots, group) if slots else None
             if launched:
                 running.append((slots, launched))
             while len(running) > 1 or (running and not ahead):
@@ -232,9 +279,7 @@ class _Run:
     def _read_next(self, upcoming: Iterator[Group], ahead: deque) -> None:
         group = next(upcoming, None)
         if group:
-            ahead.append(
-                (group.bucket, [self.readers.submit(self._read, job, plan) for job, plan in group.jobs])
-            )
+            ahead.append((group, [self.readers.submit(self._read, job, plan) for job, plan in group.jobs]))
 
     def _read(self, job: Job, plan: SizePlan) -> _Slot | None:
         """Reads and prepares one photograph; None, and a line in the report, where that fails."""
@@ -243,20 +288,17 @@ class _Run:
             photo = read_photo(job.source, self.options.max_pixels)
             if photo.rgb.shape[:2] != plan.source:
                 raise UserError(f"{job.source}: changed while it was being processed; run again")
-        except OSError as error:
-            self.report.failed(f"{job.source}: cannot be read ({error.strerror})")
+            shape = (*plan.latent, self.upscaler.latent_channels)
+            sample = self.upscaler.settings.sample
+            noise = latent_noise(content, self.options.seed, shape) if sample else np.zeros(shape, np.float32)
+            return _Slot(job, plan, photo, prepare(photo.rgb, plan, noise))
+        except Exception as error:  # whatever one file provokes, the others go on
+            self.report.failed(job.source, error)
             return None
-        except UserError as error:
-            self.report.failed(str(error))
-            return None
-        shape = (*plan.latent, self.upscaler.latent_channels)
-        sample = self.upscaler.settings.sample
-        noise = latent_noise(content, self.options.seed, shape) if sample else np.zeros(shape, np.float32)
-        return _Slot(job, plan, photo, prepare(photo.rgb, plan, noise))
 
-    def _launch(self, slots: list[_Slot], bucket: Size) -> Launched | None:
+    def _launch(self, slots: list[_Slot], group: Group) -> Launched | None:
         try:
-            return self.upscaler.launch([slot.prepared for slot in slots], bucket)
+            return self.upscaler.launch([slot.prepared for slot in slots], group.bucket, masked=group.masked)
         except jax.errors.JaxRuntimeError as error:
             self._device_failure(slots, error)
             return None
@@ -265,45 +307,56 @@ class _Run:
         """Waits for a batch and hands its pictures to the writers."""
         try:
             pictures = launched.results()
-            if any(picture is None for picture in pictures):
-                pictures = self._in_float32(slots, launched, pictures)
         except jax.errors.JaxRuntimeError as error:
             self._device_failure(slots, error)
             return
-        for slot, picture in zip(slots, pictures, strict=True):
-            if picture is None:
-                self.report.failed(
+        self._write_later(slots, pictures, writing)
+        overflowed = [slot for slot, picture in zip(slots, pictures, strict=True) if picture is None]
+        if overflowed:
+            self._write_later(overflowed, self._in_float32(overflowed, launched), writing, last=True)
+
+    def _in_float32(self, slots: list[_Slot], launched: Launched) -> list[np.ndarray | None]:
+        """Computes photographs again whose results overflowed in half precision."""
+        if self.upscaler.dtype == np.float32:
+            return [None] * len(slots)
+        for slot in slots:
+            self.report.note(
+                f"{slot.job.source}: not finite in {self.upscaler.dtype}; computing again in float32"
+            )
+        try:
+            photos = [slot.prepared for slot in slots]
+            return self.upscaler.in_float32.launch(photos, launched.bucket, masked=launched.masked).results()
+        except jax.errors.JaxRuntimeError as error:
+            self._device_failure(slots, error)
+            return []
+
+    def _write_later(
+        self,
+        slots: list[_Slot],
+        pictures: list[np.ndarray | None],
+        writing: deque[Future[None]],
+        last: bool = False,
+    ) -> None:
+        """Queues the pictures that are there; on the last try, reports those that are not."""
+        for slot, picture in zip(slots, pictures, strict=False):
+            if picture is not None:
+                if self.overwrite or not slot.job.target.exists():
+                    writing.append(self.writers.submit(self._write, slot.job, slot.plan, slot.photo, picture))
+            elif last:
+                reason = (
                     f"{slot.job.source}: the result is not finite, in float32 too; are the weights damaged?"
                 )
-            elif self.overwrite or not slot.job.target.exists():
-                writing.append(self.writers.submit(self._write, slot, picture))
+                self.report.failed(slot.job.source, UserError(reason))
 
-    def _in_float32(
-        self, slots: list[_Slot], launched: Launched, pictures: list[np.ndarray | None]
-    ) -> list[np.ndarray | None]:
-        """Replaces pictures that overflowed by what float32 gives."""
-        if self.upscaler.dtype == np.float32:
-            return pictures
-        again = self.upscaler.in_float32.launch([slot.prepared for slot in slots], launched.bucket).results()
-        for slot, picture in zip(slots, pictures, strict=True):
-            if picture is None:
-                self.report.note(
-                    f"{slot.job.source}: not finite in {self.upscaler.dtype}; computed again in float32"
-                )
-        return [old if old is not None else new for old, new in zip(pictures, again, strict=True)]
-
-    def _write(self, slot: _Slot, picture: np.ndarray) -> None:
+    def _write(self, job: Job, plan: SizePlan, photo: Photo, picture: np.ndarray) -> None:
         """Finishes and writes one result; a failure goes into the report."""
-        plan, photo = slot.plan, slot.photo
         try:
             rgb = finish(picture, photo.rgb, plan, self.options.align)
-            alpha = photo.alpha
-            if alpha is not None:
-                alpha = np.asarray(Image.fromarray(alpha).resize(plan.output[::-1], Image.Resampling.BICUBIC))
-            write_photo(slot.job.target, rgb, photo, alpha, self.options.format)
+            alpha = None if photo.alpha is None else pillow_bicubic(photo.alpha, *plan.output)
+            write_photo(job.target, rgb, photo, alpha, self.options.format)
             self.report.wrote()
-        except UserError as error:
-            self.report.failed(str(error))
+        except Exception as error:  # whatever one file provokes, the others go on
+            self.report.failed(job.source, error)
 
     def _device_failure(self, slots: list[_Slot], error: Exception) -> None:
         """Out of memory costs a batch, not the run; anything else is a bug and goes up."""
@@ -311,10 +364,11 @@ class _Run:
             raise error
         for slot in slots:
             height, width = slot.plan.padded
-            self.report.failed(
-                f"{slot.job.source}: out of device memory at {width}×{height}; --is_use_tile (smaller "
-                "--vae_decoder_tiled_size, --vae_encoder_tiled_size) or a smaller --tile_batch_size lowers the peak"
+            message = (
+                f"{slot.job.source}: out of device memory at {width}×{height}; --is_use_tile (with a smaller "
+                "--vae_decoder_tiled_size) or a smaller --tile_batch_size lowers the peak"
             )
+            self.report.failed(slot.job.source, UserError(message))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -183,7 +183,7 @@ def write_photo(
     """
     path = Path(path)
     _check_arrays(rgb, alpha)
-    _check_format(path, format, *rgb.shape[:2])
+    check_format(path, format, *rgb.shape[:2])
     image = Image.fromarray(rgb)
     if like.grey:
         image = image.convert("L")
@@ -408,7 +408,10 @@ def _profile(icc: bytes | None) -> ImageCms.ImageCmsProfile | None:
 def _profile_space(icc: bytes | None) -> str:
     """Colour space that a profile describes, such as "RGB", "GRAY", "CMYK" or "Lab"; empty if none."""
     profile = _profile(icc)
-    return profile.profile.xcolor_space.strip() if profile else ""
+    try:
+        return profile.profile.xcolor_space.strip() if profile else ""
+    except ValueError:  # damaged: not even text
+        return ""
 
 
 def _carried_profile(image: Image.Image, grey: bool) -> bytes | None:
@@ -503,7 +506,8 @@ def _check_arrays(rgb: np.ndarray, alpha: np.ndarray | None) -> None:
         raise ValueError(f"expected an alpha of {rgb.shape[:2]} uint8, got {alpha.shape} {alpha.dtype}")
 
 
-def _check_format(path: Path, format: str, height: int, width: int) -> None:
+def check_format(path: str | Path, format: str, height: int, width: int) -> None:
+    """Raises UserError where a format is unknown or cannot hold a picture this large; `path` is for the message."""
     if format not in FORMATS:
         raise UserError(f"{path}: cannot write the format {format!r}; choose one of {', '.join(FORMATS)}")
     too_long = format in _MAX_SIDE and max(height, width) > _MAX_SIDE[format]

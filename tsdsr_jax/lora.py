@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
 Tree = dict[str, Any]
 
@@ -33,6 +34,12 @@ VAE_ENCODER_TARGETS = (r"encoder/.*",)
 def covers(targets: Sequence[str], module: str) -> bool:
     """Whether the module path (`blocks_0/attn/to_q`) is one of the targets."""
     return any(re.fullmatch(rf"(.*/)?({target})", module) for target in targets)
+
+
+def pair_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a and b for a kernel; one of three axes is a stack of dense kernels."""
+    stack = kernel[:1] if len(kernel) == 3 else ()
+    return (*kernel[:-1], rank), (*stack, rank, kernel[-1])
 
 
 def init(key: jax.Array, params: Tree, targets: Sequence[str], rank: int) -> Tree:
@@ -55,9 +62,9 @@ def init(key: jax.Array, params: Tree, targets: Sequence[str], rank: int) -> Tre
         raise ValueError(f"no module matches the LoRA targets {tuple(targets)}")
     pairs = {}
     for index, (path, shape) in enumerate(sorted(chosen.items())):
-        a = jax.random.normal(jax.random.fold_in(key, index), (*shape[:-1], rank), jnp.float32) / rank
-        stack = shape[:1] if len(shape) == 3 else ()
-        pairs[(*path, "a")], pairs[(*path, "b")] = a, jnp.zeros((*stack, rank, shape[-1]), jnp.float32)
+        a_shape, b_shape = pair_shapes(shape, rank)
+        a = jax.random.normal(jax.random.fold_in(key, index), a_shape, jnp.float32) / rank
+        pairs[(*path, "a")], pairs[(*path, "b")] = a, jnp.zeros(b_shape, jnp.float32)
     return unflatten_dict(pairs)
 
 
@@ -87,12 +94,14 @@ def merge(params: Tree, lora: Tree, factor: float = 1.0) -> Tree:
     return unflatten_dict(merged)
 
 
-@partial(jax.jit, static_argnames="factor")
-def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, factor: float = 1.0) -> jax.Array:
-    """One kernel plus factor·A B, computed in float32, in the kernel's dtype."""
+@partial(jax.jit, static_argnames=("factor", "dtype"))
+def merge_kernel(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, factor: float = 1.0, dtype: DTypeLike | None = None
+) -> jax.Array:
+    """One kernel plus factor·A B, computed in float32; in `dtype`, or else the kernel's."""
     # Highest precision: GPUs would otherwise round these float32 products to TF32.
     delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(jnp.float32) + factor * delta).astype(kernel.dtype)
+    return (kernel.astype(jnp.float32) + factor * delta).astype(dtype or kernel.dtype)
 
 
 def modules(lora: Tree) -> dict[str, int]:

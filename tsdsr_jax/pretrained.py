@@ -121,7 +121,7 @@ class NetworkFiles:
             module = path.removesuffix("/kernel")
             if f"{module}/a" in pairs and path.endswith("/kernel"):
                 pair = (put(np.asarray(pairs[f"{module}/{half}"], np.float32)) for half in ("a", "b"))
-                leaf = lora_lib.merge_kernel(leaf.astype(jnp.float32), *pair, factor=lora_scale)
+                leaf = lora_lib.merge_kernel(leaf, *pair, factor=lora_scale, dtype=jnp.dtype(dtype))
             loaded.append((path, leaf.astype(dtype)))
             progress(array.size)
         return torch_weights.to_tree(loaded)
@@ -168,14 +168,22 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise UserError(f"{repo_id}: no such folder (nor is it a hub id, which reads owner/name)")
     infix = f".{variant}" if variant else ""
-    weights = [f"{TORCH_STEM}{infix}.safetensors", f"{TORCH_STEM}{infix}-*.safetensors", PARAMS_FILE]
-    patterns = [f"{part}/{name}" for part in PARTS for name in (*weights, "*.json")]
+    small = [f"{part}/*.json" for part in PARTS] + ["scheduler/*", "model_index.json"]
+    weights = [
+        *(f"{TORCH_STEM}{infix}.safetensors", f"{TORCH_STEM}{infix}-*-of-*.safetensors"),
+        *(f"{TORCH_STEM}-*-of-?????{infix}.safetensors", PARAMS_FILE),
+    ]
+
+    def fetch(names: list[str]) -> Path:
+        patterns = [*small, *(f"{part}/{name}" for part in PARTS for name in names)]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
     try:
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=[*patterns, "scheduler/*", "model_index.json"]
-            )
-        )
+        folder = fetch(weights)
+        if variant is None and not any(folder.glob("*/*.safetensors")):
+            # The repository has variants only; `find_weights` takes the one there is, or names the choice.
+            folder = fetch([f"{TORCH_STEM}.*.safetensors", f"{TORCH_STEM}*-of-*.safetensors"])
+        return folder
     except GatedRepoError:
         raise UserError(
             f"{repo_id}: the repository is gated; accept its licence on its page, then log in with `hf auth login`"

@@ -2,6 +2,7 @@
 
 import cv2
 import numpy as np
+from PIL import Image
 
 
 def bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -49,3 +50,8 @@ def reflect_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if rows < 0 or columns < 0:
         raise ValueError(f"cannot pad {image.shape[:2]} pixels to fewer, {(height, width)}")
     return np.pad(image, ((0, rows), (0, columns), (0, 0)), mode="reflect")
+
+
+def pillow_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pillow's bicubic (a = -0.5, antialiased where it shrinks, rounded to 8 bits) of (H, W[, 3]) uint8."""
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

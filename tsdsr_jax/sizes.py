@@ -9,7 +9,7 @@ import numpy as np
 
 Size = tuple[int, int]  # (height, width)
 
-LATENT_FACTOR = 8
+LATENT_FACTOR, PATCH_SIZE = 8, 2  # SD3's: pixels a latent pixel spans, latent pixels a token spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,11 @@ class SizePlan:
         return min(self.padded), max(self.padded)
 
 
-def plan_size(source: Size, upscale: float, process_size: int, latent_tile: int, patch: int = 2) -> SizePlan:
+def plan_size(source: Size, upscale: float, process_size: int, latent_tile: int) -> SizePlan:
     """Plans one photograph.
 
     A photograph whose short side would come out below `process_size` is enlarged until it does not. Sides are then
-    padded to multiples of 8 (the autoencoder), and where the latent is not longer than a tile, to multiples of 8·patch,
+    padded to multiples of 8 (the autoencoder), and where the latent is not longer than a tile, to multiples of 16,
     because the tile must hold whole patches; longer sides are covered by overlapping tiles and need none.
     """
     minimum = max(1, int(process_size // upscale))
@@ -61,7 +61,7 @@ def plan_size(source: Size, upscale: float, process_size: int, latent_tile: int,
     def pad(side: int) -> int:
         latent = -(-side // LATENT_FACTOR)
         if latent <= latent_tile:
-            latent = -(-latent // patch) * patch
+            latent = -(-latent // PATCH_SIZE) * PATCH_SIZE
         return latent * LATENT_FACTOR
 
     padded = pad(resized[0]), pad(resized[1])

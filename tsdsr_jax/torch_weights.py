@@ -18,12 +18,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.lora import Tree, pair_shapes
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.tensor_files import TensorReader, TensorSpec
 
 Config = MMDiTConfig | VAEConfig
-Tree = dict[str, Any]
 
 
 class Rule(NamedTuple):
@@ -202,7 +202,10 @@ def base_entries(config: Config) -> list[Entry]:
 
 
 def check_names(
-    found: Mapping[str, TensorSpec], expected: Mapping[str, tuple[int, ...]], source: object
+    found: Mapping[str, TensorSpec],
+    expected: Mapping[str, tuple[int, ...]],
+    source: object,
+    model: str = "the model its config.json describes",
 ) -> None:
     """Compares tensors with what is expected, and reports every difference at once.
 
@@ -221,10 +224,10 @@ def check_names(
     if not set(found) & set(expected):
         some = ", ".join(list(found)[:3]) or "none"
         raise UserError(
-            f"{source}: not one tensor belongs to the model its config.json describes (first tensors: {some}); "
+            f"{source}: not one tensor belongs to {model} (first tensors: {some}); "
             "is this another kind of checkpoint?"
         )
-    lines = [f"{source}: does not fit the model its config.json describes"]
+    lines = [f"{source}: does not fit {model}"]
     for title, names in (("missing", missing), ("unexpected", extra), ("wrong shape", misshapen)):
         lines += [f"  {title}: {name}" for name in names]
     raise UserError("\n".join(lines))
@@ -313,8 +316,7 @@ def read_lora(
         first = next(name for name in names if name in adapted)
         half = found.get(f"{first}.lora_A.weight") or found.get(f"{first}.lora_B.weight")
         rank = half.shape[0] if f"{first}.lora_A.weight" in found else half.shape[1]
-        stack = kernel.shape[: kernel.stacked]
-        a_shape, b_shape = (*kernel.shape[:-1], rank), (*stack, rank, kernel.shape[-1])
+        a_shape, b_shape = pair_shapes(kernel.shape, rank)
         entries += [_entry(config, f"{module}/{leaf}", shape, _LORA_LEAVES) for leaf, shape in
                     (("a", a_shape), ("b", b_shape))]  # fmt: skip
     expected = {name: entry.torch_shape for entry in entries for name in entry.names}
@@ -341,9 +343,8 @@ def check_lora(specs: Mapping[str, TensorSpec], config: Config, source: object) 
         if module not in kernels or half not in ("a", "b") or len(spec.shape) < 2:
             continue
         kernel, rank = kernels[module], spec.shape[-1] if half == "a" else spec.shape[-2]
-        stack = kernel[:1] if len(kernel) == 3 else ()
-        expected.setdefault(f"{module}/a", (*kernel[:-1], rank))
-        expected.setdefault(f"{module}/b", (*stack, rank, kernel[-1]))
+        for leaf, shape in zip(("a", "b"), pair_shapes(kernel, rank), strict=True):
+            expected.setdefault(f"{module}/{leaf}", shape)
     check_names(specs, expected, source)
 
 

@@ -20,13 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from PIL import Image
 
 from tsdsr_jax import color, tiling
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask
 from tsdsr_jax.prompts import PromptEmbeds
-from tsdsr_jax.resize import bicubic, reflect_pad
+from tsdsr_jax.resize import bicubic, pillow_bicubic, reflect_pad
 from tsdsr_jax.sizes import LATENT_FACTOR, Size, SizePlan, plan_size, token_levels
 from tsdsr_jax.torch_weights import Tree
 
@@ -101,13 +100,9 @@ def finish(result: np.ndarray, rgb: np.ndarray, plan: SizePlan, align: color.Met
     """
     result = result[: plan.resized[0], : plan.resized[1]]
     if plan.output != plan.resized:
-        result = _pillow_bicubic(result, plan.output)
-    upscaled = _pillow_bicubic(rgb, plan.output) if align == "wavelet" else result
+        result = pillow_bicubic(result, *plan.output)
+    upscaled = pillow_bicubic(rgb, *plan.output) if align == "wavelet" else result
     return color.align(align, result, rgb, upscaled)
-
-
-def _pillow_bicubic(image: np.ndarray, size: Size) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,6 +111,7 @@ class Launched:
 
     plans: list[SizePlan]
     bucket: Size
+    masked: bool
     images: jax.Array
     finite: jax.Array
 
@@ -156,7 +152,11 @@ class Upscaler:
         self._prompt = prompt
         self._transformer_params = jax.device_put(transformer[1], self._shared)
         self._vae_params = jax.device_put(vae[1], self._shared)
-        self._mmdit, self._vae = MMDiT(transformer[0], self.dtype), AutoencoderKL(vae[0], self.dtype)
+        # "auto" looks at the default devices; these may be others.
+        default = self.devices[0].platform == jax.default_backend()
+        implementation = "auto" if default else "xla"
+        self._mmdit = MMDiT(transformer[0], self.dtype, implementation=implementation)
+        self._vae = AutoencoderKL(vae[0], self.dtype)
         self._text = [
             jax.device_put(jnp.asarray(array, self.dtype)[None], self._shared)
             for array in (prompt.prompt, prompt.pooled)
@@ -188,30 +188,31 @@ class Upscaler:
         """The autoencoder that does to a transposed image what the other does to the image."""
         return jax.jit(_transpose_kernels, out_shardings=self._shared)(self._vae_params)
 
-    def launch(self, photos: Sequence[Prepared], bucket: Size) -> Launched:
+    def launch(self, photos: Sequence[Prepared], bucket: Size, *, masked: bool = False) -> Launched:
         """Starts a batch and returns at once.
 
         Args:
           photos: at most `batch`, all portraits or none.
           bucket: (height, width) with height ≤ width, no smaller than any `plan.lying`.
+          masked: compute with masks in any case. A batch that fills its bucket needs none, but whether there are masks
+            is part of which program is compiled: batches that share a bucket should agree.
         """
         plans = [photo.plan for photo in photos]
         filled = [photos[index] if index < len(photos) else photos[0] for index in range(self.batch)]
         params = self._lying_vae_params if plans[0].portrait else self._vae_params
         latent_bucket = bucket[0] // LATENT_FACTOR, bucket[1] // LATENT_FACTOR
         sizes = np.asarray([photo.plan.lying for photo in filled], np.int32)
-        # A batch that fills its bucket needs no masks; whether it does is part of which program it is.
-        exact = all(size == bucket for size in (photo.plan.lying for photo in filled))
+        masked = masked or any(plan.lying != bucket for plan in plans)
         images = self._put(np.stack([_corner(_laid(photo.image, photo.plan), bucket) for photo in filled]))
         noise = self._put(
             np.stack([_corner(_laid(photo.noise, photo.plan), latent_bucket) for photo in filled])
         )
-        valid = None if exact else self._put(sizes)
+        valid = self._put(sizes) if masked else None
         with self._matmul_precision():
             latents = self.encode(params, images, noise, valid)
             sums = self._denoise(latents, plans)
             pictures, finite = self.decode(params, latents, sums, valid)
-        return Launched(plans, bucket, pictures, finite)
+        return Launched(plans, bucket, masked, pictures, finite)
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._split)

@@ -39,10 +39,15 @@ def attention(
     """
     if implementation == "auto":
         fits_cudnn = query.dtype in _CUDNN_DTYPES and query.shape[-1] <= _CUDNN_MAX_HEAD_DIM
-        implementation = "cudnn" if fits_cudnn and jax.default_backend() == "gpu" else "xla"
+        implementation = "cudnn" if fits_cudnn and _has_flash_attention() else "xla"
+    if query.dtype == jnp.float16 and jax.default_backend() != "gpu":
+        # Only GPUs offer the product that JAX then asks for, of float16 values summed in float32.
+        in_float32 = (array.astype(jnp.float32) for array in (query, key, value))
+        return attention(*in_float32, lengths=lengths, implementation=implementation).astype(query.dtype)
     if lengths is None:
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
-    # cuDNN wants both lengths or none; every query row is computed, padded or not.
+    # cuDNN wants both lengths or none; every query row is computed, padded or not. On a mesh each device may see this
+    # array whole beside its part of the batch: harmless, because all its values are equal.
     all_queries = jnp.full(lengths.shape, query.shape[1], jnp.int32)
     return jax.nn.dot_product_attention(
         query,
@@ -52,6 +57,17 @@ def attention(
         key_value_seq_lengths=lengths.astype(jnp.int32),
         implementation=implementation,
     )
+
+
+def _has_flash_attention() -> bool:
+    """Whether the default devices are NVIDIA GPUs of Ampere or later; JAX itself does not check."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.local_devices()[0], "compute_capability", "0")
+    try:
+        return float(capability) >= 8.0
+    except ValueError:  # AMD names its architectures
+        return False
 
 
 def single_head_attention(

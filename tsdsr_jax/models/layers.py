@@ -58,7 +58,11 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, prepare: Prepare | None = None, band_pixels: int | None = None
+        self,
+        x: jax.Array,
+        prepare: Prepare | None = None,
+        band_pixels: int | None = None,
+        add: jax.Array | None = None,
     ) -> jax.Array:
         """(B, H, W, C) -> (B, H', W', features).
 
@@ -67,6 +71,7 @@ class Conv(nn.Module):
           prepare: elementwise function applied to the input first. Given here rather than before the call so that a
             banded convolution never holds the prepared copy of the whole image.
           band_pixels: compute at most about this many output pixels at a time; None: the whole image. Exact either way.
+          add: (B, H', W', features) to add to the result, a residual; bands are added to it in place.
         """
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
@@ -84,13 +89,13 @@ class Conv(nn.Module):
                 y = y + self._convolve(rows, lora[0]) @ lora[1]
             return y + bias
 
-        scale = self.upsample / self.stride
-        height, width = int(x.shape[1] * scale), int(x.shape[2] * scale)
+        height, width = (side * self.upsample // self.stride for side in x.shape[1:3])
         band = height if band_pixels is None else max(8, band_pixels // width)
         # A band needs its own rows, plus a margin, inside the image; small images are cheap whole.
-        if band + 2 * max(1, self.upsample) >= height:
-            return convolve(x, 0)
-        return in_bands(convolve, x, band, self.upsample, self.stride)
+        if band + 2 * self.upsample >= height:
+            whole = convolve(x, 0)
+            return whole if add is None else add + whole
+        return in_bands(convolve, x, band, self.upsample, self.stride, add)
 
     def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
@@ -103,9 +108,14 @@ class Conv(nn.Module):
 
 
 def in_bands(
-    convolve: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, band: int, upsample: int, stride: int
+    convolve: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    band: int,
+    upsample: int,
+    stride: int,
+    add: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes a 3×3 convolution band by band of output rows; the same numbers, a fraction of the temporary memory.
+    """Computes a convolution of at most 3×3 band by band of output rows: the same numbers, without whole-image temporaries.
 
     Each band reads its input rows and a margin of one row (of `stride` rows when down-sampling), clamped to the image:
     away from the border the margin replaces the zero padding, at the border the padding is the true one. The
@@ -114,26 +124,40 @@ def in_bands(
     Args:
       convolve: (input rows (B, n, W, C), index of the first) -> output rows (B, n·upsample/stride, W', C').
       x: (B, H, W, C), H a multiple of `stride`.
-      band: output rows a band; rounded down to a multiple of `upsample`.
+      band: output rows a band, at most; bands are then made equally high.
+      add: residual of the result's shape and dtype; None: zeros.
     """
-    height = x.shape[1]
-    rows_in = max(1, band // upsample) * stride
-    margin = stride
-    slice_rows = rows_in + 2 * margin
-    rows_out = rows_in * upsample // stride
+    height, margin = x.shape[1], stride
     out = jax.eval_shape(convolve, x, jnp.int32(0))
-    count = -(-out.shape[1] // rows_out)
+    count = -(-out.shape[1] // band)
+    rows_in = -(-height // (count * stride)) * stride
+    slice_rows, rows_out = rows_in + 2 * margin, rows_in * upsample // stride
 
     def add_band(index: jax.Array, result: jax.Array) -> jax.Array:
-        # The last band starts early enough to be a full one: it recomputes some rows, to the same values.
+        # The last band starts early enough to be a full one.
         first_in = jnp.minimum(index * rows_in, height - rows_in)
         start = jnp.clip(first_in - margin, 0, height - slice_rows)
         rows = convolve(jax.lax.dynamic_slice_in_dim(x, start, slice_rows, 1), start)
-        offset = (first_in - start) * upsample // stride
-        rows = jax.lax.dynamic_slice_in_dim(rows, offset, rows_out, 1)
-        return jax.lax.dynamic_update_slice_in_dim(result, rows, first_in * upsample // stride, 1)
+        rows = jax.lax.dynamic_slice_in_dim(rows, (first_in - start) * upsample // stride, rows_out, 1)
+        first = first_in * upsample // stride
+        # Rows that the band before has done already must not be added twice.
+        fresh = first + jnp.arange(rows_out) >= index * rows_out
+        rows = jnp.where(fresh[None, :, None, None], rows, 0)
+        rows += jax.lax.dynamic_slice_in_dim(result, first, rows_out, 1)
+        return jax.lax.dynamic_update_slice_in_dim(result, rows, first, 1)
 
-    return jax.lax.fori_loop(0, count, add_band, jnp.zeros(out.shape, out.dtype))
+    start = zeros_after(x, out.shape, out.dtype) if add is None else add
+    return jax.lax.fori_loop(0, count, add_band, start)
+
+
+def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Zeros that exist no earlier than x.
+
+    Plain zeros depend on nothing, and XLA would set up those of all convolutions before the first. A barrier instead of
+    arithmetic does not last: XLA removes it before it merges equal zeros.
+    """
+    zero = jnp.nan_to_num(x[(slice(1),) * x.ndim].reshape(1)[0]) * 0
+    return jnp.broadcast_to(zero.astype(dtype), shape)
 
 
 class GroupNorm(nn.Module):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tsdsr_jax.models.attention import single_head_attention
-from tsdsr_jax.models.layers import Conv, Dense, GroupNorm, Prepare
+from tsdsr_jax.models.layers import Conv, Dense, GroupNorm, Prepare, zeros_after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +111,11 @@ class NormSiluConv(NamedTuple):
     norm: GroupNorm
     conv: Conv
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None, add: jax.Array | None = None
+    ) -> jax.Array:
         mask = None if valid is None else valid_mask(valid, x.shape[1:3])
-        return self.conv(x, normalise(self.norm(x, mask), valid), band_pixels)
+        return self.conv(x, normalise(self.norm(x, mask), valid), band_pixels, add)
 
 
 class ResnetBlock(nn.Module):
@@ -130,10 +132,12 @@ class ResnetBlock(nn.Module):
             return NormSiluConv(norm, Conv(self.features, dtype=self.dtype, name=f"conv{index}"))
 
         h = layer(1)(x, valid, band_pixels)
-        h = layer(2)(h, valid, band_pixels)
         if x.shape[-1] != self.features:
-            x = Conv(self.features, 1, padding=(0, 0), dtype=self.dtype, name="conv_shortcut")(x)
-        return x + h
+            shortcut = Conv(self.features, 1, padding=(0, 0), dtype=self.dtype, name="conv_shortcut")
+            # In bands, one after the other: side by side, both convolutions' results would be set up at once.
+            start = None if band_pixels is None else zeros_after(h, h.shape, h.dtype)
+            x = shortcut(x, band_pixels=band_pixels, add=start)
+        return layer(2)(h, valid, band_pixels, add=x)
 
 
 class SpatialAttention(nn.Module):

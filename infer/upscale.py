@@ -101,7 +101,9 @@ class Options:
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     part = check(options)
-    jobs = folder.find_jobs(options.input_dir, options.output_dir, f".{options.format}")
+    jobs = folder.find_jobs(
+        options.input_dir, options.output_dir, f".{options.format}", overwrite=options.overwrite
+    )
     check_writable(options.output_dir)
 
     devices = select_devices(options.device)

@@ -17,7 +17,16 @@ FORBIDDEN = (
     "tyro",
     "transformers",
 )
-CORE = ("flow", "lora", "models.lpips", "models.attention", "models.layers", "models.mmdit", "models.vae", "tsd")
+CORE = (
+    "flow",
+    "lora",
+    "models.lpips",
+    "models.attention",
+    "models.layers",
+    "models.mmdit",
+    "models.vae",
+    "tsd",
+)
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -54,6 +63,7 @@ def test_importing_the_library_starts_no_backend():
 
 def test_upscaling_needs_no_torch():
     result = run(
-        "import sys; sys.modules['torch'] = None; import infer.upscale, convert.sd3, convert.lora, convert.lpips; print('fine')"
+        "import sys; sys.modules['torch'] = None; import infer.upscale, convert.sd3, convert.lora, convert.lpips; "
+        "print('fine')"
     )
     assert result.stdout == "fine\n", result.stderr

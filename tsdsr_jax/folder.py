@@ -64,7 +64,7 @@ class FileOptions:
     max_pixels: int
 
 
-def find_jobs(source: Path, output: Path, suffix: str) -> list[Job]:
+def find_jobs(source: Path, output: Path, suffix: str, *, overwrite: bool = False) -> list[Job]:
     """The photographs of a file or folder (recursive, sorted), each with its target in `output`.
 
     The tree below a folder is kept. Photographs whose targets would coincide (a.jpg, a.png) get their own suffix into
@@ -93,8 +93,11 @@ def find_jobs(source: Path, output: Path, suffix: str) -> list[Job]:
     )
     photographs = {file.resolve() for file in files}
     for target in targets:
-        beside_one = source.is_file() and target.parent.resolve() == root.resolve() and target.exists()
-        if beside_one or target.resolve() in photographs:
+        # Beside a single photograph a file of the result's name may be another photograph.
+        beside = (
+            overwrite and source.is_file() and target.parent.resolve() == root.resolve() and target.exists()
+        )
+        if beside or target.resolve() in photographs:
             raise UserError(
                 f"{target}: lies among the photographs, and the result would replace it; choose another --output_dir"
             )

@@ -125,7 +125,7 @@ def _merge(starts: np.ndarray, counts: np.ndarray, valid: int, most: int, ratio:
     return labels[inverse]
 
 
-def token_levels(smallest: int, largest: int, most: int = 3) -> list[int]:
+def token_levels(smallest: int, largest: int, most: int = 2) -> list[int]:
     """Token counts that packed tiles are padded to: at most `most`, in geometric steps up to `largest`."""
     if smallest >= largest:
         return [largest]

@@ -231,16 +231,16 @@ class Upscaler:
                 index, *plan.latent, settings.latent_tile, settings.latent_overlap, plan.portrait
             )
         ]
+        largest = (settings.latent_tile // config.patch_size) ** 2
         sums = jnp.zeros((*latents.shape[:3], latents.shape[3] + 1), jnp.float32, device=self._shared)
         for tokens, members in self._by_tokens(tiles):
             for chunk, size in self._chunks(members):
                 packed = tiling.pack(chunk, size, tokens, latents.shape[1:3], config)
                 pixels, positions, lengths = map(self._put, (packed.pixels, packed.positions, packed.lengths))
                 patches = self.gather(latents, pixels)
-                full = packed.full
-                velocity = self.velocity(
-                    self._transformer_params, patches, positions, None if full else lengths, *self._text
-                )
+                # Lengths or none are two programs; at all but the largest size the cheaper one is not worth it.
+                lengths = None if packed.full and tokens == largest else lengths
+                velocity = self.velocity(self._transformer_params, patches, positions, lengths, *self._text)
                 sums = self.blend(sums, velocity, packed.pixels, packed.weights)
         return sums
 

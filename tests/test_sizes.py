@@ -162,8 +162,8 @@ def test_thousands_of_sizes_are_planned_quickly():
 @pytest.mark.parametrize(("smallest", "largest"), [(1024, 1024), (64, 1024), (4, 16), (1024, 2304), (1, 9)])
 def test_token_levels(smallest, largest):
     levels = token_levels(smallest, largest)
-    assert levels == sorted(set(levels)) and levels[-1] == largest and len(levels) <= 3
+    assert levels == sorted(set(levels)) and levels[-1] == largest and len(levels) <= 2
     # A tile wastes at most the geometric step, and the rounding of its level up to 16.
-    step = (largest / smallest) ** (1 / 3)
+    step = (largest / smallest) ** (1 / 2)
     for low, high in zip([smallest, *levels], levels, strict=False):
         assert high <= low * step + 16

@@ -4,10 +4,16 @@
     python convert/lora.py --input lora/tsdsr --output for_pytorch --base sd3
 
 The direction follows from each file. A folder converts all of its transformer.safetensors, vae.safetensors,
-teacher.safetensors and transformer_reg.safetensors. Round trips are bit-exact.
+teacher.safetensors and transformer_reg.safetensors. Round trips are bit-exact, tensor by tensor.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    # Ctrl-C while the libraries load: leave at once. `cli.run` takes over when the work begins.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
 from pathlib import Path
@@ -72,7 +78,12 @@ def convert(source: Path, target: Path, base: Path | None) -> str:
     reader = open_tensors(source)
     part = lora_part(reader.specs)
     config = read_config(base, part)
-    adapter = load_lora(source, config)
+    if source.name in KNOWN_FILES and (source.name == "vae.safetensors") != (part == "vae"):
+        raise UserError(
+            f"{source}: holds a LoRA for the {part}; by its name it should not: are two files swapped?"
+        )
+    model = "SD3-medium, which is assumed without --base" if base is None else f"the {part} of {base}"
+    adapter = load_lora(source, config, model)
     ours = is_own_lora(reader)
     if ours:
         save_tensors(target, write_lora(adapter, config), {"format": "pt"})

@@ -8,6 +8,12 @@ Safetensors files of the same tensors will do, too. Reading .pth files needs `pi
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Ctrl-C while the libraries load: leave at once. `cli.run` takes over when the work begins.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal

@@ -10,6 +10,12 @@
 Encoding needs `pip install 'tsdsr_jax[convert]'`; converting needs no torch.
 """
 
+if __name__ == "__main__":
+    # Ctrl-C while the libraries load: leave at once. `cli.run` takes over when the work begins.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 from pathlib import Path
 from typing import Literal

@@ -7,6 +7,12 @@ Tensors are streamed, so memory stays far below the checkpoint's size.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Ctrl-C while the libraries load: leave at once. `cli.run` takes over when the work begins.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import json
 import shutil

@@ -5,7 +5,14 @@ python infer/upscale.py --pretrained_model_name_or_path sd3 -i photos -o outputs
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Ctrl-C while the libraries load: leave at once. `cli.run` takes over when the work begins.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -118,9 +125,9 @@ def main() -> None:
         with tqdm(total=sum(len(group.jobs) for group in groups), unit=" images", disable=None) as bar:
             report.on_done = bar.update
             folder.upscale(upscaler, groups, files, report, overwrite=options.overwrite)
-    finished = (
-        f", {report.skipped} existed already (--overwrite computes them again)" if report.skipped else ""
-    )
+    older = f", {report.outdated} of them older than their photographs" if report.outdated else ""
+    again = "--overwrite computes them again"
+    finished = f", {report.skipped} existed already{older} ({again})" if report.skipped else ""
     failed = f", {len(report.failures)} failed" if report.failures else ""
     print(f"{report.written} upscaled into {options.output_dir}{finished}{failed}")
     if report.failures:
@@ -131,6 +138,8 @@ def check(options: Options) -> tuple[int, int]:
     """Refuses flags that cannot work, before anything is loaded; returns the shard as (i, n)."""
     if not 1 <= options.upscale <= 64:
         raise UserError(f"--upscale {options.upscale:g}: expected 1 to 64")
+    if not math.isfinite(options.lora_scale):
+        raise UserError(f"--lora_scale {options.lora_scale:g}: expected a finite number")
     if options.process_size < 16:
         raise UserError(f"--process_size {options.process_size}: expected at least 16")
     if options.latent_tiled_size < PATCH_SIZE or options.latent_tiled_size % PATCH_SIZE:
@@ -159,6 +168,8 @@ def check(options: Options) -> tuple[int, int]:
 
 
 def check_writable(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; --output_dir must be a folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -229,6 +240,10 @@ def load_loras(
     if options.lora_dir.lower() in ("none", ""):
         print("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
         return None, None
+    if Path(options.lora_dir).is_file():
+        raise UserError(
+            f"{options.lora_dir}: is a file; --lora_dir is the folder of transformer.safetensors and vae.safetensors"
+        )
     loras = []
     for network, rank, flag in ((transformer, options.rank, "--rank"), (vae, options.rank_vae, "--rank_vae")):
         path = Path(options.lora_dir) / f"{network.part}.safetensors"

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from tsdsr_jax import lora, torch_weights
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import PARAMS_FILE, PARTS, TORCH_STEM, open_checkpoint, save_lora
+from tsdsr_jax.pretrained import PARAMS_FILE, PARTS, TORCH_STEM, load_lora, open_checkpoint, save_lora
 from tsdsr_jax.tensor_files import TensorReader, open_tensors, save_tensors
 
 pytest_plugins = "parity"
@@ -270,8 +271,12 @@ def broken_config(source: Path) -> None:
         (no_weights, [], r"transformer: diffusion_pytorch_model\.safetensors or .* not found"),
         (missing_shard, [], r"index\.json: diffusion_pytorch_model-00002-of-00002\.safetensors is missing"),
         (broken_index, [], r"index\.json: not an index"),
-        (two_variants, [], r"vae: .* has bf16, fp16: choose with --variant"),
-        (lambda source: None, ["--variant", "fp16"], r"fp16\.safetensors or .* not found; .* no variant"),
+        (two_variants, [], r"vae: .* not found; the files there need --variant bf16 or fp16"),
+        (
+            lambda source: None,
+            ["--variant", "fp16"],
+            r"fp16\.safetensors or .* not found; .* need no --variant",
+        ),
         (
             change_config("transformer", _class_name="UNet2DModel"),
             [],
@@ -640,3 +645,14 @@ def test_mistakes_with_adapters(
     with pytest.raises(UserError, match="exists already; pass --overwrite"):
         convert_lora("-i", peft_folder, "-o", tmp_path / "ours", *base)
     convert_lora("-i", peft_folder, "-o", tmp_path / "ours", *base, "--overwrite")
+
+
+def test_a_lora_in_the_other_networks_file_is_refused(tmp_path: Path) -> None:
+    """Swapped files would convert without a complaint, and fail much later."""
+    shapes = torch_weights.abstract_params(CONFIGS["transformer"])
+    adapter = lora.init(jax.random.key(0), shapes, lora.AUXILIARY_TARGETS, 2)
+    save_lora(tmp_path / "vae.safetensors", adapter, "transformer")
+    with pytest.raises(
+        UserError, match="is a LoRA for the transformer, expected one for the vae; are two files"
+    ):
+        load_lora(tmp_path / "vae.safetensors", CONFIGS["vae"])

@@ -13,6 +13,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -117,6 +118,8 @@ def run(main: Callable[[], object]) -> None:
     A `UserError` becomes one line on stderr and status 1; Ctrl-C says `interrupted` and gives 130; a reader that
     closes the pipe early (`... | head`) is not worth a message. Anything else is a bug and keeps its traceback.
     """
+    with contextlib.suppress(ValueError):  # not in the main thread: handlers stay as they are
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()

@@ -18,7 +18,15 @@ import numpy as np
 
 from tsdsr_jax import color
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import IMAGE_SUFFIXES, Photo, check_format, read_photo, read_size, write_photo
+from tsdsr_jax.images import (
+    IMAGE_SUFFIXES,
+    WITH_ALPHA,
+    Photo,
+    check_format,
+    read_photo,
+    read_size,
+    write_photo,
+)
 from tsdsr_jax.resize import pillow_bicubic
 from tsdsr_jax.sizes import Size, SizePlan, plan_buckets
 from tsdsr_jax.upscaler import Launched, Prepared, Upscaler, finish, latent_noise, prepare
@@ -135,7 +143,7 @@ class Report:
     """Counts results and collects what went wrong; threads may share it."""
 
     def __init__(self, note: Callable[[str], object], on_done: Callable[[], object] = lambda: None):
-        self.written, self.skipped = 0, 0
+        self.written, self.skipped, self.outdated = 0, 0, 0
         self.failures: list[str] = []
         self.note, self.on_done, self._lock = note, on_done, Lock()
 
@@ -219,9 +227,10 @@ def unfinished(groups: Sequence[Group], report: Report) -> list[Group]:
     """
     todo = []
     for group in groups:
-        finished = sum(job.target.exists() for job, _ in group.jobs)
-        report.skipped += finished
-        if finished < len(group.jobs):
+        finished = [job for job, _ in group.jobs if job.target.exists()]
+        report.skipped += len(finished)
+        report.outdated += sum(job.target.stat().st_mtime < job.source.stat().st_mtime for job in finished)
+        if len(finished) < len(group.jobs):
             todo.append(group)
     return todo
 
@@ -357,6 +366,8 @@ class _Run:
             rgb = finish(picture, photo.rgb, plan, self.options.align)
             alpha = None if photo.alpha is None else pillow_bicubic(photo.alpha, *plan.output)
             write_photo(job.target, rgb, photo, alpha, self.options.format)
+            if alpha is not None and self.options.format not in WITH_ALPHA:
+                self.report.note(f"{job.target}: {self.options.format} holds no transparency; it is left out")
             self.report.wrote()
         except Exception as error:  # whatever one file provokes, the others go on
             self.report.failed(job.source, error)

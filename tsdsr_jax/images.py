@@ -45,7 +45,7 @@ _ENCODERS: dict[str, dict[str, Any]] = {
     "tiff": {"format": "TIFF"},
     "bmp": {"format": "BMP"},
 }
-_WITH_ALPHA = ("png", "webp", "tiff")
+WITH_ALPHA = ("png", "webp", "tiff")
 _WITH_METADATA = ("png", "jpg", "webp", "tiff")
 _MAX_SIDE = {"webp": 16383, "jpg": 65500}
 # TIFF and BMP count bytes in 32 bits. Four bytes per pixel before compression, and room for the metadata.
@@ -187,7 +187,7 @@ def write_photo(
     image = Image.fromarray(rgb)
     if like.grey:
         image = image.convert("L")
-    if alpha is not None and format in _WITH_ALPHA:
+    if alpha is not None and format in WITH_ALPHA:
         image.putalpha(Image.fromarray(alpha))
     # Encoded in memory, so that the errors left for the disk are the disk's own and say what they are.
     encoded = io.BytesIO()

@@ -147,6 +147,10 @@ def open_checkpoint(name: str | Path, revision: str | None = None, variant: str 
     folder = Path(name).expanduser()
     if not folder.exists():
         folder = _download(str(name), revision, variant)
+    if folder.name in PARTS and (folder.parent / PARTS[0]).is_dir() and not (folder / PARTS[0]).is_dir():
+        raise UserError(
+            f"{folder}: is one network of a checkpoint; give the folder around it, {folder.parent}"
+        )
     for part in PARTS:
         if not (folder / part / "config.json").is_file():
             raise UserError(
@@ -234,8 +238,10 @@ def is_own_lora(reader: TensorReader) -> bool:
     return reader.metadata.get("format") == LORA_FORMAT
 
 
-def load_lora(path: Path, config: Config) -> Tree:
+def load_lora(path: Path, config: Config, model: str = torch_weights.DESCRIBED) -> Tree:
     """Reads an adapter, PEFT's or ours, for the network that `config` describes; stored dtype, host arrays.
+
+    `model` is what messages call that network.
 
     Raises:
       UserError: the file is missing, damaged, or made for another network; the tensors are named.
@@ -243,9 +249,14 @@ def load_lora(path: Path, config: Config) -> Tree:
     if not path.is_file():
         raise UserError(f"{path}: not found; expected LoRA weights there")
     reader = open_tensors(path)
+    found, expected = lora_part(reader.specs), "transformer" if isinstance(config, MMDiTConfig) else "vae"
+    if found != expected:
+        raise UserError(
+            f"{path}: is a LoRA for the {found}, expected one for the {expected}; are two files swapped?"
+        )
     if not is_own_lora(reader):
-        return torch_weights.read_lora(reader.specs, reader.read, config, path)
-    torch_weights.check_lora(reader.specs, config, path)
+        return torch_weights.read_lora(reader.specs, reader.read, config, path, model=model)
+    torch_weights.check_lora(reader.specs, config, path, model)
     return torch_weights.to_tree((name, reader.read(name)) for name in sorted(reader.specs))
 
 

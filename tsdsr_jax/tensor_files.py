@@ -124,8 +124,8 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
         return find_weights(folder, stem, variants[0])
     wanted = " or ".join(of_variant(f".{variant}" if variant else ""))
     if variants or (variant and names & set(of_variant(""))):
-        choice = ", ".join(variants) or "no variant"
-        raise UserError(f"{folder}: {wanted} not found; the folder has {choice}: choose with --variant")
+        choice = f"--variant {' or '.join(variants)}" if variants else "no --variant"
+        raise UserError(f"{folder}: {wanted} not found; the files there need {choice}")
     if any(name.endswith((".bin", ".pt", ".ckpt")) for name in names):
         raise UserError(
             f"{folder}: only pickled weights here; expected {wanted} (pickles can run code and are not read)"

@@ -26,6 +26,10 @@ from tsdsr_jax.tensor_files import TensorReader, TensorSpec
 Config = MMDiTConfig | VAEConfig
 
 
+# What messages call a network unless told otherwise.
+DESCRIBED = "the model its config.json describes"
+
+
 class Rule(NamedTuple):
     """Flax modules (a regular expression for the whole path) and their torch name (`{layer}`: the block's index)."""
 
@@ -205,7 +209,7 @@ def check_names(
     found: Mapping[str, TensorSpec],
     expected: Mapping[str, tuple[int, ...]],
     source: object,
-    model: str = "the model its config.json describes",
+    model: str = DESCRIBED,
 ) -> None:
     """Compares tensors with what is expected, and reports every difference at once.
 
@@ -227,8 +231,14 @@ def check_names(
             f"{source}: not one tensor belongs to {model} (first tensors: {some}); "
             "is this another kind of checkpoint?"
         )
-    lines = [f"{source}: does not fit {model}"]
-    for title, names in (("missing", missing), ("unexpected", extra), ("wrong shape", misshapen)):
+    groups = [
+        (title, names)
+        for title, names in (("missing", missing), ("unexpected", extra), ("wrong shape", misshapen))
+        if names
+    ]
+    counts = ", ".join(f"{len(names)} {title}" for title, names in groups)
+    lines = [f"{source}: does not fit {model} ({counts})"]
+    for title, names in groups:
         lines += [f"  {title}: {name}" for name in names]
     raise UserError("\n".join(lines))
 
@@ -279,6 +289,7 @@ def read_lora(
     config: Config,
     source: object,
     prefix: str = "transformer.",
+    model: str = DESCRIBED,
 ) -> Tree:
     """Reads a PEFT adapter as the tree `tsdsr_jax.lora` describes, in the stored dtype.
 
@@ -288,6 +299,7 @@ def read_lora(
       config: of the network the adapter belongs to.
       source: the file, for messages.
       prefix: what stands before every module path; TSD-SR's files have "transformer." also for the VAE.
+      model: what messages call the network.
 
     Raises:
       UserError: tensors without the prefix or that are no LoRA pair, a pair's half missing, modules that the network
@@ -320,14 +332,16 @@ def read_lora(
         entries += [_entry(config, f"{module}/{leaf}", shape, _LORA_LEAVES) for leaf, shape in
                     (("a", a_shape), ("b", b_shape))]  # fmt: skip
     expected = {name: entry.torch_shape for entry in entries for name in entry.names}
-    check_names(found, expected, source)
+    check_names(found, expected, source, model)
     return to_tree(
         (entry.path, entry.gather(lambda name: read(prefix + name), entry.stored_dtype(specs, prefix)))
         for entry in entries
     )
 
 
-def check_lora(specs: Mapping[str, TensorSpec], config: Config, source: object) -> None:
+def check_lora(
+    specs: Mapping[str, TensorSpec], config: Config, source: object, model: str = DESCRIBED
+) -> None:
     """Checks an adapter in our own layout: each tensor half of a pair, for a kernel the network has.
 
     Raises:
@@ -345,7 +359,7 @@ def check_lora(specs: Mapping[str, TensorSpec], config: Config, source: object) 
         kernel, rank = kernels[module], spec.shape[-1] if half == "a" else spec.shape[-2]
         for leaf, shape in zip(("a", "b"), pair_shapes(kernel, rank), strict=True):
             expected.setdefault(f"{module}/{leaf}", shape)
-    check_names(specs, expected, source)
+    check_names(specs, expected, source, model)
 
 
 def write_lora(lora: Tree, config: Config, prefix: str = "transformer.") -> dict[str, np.ndarray]:

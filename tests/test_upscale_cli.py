@@ -302,6 +302,27 @@ def test_finished_files_are_skipped(command, tmp_path):
     assert Image.open(output / "a.png").size == (64, 64)
 
 
+def test_a_result_older_than_its_photograph_is_pointed_out(command, tmp_path):
+    source, output = save(tmp_path / "in", a=SQUARE, b=SQUARE), tmp_path / "out"
+    command(source, output)
+    assert "of them older" not in command(source, output).out
+    later = (output / "a.png").stat().st_mtime + 60
+    os.utime(source / "a.png", (later, later))
+    assert "2 existed already, 1 of them older than their photographs (--over" in command(source, output).out
+
+
+def test_lost_transparency_is_pointed_out(command, tmp_path):
+    (tmp_path / "in").mkdir()
+    with_alpha = photo()
+    with_alpha.putalpha(128)
+    with_alpha.save(tmp_path / "in" / "a.png")
+    result = command(tmp_path / "in", tmp_path / "out", "--format", "jpg")
+    assert result.status == 0
+    assert [
+        line for line in result.err.splitlines() if line.endswith("jpg holds no transparency; it is left out")
+    ]
+
+
 @pytest.mark.parametrize("devices", ["cpu:0", "cpu"])
 def test_a_resumed_run_writes_what_was_missing(command, mixed, tmp_path, devices):
     if devices == "cpu":  # All eight, of which each batch fills some: fewer shapes will do.

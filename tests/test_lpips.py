@@ -446,7 +446,8 @@ def test_every_tensor_that_does_not_fit_is_named(files: dict, tmp_path: Path) ->
     with pytest.raises(UserError) as caught:
         read_torch_lpips("alex", changed(backbone, tmp_path, spoil), lin)
     assert str(caught.value).split("\n") == [
-        f"{tmp_path}/changed_alex_backbone.safetensors: does not fit torchvision's network for alex",
+        f"{tmp_path}/changed_alex_backbone.safetensors: does not fit torchvision's network for alex "
+        "(2 missing, 2 unexpected, 1 wrong shape)",
         "  missing: features.3.bias",
         "  missing: features.10.weight",
         "  unexpected: classifier.1.scale",
@@ -500,7 +501,7 @@ def test_other_and_damaged_files_are_refused_when_loading(files: dict, tmp_path:
     path = tmp_path / "lpips.safetensors"
     params = read_torch_lpips("alex", *files["alex"])
     save_lpips(path, "alex", {name: leaf for name, leaf in params.items() if name != "lin3"})
-    with pytest.raises(UserError, match=r"does not fit LPIPS over alex\n  missing: lin3$"):
+    with pytest.raises(UserError, match=r"does not fit LPIPS over alex \(1 missing\)\n  missing: lin3$"):
         load_lpips(path)
     save_lpips(path, "alex", params)
     path.write_bytes(path.read_bytes()[:-100])

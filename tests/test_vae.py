@@ -258,14 +258,13 @@ def test_banded_convolution_equals_whole(kind: dict[str, Any], rows: int) -> Non
 def test_bands_hold_less_memory_than_the_whole() -> None:
     """SD3's own autoencoder at 1024×1024, compiled and not run: bands of 256×256 pixels against the whole image.
 
-    XLA on a CPU normalises in place and keeps no copies for its convolutions, so bands gain only a little there: 1.14 GB
-    against 1.61 to encode, 2.25 against 2.68 to decode. When the results of all convolutions were set up at the start
-    they took 4.87 and 7.76 GB.
+    1.14 GB against 1.61 to encode, 1.49 against 2.68 to decode, where the largest map is never whole. When the results of
+    all convolutions were set up at the start, bands took 4.87 and 7.76 GB.
     """
     config = VAEConfig.sd3()
     params = torch_weights.abstract_params(config)
-    inputs = {"encode": ((1, 1024, 1024, 3), 256**2), "decode": ((1, 128, 128, 16), 32**2)}
-    for method, (shape, pixels) in inputs.items():
+    inputs = {"encode": ((1, 1024, 1024, 3), 256**2, 0.75), "decode": ((1, 128, 128, 16), 32**2, 0.6)}
+    for method, (shape, pixels, share) in inputs.items():
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         whole, banded = (
             program(config, method, band_pixels=band)
@@ -274,7 +273,7 @@ def test_bands_hold_less_memory_than_the_whole() -> None:
             .memory_analysis()
             for band in (None, pixels)
         )
-        assert banded.temp_size_in_bytes < 0.95 * whole.temp_size_in_bytes, method
+        assert banded.temp_size_in_bytes < share * whole.temp_size_in_bytes, method
 
 
 # --- other ways that must agree -------------------------------------------------------------------

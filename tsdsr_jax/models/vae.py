@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tsdsr_jax.models.attention import single_head_attention
-from tsdsr_jax.models.layers import Conv, Dense, GroupNorm, Prepare, zeros_after
+from tsdsr_jax.models.layers import Conv, Dense, FeatureMap, GroupNorm, Prepare, Rows, zeros_after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +112,10 @@ class NormSiluConv(NamedTuple):
     conv: Conv
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None, add: jax.Array | None = None
+        self, x: FeatureMap, valid: jax.Array | None, band_pixels: int | None, add: jax.Array | None = None
     ) -> jax.Array:
         mask = None if valid is None else valid_mask(valid, x.shape[1:3])
-        return self.conv(x, normalise(self.norm(x, mask), valid), band_pixels, add)
+        return self.conv(x, normalise(self.norm(x, mask, band_pixels), valid), band_pixels, add)
 
 
 class ResnetBlock(nn.Module):
@@ -137,6 +137,8 @@ class ResnetBlock(nn.Module):
             # In bands, one after the other: side by side, both convolutions' results would be set up at once.
             start = None if band_pixels is None else zeros_after(h, h.shape, h.dtype)
             x = shortcut(x, band_pixels=band_pixels, add=start)
+        elif isinstance(x, Rows):
+            x = x.whole()
         return layer(2)(h, valid, band_pixels, add=x)
 
 
@@ -185,7 +187,7 @@ class Resampler(nn.Module):
     def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
         kind = dict(stride=2, padding=(0, 1)) if self.down else dict(upsample=2)
         conv = Conv(self.features, dtype=self.dtype, name="conv", **kind)
-        return conv(x, normalise(None, valid), band_pixels)
+        return conv(x, normalise(None, valid), band_pixels, lazy=not self.down)
 
 
 class Level(nn.Module):

@@ -454,9 +454,13 @@ def test_every_tensor_that_does_not_fit_is_named(files: dict, tmp_path: Path) ->
         "  unexpected: features.1.weight",
         "  wrong shape: features.0.weight is (64, 1, 11, 11), expected (64, 3, 11, 11)",
     ]
-    with pytest.raises(UserError, match=r"lin layers for alex \(1 missing\)\n  missing: lin2.model.1.weight$"):
+    with pytest.raises(
+        UserError, match=r"lin layers for alex \(1 missing\)\n  missing: lin2.model.1.weight$"
+    ):
         read_torch_lpips("alex", backbone, changed(lin, tmp_path, lambda t: t.pop("lin2.model.1.weight")))
-    with pytest.raises(UserError, match=r"lin layers for alex\n  unexpected: classifier.1.bias$"):
+    with pytest.raises(
+        UserError, match=r"lin layers for alex \(1 unexpected\)\n  unexpected: classifier.1.bias$"
+    ):
         extra = {"classifier.1.bias": np.zeros(1, np.float32)}
         read_torch_lpips("alex", backbone, changed(lin, tmp_path, lambda t: t.update(extra)))
 

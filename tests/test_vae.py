@@ -180,7 +180,7 @@ def test_each_ingredient_of_padding_is_needed(
 ) -> None:
     measure, prepare, attend = GroupNorm.__call__, vae.normalise, vae.single_head_attention
     if left_out == "masked statistics":
-        monkeypatch.setattr(GroupNorm, "__call__", lambda self, x, mask=None: measure(self, x))
+        monkeypatch.setattr(GroupNorm, "__call__", lambda self, x, mask=None, band=None: measure(self, x))
     elif left_out == "zeroed padding":
         monkeypatch.setattr(vae, "normalise", lambda affine, valid: prepare(affine, None))
     else:

@@ -15,7 +15,6 @@ import jax.numpy as jnp  # noqa: E402
 
 import oracle_models  # noqa: E402
 import oracle_training as oracle  # noqa: E402
-from tsdsr_jax import lora as lora_lib  # noqa: E402
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig  # noqa: E402
 from tsdsr_jax.objective import Base, Batch, Draws, LossConfig, Losses, Student  # noqa: E402
@@ -235,4 +234,3 @@ def test_the_tsd_gradient_reaches_the_student(networks):
     _, _, gradients = ours(networks, problem(0, (32, 32), True), config, True)
     assert all(tensor.any() for name, tensor in gradients["vae"].items())
     assert sum(tensor.any() for tensor in gradients["student"].values()) > 0.9 * len(gradients["student"])
-    assert lora_lib.modules  # the adapters are trees of this module

@@ -57,7 +57,6 @@ MMDIT_RULES = (
 )
 
 _SIDE = r"(encoder|decoder)"
-_RESNET = r"(?:(down|up)_blocks_(\d)|(mid)_block)/resnets_(\d)"
 VAE_RULES = (
     Rule(rf"{_SIDE}/(conv_in|conv_out)", r"\1.\2", "conv"),
     Rule(rf"{_SIDE}/conv_norm_out", r"\1.conv_norm_out", "norm"),
@@ -169,6 +168,7 @@ def _abstract_params(config: Config) -> Tree:
 
 def abstract_params(config: Config) -> Tree:
     """Shapes and dtypes (float32) of a network's parameters, without computing any."""
+    # Callers may change the tree they get; the cached one stays as it is.
     return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
 
 

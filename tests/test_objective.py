@@ -103,9 +103,13 @@ def ours(networks, data, config, teacher):
         MMDiT(mmdit_config, remat=True),
         AutoencoderKL(vae_config),
         config,
+    )
+    base = Base(
+        mmdit_params,
+        vae_params,
+        adapter(transformer, mmdit_config, "teacher") if teacher else {},
         Text(data["null_states"], data["null_pooled"]),
     )
-    base = Base(mmdit_params, vae_params, adapter(transformer, mmdit_config, "teacher") if teacher else {})
     student = Student(adapter(transformer, mmdit_config, "student"), adapter(vae, vae_config))
     auxiliary = adapter(transformer, mmdit_config, "auxiliary")
     batch = Batch(

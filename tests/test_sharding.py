@@ -39,7 +39,8 @@ def problem():
     def normal(*shape):
         return generator.standard_normal(shape).astype(np.float32)
 
-    base = Base(random_like(abstract_params(MMDIT), 1), random_like(abstract_params(VAE), 2), {})
+    null = Text(normal(1, 5, 48), normal(1, 40))
+    base = Base(random_like(abstract_params(MMDIT), 1), random_like(abstract_params(VAE), 2), {}, null)
     student = Student(
         lora.init(jax.random.key(1), base.transformer, lora.STUDENT_TARGETS, 4),
         lora.init(jax.random.key(2), base.vae, lora.VAE_ENCODER_TARGETS, 4),
@@ -48,18 +49,16 @@ def problem():
     text = Text(normal(1, BATCH, 5, 48), normal(1, BATCH, 40))
     images = np.tanh(normal(1, BATCH, 8, 8, 3)), np.tanh(normal(1, BATCH, 8, 8, 3))
     batches = Batch(*images, normal(1, BATCH, 4, 4, 16), text, text)
-    null = Text(normal(1, 5, 48), normal(1, 40))
-    return base, student, auxiliary, batches, null
+    return base, student, auxiliary, batches
 
 
 def compiled(mesh):
     """The jitted step with its arguments in place."""
-    base, student, auxiliary, batches, null = problem()
+    base, student, auxiliary, batches = problem()
     losses = Losses(
         MMDiT(MMDIT, activation_sharding=batch_sharding(mesh)),
         AutoencoderKL(VAE),
         LossConfig(weight_lpips=0),
-        null,
     )
     trainer = Trainer(
         losses, OptimizerConfig(learning_rate=1e-3, learning_rate_auxiliary=1e-3, schedule="constant")

@@ -14,6 +14,7 @@ from tsdsr_jax.training import OptimizerConfig, Trainer
 from tsdsr_jax.tsd import Text
 
 KEY = jax.random.key(0)
+BASE = Base({}, {}, {}, Text(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1))))
 CONSTANT = OptimizerConfig(
     learning_rate=1e-2, learning_rate_auxiliary=3e-3, schedule="constant", max_grad_norm=0.5
 )
@@ -51,7 +52,7 @@ def run(trainer: Trainer, steps: int, make=batches):
     state, step = trainer.init(*start()), jax.jit(trainer.step, donate_argnums=0)
     history = []
     for index in range(steps):
-        state, metrics = step(state, Base({}, {}, {}), make(index), KEY)
+        state, metrics = step(state, BASE, make(index), KEY)
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -140,7 +141,7 @@ def test_the_average_follows_the_student():
     state, step = trainer.init(*start()), jax.jit(trainer.step)
     mean = np.asarray(start()[0].transformer["w"])
     for index in range(5):
-        state, _ = step(state, Base({}, {}, {}), batches(index), KEY)
+        state, _ = step(state, BASE, batches(index), KEY)
         mean = 0.9 * mean + 0.1 * np.asarray(state.student.transformer["w"])
     np.testing.assert_allclose(state.ema.transformer["w"], mean, rtol=1e-5)
     assert Trainer(ToyLosses(), CONSTANT).init(*start()).ema == {}

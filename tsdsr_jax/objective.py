@@ -32,8 +32,8 @@ from tsdsr_jax.tsd import (
 
 STUDENT_TIMESTEP = 1000.0
 Metrics = dict[str, jax.Array]
-# (result, target), both (B, H, W, 3) in [−1, 1] -> (B,) distances.
-Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
+# (parameters, result, target), both images (B, H, W, 3) in [−1, 1] -> (B,) distances.
+Perceptual = Callable[[Tree, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,22 @@ class LossConfig:
 
 
 class Base(NamedTuple):
-    """Frozen parameters: SD3's two networks, and the teacher's adapter ({}: SD3 itself is the teacher)."""
+    """All that stays as it is while training; an argument of the step, not a constant in its program.
+
+    Attributes:
+      transformer, vae: parameters of SD3's two networks.
+      teacher: the teacher's adapter; {}: SD3 itself is the teacher.
+      null: text of the empty prompt, (1, S, D) and (1, P).
+      default: text that the student always gets; None: it gets each image's own.
+      perceptual: parameters of the perceptual distance; {} without one.
+    """
 
     transformer: Tree
     vae: Tree
     teacher: Tree
+    null: Text
+    default: Text | None = None
+    perceptual: Tree = {}  # noqa: RUF012 (a NamedTuple's default, which nobody changes)
 
 
 class Student(NamedTuple):
@@ -77,8 +88,23 @@ class Student(NamedTuple):
     vae: Tree
 
 
+class Samples(NamedTuple):
+    """B training samples as they come from the host.
+
+    Attributes:
+      lr, hr: (..., B, H, W, 3) uint8; lr is interpolated to hr's size.
+      latent_hr: (..., B, h, w, C), times the scaling factor.
+      text: the images' prompts, (..., B, S, D) and (..., B, P).
+    """
+
+    lr: jax.Array
+    hr: jax.Array
+    latent_hr: jax.Array
+    text: Text
+
+
 class Batch(NamedTuple):
-    """B training samples.
+    """B training samples as the losses take them.
 
     Attributes:
       lr, hr: (B, H, W, 3) in [−1, 1]; lr is interpolated to hr's size.
@@ -115,6 +141,16 @@ class Draws(NamedTuple):
     uniform: jax.Array
 
 
+def to_batch(samples: Samples, default: Text | None) -> Batch:
+    """Images to [−1, 1]; the student's text is the images' own, or the default (1, S, D), (1, P) for all."""
+    lr, hr = (image.astype(jnp.float32) / 127.5 - 1 for image in (samples.lr, samples.hr))
+    student_text = samples.text
+    if default is not None:
+        lead = samples.text.pooled.shape[:-1]
+        student_text = Text(*(jnp.broadcast_to(part[0], (*lead, *part.shape[1:])) for part in default))
+    return Batch(lr, hr, samples.latent_hr.astype(jnp.float32), samples.text, student_text)
+
+
 def draw(key: jax.Array, latent_shape: tuple[int, ...], config: LossConfig) -> Draws:
     """Draws a step's random numbers; each sample has its own.
 
@@ -147,14 +183,12 @@ class Losses:
     Attributes:
       mmdit, vae: SD3's networks, in the computation dtype.
       config: see `LossConfig`.
-      null: text embedding of the empty prompt, (1, S, D) and (1, P).
       perceptual: LPIPS or None, when its weight is 0.
     """
 
     mmdit: MMDiT
     vae: AutoencoderKL
     config: LossConfig
-    null: Text
     perceptual: Perceptual | None = None
 
     def velocity(
@@ -203,7 +237,7 @@ class Losses:
         def predict(adapter: Tree):
             network = partial(self.velocity, base, adapter)
             return guided(
-                network, batch.text, self.null, self.config.guidance_scale, self.config.split_guidance
+                network, batch.text, base.null, self.config.guidance_scale, self.config.split_guidance
             )
 
         return tsd_gradient(
@@ -221,7 +255,8 @@ class Losses:
     def lpips(self, base: Base, fake: jax.Array, batch: Batch) -> jax.Array:
         """LPIPS between the decoded ẑ, clamped, and the photograph; mean over the batch."""
         decoded = self.vae.apply({"params": base.vae}, fake / self.vae.config.scaling_factor, method="decode")
-        return self.perceptual(jnp.clip(decoded.astype(jnp.float32), -1, 1), batch.hr).mean()
+        decoded = jnp.clip(decoded.astype(jnp.float32), -1, 1)
+        return self.perceptual(base.perceptual, decoded, batch.hr).mean()
 
     def auxiliary(
         self, auxiliary: Tree, base: Base, fake: jax.Array, batch: Batch, draws: Draws

@@ -142,6 +142,11 @@ class ResnetBlock(nn.Module):
         return layer(2)(h, valid, band_pixels, add=x)
 
 
+def resnet_block(remat: bool) -> type[ResnetBlock]:
+    """The block, or the same block that keeps only its input for the backward pass and computes the rest again."""
+    return nn.remat(ResnetBlock, static_argnums=(3,)) if remat else ResnetBlock
+
+
 class SpatialAttention(nn.Module):
     """Single-head attention over all valid pixels, with a residual."""
 
@@ -165,12 +170,15 @@ class MidBlock(nn.Module):
     features: int
     groups: int
     dtype: DTypeLike
+    remat: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
-        x = ResnetBlock(self.features, self.groups, self.dtype, name="resnets_0")(x, valid, band_pixels)
-        x = SpatialAttention(self.groups, self.dtype, name="attentions_0")(x, valid)
-        return ResnetBlock(self.features, self.groups, self.dtype, name="resnets_1")(x, valid, band_pixels)
+        block = resnet_block(self.remat)
+        attention = nn.remat(SpatialAttention) if self.remat else SpatialAttention
+        x = block(self.features, self.groups, self.dtype, name="resnets_0")(x, valid, band_pixels)
+        x = attention(self.groups, self.dtype, name="attentions_0")(x, valid)
+        return block(self.features, self.groups, self.dtype, name="resnets_1")(x, valid, band_pixels)
 
 
 class Resampler(nn.Module):
@@ -198,13 +206,14 @@ class Level(nn.Module):
     groups: int
     resample: str | None
     dtype: DTypeLike
+    remat: bool
 
     @nn.compact
     def __call__(
         self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None, band_pixels_out: int | None
     ) -> jax.Array:
         for layer in range(self.layers):
-            block = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{layer}")
+            block = resnet_block(self.remat)(self.features, self.groups, self.dtype, name=f"resnets_{layer}")
             x = block(x, valid, band_pixels)
         if self.resample is None:
             return x
@@ -239,6 +248,7 @@ class Encoder(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike
+    remat: bool
 
     @nn.compact
     def __call__(self, image: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
@@ -251,11 +261,13 @@ class Encoder(nn.Module):
             following = scale if last else scale.down()
             resample = None if last else "downsamplers"
             level = Level(
-                width, config.layers_per_block, groups, resample, dtype, name=f"down_blocks_{index}"
+                *(width, config.layers_per_block, groups, resample, dtype, self.remat),
+                name=f"down_blocks_{index}",
             )
             x = level(x, scale.valid, scale.band_pixels, following.band_pixels)
             scale = following
-        x = MidBlock(widths[-1], groups, dtype, name="mid_block")(x, scale.valid, scale.band_pixels)
+        mid_block = MidBlock(widths[-1], groups, dtype, self.remat, name="mid_block")
+        x = mid_block(x, scale.valid, scale.band_pixels)
         conv_out = Conv(2 * config.latent_channels, dtype=dtype, name="conv_out")
         norm_out = GroupNorm(groups, name="conv_norm_out")
         return NormSiluConv(norm_out, conv_out)(x, scale.valid, scale.band_pixels)
@@ -266,6 +278,7 @@ class Decoder(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike
+    remat: bool
 
     @nn.compact
     def __call__(self, latents: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
@@ -273,13 +286,15 @@ class Decoder(nn.Module):
         groups, widths = config.norm_num_groups, config.block_out_channels[::-1]
         conv_in = Conv(widths[0], dtype=dtype, name="conv_in")
         x = conv_in(latents, normalise(None, scale.valid), scale.band_pixels)
-        x = MidBlock(widths[0], groups, dtype, name="mid_block")(x, scale.valid, scale.band_pixels)
+        mid_block = MidBlock(widths[0], groups, dtype, self.remat, name="mid_block")
+        x = mid_block(x, scale.valid, scale.band_pixels)
         for index, width in enumerate(widths):
             last = index == len(widths) - 1
             following = scale if last else scale.up()
             resample = None if last else "upsamplers"
             level = Level(
-                width, config.layers_per_block + 1, groups, resample, dtype, name=f"up_blocks_{index}"
+                *(width, config.layers_per_block + 1, groups, resample, dtype, self.remat),
+                name=f"up_blocks_{index}",
             )
             x = level(x, scale.valid, scale.band_pixels, following.band_pixels)
             scale = following
@@ -294,14 +309,16 @@ class AutoencoderKL(nn.Module):
     Attributes:
       config: sizes, from the checkpoint.
       dtype: computation dtype; group norm statistics and the softmax are float32 in any case.
+      remat: recompute each residual block in the backward pass instead of keeping its activations. Not with bands.
     """
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def setup(self):
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.remat)
+        self.decoder = Decoder(self.config, self.dtype, self.remat)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """Encodes and decodes at the posterior mean; creates all parameters in `init`."""

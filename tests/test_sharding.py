@@ -10,7 +10,7 @@ from tsdsr_jax import lora
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.objective import Base, Batch, LossConfig, Losses, Student
-from tsdsr_jax.sharding import base_shardings, batch_sharding, make_mesh, replicated
+from tsdsr_jax.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
 from tsdsr_jax.torch_weights import abstract_params
 from tsdsr_jax.training import OptimizerConfig, Trainer
 from tsdsr_jax.tsd import Text
@@ -56,14 +56,16 @@ def compiled(mesh):
     """The jitted step with its arguments in place."""
     base, student, auxiliary, batches = problem()
     losses = Losses(
-        MMDiT(MMDIT, activation_sharding=batch_sharding(mesh)),
-        AutoencoderKL(VAE),
+        MMDiT(MMDIT, placement=placement(mesh)),
+        AutoencoderKL(VAE, placement=placement(mesh)),
         LossConfig(weight_lpips=0),
     )
     trainer = Trainer(
         losses, OptimizerConfig(learning_rate=1e-3, learning_rate_auxiliary=1e-3, schedule="constant")
     )
-    base = jax.device_put(base, base_shardings(base, mesh))
+    networks = base.transformer, base.vae
+    transformer, vae = jax.device_put(networks, base_shardings(networks, mesh))
+    base = jax.device_put(base, replicated(mesh))._replace(transformer=transformer, vae=vae)
     batches = jax.device_put(batches, batch_sharding(mesh, axis=1))
     state = jax.device_put(trainer.init(student, auxiliary), replicated(mesh))
     step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh)))
@@ -92,36 +94,59 @@ def test_eight_devices_train_like_one(on_one_device, fsdp):
     assert np.linalg.norm(eight - on_one_device) <= 1e-4 * np.linalg.norm(on_one_device)
 
 
-def collectives(text):
-    """(operation, elements) of every collective in compiled HLO."""
+def collectives(step, *arguments):
+    """(operation, shape) of every collective in the compiled step."""
     found = []
-    for line in text.splitlines():
+    for line in step.lower(*arguments).compile().as_text().splitlines():
         match = re.search(
             r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", line
         )
         if match:
             shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            found += [
-                (match[2], int(np.prod([int(n) for n in shape.split(",") if n] or [1]))) for shape in shapes
-            ]
+            found += [(match[2], tuple(int(n) for n in shape.split(",") if n)) for shape in shapes]
     return found
+
+
+def gradient_sizes(state):
+    return {leaf.size for leaf in jax.tree.leaves((state.student, state.auxiliary))}
 
 
 def test_data_parallel_training_reduces_gradients_and_scalars_only():
     step, state, base, batches = compiled(make_mesh(fsdp=1))
-    found = collectives(step.lower(state, base, batches, KEY).compile().as_text())
-    sizes = {leaf.size for leaf in jax.tree.leaves((state.student, state.auxiliary))}
+    found = collectives(step, state, base, batches, KEY)
     assert found and {kind for kind, _ in found} == {"all-reduce"}
-    assert {size for _, size in found} <= sizes | {1}
+    assert {int(np.prod(shape)) for _, shape in found} <= gradient_sizes(state) | {1}
 
 
-def test_split_bases_gather_weights_not_activations():
-    _, _, base, _ = compiled(make_mesh(fsdp=8))
-    for leaf in jax.tree.leaves(base):
-        assert leaf.addressable_shards[0].data.nbytes <= leaf.nbytes / 8 + 1024, leaf.shape
-    on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(base))
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    assert on_device <= (1 / 8 + 0.01) * total
+def test_split_bases_gather_weights_and_move_no_activations():
+    step, state, base, batches = compiled(make_mesh(fsdp=8))
+    found = collectives(step, state, base, batches, KEY)
+    assert {kind for kind, _ in found} == {"all-reduce", "all-gather"}
+    reduced = {int(np.prod(shape)) for kind, shape in found if kind == "all-reduce"}
+    assert reduced <= gradient_sizes(state) | {1}
+    # A scanned stack is gathered a layer at a time.
+    weights = {leaf.shape for leaf in jax.tree.leaves((base.transformer, base.vae))}
+    layers = {
+        (1, *leaf.shape[1:])
+        for name, blocks in base.transformer.items()
+        if name.startswith("blocks_")
+        for leaf in jax.tree.leaves(blocks)
+    }
+    gathered = {shape for kind, shape in found if kind == "all-gather"}
+    assert gathered and gathered <= weights | layers
+
+
+def test_each_device_holds_its_part_of_the_base():
+    """Of SD3 itself, by shapes."""
+    mesh = make_mesh(fsdp=8)
+    shapes = abstract_params(MMDiTConfig.sd3_medium()), abstract_params(VAEConfig.sd3())
+    held, total = 0, 0
+    for leaf, sharding in zip(
+        jax.tree.leaves(shapes), jax.tree.leaves(base_shardings(shapes, mesh)), strict=True
+    ):
+        held += int(np.prod(sharding.shard_shape(leaf.shape)))
+        total += leaf.size
+    assert held <= (1 / 8 + 0.01) * total
 
 
 def test_devices_must_divide_into_groups():

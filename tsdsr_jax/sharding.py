@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tsdsr_jax.models.layers import Placement
+
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -37,20 +39,26 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
+def placement(mesh: Mesh) -> Placement:
+    """What the networks need to know to run under `base_shardings`."""
+    return Placement(activations=batch_sharding(mesh), weights=replicated(mesh))
+
+
 def base_shardings(shapes: Any, mesh: Mesh) -> Any:
     """One sharding per frozen parameter: its largest axis that divides evenly is split over `fsdp`.
 
-    Stacked layers keep their leading axis whole, because the scan walks along it.
+    Stacked layers keep their leading axis whole, because the scan walks along it. Vectors, a two-thousandth of SD3, stay
+    whole on every device: gathering them would cost more than it saves.
 
     Args:
-      shapes: tree of arrays or `jax.ShapeDtypeStruct`.
+      shapes: tree of arrays or `jax.ShapeDtypeStruct`, as parameters are.
     """
     parts = mesh.shape["fsdp"]
 
     def choose(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        stacked = any(getattr(key, "key", "").startswith("blocks_") for key in path)
-        axes = [axis for axis in range(int(stacked), len(leaf.shape)) if leaf.shape[axis] % parts == 0]
-        if parts == 1 or not axes:
+        stacked = int(any(str(getattr(key, "key", "")).startswith("blocks_") for key in path))
+        axes = [axis for axis in range(stacked, len(leaf.shape)) if leaf.shape[axis] % parts == 0]
+        if parts == 1 or not axes or len(leaf.shape) - stacked < 2:
             return replicated(mesh)
         widest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
         return NamedSharding(mesh, PartitionSpec(*[None] * widest, "fsdp"))

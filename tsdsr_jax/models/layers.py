@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 # (rows (B, h, W, C), index of the first row) -> rows of the same shape, elementwise.
@@ -44,6 +46,32 @@ FeatureMap = jax.Array | Rows
 def fetch_rows(x: FeatureMap, first: jax.Array | int, count: int) -> jax.Array:
     """Rows first ... first + count − 1."""
     return x.fetch(first, count) if isinstance(x, Rows) else jax.lax.dynamic_slice_in_dim(x, first, count, 1)
+
+
+class Placement(NamedTuple):
+    """Where a network's arrays live while it computes, when its parameters are stored in parts.
+
+    Left alone, XLA moves activations to wherever the parts of a weight are. Pinned like this it gathers each block's
+    weights when the block runs, and moves nothing else.
+
+    Attributes:
+      activations: of the what blocks pass on; the batch axis is split over all devices.
+      weights: of a block's parameters while it runs; whole on every device.
+    """
+
+    activations: Sharding
+    weights: Sharding
+
+
+def gathered(module: type[nn.Module], placement: Placement | None) -> type[nn.Module]:
+    """The same module, whose parameters are gathered when it runs; without a placement the module itself."""
+    if placement is None:
+        return module
+
+    def gather(variables: Any) -> Any:
+        return jax.lax.with_sharding_constraint(variables, placement.weights)
+
+    return nn.map_variables(module, "params", trans_in_fn=gather)
 
 
 class Dense(nn.Module):

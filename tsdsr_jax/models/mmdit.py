@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,11 +19,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from tsdsr_jax.models.attention import Implementation, attention
-from tsdsr_jax.models.layers import Dense, RMSNorm, layer_norm
+from tsdsr_jax.models.layers import Dense, Placement, RMSNorm, gathered, layer_norm
 
 
 class BlockKind(NamedTuple):
@@ -224,15 +224,15 @@ class Block(nn.Module):
     kind: BlockKind
     dtype: DTypeLike
     implementation: Implementation
-    activation_sharding: Sharding | None = None
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
         self, streams: Streams, conditioning: jax.Array, lengths: jax.Array | None
     ) -> tuple[Streams, None]:
         width, dtype = self.config.width, self.dtype
-        if self.activation_sharding is not None:
-            streams = jax.lax.with_sharding_constraint(streams, self.activation_sharding)
+        if self.placement is not None:
+            streams = jax.lax.with_sharding_constraint(streams, self.placement.activations)
         image, text = streams
         # A dual-attention block's image modulations are (attention, MLP, second attention).
         attend, mlp, *second = AdaLayerNorm(3 if self.kind.dual_attention else 2, width, dtype, name="norm1")(
@@ -308,22 +308,22 @@ class MMDiT(nn.Module):
       dtype: computation dtype; parameters are cast on use.
       remat: recompute each block in the backward pass instead of keeping its activations.
       implementation: see `attention`.
-      activation_sharding: pins the streams between blocks to this sharding. Where the parameters are split over
-        devices, XLA then gathers a block's weights instead of the whole batch's activations.
+      placement: for parameters that are split over devices; None: XLA decides.
     """
 
     config: MMDiTConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     implementation: Implementation = "auto"
-    activation_sharding: Sharding | None = None
+    placement: Placement | None = None
 
     def setup(self):
         config = self.config
-        self.pos_embed = PatchEmbedding(config, self.dtype)
-        self.time_text_embed = TimeTextEmbedding(config.width, self.dtype)
-        self.context_embedder = Dense(config.width, self.dtype)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        whole = partial(gathered, placement=self.placement)
+        self.pos_embed = whole(PatchEmbedding)(config, self.dtype)
+        self.time_text_embed = whole(TimeTextEmbedding)(config.width, self.dtype)
+        self.context_embedder = whole(Dense)(config.width, self.dtype)
+        block = nn.remat(whole(Block), prevent_cse=False) if self.remat else whole(Block)
         self.blocks = [
             nn.scan(
                 block,
@@ -331,11 +331,11 @@ class MMDiT(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast),
                 length=length,
-            )(config, kind, self.dtype, self.implementation, self.activation_sharding)
+            )(config, kind, self.dtype, self.implementation, self.placement)
             for _, length, kind in config.runs()
         ]
-        self.norm_out = AdaLayerNormContinuous(config.width, self.dtype)
-        self.proj_out = Dense(config.patch_size**2 * config.out_channels, self.dtype)
+        self.norm_out = whole(AdaLayerNormContinuous)(config.width, self.dtype)
+        self.proj_out = whole(Dense)(config.patch_size**2 * config.out_channels, self.dtype)
 
     def __call__(
         self, latents: jax.Array, timestep: jax.Array, context: jax.Array, pooled: jax.Array

@@ -23,7 +23,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tsdsr_jax.models.attention import single_head_attention
-from tsdsr_jax.models.layers import Conv, Dense, FeatureMap, GroupNorm, Prepare, Rows, zeros_after
+from tsdsr_jax.models.layers import (
+    Conv,
+    Dense,
+    FeatureMap,
+    GroupNorm,
+    Placement,
+    Prepare,
+    Rows,
+    gathered,
+    zeros_after,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,15 +320,17 @@ class AutoencoderKL(nn.Module):
       config: sizes, from the checkpoint.
       dtype: computation dtype; group norm statistics and the softmax are float32 in any case.
       remat: recompute each residual block in the backward pass instead of keeping its activations. Not with bands.
+      placement: for parameters that are split over devices; None: XLA decides.
     """
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    placement: Placement | None = None
 
     def setup(self):
-        self.encoder = Encoder(self.config, self.dtype, self.remat)
-        self.decoder = Decoder(self.config, self.dtype, self.remat)
+        self.encoder = gathered(Encoder, self.placement)(self.config, self.dtype, self.remat)
+        self.decoder = gathered(Decoder, self.placement)(self.config, self.dtype, self.remat)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """Encodes and decodes at the posterior mean; creates all parameters in `init`."""

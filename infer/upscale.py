@@ -28,9 +28,9 @@ from tqdm import tqdm
 from tsdsr_jax import cli, folder
 from tsdsr_jax.devices import select_devices, select_dtype
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.pretrained import NetworkFiles, check_rank, load_lora, open_checkpoint
+from tsdsr_jax.pretrained import NetworkFiles, check_fit, check_rank, load_lora, open_checkpoint
 from tsdsr_jax.prompts import check_widths, load_prompt_embeds
-from tsdsr_jax.sizes import LATENT_FACTOR, PATCH_SIZE
+from tsdsr_jax.sizes import PATCH_SIZE
 from tsdsr_jax.torch_weights import Tree
 from tsdsr_jax.upscaler import Settings, Upscaler
 
@@ -208,7 +208,7 @@ def load(options: Options, settings: Settings, devices: list[jax.Device]) -> Ups
                     dtype,
                     lora,
                     options.lora_scale,
-                    put=lambda array: jax.device_put(array, devices[0]),
+                    put=lambda path, array: jax.device_put(array, devices[0]),
                     progress=bar.update,
                 )
             )
@@ -220,18 +220,6 @@ def load(options: Options, settings: Settings, devices: list[jax.Device]) -> Ups
         dtype,
         devices,
     )
-
-
-def check_fit(transformer: NetworkFiles, vae: NetworkFiles) -> None:
-    """Refuses two networks that were not made for each other, or not for super-resolution on SD3's latents."""
-    found = vae.config.latent_channels, vae.config.factor, transformer.config.patch_size
-    wanted = transformer.config.in_channels, LATENT_FACTOR, PATCH_SIZE
-    if found != wanted or transformer.config.out_channels != transformer.config.in_channels:
-        raise UserError(
-            f"{transformer.folder.parent}: expected {wanted[0]} latent channels, {wanted[1]} pixels a latent and patches of "
-            f"{wanted[2]}; the autoencoder has {found[0]} and {found[1]}, the transformer patches of {found[2]} and "
-            f"{transformer.config.out_channels} channels out"
-        )
 
 
 def load_loras(

@@ -47,6 +47,36 @@ def select_devices(name: str | None) -> list[jax.Device]:
     return [devices[int(index)]]
 
 
+def join_processes(coordinator: str | None, processes: int | None, process: int | None, detect: bool) -> None:
+    """Makes this process one of several that train together; call it before anything else touches a device.
+
+    Args:
+      coordinator: host:port of the first process; with `processes` and `process`, for starting them by hand.
+      processes, process: how many there are, and this one's index from 0.
+      detect: take all three from the launcher (SLURM, Open MPI, TPU pods).
+
+    Raises:
+      UserError: flags are missing, or the processes do not find each other.
+    """
+    by_hand = {"--coordinator_address": coordinator, "--num_processes": processes, "--process_id": process}
+    given = [flag for flag, value in by_hand.items() if value is not None]
+    if not given and not detect:
+        return
+    if given and len(given) < len(by_hand):
+        missing = [flag for flag in by_hand if flag not in given]
+        raise UserError(f"{' and '.join(given)} given without {' and '.join(missing)}; they belong together")
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise UserError(f"--process_id {process}: expected 0 to {processes - 1}")
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:  # JaxRuntimeError among them
+        reason = str(error).split("\n")[0]
+        hint = (
+            "check that --coordinator_address can be reached" if given else "is this run by SLURM or mpirun?"
+        )
+        raise UserError(f"the processes cannot be joined ({reason}); {hint}") from None
+
+
 def select_dtype(name: str | None, devices: list[jax.Device]) -> DTypeLike:
     """The computation dtype of a `--mixed_precision` flag; None: fp16 on a GPU, bf16 on a TPU, fp32 on a CPU."""
     default = {"gpu": "fp16", "tpu": "bf16"}.get(devices[0].platform, "fp32")

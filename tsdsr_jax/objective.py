@@ -47,6 +47,7 @@ class LossConfig:
       split_guidance: evaluate null and prompt one after the other; half the memory.
       bias_range: half-open range of the trajectory's random bias; None: no bias.
       weighting: of the auxiliary loss, with the parameters of two of its schemes.
+      shift: of the noise schedule.
     """
 
     tsd: TSDConfig = dataclasses.field(default_factory=TSDConfig)
@@ -60,6 +61,7 @@ class LossConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
+    shift: float = 3.0
 
 
 class Base(NamedTuple):
@@ -191,6 +193,9 @@ class Losses:
     config: LossConfig
     perceptual: Perceptual | None = None
 
+    def schedule(self) -> jax.Array:
+        return jnp.asarray(flow.sigmas(self.config.shift))
+
     def velocity(
         self, base: Base, adapter: Tree, latents: jax.Array, timestep: jax.Array, text: Text
     ) -> jax.Array:
@@ -248,22 +253,27 @@ class Losses:
             draws.bias,
             predict(base.teacher),
             predict(auxiliary),
-            jnp.asarray(flow.sigmas()),
+            self.schedule(),
             self.config.tsd,
         )
 
     def lpips(self, base: Base, fake: jax.Array, batch: Batch) -> jax.Array:
         """LPIPS between the decoded ẑ, clamped, and the photograph; mean over the batch."""
-        decoded = self.vae.apply({"params": base.vae}, fake / self.vae.config.scaling_factor, method="decode")
-        decoded = jnp.clip(decoded.astype(jnp.float32), -1, 1)
-        return self.perceptual(base.perceptual, decoded, batch.hr).mean()
+        return self.perceptual(base.perceptual, self.decode(base, fake), batch.hr).mean()
+
+    def decode(self, base: Base, latents: jax.Array) -> jax.Array:
+        """Latents (B, h, w, C), times the scaling factor, to images (B, H, W, 3) float32 within [−1, 1]."""
+        decoded = self.vae.apply(
+            {"params": base.vae}, latents / self.vae.config.scaling_factor, method="decode"
+        )
+        return jnp.clip(decoded.astype(jnp.float32), -1, 1)
 
     def auxiliary(
         self, auxiliary: Tree, base: Base, fake: jax.Array, batch: Batch, draws: Draws
     ) -> jax.Array:
         """The auxiliary network's denoising loss on ẑ, at the images' prompts, without guidance."""
         config = self.config
-        sigma = jnp.asarray(flow.sigmas())[draws.auxiliary_index]
+        sigma = self.schedule()[draws.auxiliary_index]
         weight = sample_weights(
             config.weighting,
             sigma,

@@ -25,6 +25,7 @@ from tsdsr_jax import torch_weights
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.sizes import LATENT_FACTOR, PATCH_SIZE
 from tsdsr_jax.tensor_files import TensorReader, TensorSpec, find_weights, open_tensors, save_tensors
 from tsdsr_jax.torch_weights import Config, Tree
 
@@ -99,7 +100,7 @@ class NetworkFiles:
         dtype: DTypeLike,
         lora: Tree | None = None,
         lora_scale: float = 1.0,
-        put: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+        put: Callable[[str, np.ndarray], jax.Array] = lambda path, array: jnp.asarray(array),
         progress: Callable[[int], object] = lambda size: None,
     ) -> Tree:
         """Loads all parameters, one leaf at a time, merging an adapter on the way.
@@ -108,7 +109,7 @@ class NetworkFiles:
           dtype: what the parameters are kept in.
           lora: merged in float32 before the cast to `dtype`.
           lora_scale: factor on the adapter.
-          put: host array -> device array, to choose devices.
+          put: (path, host array as stored) -> device array, to choose devices.
           progress: called with the number of values of each leaf that has been loaded.
 
         Raises:
@@ -117,10 +118,13 @@ class NetworkFiles:
         pairs = flatten_dict(lora or {}, sep="/")
         loaded = []
         for path, array in self.leaves():
-            leaf = put(array)
+            leaf = put(path, array)
             module = path.removesuffix("/kernel")
             if f"{module}/a" in pairs and path.endswith("/kernel"):
-                pair = (put(np.asarray(pairs[f"{module}/{half}"], np.float32)) for half in ("a", "b"))
+                pair = (
+                    put(f"{module}/{half}", np.asarray(pairs[f"{module}/{half}"], np.float32))
+                    for half in ("a", "b")
+                )
                 leaf = lora_lib.merge_kernel(leaf, *pair, factor=lora_scale, dtype=jnp.dtype(dtype))
             loaded.append((path, leaf.astype(dtype)))
             progress(array.size)
@@ -136,6 +140,36 @@ class Checkpoint:
 
     def network(self, part: Part) -> NetworkFiles:
         return NetworkFiles(self.folder / part, part, self.variant)
+
+    def shift(self) -> float:
+        """The noise schedule's shift, of `scheduler/scheduler_config.json`; SD3's 3 where there is none.
+
+        Raises:
+          UserError: the file is damaged or describes another kind of schedule.
+        """
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        if not path.is_file():
+            return 3.0
+        values = read_json(path)
+        if values.get("num_train_timesteps", 1000) != 1000 or not isinstance(
+            values.get("shift", 3.0), int | float
+        ):
+            raise UserError(
+                f"{path}: expected num_train_timesteps 1000 and a number as shift, as SD3 has them"
+            )
+        return float(values.get("shift", 3.0))
+
+
+def check_fit(transformer: NetworkFiles, vae: NetworkFiles) -> None:
+    """Raises UserError for two networks not made for each other, or not for super-resolution on SD3's latents."""
+    found = vae.config.latent_channels, vae.config.factor, transformer.config.patch_size
+    wanted = transformer.config.in_channels, LATENT_FACTOR, PATCH_SIZE
+    if found != wanted or transformer.config.out_channels != transformer.config.in_channels:
+        raise UserError(
+            f"{transformer.folder.parent}: expected {wanted[0]} latent channels, {wanted[1]} pixels a latent and patches of "
+            f"{wanted[2]}; the autoencoder has {found[0]} and {found[1]}, the transformer patches of {found[2]} and "
+            f"{transformer.config.out_channels} channels out"
+        )
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None, variant: str | None = None) -> Checkpoint:

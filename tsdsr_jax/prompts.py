@@ -157,7 +157,7 @@ def convert_torch_embeds(
     refuse_existing(jobs, overwrite)
     for target, (prompt, pooled) in jobs.items():
         save_prompt_embeds(
-            target, _read_torch_pair(prompt, pooled), {"encoder": f"converted from {prompt.name}"}
+            target, read_torch_pair(prompt, pooled), {"encoder": f"converted from {prompt.name}"}
         )
     return list(jobs)
 
@@ -202,10 +202,10 @@ def _read_torch_folder(folder: Path) -> PromptEmbeds:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{folder} lacks {' and '.join(missing)}. {_how_to_make(folder)}")
-    return _read_torch_pair(*files)
+    return read_torch_pair(*files)
 
 
-def _read_torch_pair(prompt_file: Path, pooled_file: Path) -> PromptEmbeds:
+def read_torch_pair(prompt_file: Path, pooled_file: Path) -> PromptEmbeds:
     embeds = PromptEmbeds(
         _without_batch(read_tensor(prompt_file), 2), _without_batch(read_tensor(pooled_file), 1)
     )

@@ -1,4 +1,4 @@
-"""Reads one tensor from a `.pt` file of `torch.save`, without torch and without running anything the file
+"""Reads one tensor from a `.pt` file of `torch.save`, and writes one, without torch and without running anything the file
 says.
 
 The file is a zip archive: `<root>/data.pkl` is a pickle that describes the tensor, `<root>/data/<key>` holds
@@ -19,13 +19,14 @@ import pickle
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
@@ -231,3 +232,59 @@ def _build_array(view: _View, data: bytes, path: Path) -> np.ndarray:
     flat = np.frombuffer(data, dtype, count=view.storage.elements)[view.offset :]
     byte_strides = [stride * dtype.itemsize for stride in view.strides]
     return np.lib.stride_tricks.as_strided(flat, view.shape, byte_strides, writeable=False).copy(order="C")
+
+
+def write_tensor(path: Path, array: np.ndarray) -> None:
+    """Writes one tensor as `torch.save` does, for `torch.load` and `read_tensor`; atomically, without torch.
+
+    Args:
+        path: the `.pt` file.
+        array: of a dtype in `STORAGE_DTYPES`.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: torch has no such dtype.
+    """
+    storage = next((name for name, dtype in STORAGE_DTYPES.items() if dtype == array.dtype), None)
+    if storage is None:
+        raise ValueError(f"{path}: a tensor cannot have dtype {array.dtype}")
+    array = np.asarray(array, order="C")
+    strides = [stride // array.itemsize for stride in array.strides]
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", _pickled_tensor(storage, array.size, array.shape, strides))
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/data/0", array.astype(array.dtype.newbyteorder("<")).tobytes())
+        archive.writestr("archive/version", "3\n")
+
+
+def _pickled_tensor(storage: str, elements: int, shape: Sequence[int], strides: Sequence[int]) -> bytes:
+    """The pickle of a call that rebuilds a tensor from storage 0.
+
+    Opcode by opcode, because Python's pickler would want to import torch for the names.
+    """
+
+    def name(module: str, attribute: str) -> bytes:
+        return pickle.GLOBAL + f"{module}\n{attribute}\n".encode()
+
+    def text(value: str) -> bytes:
+        return pickle.BINUNICODE + len(value).to_bytes(4, "little") + value.encode()
+
+    def number(value: int) -> bytes:
+        size = (value.bit_length() + 8) // 8
+        return pickle.LONG1 + bytes([size]) + value.to_bytes(size, "little", signed=True)
+
+    def group(*parts: bytes) -> bytes:
+        return pickle.MARK + b"".join(parts) + pickle.TUPLE
+
+    reference = group(text("storage"), name("torch", storage), text("0"), text("cpu"), number(elements))
+    no_hooks = name("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    arguments = group(
+        reference + pickle.BINPERSID,
+        number(0),
+        group(*map(number, shape)),
+        group(*map(number, strides)),
+        pickle.NEWFALSE,
+        no_hooks,
+    )
+    rebuild = name("torch._utils", "_rebuild_tensor_v2")
+    return pickle.PROTO + b"\x02" + rebuild + arguments + pickle.REDUCE + pickle.STOP

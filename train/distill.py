@@ -1,0 +1,375 @@
+"""Trains TSD-SR: distils SD3 into a one-step upscaler, on all GPUs of one machine or of several.
+
+python train/distill.py --pretrained_model_name_or_path sd3 --data_dir prepared --output_dir runs/first
+    --use_default_prompt --use_dasm --guidance_scale 7.5 --resume_from_checkpoint latest
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    # Ctrl-C while the libraries load: leave at once. `cli.run` takes over when the work begins.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from tsdsr_jax import cli, session
+from tsdsr_jax.dataset import Shapes, first_record
+from tsdsr_jax.distillation import (
+    Networks,
+    Ranks,
+    Step,
+    adapter_files,
+    check_shapes,
+    check_tokens,
+    global_array,
+    initial_state,
+    load_adapters,
+    load_teacher,
+    place_text,
+    text_hash,
+)
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.lpips_weights import how_to_get, load_lpips
+from tsdsr_jax.models.lpips import LPIPS, Network
+from tsdsr_jax.objective import Base, LossConfig
+from tsdsr_jax.prepared import PreparedFolders
+from tsdsr_jax.pretrained import check_fit, open_checkpoint
+from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
+from tsdsr_jax.run_log import Curve
+from tsdsr_jax.schedules import ScheduleName
+from tsdsr_jax.session import at_least, say
+from tsdsr_jax.sharding import replicated
+from tsdsr_jax.torch_weights import Tree
+from tsdsr_jax.training import OptimizerConfig, Trainer
+from tsdsr_jax.tsd import TSDConfig, Weighting
+from tsdsr_jax.validation import Validation, pick
+
+CURVES = (
+    Curve("student's loss", ("student",)),
+    Curve("TSD", ("tsd",), log_scale=True),
+    Curve("latent MSE", ("mse",)),
+    Curve("LPIPS", ("lpips",)),
+    Curve("auxiliary network's loss", ("auxiliary",)),
+    Curve("validation: latent MSE", ("validation_mse",)),
+    Curve("validation: PSNR (dB)", ("validation_psnr",)),
+    Curve("gradient norms", ("student_gradient_norm", "auxiliary_gradient_norm"), log_scale=True),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(session.RunOptions):
+    pretrained_model_name_or_path: str
+    """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
+    data_dir: tuple[Path, ...]
+    """Prepared training set with gt, lr_bicubic, latent_hr, prompt_embeds and pool_embeds; repeat for several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """File-name variant of the weights, such as fp16."""
+    teacher_lora_path: Path | None = None
+    """The teacher's LoRA, used with --use_teacher_lora: a file, or a folder with teacher.safetensors."""
+    checkpoint_path: Path | None = None
+    """Folder of student LoRAs to start from (transformer.safetensors, vae.safetensors), as released or exported here."""
+    default_embedding_dir: Path = Path("dataset/default")
+    """Embeddings of the default prompt, used with --use_default_prompt."""
+    null_embedding_dir: Path = Path("dataset/null")
+    """Embeddings of the empty prompt, for guidance."""
+    lpips_path: Path = Path("checkpoint/lpips_alex.safetensors")
+    """LPIPS weights written by convert/lpips.py."""
+
+    use_default_prompt: bool = False
+    """Condition the student on the default prompt; otherwise on each image's own."""
+    use_dasm: bool = False
+    """Distribution-aware sampling: TSD at several points of a trajectory instead of one."""
+    use_teacher_lora: bool = False
+    """The teacher is SD3 with the LoRA of --teacher_lora_path; otherwise SD3 itself."""
+    use_random_bias: bool = False
+    """Vary the trajectories' length by -25 to 24 schedule steps; only with --use_dasm."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of teacher and auxiliary network inside TSD; the published run used 7.5."""
+    split_guidance: bool = False
+    """Evaluate empty and real prompt one after the other: half the memory of that part."""
+    lambda_tsd: float = 1.0
+    """Weight of the TSD loss; 0 leaves it out."""
+    lambda_mse: float = 1.0
+    """Weight of the latent MSE; the authors remove it where results are over-smoothed."""
+    lambda_lpips: float = 1.0
+    """Weight of LPIPS; 0 leaves it out, and its weights are not needed then."""
+    lambda_vsd: float = 0.7
+    """The paper's lambda: share of variational score distillation in TSD; the rest is target score matching."""
+    dasm_points: int = 4
+    """Points of a trajectory, with --use_dasm."""
+    dasm_gamma: float = 0.3
+    """The paper's gamma: weight of every point after the first."""
+    dasm_stride: int = 50
+    """Schedule steps between points."""
+    first_index: int = 50
+    """First schedule index that is drawn (0 is pure noise, 999 almost none)."""
+    last_index: int = 949
+    """Last schedule index that is drawn."""
+    weighting_scheme: Weighting = "logit_normal"
+    """Sample weights of the auxiliary network's loss."""
+    logit_mean: float = 0.0
+    """Of --weighting_scheme logit_normal."""
+    logit_std: float = 1.0
+    """Of --weighting_scheme logit_normal."""
+    mode_scale: float = 1.29
+    """Of --weighting_scheme mode."""
+
+    rank: int = 64
+    """Rank of the student's LoRA on the transformer."""
+    rank_lora: int = 16
+    """Rank of the auxiliary network's LoRA; the published run used 64."""
+    rank_vae: int = 64
+    """Rank of the student's LoRA on the autoencoder's encoder."""
+    ema_decay: float | None = None
+    """Keep a moving average of the student with this decay, such as 0.999; exported beside the student."""
+    learning_rate: float = 1e-5
+    """The student's peak learning rate."""
+    learning_rate_reg: float = 1e-6
+    """The auxiliary network's."""
+    lr_scheduler: ScheduleName = "constant"
+    """Course of both learning rates."""
+    lr_warmup_steps: int = 500
+    """Steps of linear rise; not with constant."""
+    lr_num_cycles: int = 1
+    """Of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Of polynomial."""
+    max_grad_norm: float = 1.0
+    """Global norm that the gradients of student and auxiliary network are each clipped to."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second decay."""
+    adam_weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+
+    def loss_config(self, shift: float) -> LossConfig:
+        later = (self.dasm_gamma,) * (self.dasm_points - 1)
+        return LossConfig(
+            tsd=TSDConfig(
+                balance=self.lambda_vsd,
+                point_weights=(1.0, *later) if self.use_dasm else (1.0,),
+                stride=self.dasm_stride,
+                first_index=self.first_index,
+                last_index=self.last_index,
+            ),
+            weight_tsd=self.lambda_tsd,
+            weight_mse=self.lambda_mse,
+            weight_lpips=self.lambda_lpips,
+            guidance_scale=self.guidance_scale,
+            split_guidance=self.split_guidance,
+            bias_range=(-25, 25) if self.use_random_bias else None,
+            weighting=self.weighting_scheme,
+            logit_mean=self.logit_mean,
+            logit_std=self.logit_std,
+            mode_scale=self.mode_scale,
+            shift=shift,
+        )
+
+    def optimizer_config(self, steps: int) -> OptimizerConfig:
+        return OptimizerConfig(
+            learning_rate=self.learning_rate,
+            learning_rate_auxiliary=self.learning_rate_reg,
+            schedule=self.lr_scheduler,
+            warmup=self.lr_warmup_steps,
+            steps=steps,
+            cycles=self.lr_num_cycles,
+            power=self.lr_power,
+            max_grad_norm=self.max_grad_norm,
+            beta1=self.adam_beta1,
+            beta2=self.adam_beta2,
+            epsilon=self.adam_epsilon,
+            weight_decay=self.adam_weight_decay,
+            ema_decay=self.ema_decay,
+        )
+
+    def ranks(self) -> Ranks:
+        return Ranks(self.rank, self.rank_vae, self.rank_lora)
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    check(options)
+    mesh = options.start()
+    data = open_data(options)
+    session.run(options, prepare(options, mesh, data), data, mesh)
+
+
+def check(options: Options) -> None:
+    """Refuses flags that cannot work, before anything is loaded."""
+    options.check()
+    at_least(options, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride", "lr_num_cycles")
+    at_least(options, 0, "lr_warmup_steps", "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips",
+             "dasm_gamma", "first_index", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")  # fmt: skip
+    if not options.max_grad_norm > 0:
+        raise UserError(f"--max_grad_norm {options.max_grad_norm:g}: expected more than 0")
+    for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+        if (value := getattr(options, name)) is not None and not 0 <= value < 1:
+            raise UserError(f"--{name} {value:g}: expected at least 0 and less than 1")
+    if not 0 <= options.lambda_vsd <= 1:
+        raise UserError(f"--lambda_vsd {options.lambda_vsd:g}: expected 0 to 1, it is a share")
+    if not options.first_index <= options.last_index < 999:
+        raise UserError(
+            f"--first_index {options.first_index} --last_index {options.last_index}: expected first ≤ last ≤ 998"
+        )
+    if not any((options.lambda_tsd, options.lambda_mse, options.lambda_lpips)):
+        raise UserError(
+            "--lambda_tsd, --lambda_mse and --lambda_lpips are all 0: there is nothing to train for"
+        )
+    if options.use_teacher_lora and options.teacher_lora_path is None:
+        raise UserError("--use_teacher_lora: give the LoRA with --teacher_lora_path")
+    if options.lambda_lpips and not options.lpips_path.is_file():
+        network: Network = "vgg" if "vgg" in options.lpips_path.name.lower() else "alex"
+        raise UserError(
+            f"--lpips_path {options.lpips_path}: not found; pass --lambda_lpips 0 to train without LPIPS, or make it: "
+            + how_to_get(network, options.lpips_path)
+        )
+
+
+def notes(options: Options, steps: int) -> list[str]:
+    """Flags that do nothing, or perhaps not what was meant."""
+    found = []
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    for name in ("optimizer", "local_rank", "set_grads_to_none"):
+        if getattr(options, name) != defaults[name]:
+            found.append(f"--{name} has no effect here")
+    if options.use_random_bias and not options.use_dasm:
+        found.append("--use_random_bias has no effect without --use_dasm")
+    if options.teacher_lora_path and not options.use_teacher_lora:
+        found.append("--teacher_lora_path has no effect without --use_teacher_lora")
+    if options.log_code and options.report_to not in ("wandb", "all"):
+        found.append("--log_code has no effect without --report_to wandb")
+    if options.lr_scheduler != "constant" and options.lr_warmup_steps >= steps:
+        found.append(
+            f"--lr_warmup_steps {options.lr_warmup_steps} is no less than the {steps} steps of training: the learning rate "
+            "does not reach its peak"
+        )
+    return found
+
+
+def open_data(options: Options) -> session.Data:
+    source = PreparedFolders(options.data_dir)
+    return session.Data(source, Shapes.of(first_record(source)), source.fingerprint())
+
+
+def prepare(options: Options, mesh: Mesh, data: session.Data) -> session.Task:
+    """Checks everything by its headers, then loads the frozen base and describes the training."""
+    model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
+    networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
+    check_fit(networks.transformer, networks.vae)
+    lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
+    perceptual = LPIPS(lpips[0]) if lpips else None
+    check_shapes(data.shapes, networks, perceptual)
+    null = load_text(options, "null_embedding_dir", networks, data.shapes)
+    default = (
+        load_text(options, "default_embedding_dir", networks, data.shapes)
+        if options.use_default_prompt
+        else None
+    )
+    held_out = PreparedFolders([options.validation_dir]) if options.validation_dir else data.source
+    records = pick(held_out, data.shapes, options.num_validation_images)
+    loaded = (
+        load_adapters(options.checkpoint_path, networks, options.ranks())
+        if options.checkpoint_path
+        else (None, None)
+    )
+
+    steps = options.steps(len(data.source), mesh)
+    describe(options, mesh, data, steps)
+    base, identity = load_base(options, networks, null, default, lpips[1] if lpips else {})
+    trainer = Trainer(
+        networks.losses(options.loss_config(model.shift()), perceptual, options.gradient_checkpointing),
+        options.optimizer_config(steps),
+        dynamic_scale=options.mixed_precision == "fp16",
+    )
+    key = jax.random.key(options.seed)
+    step = Step(trainer, mesh, base, key)
+    validation = Validation(trainer.losses, mesh, base, records)
+    return session.Task(
+        new_state=partial(initial_state, trainer, networks, options.ranks(), key, loaded),
+        step=step,
+        put=step.put,
+        put_state=step.put_state,
+        validate=lambda state: validation(state.ema or state.student),
+        files=partial(adapter_files, networks),
+        identity=identity | options.ranks()._asdict() | {"ema": options.ema_decay is not None},
+        curves=CURVES,
+        how_to_use=lambda path: (
+            "upscale with it: python infer/upscale.py --pretrained_model_name_or_path "
+            f"{options.pretrained_model_name_or_path} --lora_dir {path / 'lora'} --rank {options.rank} "
+            f"--rank_vae {options.rank_vae} --embedding_dir {options.default_embedding_dir} -i PHOTOS -o RESULTS"
+        ),
+    )
+
+
+def load_text(options: Options, flag: str, networks: Networks, shapes: Shapes) -> PromptEmbeds:
+    embeds = load_prompt_embeds(getattr(options, flag))
+    config = networks.transformer.config
+    source = f"--{flag} {getattr(options, flag)}"
+    check_widths(embeds, config.joint_attention_dim, config.pooled_projection_dim, source)
+    check_tokens(shapes, source, embeds)
+    return embeds
+
+
+def describe(options: Options, mesh: Mesh, data: session.Data, steps: int) -> None:
+    hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    say(
+        f"{mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, {options.mixed_precision}; {len(data.source)} samples, "
+        f"{steps} steps of {options.rows(mesh)} images"
+    )
+    for note in notes(options, steps):
+        say(f"note: {note}")
+
+
+def load_base(
+    options: Options, networks: Networks, null: PromptEmbeds, default: PromptEmbeds | None, lpips: Tree
+) -> tuple[Base, dict[str, Any]]:
+    """The frozen arrays on their devices, and their hashes."""
+    specs = [spec for network in (networks.transformer, networks.vae) for spec in network.specs.values()]
+    total = sum(int(np.prod(spec.shape)) for spec in specs)
+    quiet = True if jax.process_index() else None
+    with tqdm(
+        total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=quiet
+    ) as bar:
+        transformer, transformer_hash = networks.load(networks.transformer, bar.update)
+        vae, vae_hash = networks.load(networks.vae, bar.update)
+    teacher, teacher_hash = {}, "none"
+    if options.use_teacher_lora:
+        path = options.teacher_lora_path
+        teacher, teacher_hash = load_teacher(
+            path / "teacher.safetensors" if path.is_dir() else path, networks
+        )
+    whole = replicated(networks.mesh)
+    base = Base(
+        transformer,
+        vae,
+        teacher,
+        place_text(null, networks),
+        place_text(default, networks) if default else None,
+        jax.tree.map(lambda leaf: global_array(np.asarray(leaf), whole), lpips),
+    )
+    return base, {
+        "transformer": transformer_hash,
+        "autoencoder": vae_hash,
+        "teacher LoRA": teacher_hash,
+        "null prompt": text_hash(null),
+        "default prompt": text_hash(default) if default else "none",
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

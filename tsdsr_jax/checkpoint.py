@@ -1,0 +1,280 @@
+"""Checkpoints of a training run, with Orbax: written in the background, complete or absent, the latest few kept.
+
+    OUTPUT/checkpoint_0005000/state      every leaf of the training state, float32 or int32
+    OUTPUT/checkpoint_0005000/meta       what the run was: step, place in the data, hashes, flags (JSON)
+    OUTPUT/checkpoint_0005000/lora       the adapters as PyTorch users load them (PEFT's layout)
+
+The frozen base is not saved, only its hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.tensor_files import save_tensors
+
+PREFIX, DIGITS = "checkpoint", 7
+STATE, META, LORA = "state", "meta", "lora"
+# File name -> its tensors.
+Files = Mapping[str, Mapping[str, np.ndarray]]
+
+
+class _FilesHandler(ocp.CheckpointHandler):
+    """Writes safetensors files into a checkpoint, so that they appear with the rest of it or not at all."""
+
+    def save(self, directory: epath.Path, args: _FilesSave) -> None:
+        if jax.process_index() == 0:
+            for name, tensors in args.files.items():
+                save_tensors(Path(directory) / name, tensors, {"format": "pt"})
+
+    def restore(self, directory: epath.Path, args: Any = None) -> None:
+        raise NotImplementedError("these files are for others to read")
+
+
+@ocp.args.register_with_handler(_FilesHandler, for_save=True)
+@dataclasses.dataclass
+class _FilesSave(ocp.args.CheckpointArgs):
+    files: Files
+
+
+@ocp.args.register_with_handler(_FilesHandler, for_restore=True)
+@dataclasses.dataclass
+class _FilesRestore(ocp.args.CheckpointArgs):
+    """Orbax wants a pair; nothing is restored from these files."""
+
+
+class Checkpoints:
+    """The checkpoints in a run's output folder.
+
+    Args:
+      folder: the run's output folder.
+      keep: how many of the latest to keep; None: all.
+      note: told, in a line, when one could not be saved.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, note: Callable[[str], object]):
+        self.folder, self.keep, self.note = folder.resolve(), keep, note
+        self.failed: str | None = None
+        self._pending: int | None = None  # the step being saved
+        # It reports every step it takes, and failures with a traceback besides raising them.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep,
+                step_name_format=ocp.path.step.standard_name_format(
+                    step_prefix=PREFIX, step_format_fixed_length=DIGITS
+                ),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+            item_names=(STATE, META, LORA),
+            item_handlers={LORA: _FilesHandler()},
+        )
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{PREFIX}_{step:0{DIGITS}d}"
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps(read=True))
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any], lora: Files) -> bool:
+        """Starts to save; returns before the files are written, but no longer needs `state`.
+
+        A failure, of this or of the save before, does not end the run: it is noted, and the checkpoints that there are
+        stay. `failed` says so until a later save succeeds.
+
+        Returns:
+          Whether the save has begun.
+        """
+        if not self.wait():
+            self.note("the checkpoint before this one was not saved; trying again with this one")
+        try:
+            args = {
+                STATE: ocp.args.StandardSave(to_host(state)),
+                META: ocp.args.JsonSave(dict(meta)),
+                LORA: _FilesSave(lora),
+            }
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        except (
+            Exception
+        ) as error:  # the disk, the file system's client, Orbax: whatever it is, training goes on
+            self._give_up(error)
+            return False
+        self._pending = step
+        return True
+
+    def wait(self) -> bool:
+        """Waits for the save under way; whether it, if any, is complete."""
+        if self._pending is None:
+            return True
+        step, self._pending = self._pending, None
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            if not self.path(step).is_dir():
+                raise OSError(f"{self.path(step)} is not there")
+        except Exception as error:  # as above
+            self._give_up(error)
+            return False
+        self.failed = None
+        return True
+
+    def _give_up(self, error: Exception) -> None:
+        reason = describe(error)
+        self.failed = reason
+        self.note(
+            f"{self.folder}: a checkpoint could not be saved ({reason}); earlier ones are kept, training goes on"
+        )
+        # A new manager: the old one believes in the checkpoint that failed, and perhaps in the removal of an old one.
+        with suppress(Exception):  # it raises the same error again
+            self._manager.close()
+        self._manager = self._open()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def describe(error: BaseException) -> str:
+    """The part of a long error that a person needs."""
+    seen, text = error, str(error)
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    for phrase in ("No space left on device", "Disk quota exceeded", "File too large", "Permission denied",
+                   "Read-only file system"):  # fmt: skip
+        if phrase.lower() in text.lower():
+            return phrase
+    return (text.strip() or type(error).__name__).split("\n")[0][:300]
+
+
+def to_host(state: Any) -> dict[str, np.ndarray]:
+    """Leaf name -> a host copy of every leaf, which later steps do not reach."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    for _, leaf in leaves:
+        leaf.copy_to_host_async()
+    return {leaf_name(path): np.array(leaf, copy=True) for path, leaf in leaves}
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def find(folder: Path, wanted: str) -> Path | None:
+    """The checkpoint a `--resume_from_checkpoint` flag means.
+
+    Args:
+      folder: the run's output folder.
+      wanted: "latest", or a checkpoint's path or name.
+
+    Returns:
+      Its folder; None for "latest" where there is none yet.
+
+    Raises:
+      UserError: no such checkpoint, or an incomplete one.
+    """
+    if wanted == "latest":
+        found = sorted(path for path in folder.glob(f"{PREFIX}_*") if step_of(path) is not None)
+        return max(found, key=step_of) if found else None
+    for path in (Path(wanted), folder / wanted):
+        if path.is_dir():
+            if step_of(path) is None or not (path / META).is_dir():
+                inside = [str(p) for p in sorted(path.glob(f"{PREFIX}_*")) if step_of(p) is not None]
+                hint = f"; did you mean {inside[-1]}?" if inside else ""
+                raise UserError(
+                    f"{path}: not a checkpoint of this program (they are called {PREFIX}_NUMBER){hint}"
+                )
+            return path
+    raise UserError(
+        f"--resume_from_checkpoint {wanted}: no such checkpoint; expected latest, or a {PREFIX}_NUMBER folder"
+    )
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a complete checkpoint's folder, None for anything else."""
+    match = re.fullmatch(rf"{PREFIX}_(\d+)", path.name)
+    return int(match[1]) if match and path.is_dir() and ocp.utils.is_checkpoint_finalized(path) else None
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """A checkpoint's `meta`.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return ocp.JsonCheckpointHandler().restore(epath.Path(path / META))
+    except Exception as error:  # damaged in whatever way
+        raise UserError(
+            f"{path}: this checkpoint cannot be read ({describe(error)}); resume from another"
+        ) from None
+
+
+def read_state(path: Path, like: Any) -> Any:
+    """A checkpoint's state, as host arrays in the structure of `like` (arrays or shapes).
+
+    Raises:
+      UserError: damaged, or of another structure; the first leaves that differ are named.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    names = [leaf_name(key) for key, _ in leaves]
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            target = {
+                name: np.zeros(leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)
+            }
+            stored = checkpointer.metadata(path / STATE).item_metadata
+            _check_leaves(path, target, stored.tree if hasattr(stored, "tree") else stored)
+            found = checkpointer.restore(path / STATE, target)
+    except UserError:
+        raise
+    except Exception as error:  # damaged in whatever way
+        raise UserError(
+            f"{path}: this checkpoint cannot be read ({describe(error)}); resume from another"
+        ) from None
+    return structure.unflatten(found[name] for name in names)
+
+
+def _check_leaves(path: Path, target: Mapping[str, np.ndarray], stored: Mapping[str, Any]) -> None:
+    problems = [f"{name} is missing" for name in target if name not in stored]
+    problems += [f"{name} is not expected" for name in stored if name not in target]
+    problems += [
+        f"{name} is {tuple(stored[name].shape)}, expected {target[name].shape}"
+        for name in target
+        if name in stored and tuple(stored[name].shape) != target[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{path}: does not fit this run: {'; '.join(problems[:5])}{more}")
+
+
+class Hash:
+    """A hash of named arrays, of their values in the order given."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        self._digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        self._digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def value(self) -> str:
+        return self._digest.hexdigest()

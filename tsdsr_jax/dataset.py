@@ -1,0 +1,250 @@
+"""Which samples each step sees, and reading them ahead of it with Grain.
+
+The order is a pure function: position -> epoch and place -> sample, with a new permutation each epoch. A run's place in
+its data is therefore one number, the position, whatever the number of workers, devices or hosts, and any of them may be
+another after a resume. Row r of part a of step s is position ((s·A) + a)·B + r in every arrangement; hosts read
+neighbouring rows.
+
+No jax here: Grain's workers import this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.prepared import Record
+
+# How many samples in place of a bad one are tried before giving up.
+TRIES = 16
+_READ_AHEAD = 4
+
+
+class Source(Protocol):
+    """Samples by index; `PreparedFolders` is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises UserError where the sample cannot be used."""
+
+    def name(self, index: int) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What every record of a run looks like: programs are compiled for one shape."""
+
+    image: tuple[int, ...]
+    latent: tuple[int, ...]
+    prompt: tuple[int, ...]
+    pooled: tuple[int, ...]
+    text_dtype: np.dtype
+
+    @classmethod
+    def of(cls, record: Record) -> Shapes:
+        return cls(
+            record.lr.shape, record.latent_hr.shape, record.prompt.shape, record.pooled.shape, record.prompt.dtype
+        )  # fmt: skip
+
+    def check(self, record: Record, name: str) -> None:
+        """Raises UserError, naming the first part that differs."""
+        found = Shapes.of(record)
+        for what in ("image", "latent", "prompt", "pooled"):
+            if getattr(found, what) != getattr(self, what):
+                raise UserError(
+                    f"{name}: its {_PARTS[what]} has shape {getattr(found, what)}; the other samples' "
+                    f"{getattr(self, what)}"
+                )
+
+    def cast(self, record: Record) -> Record:
+        """The record with its texts in the run's dtype."""
+        texts = (text.astype(self.text_dtype, copy=False) for text in (record.prompt, record.pooled))
+        return Record(record.lr, record.hr, record.latent_hr, *texts)
+
+
+_PARTS = {"image": "image", "latent": "HR latent", "prompt": "prompt embedding", "pooled": "pooled embedding"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which positions a process reads for each of its batches.
+
+    Attributes:
+      start: position of the first row of the first step.
+      steps: steps to come.
+      parts: A, gradient-accumulation parts of a step.
+      batch: B, rows of a part, of all processes together.
+      process, processes: this one's index, and how many share the rows evenly.
+    """
+
+    start: int
+    steps: int
+    parts: int
+    batch: int
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def local(self) -> int:
+        """Rows of a part that this process reads."""
+        return self.batch // self.processes
+
+    def positions(self, step: int) -> np.ndarray:
+        """(A, local) positions of a step counted from the first to come."""
+        part = self.start + (step * self.parts + np.arange(self.parts)) * self.batch
+        return part[:, None] + self.process * self.local + np.arange(self.local)
+
+
+@lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch, (count,).
+
+    From a bit generator's raw output, which NumPy promises never to change, so that a run resumes in the same order
+    under another version.
+    """
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+def sample_at(position: int, seed: int, count: int) -> int:
+    """The sample at a position of the stream."""
+    epoch, place = divmod(position, count)
+    return int(permutation(seed, epoch, count)[place])
+
+
+class LocalBatch(NamedTuple):
+    """One step's samples of this process.
+
+    Attributes:
+      records: every leaf (A, local, ...).
+      problems: sample name -> what is wrong with it, for those that were left out.
+    """
+
+    records: Record
+    problems: dict[str, str]
+
+
+class Batches:
+    """The steps to come as a sequence for Grain: item k is step k's samples, stacked.
+
+    A sample that cannot be used is replaced by the next of its epoch, so that batches stay full and every process takes
+    the same number of steps.
+
+    Args:
+      source: the samples.
+      shapes: what each has to look like.
+      rows: which positions to read.
+      seed: of the order.
+    """
+
+    def __init__(self, source: Source, shapes: Shapes, rows: Rows, seed: int):
+        self.source, self.shapes, self.rows, self.seed = source, shapes, rows, seed
+
+    def __len__(self) -> int:
+        return self.rows.steps
+
+    def __getitem__(self, step: int) -> LocalBatch:
+        positions = self.rows.positions(int(step))
+        problems: dict[str, str] = {}
+        records = [self.read(int(position), problems) for position in positions.ravel()]
+        stacked = (
+            np.stack(leaves).reshape(*positions.shape, *leaves[0].shape)
+            for leaves in zip(*records, strict=True)
+        )
+        return LocalBatch(Record(*stacked), problems)
+
+    def read(self, position: int, problems: dict[str, str]) -> Record:
+        """The sample at a position, or the nearest after it that can be used.
+
+        Raises:
+          UserError: many in a row cannot.
+        """
+        count = len(self.source)
+        place = position % count
+        tries = min(TRIES, count)
+        for offset in range(tries):
+            index = sample_at(position - place + (place + offset) % count, self.seed, count)
+            try:
+                record = self.source[index]
+                self.shapes.check(record, self.source.name(index))
+            except UserError as error:
+                problems[self.source.name(index)] = str(error)
+            else:
+                return self.shapes.cast(record)
+        listed = "\n".join(f"  {problem}" for problem in list(problems.values())[-tries:])
+        raise UserError(f"{tries} samples in a row cannot be used:\n{listed}")
+
+
+def first_record(source: Source, tries: int = TRIES) -> Record:
+    """The first sample that can be read: it tells what all look like.
+
+    Raises:
+      UserError: none of the first few can.
+    """
+    problems = []
+    for index in range(min(tries, len(source))):
+        try:
+            return source[index]
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError("none of the first samples can be used:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def read_ahead(batches: Batches, workers: int) -> Iterator[LocalBatch]:
+    """The batches in order, read by threads, or by worker processes of their own.
+
+    Args:
+      batches: what to read.
+      workers: processes; 0: threads of this one.
+    """
+    dataset = grain.MapDataset.source(batches)  # pyrefly: ignore
+    threads = 1 if workers else 4
+    stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_READ_AHEAD))
+    if workers:
+        _mark_flags_parsed()
+        stream = stream.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=workers))
+    return iter(stream)
+
+
+def _mark_flags_parsed() -> None:
+    """Grain's workers are started through absl, which refuses to unless the process has parsed its flags by absl."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+class BadSamples:
+    """The samples that were left out so far; stops the run when they are too many.
+
+    Args:
+      total: samples in the set.
+      fraction: share of them that may be bad.
+      known: names from before a resume.
+    """
+
+    def __init__(self, total: int, fraction: float, known: Sequence[str] = ()):
+        self.total, self.fraction, self.names = total, fraction, list(known)
+
+    def add(self, problems: dict[str, str]) -> list[str]:
+        """Notes a batch's problems; returns the messages of those not seen before.
+
+        Raises:
+          UserError: more than the fraction is bad.
+        """
+        new = {name: message for name, message in problems.items() if name not in self.names}
+        self.names += new
+        if len(self.names) > self.fraction * self.total:
+            latest = "".join(f"\n  {message}" for message in new.values())
+            raise UserError(
+                f"{len(self.names)} of {self.total} samples cannot be used, more than --max_bad_samples "
+                f"{self.fraction:g} of them; the latest:{latest}"
+            )
+        return list(new.values())

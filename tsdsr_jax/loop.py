@@ -1,0 +1,220 @@
+"""The loop around a jitted training step: when to log, validate, save and stop. It knows nothing of what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from tsdsr_jax.errors import UserError
+
+# (state, batch) -> state, metrics: scalars by name, `bad_steps` among them.
+TrainStep = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+State = Any
+
+_LINE_EVERY = 30.0  # seconds, where there is no terminal for a bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When things happen, in steps.
+
+    Attributes:
+      start, end: steps that are done, and to be done.
+      log: fetch the metrics every so many steps; in between, the host does not wait for the device.
+      checkpoint, validation: intervals; also at the end.
+      max_bad_steps: skipped steps in a row that end the run.
+      images: images in a step, for the rate.
+    """
+
+    start: int
+    end: int
+    log: int
+    checkpoint: int
+    validation: int
+    max_bad_steps: int
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the loop calls.
+
+    Attributes:
+      log: (step, values) for every step, some steps late.
+      validate: (state, step) -> values to show.
+      save: (state, step); starts a checkpoint.
+    """
+
+    log: Callable[[int, dict[str, float]], object]
+    validate: Callable[[State, int], object]
+    save: Callable[[State, int], object]
+
+
+class StopSignal:
+    """Notices SIGTERM and the first Ctrl-C, so that a run can save before it ends; a second Ctrl-C ends it at once.
+
+    Where several processes train together they have to stop at the same step. JAX's coordination service, which then
+    sees the SIGTERM of any of them, agrees on it.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.together = jax.process_count() > 1
+        if not self.together:
+            signal.signal(signal.SIGTERM, self._receive)
+            signal.signal(signal.SIGINT, self._receive)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        tqdm.write(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
+        if number == signal.SIGINT:
+            tqdm.write("(Ctrl-C again ends at once, without saving)", file=sys.stderr)
+
+    def requested(self, step: int) -> bool:
+        if self.together and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
+
+def run(
+    state: State,
+    train_step: TrainStep,
+    batches: Iterator[Any],
+    schedule: Schedule,
+    hooks: Hooks,
+    stop: StopSignal,
+) -> tuple[State, int]:
+    """Trains until the schedule's end or a signal, saving in both cases.
+
+    Returns:
+      (state, steps done).
+
+    Raises:
+      UserError: too many bad steps in a row, bad data, or out of memory. The state is saved first where there is one.
+    """
+    step = schedule.start
+    watch = _Watch(schedule)
+    try:
+        while step < schedule.end and not stop.requested(step):
+            batch = next(batches)
+            state, metrics = train_step(state, batch)
+            step += 1
+            watch.add(step, metrics)
+            last = step == schedule.end
+            validating = last or step % schedule.validation == 0
+            saving = last or step % schedule.checkpoint == 0
+            if validating or saving or step % schedule.log == 0:
+                watch.fetch(hooks.log)
+            if validating:
+                hooks.validate(state, step)
+                watch.paused()
+            if saving:
+                hooks.save(state, step)
+        if step < schedule.end:
+            watch.fetch(hooks.log)
+            if step % schedule.checkpoint and step > schedule.start:
+                hooks.save(state, step)
+    except UserError:
+        # Where several processes train, the others know nothing of it and would not save with this one.
+        if jax.process_count() == 1 and step > schedule.start and step % schedule.checkpoint:
+            hooks.save(state, step)
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(out_of_memory(error)) from None
+    finally:
+        watch.close()
+    return state, step
+
+
+def out_of_memory(error: Exception) -> str:
+    reason = str(error).split("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200]
+    return (
+        f"the device is out of memory ({reason}). What helps, strongest first: --gradient_checkpointing, a smaller "
+        "--train_batch_size with --gradient_accumulation_steps, --split_guidance, --fsdp N to share the base between N "
+        "devices, --lambda_lpips 0"
+    )
+
+
+class _Watch:
+    """Metrics that are still on the device, the progress bar and the rate."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self.since, self.last_line = time.perf_counter(), 0.0
+        self.quiet = jax.process_index() != 0
+        self.bar = tqdm(
+            total=schedule.end,
+            initial=schedule.start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=True if self.quiet else None,
+        )
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.pending.append((step, metrics))
+
+    def fetch(self, log: Callable[[int, dict[str, float]], object]) -> None:
+        """Waits for the metrics, hands them on, and checks for bad steps."""
+        if not self.pending:
+            return
+        steps = [step for step, _ in self.pending]
+        fetched = jax.device_get([metrics for _, metrics in self.pending])
+        self.pending.clear()
+        now = time.perf_counter()
+        rate = self.schedule.images * len(steps) / (now - self.since)
+        self.since = now
+        for step, metrics in zip(steps, fetched, strict=True):
+            values = {name: float(value) for name, value in metrics.items()}
+            log(step, values | {"images_per_s": round(rate, 3)})
+        self._show(steps[-1], values, rate, len(steps))
+        if values["bad_steps"] >= self.schedule.max_bad_steps:
+            raise UserError(
+                f"{values['bad_steps']:.0f} steps in a row had gradients that are not finite (--max_bad_steps "
+                f"{self.schedule.max_bad_steps}); try --mixed_precision bf16 or no, a lower --learning_rate or "
+                "--max_grad_norm, and look at the last lines of log.jsonl"
+            )
+
+    def _show(self, step: int, values: dict[str, float], rate: float, steps: int) -> None:
+        losses = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
+        self.bar.set_postfix(losses | {"img/s": f"{rate:.3g}"}, refresh=False)
+        self.bar.update(steps)
+        now = time.perf_counter()
+        finished = step == self.schedule.end
+        if self.bar.disable and not self.quiet and (now - self.last_line > _LINE_EVERY or finished):
+            self.last_line = now
+            left = (self.schedule.end - step) * self.schedule.images / rate
+            told = " ".join(f"{name} {value}" for name, value in losses.items())
+            print(
+                f"step {step}/{self.schedule.end}  {told}  {rate:.3g} img/s  {_clock(left)} left", flush=True
+            )
+
+    def paused(self) -> None:
+        """What was done since then does not count for the rate."""
+        self.since = time.perf_counter()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+# The losses that the bar shows, of whatever is trained.
+SHOWN = ("student", "tsd", "mse", "lpips", "auxiliary", "loss")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,211 @@
+"""Training sets in the folder layout of the original: everything prepared, one file per photograph and kind.
+
+    ROOT/lr_bicubic/NAME.png         degraded, back at the size of the original   (H, W, 3)
+    ROOT/gt/NAME.png                 the photograph                               (H, W, 3)
+    ROOT/latent_hr/NAME.pt           its latent, times the scaling factor         ([1,] C, h, w)
+    ROOT/prompt_embeds/NAME.pt       its prompt                                   ([1,] S, D)
+    ROOT/pool_embeds/NAME.pt         the same, pooled                             ([1,] P)
+
+`prompt_embeds/NAME.safetensors`, which `convert/prompts.py` writes, serves for the last two. Names are free, images may
+have any format that `images.py` reads. Which photographs there are is what lies in `lr_bicubic`.
+
+No jax here: Grain's workers import this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.images import IMAGE_SUFFIXES, read_photo
+from tsdsr_jax.prompts import (
+    TORCH_POOLED_FOLDER,
+    TORCH_PROMPT_FOLDER,
+    PromptEmbeds,
+    load_prompt_embeds,
+    read_torch_pair,
+)
+from tsdsr_jax.torch_pickle import read_tensor
+
+LR_FOLDER, HR_FOLDER, LATENT_FOLDER = "lr_bicubic", "gt", "latent_hr"
+# Larger pictures are no training crops.
+MAX_PIXELS = 64_000_000
+_SIZES_LOOKED_AT = 1000
+
+
+class Record(NamedTuple):
+    """One training sample on the host.
+
+    Attributes:
+      lr, hr: (H, W, 3) uint8.
+      latent_hr: (h, w, C) float32.
+      prompt, pooled: (S, D) and (P,), float16, bfloat16 or float32.
+    """
+
+    lr: np.ndarray
+    hr: np.ndarray
+    latent_hr: np.ndarray
+    prompt: np.ndarray
+    pooled: np.ndarray
+
+
+class Files(NamedTuple):
+    """The files of one sample; `pooled` is None where `prompt` is a safetensors file that holds both."""
+
+    lr: Path
+    hr: Path
+    latent_hr: Path
+    prompt: Path
+    pooled: Path | None
+
+
+class PreparedFolders:
+    """The samples of one or several prepared folders, in a fixed order.
+
+    Attributes:
+      roots: the folders.
+      files: one entry per sample.
+
+    Raises:
+      UserError: a folder is missing or empty, or samples lack files; they are named.
+    """
+
+    def __init__(self, roots: Sequence[Path]):
+        self.roots = tuple(roots)
+        self.files = [files for root in roots for files in find_files(root)]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads one sample.
+
+        Raises:
+          UserError: a file is missing, damaged, or does not fit the others of the sample.
+        """
+        files = self.files[index]
+        lr, hr = (read_photo(path, MAX_PIXELS).rgb for path in (files.lr, files.hr))
+        if lr.shape != hr.shape:
+            raise UserError(
+                f"{files.lr}: {lr.shape[1]}×{lr.shape[0]} pixels, but {files.hr} has {hr.shape[1]}×{hr.shape[0]}; "
+                f"{LR_FOLDER} holds degraded images enlarged to the size of {HR_FOLDER}"
+            )
+        embeds = read_prompt(files)
+        return Record(lr, hr, read_latent(files.latent_hr), _numbers(embeds.prompt), _numbers(embeds.pooled))
+
+    def name(self, index: int) -> str:
+        return str(self.files[index].lr)
+
+    def fingerprint(self) -> str:
+        """A hash of the samples' names, and of some files' sizes; the same wherever the folders lie."""
+        digest = hashlib.sha256()
+        for files in self.files:
+            digest.update(f"{files.lr.name}\n".encode())
+        for files in self.files[:: -(-len(self) // _SIZES_LOOKED_AT)]:
+            digest.update(f"{files.lr.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+
+def find_files(root: Path) -> list[Files]:
+    """The samples below one folder, by name.
+
+    Raises:
+      UserError: the folder or its parts are missing, or samples are incomplete.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; --data_dir is a prepared training set")
+    if not (root / LR_FOLDER).is_dir():
+        raise UserError(f"{root}: has no {LR_FOLDER}/; expected the folders {_ALL_FOLDERS}")
+    images = {folder: _images(root / folder) for folder in (LR_FOLDER, HR_FOLDER)}
+    if not images[LR_FOLDER]:
+        raise UserError(f"{root / LR_FOLDER}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
+    twice = [str(root / LR_FOLDER / stem) for stem, paths in images[LR_FOLDER].items() if len(paths) > 1]
+    if twice:
+        raise UserError(
+            f"{_listed(twice)}: several images of this name; the other folders' files belong to one"
+        )
+    tensors = {
+        folder: _names(root / folder) for folder in (LATENT_FOLDER, TORCH_PROMPT_FOLDER, TORCH_POOLED_FOLDER)
+    }
+    found, missing = [], defaultdict(list)
+    for stem, (lr,) in sorted(images[LR_FOLDER].items()):
+        pickled, both = f"{stem}.pt", f"{stem}.safetensors"
+        if stem not in images[HR_FOLDER]:
+            missing[HR_FOLDER].append(stem)
+        if pickled not in tensors[LATENT_FOLDER]:
+            missing[LATENT_FOLDER].append(stem)
+        together = both in tensors[TORCH_PROMPT_FOLDER]
+        if not together:
+            for folder in (TORCH_PROMPT_FOLDER, TORCH_POOLED_FOLDER):
+                if pickled not in tensors[folder]:
+                    missing[folder].append(stem)
+        if not missing:
+            prompt = root / TORCH_PROMPT_FOLDER / (both if together else pickled)
+            pooled = None if together else root / TORCH_POOLED_FOLDER / pickled
+            found.append(
+                Files(lr, images[HR_FOLDER][stem][0], root / LATENT_FOLDER / pickled, prompt, pooled)
+            )
+    if missing:
+        lines = [f"{root}: {len(images[LR_FOLDER])} images in {LR_FOLDER}/, but files are missing elsewhere"]
+        lines += [f"  {folder}/ lacks {_listed(stems)}" for folder, stems in missing.items()]
+        if TORCH_PROMPT_FOLDER in missing:
+            lines.append(
+                "  prompts come from: python convert/prompts.py --prompt_file FOLDER_OF_TXT"
+                f" --pretrained_model_name_or_path SD3_FOLDER --output {root / TORCH_PROMPT_FOLDER}"
+            )
+        raise UserError("\n".join(lines))
+    return found
+
+
+_ALL_FOLDERS = ", ".join((LR_FOLDER, HR_FOLDER, LATENT_FOLDER, TORCH_PROMPT_FOLDER, TORCH_POOLED_FOLDER))
+
+
+def _images(folder: Path) -> dict[str, list[Path]]:
+    """Stem -> image files, sorted."""
+    found = defaultdict(list)
+    for name in sorted(_names(folder)):
+        path = folder / name
+        if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            found[path.stem].append(path)
+    return dict(found)
+
+
+def _names(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def read_prompt(files: Files) -> PromptEmbeds:
+    if files.pooled is None:
+        return load_prompt_embeds(files.prompt)
+    return read_torch_pair(files.prompt, files.pooled)
+
+
+def read_latent(path: Path) -> np.ndarray:
+    """(h, w, C) float32 of a ([1,] C, h, w) tensor."""
+    latent = read_tensor(path)
+    latent = latent[0] if latent.ndim == 4 and latent.shape[0] == 1 else latent
+    if latent.ndim != 3:
+        raise UserError(
+            f"{path}: shape {latent.shape}; expected a latent (C, h, w), at most with a leading 1"
+        )
+    latent = latent.astype(np.float32)
+    if not np.isfinite(latent).all():
+        raise UserError(f"{path}: has values that are NaN or infinite; encode this image again")
+    return np.ascontiguousarray(latent.transpose(1, 2, 0))
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """Sixteen bits as they are, anything else in float32."""
+    return array if array.dtype.itemsize == 2 else array.astype(np.float32)

@@ -1,0 +1,431 @@
+"""A training run from its flags to its last checkpoint: what all scripts in `train/` share.
+
+A script describes what it trains as a `Task`; `run` begins or resumes, feeds it with samples, and keeps log, pictures,
+checkpoints and curves in the output folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from PIL import Image
+from tqdm import tqdm
+
+from tsdsr_jax import checkpoint, loop
+from tsdsr_jax.atomic import replacing
+from tsdsr_jax.dataset import BadSamples, Batches, LocalBatch, Rows, Shapes, Source, read_ahead
+from tsdsr_jax.devices import join_processes
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.run_log import (
+    Curve,
+    ReportTo,
+    RunLog,
+    TensorBoard,
+    Tracker,
+    Wandb,
+    check_trackers,
+    plot_curves,
+    read_rows,
+    summarise,
+    summary_table,
+)
+from tsdsr_jax.sharding import make_mesh
+
+DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "no": jnp.float32}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The flags that every training script has."""
+
+    output_dir: Path = Path("tsdsr-checkpoint")
+    """Folder for checkpoints, LoRAs, log, pictures and curves."""
+    logging_dir: Path = Path("logs")
+    """Folder of TensorBoard and wandb, inside the output folder."""
+    log_name: str = "tsdsr"
+    """The run's name: wandb's project, the title of the curves."""
+    log_code: bool = False
+    """Send the code to wandb."""
+    report_to: ReportTo = "none"
+    """Besides the output folder, report to TensorBoard, wandb or both."""
+    logging_steps: int = 10
+    """Fetch losses from the devices every so many steps; all steps are logged in any case."""
+
+    train_batch_size: int = 4
+    """Images per device."""
+    gradient_accumulation_steps: int = 1
+    """Batches per optimiser step."""
+    num_train_epochs: int = 1
+    """Passes over the data, unless --max_train_steps is given."""
+    max_train_steps: int | None = None
+    """Optimiser steps in all."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: much less memory for more arithmetic."""
+    dataloader_num_workers: int = 0
+    """Processes that read data; 0: threads."""
+    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """Computation; what is trained is kept in float32. fp16 uses a dynamic loss scale."""
+    seed: int = 0
+    """Of the data's order, of new parameters and of all noise."""
+    fsdp: int = 1
+    """Devices that share one copy of the frozen weights; 1: each has its own."""
+    max_bad_steps: int = 20
+    """Stop after so many steps in a row whose gradients were not finite."""
+    max_bad_samples: float = 0.01
+    """Stop when more than this fraction of the samples cannot be read."""
+
+    checkpointing_steps: int = 5000
+    """Save every so many steps, and at the end."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints to keep; older ones are deleted. Default: all."""
+    resume_from_checkpoint: str | None = None
+    """latest, or a checkpoint folder; latest with nothing there starts new."""
+    validation_steps: int = 5000
+    """Restore fixed samples every so many steps, at the start and at the end."""
+    validation_dir: Path | None = None
+    """Prepared set to validate on; default: the first training samples."""
+    num_validation_images: int = 4
+    """Samples to validate on."""
+
+    coordinator_address: str | None = None
+    """Several machines, started by hand: host:port of the first one."""
+    num_processes: int | None = None
+    """Several machines, started by hand: how many processes."""
+    process_id: int | None = None
+    """Several machines, started by hand: this process's number, from 0."""
+    multi_host: bool = False
+    """Several machines, started by SLURM or mpirun."""
+
+    optimizer: str = "adamw"
+    """Without effect; the optimiser is AdamW."""
+    local_rank: int = -1
+    """Without effect; one process uses all its GPUs."""
+    set_grads_to_none: bool = False
+    """Without effect."""
+
+    @property
+    def dtype(self) -> Any:
+        return DTYPES[self.mixed_precision]
+
+    def as_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    def check(self) -> None:
+        """Refuses values that cannot work, before anything is loaded."""
+        at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp",
+                 "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
+                 "logging_steps", "max_bad_steps")  # fmt: skip
+        at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise UserError(f"--output_dir {self.output_dir}: is a file; expected a folder")
+        check_trackers(self.report_to)
+
+    def start(self) -> Mesh:
+        """Joins the other processes, if there are any, and lays out the devices."""
+        join_processes(self.coordinator_address, self.num_processes, self.process_id, self.multi_host)
+        try:
+            return make_mesh(fsdp=self.fsdp)
+        except ValueError as error:
+            raise UserError(f"--fsdp {self.fsdp}: {error}") from None
+
+    def rows(self, mesh: Mesh) -> int:
+        """Images of an optimiser step."""
+        return self.train_batch_size * mesh.size * self.gradient_accumulation_steps
+
+    def steps(self, samples: int, mesh: Mesh) -> int:
+        return self.max_train_steps or -(-self.num_train_epochs * samples // self.rows(mesh))
+
+
+def at_least(options: Any, bound: int, *names: str) -> None:
+    """Raises UserError for the first flag that is given and lower, or not a number."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not bound <= value < float("inf"):
+            raise UserError(f"--{name} {value:g}: expected at least {bound}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+      new_state: makes the state before the first step.
+      step: (state, batch) -> (state, metrics); jitted, donates the state.
+      put: this process's samples -> the global batch on the devices.
+      put_state: a state of host arrays -> on the devices.
+      validate: state -> (figures, picture).
+      files: state -> weights to export beside a checkpoint, file name -> tensors.
+      identity: what a checkpoint must agree in to be resumed.
+      curves: what to plot.
+      how_to_use: checkpoint folder -> a hint for the end of training.
+    """
+
+    new_state: Callable[[], Any]
+    step: loop.TrainStep
+    put: Callable[[LocalBatch], Any]
+    put_state: Callable[[Any], Any]
+    validate: Callable[[Any], tuple[dict[str, float], Image.Image]]
+    files: Callable[[Any], checkpoint.Files]
+    identity: Mapping[str, Any]
+    curves: Sequence[Curve]
+    how_to_use: Callable[[Path], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What it is trained on: the samples, what each looks like, and the whole set's hash."""
+
+    source: Source
+    shapes: Shapes
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins: at nothing, or in the middle of an earlier one.
+
+    Attributes:
+      step: steps done.
+      samples: samples seen.
+      bad_samples: names of samples that could not be used.
+    """
+
+    step: int = 0
+    samples: int = 0
+    bad_samples: tuple[str, ...] = ()
+
+
+def say(line: str) -> None:
+    """A line on the terminal, of the first process only, above the progress bar."""
+    if jax.process_index() == 0:
+        tqdm.write(line)
+
+
+def run(options: RunOptions, task: Task, data: Data, mesh: Mesh) -> None:
+    """Trains from the start or a checkpoint to the end, or to a signal.
+
+    Raises:
+      UserError: a checkpoint that does not fit, bad data, no memory, or gradients that stay bad.
+      SystemExit: stopped by a signal (143 or 130), after saving; or the last checkpoint could not be saved (1).
+    """
+    _Run(options, task, data, mesh).all()
+
+
+class _Run:
+    def __init__(self, options: RunOptions, task: Task, data: Data, mesh: Mesh):
+        self.options, self.task, self.data = options, task, data
+        self.folder = options.output_dir
+        self.rows = options.rows(mesh)
+        self.steps = options.steps(len(data.source), mesh)
+        self.identity = dict(task.identity) | {
+            "seed": options.seed,
+            "data set": f"{len(data.source)} samples",
+            "data set's content": data.fingerprint,
+        }
+
+    def all(self) -> None:
+        options = self.options
+        with jax.default_matmul_precision("highest" if options.mixed_precision == "no" else "default"):
+            self.start, state = self.begin()
+            self.checkpoints = checkpoint.Checkpoints(self.folder, options.checkpoints_total_limit, say)
+            self.bad = BadSamples(len(self.data.source), options.max_bad_samples, self.start.bad_samples)
+            self.log = self.open_log() if jax.process_index() == 0 else None
+            stop = loop.StopSignal()
+            try:
+                if self.start.step == 0:
+                    self.validate(state, 0)
+                _, step = loop.run(state, self.task.step, self.batches(), self.schedule(), self.hooks(), stop)
+            finally:
+                self.checkpoints.close()
+                if self.log:
+                    self.log.close()
+                    title = f"{options.log_name}: {self.folder.name}"
+                    plot_curves(read_rows(self.log.path), self.task.curves, self.folder / "curves.png", title)
+            self.finish(step, stop)
+
+    # --- beginning ---------------------------------------------------------------------------
+
+    def begin(self) -> tuple[Start, Any]:
+        """A new state, or a checkpoint's. Never one whose checkpoints would overwrite later ones."""
+        wanted = self.options.resume_from_checkpoint
+        path = checkpoint.find(self.folder, wanted) if wanted else None
+        newest = checkpoint.find(self.folder, "latest")
+        if newest and path is None:
+            raise UserError(
+                f"{self.folder}: holds {newest.name} of an earlier run; continue it with --resume_from_checkpoint latest, "
+                "or choose another --output_dir"
+            )
+        if newest and checkpoint.step_of(newest) > checkpoint.step_of(path):
+            raise UserError(
+                f"{self.folder}: holds {newest.name}, later than {path.name}; remove the later ones, or choose another "
+                f"--output_dir to go on from {path}"
+            )
+        if path is not None:
+            return self.resume(path)
+        if wanted:
+            say(f"nothing to resume in {self.folder}: starting new")
+        return Start(), self.task.new_state()
+
+    def resume(self, path: Path) -> tuple[Start, Any]:
+        meta = checkpoint.read_meta(path)
+        if differing := differences(meta["identity"], self.identity):
+            listed = "".join(f"\n  {line}" for line in differing)
+            raise UserError(
+                f"{path}: belongs to another run than this, and is not resumed. What differs:{listed}"
+            )
+        if meta["step"] >= self.steps:
+            raise UserError(
+                f"{path}: all {self.steps} steps are done; raise --max_train_steps or --num_train_epochs to train on"
+            )
+        ours = {name: value for name, value in self.options.as_json().items() if name not in _HARMLESS}
+        theirs = {name: value for name, value in meta["options"].items() if name not in _HARMLESS}
+        for line in differences(theirs, ours):
+            say(f"note: changed since the checkpoint: --{line}")
+        state = self.task.put_state(checkpoint.read_state(path, jax.eval_shape(self.task.new_state)))
+        say(f"resuming from {path}: {meta['step']} steps done, {meta['samples']} samples seen")
+        return Start(meta["step"], meta["samples"], tuple(meta["bad_samples"])), state
+
+    def open_log(self) -> RunLog:
+        options = self.options
+        folder = self.folder / options.logging_dir
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(options.as_json() | {"versions": versions()}, indent=2) + "\n")
+        trackers: list[Tracker] = []
+        for name in check_trackers(options.report_to):
+            if name == "tensorboard":
+                trackers.append(TensorBoard(folder))
+            else:
+                trackers.append(
+                    Wandb(folder, options.log_name, options.as_json(), ROOT if options.log_code else None)
+                )
+        return RunLog(self.folder, self.start.step, trackers)
+
+    # --- running -----------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Any]:
+        parts = self.options.gradient_accumulation_steps
+        steps_left = self.steps - self.start.step
+        rows = Rows(
+            self.start.samples,
+            steps_left,
+            parts,
+            self.rows // parts,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        batches = Batches(self.data.source, self.data.shapes, rows, self.options.seed)
+        for batch in read_ahead(batches, self.options.dataloader_num_workers):
+            for message in self.bad.add(batch.problems):
+                say(f"left out: {message}")
+            yield self.task.put(batch)
+
+    def schedule(self) -> loop.Schedule:
+        options = self.options
+        return loop.Schedule(
+            start=self.start.step,
+            end=self.steps,
+            log=options.logging_steps,
+            checkpoint=options.checkpointing_steps,
+            validation=options.validation_steps,
+            max_bad_steps=options.max_bad_steps,
+            images=self.rows,
+        )
+
+    def hooks(self) -> loop.Hooks:
+        write = self.log.write if self.log else lambda step, values: None
+        return loop.Hooks(log=write, validate=self.validate, save=self.save)
+
+    def validate(self, state: Any, step: int) -> None:
+        values, picture = self.task.validate(state)
+        say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        if self.log:
+            self.log.write(step, values)
+            self.log.picture(step, "validation", picture)
+            path = self.folder / "validation" / f"step_{step:0{checkpoint.DIGITS}d}.png"
+            try:
+                with replacing(path) as temporary:
+                    picture.save(temporary, format="png")
+            except UserError as error:  # a picture is not worth a run
+                say(str(error))
+
+    def save(self, state: Any, step: int) -> None:
+        if self.log:
+            self.log.flush()
+        meta = {
+            "step": step,
+            "samples": self.start.samples + (step - self.start.step) * self.rows,
+            "bad_samples": self.bad.names,
+            "identity": self.identity,
+            "options": self.options.as_json(),
+            "versions": versions(),
+        }
+        self.checkpoints.save(step, state, meta, self.task.files(state))
+
+    # --- ending ------------------------------------------------------------------------------
+
+    def finish(self, step: int, stop: loop.StopSignal) -> None:
+        path = self.checkpoints.path(step)
+        unsaved = self.checkpoints.failed is not None
+        if stop.received is not None:
+            where = (
+                "could not save" if unsaved else f"saved {path}" if path.is_dir() else "nothing to save yet"
+            )
+            say(
+                f"stopped after {step} of {self.steps} steps; {where}; --resume_from_checkpoint latest goes on"
+            )
+            raise SystemExit(1 if unsaved else 128 + stop.received)
+        if self.log:
+            summary = summarise(
+                read_rows(self.log.path), [name for curve in self.task.curves for name in curve.names]
+            )
+            summary_file = {"steps": step, "samples": self.start.samples + (step - self.start.step) * self.rows,
+                            "bad_samples": self.bad.names, "values": summary}  # fmt: skip
+            say(
+                f"{step} steps done; each value's mean over its first and its last tenth:\n{summary_table(summary)}"
+            )
+            say(
+                f"curves: {self.folder / 'curves.png'}; pictures: {self.folder / 'validation'}; log: {self.log.path}"
+            )
+            with replacing(self.folder / "summary.json") as temporary:
+                temporary.write_text(json.dumps(summary_file, indent=2) + "\n")
+        if self.bad.names:
+            say(f"{len(self.bad.names)} samples were left out: {', '.join(self.bad.names[:5])}")
+        if unsaved:
+            raise UserError(f"{path}: the last checkpoint could not be saved ({self.checkpoints.failed})")
+        say(self.task.how_to_use(path))
+
+
+# Flags that may change between two parts of a run without changing what it computes.
+_HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", "log_code", "report_to", "logging_steps",
+             "coordinator_address", "process_id", "num_processes", "multi_host", "dataloader_num_workers",
+             "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "data_dir")  # fmt: skip
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two mappings, in words."""
+
+    def short(value: Any) -> str:
+        text = str(value)
+        return f"{text[:12]}…" if len(text) == 64 else text
+
+    return [
+        f"{name}: {short(saved.get(name))} there, {short(now.get(name))} here"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+
+
+def versions() -> dict[str, str]:
+    packages = ("tsdsr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}

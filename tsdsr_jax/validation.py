@@ -1,0 +1,93 @@
+"""What the student makes of a few fixed samples: pictures to look at, and two figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from tsdsr_jax.dataset import Shapes, Source
+from tsdsr_jax.distillation import global_array
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.objective import Base, Losses, Samples, Student, to_batch
+from tsdsr_jax.prepared import Record
+from tsdsr_jax.sharding import batch_sharding, replicated
+from tsdsr_jax.sheet import comparison_sheet
+from tsdsr_jax.tsd import Text
+
+TITLES = ("low quality", "student", "high quality")
+
+
+class Validation:
+    """Runs the student on fixed samples, at the posterior's mean, so that pictures of different steps compare.
+
+    Args:
+      losses: for the networks.
+      mesh: the devices; each takes its share of the samples.
+      base: frozen arrays, in place.
+      records: the samples.
+    """
+
+    def __init__(self, losses: Losses, mesh: Mesh, base: Base, records: Sequence[Record]):
+        self.base, self.records = base, records
+        rows = -(-len(records) // mesh.size) * mesh.size
+        repeated = [records[index % len(records)] for index in range(rows)]
+        lr, hr, latent, prompt, pooled = (
+            global_array(np.stack(leaves), batch_sharding(mesh)) for leaves in zip(*repeated, strict=True)
+        )
+        self._samples = Samples(lr, hr, latent, Text(prompt, pooled))
+
+        def restore(student: Student, base: Base, samples: Samples) -> tuple[jax.Array, jax.Array]:
+            batch = to_batch(samples, base.default)
+            fake = losses.student_latent(base, student, batch, jnp.zeros_like(batch.latent_hr))
+            errors = jnp.square(fake - batch.latent_hr).mean((1, 2, 3))
+            decoded = losses.decode(base, fake)
+            return jnp.round((decoded + 1) * 127.5).astype(jnp.uint8), errors
+
+        self._restore = jax.jit(restore, out_shardings=replicated(mesh))
+
+    def __call__(self, student: Student) -> tuple[dict[str, float], Image.Image]:
+        """Mean latent error and PSNR (RGB, dB) over the samples, and the comparison sheet."""
+        count = len(self.records)
+        pictures, errors = (
+            np.asarray(out)[:count] for out in self._restore(student, self.base, self._samples)
+        )
+        psnr = [_psnr(picture, record.hr) for picture, record in zip(pictures, self.records, strict=True)]
+        rows = [
+            [Image.fromarray(image) for image in (record.lr, picture, record.hr)]
+            for record, picture in zip(self.records, pictures, strict=True)
+        ]
+        values = {"validation_mse": float(errors.mean()), "validation_psnr": float(np.mean(psnr))}
+        return values, comparison_sheet(rows, TITLES)
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
+    return float(10 * np.log10(255**2 / max(error, 1e-8)))
+
+
+def pick(source: Source, shapes: Shapes, count: int) -> list[Record]:
+    """The first samples that can be used, at most `count`.
+
+    Raises:
+      UserError: there is none.
+    """
+    picked, problems = [], []
+    for index in range(len(source)):
+        if len(picked) == count:
+            break
+        try:
+            record = source[index]
+            shapes.check(record, source.name(index))
+            picked.append(shapes.cast(record))
+        except UserError as error:
+            problems.append(str(error))
+    if not picked:
+        raise UserError(
+            "no validation sample can be used:\n" + "\n".join(f"  {line}" for line in problems[:5])
+        )
+    return picked

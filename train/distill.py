@@ -328,7 +328,7 @@ def load_text(options: Options, flag: str, networks: Networks, shapes: Shapes) -
 def describe(options: Options, mesh: Mesh, data: session.Data, steps: int) -> None:
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(
-        f"{mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, {options.mixed_precision}; {len(data.source)} samples, "
+        f"{mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, {np.dtype(options.dtype)}; {len(data.source)} samples, "
         f"{steps} steps of {options.rows(mesh)} images"
     )
     for note in notes(options, steps):

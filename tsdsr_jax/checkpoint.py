@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.tensor_files import save_tensors
@@ -35,12 +34,12 @@ Files = Mapping[str, Mapping[str, np.ndarray]]
 class _FilesHandler(ocp.CheckpointHandler):
     """Writes safetensors files into a checkpoint, so that they appear with the rest of it or not at all."""
 
-    def save(self, directory: epath.Path, args: _FilesSave) -> None:
+    def save(self, directory: Path, args: _FilesSave) -> None:
         if jax.process_index() == 0:
             for name, tensors in args.files.items():
                 save_tensors(Path(directory) / name, tensors, {"format": "pt"})
 
-    def restore(self, directory: epath.Path, args: Any = None) -> None:
+    def restore(self, directory: Path, args: Any = None) -> None:
         raise NotImplementedError("these files are for others to read")
 
 
@@ -221,7 +220,7 @@ def read_meta(path: Path) -> dict[str, Any]:
       UserError: it cannot be read.
     """
     try:
-        return ocp.JsonCheckpointHandler().restore(epath.Path(path / META))
+        return ocp.JsonCheckpointHandler().restore(path / META)
     except Exception as error:  # damaged in whatever way
         raise UserError(
             f"{path}: this checkpoint cannot be read ({describe(error)}); resume from another"

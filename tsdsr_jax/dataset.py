@@ -11,6 +11,7 @@ No jax here: Grain's workers import this.
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -209,8 +210,21 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[LocalBatch]:
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_READ_AHEAD))
     if workers:
         _mark_flags_parsed()
-        stream = stream.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=workers))
-    return iter(stream)
+        options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
+        stream = stream.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
+    iterator = iter(stream)
+    try:
+        for records, problems in iterator:
+            # Copied out of the memory shared with a worker, which is then free for the next batch.
+            yield LocalBatch(Record(*map(np.array, records)) if workers else records, problems)
+    finally:
+        # Or worker processes and the memory they share with this one would outlive it.
+        iterator.close()
+
+
+def _leave_signals_to_the_parent(_worker: int, _workers: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the parent stops its workers itself, after saving."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _mark_flags_parsed() -> None:

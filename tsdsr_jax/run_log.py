@@ -6,7 +6,8 @@ import dataclasses
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -92,20 +93,23 @@ class RunLog:
 
     Args:
       folder: the run's output folder.
-      step: the step that the run continues from; later lines, of work that was lost, are dropped.
+      step: the step that the run continues from; later lines, of work that was lost, are dropped. None: a new run, and
+        all are.
       trackers: services that get the same.
     """
 
-    def __init__(self, folder: Path, step: int, trackers: Sequence[Tracker] = ()):
+    def __init__(self, folder: Path, step: int | None, trackers: Sequence[Tracker] = ()):
         self.path, self.trackers = folder / LOG_FILE, trackers
-        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        kept = [] if step is None else [row for row in read_rows(self.path) if row["step"] <= step]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a")  # noqa: SIM115 (closed by `close`)
+        self._told = False
 
     def write(self, step: int, values: Row) -> None:
         """Adds a line. What is not finite is written as null, which JSON can say."""
-        self._file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in values.items()}}) + "\n")
+        line = json.dumps({"step": step, **{name: _finite(value) for name, value in values.items()}})
+        self._on_disk(lambda: self._file.write(line + "\n"))
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for tracker in self.trackers:
             tracker.scalars(step, numbers)
@@ -115,14 +119,21 @@ class RunLog:
             tracker.picture(step, name, picture)
 
     def flush(self) -> None:
-        """Lines reach the disk; a full one costs lines of the log, not the training."""
+        self._on_disk(self._file.flush)
+
+    def _on_disk(self, action: Callable[[], object]) -> None:
+        """A full disk costs lines of the log, not the training."""
         try:
-            self._file.flush()
+            action()
         except OSError as error:
-            print(f"{self.path}: {error.strerror}; some lines of the log are lost", flush=True)
+            if not self._told:
+                print(f"{self.path}: {error.strerror}; lines of the log are lost", flush=True)
+            self._told = True
 
     def close(self) -> None:
         self.flush()
+        with suppress(OSError):  # the same once more
+            self._file.close()
         for tracker in self.trackers:
             tracker.close()
 

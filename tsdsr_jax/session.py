@@ -10,6 +10,7 @@ import dataclasses
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -236,7 +237,10 @@ class _Run:
     def all(self) -> None:
         options = self.options
         with jax.default_matmul_precision("highest" if options.mixed_precision == "no" else "default"):
-            self.start, state = self.begin()
+            begun = self.begin()
+            if begun is None:
+                return
+            self.start, state = begun
             self.checkpoints = checkpoint.Checkpoints(self.folder, options.checkpoints_total_limit, say)
             self.bad = BadSamples(len(self.data.source), options.max_bad_samples, self.start.bad_samples)
             self.log = self.open_log() if jax.process_index() == 0 else None
@@ -244,19 +248,19 @@ class _Run:
             try:
                 if self.start.step == 0:
                     self.validate(state, 0)
-                _, step = loop.run(state, self.task.step, self.batches(), self.schedule(), self.hooks(), stop)
+                with closing(self.batches()) as batches:
+                    _, step = loop.run(state, self.task.step, batches, self.schedule(), self.hooks(), stop)
             finally:
                 self.checkpoints.close()
                 if self.log:
                     self.log.close()
-                    title = f"{options.log_name}: {self.folder.name}"
-                    plot_curves(read_rows(self.log.path), self.task.curves, self.folder / "curves.png", title)
+                    self.plot()
             self.finish(step, stop)
 
     # --- beginning ---------------------------------------------------------------------------
 
-    def begin(self) -> tuple[Start, Any]:
-        """A new state, or a checkpoint's. Never one whose checkpoints would overwrite later ones."""
+    def begin(self) -> tuple[Start, Any] | None:
+        """A new state, or a checkpoint's, never one whose checkpoints would overwrite later ones; None: all is done."""
         wanted = self.options.resume_from_checkpoint
         path = checkpoint.find(self.folder, wanted) if wanted else None
         newest = checkpoint.find(self.folder, "latest")
@@ -276,7 +280,7 @@ class _Run:
             say(f"nothing to resume in {self.folder}: starting new")
         return Start(), self.task.new_state()
 
-    def resume(self, path: Path) -> tuple[Start, Any]:
+    def resume(self, path: Path) -> tuple[Start, Any] | None:
         meta = checkpoint.read_meta(path)
         if differing := differences(meta["identity"], self.identity):
             listed = "".join(f"\n  {line}" for line in differing)
@@ -284,9 +288,10 @@ class _Run:
                 f"{path}: belongs to another run than this, and is not resumed. What differs:{listed}"
             )
         if meta["step"] >= self.steps:
-            raise UserError(
+            say(
                 f"{path}: all {self.steps} steps are done; raise --max_train_steps or --num_train_epochs to train on"
             )
+            return None
         ours = {name: value for name, value in self.options.as_json().items() if name not in _HARMLESS}
         theirs = {name: value for name, value in meta["options"].items() if name not in _HARMLESS}
         for line in differences(theirs, ours):
@@ -309,7 +314,7 @@ class _Run:
                 trackers.append(
                     Wandb(folder, options.log_name, options.as_json(), ROOT if options.log_code else None)
                 )
-        return RunLog(self.folder, self.start.step, trackers)
+        return RunLog(self.folder, self.start.step or None, trackers)
 
     # --- running -----------------------------------------------------------------------------
 
@@ -325,10 +330,11 @@ class _Run:
             jax.process_count(),
         )
         batches = Batches(self.data.source, self.data.shapes, rows, self.options.seed)
-        for batch in read_ahead(batches, self.options.dataloader_num_workers):
-            for message in self.bad.add(batch.problems):
-                say(f"left out: {message}")
-            yield self.task.put(batch)
+        with closing(read_ahead(batches, self.options.dataloader_num_workers)) as reader:
+            for batch in reader:
+                for message in self.bad.add(batch.problems):
+                    say(f"left out: {message}")
+                yield self.task.put(batch)
 
     def schedule(self) -> loop.Schedule:
         options = self.options
@@ -371,6 +377,13 @@ class _Run:
             "versions": versions(),
         }
         self.checkpoints.save(step, state, meta, self.task.files(state))
+
+    def plot(self) -> None:
+        title = f"{self.options.log_name}: {self.folder.name}"
+        try:
+            plot_curves(read_rows(self.log.path), self.task.curves, self.folder / "curves.png", title)
+        except UserError as error:  # as above
+            say(str(error))
 
     # --- ending ------------------------------------------------------------------------------
 

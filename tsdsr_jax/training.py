@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from tsdsr_jax.objective import Base, Batch, Losses, Metrics, Student, draw
-from tsdsr_jax.schedules import ScheduleName, learning_rate
+from tsdsr_jax.schedules import Schedule, ScheduleName, learning_rate
 from tsdsr_jax.torch_weights import Tree
 
 
@@ -43,13 +43,17 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     ema_decay: float | None = None
 
-    def optimizer(self, peak: float) -> optax.GradientTransformation:
-        rate = learning_rate(
+    def rate(self, peak: float) -> Schedule:
+        return learning_rate(
             self.schedule, peak, warmup=self.warmup, steps=self.steps, cycles=self.cycles, power=self.power
         )
+
+    def optimizer(self, peak: float) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(self.max_grad_norm),
-            optax.adamw(rate, self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay),
+            optax.adamw(
+                self.rate(peak), self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay
+            ),
         )
 
 
@@ -100,6 +104,7 @@ class Trainer:
 
     def __init__(self, losses: Losses, config: OptimizerConfig, *, dynamic_scale: bool = False):
         self.losses, self.config, self.dynamic_scale = losses, config, dynamic_scale
+        self._rate = config.rate(config.learning_rate)
         self._student_optimizer = config.optimizer(config.learning_rate)
         self._auxiliary_optimizer = config.optimizer(config.learning_rate_auxiliary)
 
@@ -164,6 +169,7 @@ class Trainer:
             "auxiliary_gradient_norm": auxiliary_norm,
             "student_update_norm": jnp.where(finite, optax.global_norm(student_updates), 0),
             "student_norm": optax.global_norm(student),
+            "learning_rate": self._rate(_updates_done(state.student_optimizer)),
             "bad_steps": new_state.bad_steps,
             "loss_scale": state.loss_scale.value,
         }
@@ -220,3 +226,15 @@ class Trainer:
         value = jnp.where(finite, jnp.where(grown, scale.value * 2, scale.value), scale.value / 2)
         good_steps = jnp.where(finite & ~grown, scale.good_steps + 1, 0)
         return LossScale(value, good_steps)
+
+
+def _updates_done(optimizer_state: Any) -> jax.Array:
+    """Adam's own count, in which skipped steps have no part."""
+    adam = [
+        part
+        for part in jax.tree.leaves(
+            optimizer_state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState)
+        )
+        if isinstance(part, optax.ScaleByAdamState)
+    ]
+    return adam[0].count

@@ -152,6 +152,8 @@ class Batches:
         return self.rows.steps
 
     def __getitem__(self, step: int) -> LocalBatch:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
         positions = self.rows.positions(int(step))
         problems: dict[str, str] = {}
         records = [self.read(int(position), problems) for position in positions.ravel()]

@@ -103,7 +103,7 @@ def run(
     Raises:
       UserError: too many bad steps in a row, bad data, or out of memory. The state is saved first where there is one.
     """
-    step = schedule.start
+    step = saved = schedule.start
     watch = _Watch(schedule)
     try:
         while step < schedule.end and not stop.requested(step):
@@ -121,13 +121,14 @@ def run(
                 watch.paused()
             if saving:
                 hooks.save(state, step)
+                saved = step
         if step < schedule.end:
             watch.fetch(hooks.log)
-            if step % schedule.checkpoint and step > schedule.start:
+            if step > saved:
                 hooks.save(state, step)
     except UserError:
         # Where several processes train, the others know nothing of it and would not save with this one.
-        if jax.process_count() == 1 and step > schedule.start and step % schedule.checkpoint:
+        if jax.process_count() == 1 and step > saved:
             hooks.save(state, step)
         raise
     except jax.errors.JaxRuntimeError as error:

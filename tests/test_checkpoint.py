@@ -1,0 +1,194 @@
+"""Checkpoints: complete or absent, the latest few, exact; and what is said of those that do not fit."""
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tsdsr_jax import checkpoint
+from tsdsr_jax.checkpoint import Checkpoints, Hash, find, read_meta, read_state
+from tsdsr_jax.errors import UserError
+
+
+class State(NamedTuple):
+    step: jax.Array
+    tree: dict
+    empty: dict
+
+
+def state(seed: int, size: int = 50) -> State:
+    values = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+    return State(jnp.int32(seed), {"a/b": jnp.asarray(values), "c": {"d": jnp.ones((2, 3))}}, {})
+
+
+def save(checkpoints: Checkpoints, step: int, size: int = 50) -> bool:
+    files = {"x.safetensors": {"w": np.full(3, step, np.float32)}, "ema/x.safetensors": {"w": np.zeros(1)}}
+    return checkpoints.save(step, state(step, size), {"step": step}, files)
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, notes: list[str]) -> Iterator[Checkpoints]:
+    made = Checkpoints(tmp_path / "run", 2, notes.append)
+    yield made
+    made.close()
+
+
+def test_a_checkpoint_comes_back_exactly(checkpoints):
+    assert save(checkpoints, 5) and checkpoints.wait() and checkpoints.failed is None
+    path = find(checkpoints.folder, "latest")
+    assert path.name == "checkpoint_0000005" and read_meta(path) == {"step": 5}
+    found = read_state(path, jax.eval_shape(lambda: state(5)))
+    assert isinstance(found, State)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(state(5)), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    assert load_file(path / "lora" / "x.safetensors")["w"].tolist() == [5, 5, 5]
+    assert (path / "lora" / "ema" / "x.safetensors").is_file()
+
+
+def test_the_state_may_be_reused_at_once(checkpoints):
+    """A step donates it: its buffers hold other numbers while the checkpoint is still being written."""
+    step = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf * 0, s), donate_argnums=0)
+    for number in range(1, 6):
+        current = state(number, 200_000)
+        checkpoints.save(number, current, {"step": number}, {})
+        jax.block_until_ready(step(current))
+        checkpoints.wait()
+        saved = read_state(checkpoints.path(number), state(number, 200_000))
+        np.testing.assert_array_equal(saved.tree["a/b"], state(number, 200_000).tree["a/b"])
+
+
+def test_the_latest_few_are_kept(checkpoints):
+    for step in (1, 2, 3, 4):
+        save(checkpoints, step)
+    checkpoints.wait()
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["checkpoint_0000003", "checkpoint_0000004"]
+
+
+def test_incomplete_ones_do_not_count(checkpoints, tmp_path, notes):
+    save(checkpoints, 1)
+    checkpoints.wait()
+    half = checkpoints.folder / "checkpoint_0000009.orbax-checkpoint-tmp"
+    shutil.copytree(checkpoints.path(1), half)
+    (checkpoints.folder / "checkpoint_notes").mkdir()
+    assert find(checkpoints.folder, "latest") == checkpoints.path(1)
+    # The next run clears away what a kill has left.
+    following = Checkpoints(checkpoints.folder, None, notes.append)
+    save(following, 2)
+    following.close()
+    assert not half.exists() and find(checkpoints.folder, "latest") == checkpoints.path(2)
+
+
+def test_finding_what_a_flag_means(checkpoints, tmp_path):
+    assert find(tmp_path / "nothing here", "latest") is None
+    save(checkpoints, 1)
+    save(checkpoints, 12)
+    checkpoints.wait()
+    folder = checkpoints.folder
+    assert find(folder, "latest") == find(folder, str(folder / "checkpoint_0000012")) == checkpoints.path(12)
+    assert find(folder, "checkpoint_0000001") == folder / "checkpoint_0000001"
+    with pytest.raises(UserError, match="no such checkpoint; expected latest, or a checkpoint_NUMBER folder"):
+        find(folder, "checkpoint_0000002")
+    with pytest.raises(UserError, match=r"not a checkpoint of this program .*did you mean .*checkpoint_0000012\?"):
+        find(tmp_path, "run")
+
+
+def test_states_that_do_not_fit_are_refused(checkpoints):
+    save(checkpoints, 1)
+    checkpoints.wait()
+    path = checkpoints.path(1)
+    with pytest.raises(UserError, match=r"tree\.a/b is \(50,\), expected \(60,\)"):
+        read_state(path, state(1, 60))
+    with pytest.raises(UserError, match=r"does not fit this run: empty\.e is missing"):
+        read_state(path, state(1)._replace(empty={"e": jnp.zeros(2)}))
+
+
+@pytest.mark.parametrize("part", ["state", "meta"])
+def test_damaged_ones_are_refused(checkpoints, part):
+    save(checkpoints, 1, 5000)
+    checkpoints.wait()
+    path = checkpoints.path(1)
+    for file in (path / part).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:5])
+    with pytest.raises(UserError, match="this checkpoint cannot be read .*resume from another"):
+        read_meta(path) if part == "meta" else read_state(path, state(1, 5000))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
+        pytest.skip("no right to mount a small file system; test_a_failing_write... covers most of it")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(small_disk, notes):
+    checkpoints = Checkpoints(small_disk / "run", 2, notes.append)
+    for step in (1, 2):
+        save(checkpoints, step, 100_000)
+    checkpoints.wait()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(1_900_000))
+    for step in (3, 4):
+        save(checkpoints, step, 100_000)
+        assert not checkpoints.wait()
+        assert checkpoints.failed == "No space left on device"
+    assert "a checkpoint could not be saved (No space left on device); earlier ones are kept" in notes[0]
+    # Both earlier ones are whole, and once there is room again it goes on.
+    assert [path.name for path in sorted(checkpoints.folder.iterdir()) if not path.name.endswith("-tmp")] == [
+        "checkpoint_0000001", "checkpoint_0000002"
+    ]  # fmt: skip
+    np.testing.assert_array_equal(
+        read_state(checkpoints.path(2), state(2, 100_000)).tree["a/b"], state(2, 100_000).tree["a/b"]
+    )
+    filler.unlink()
+    assert save(checkpoints, 5, 100_000) and checkpoints.wait() and checkpoints.failed is None
+    checkpoints.close()
+    assert find(checkpoints.folder, "latest").name == "checkpoint_0000005"
+
+
+def test_a_failing_write_is_noted_and_the_next_one_works(checkpoints, notes, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save(checkpoints, 1)
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_tensors", full)
+        save(checkpoints, 2)
+        checkpoints.wait()
+    assert checkpoints.failed == "No space left on device" and len(notes) == 1
+    assert find(checkpoints.folder, "latest") == checkpoints.path(1)
+    assert save(checkpoints, 3) and checkpoints.wait() and checkpoints.failed is None
+    assert find(checkpoints.folder, "latest") == checkpoints.path(3)
+
+
+def test_hashes_depend_on_names_values_dtypes_and_shapes():
+    def of(name: str, array: np.ndarray) -> str:
+        digest = Hash()
+        digest.add(name, array)
+        return digest.value()
+
+    array = np.arange(6, dtype=np.float32)
+    different = [
+        of("a", array), of("b", array), of("a", array + 1), of("a", array.astype(np.float16)), of("a", array.reshape(2, 3))
+    ]  # fmt: skip
+    assert len(set(different)) == 5 and of("a", array.copy()) == different[0]

@@ -1,0 +1,142 @@
+"""The loop: what happens when, with a step that only counts."""
+
+import itertools
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tsdsr_jax import loop
+from tsdsr_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Recorder:
+    """Hooks that note what they are called with."""
+
+    def __init__(self):
+        self.logged, self.validated, self.saved = [], [], []
+
+    def hooks(self) -> loop.Hooks:
+        return loop.Hooks(
+            log=lambda step, values: self.logged.append((step, values["loss"])),
+            validate=lambda state, step: self.validated.append((step, state)),
+            save=lambda state, step: self.saved.append((step, state)),
+        )
+
+
+def count(state: int, batch: int):
+    return state + batch, {"loss": jnp.float32(state), "bad_steps": jnp.int32(0)}
+
+
+def schedule(**changes) -> loop.Schedule:
+    return loop.Schedule(**(dict(start=0, end=10, log=3, checkpoint=4, validation=5, max_bad_steps=3, images=2) | changes))
+
+
+def run(recorder, step=count, batches=None, **changes):
+    batches = itertools.repeat(1) if batches is None else batches
+    return loop.run(changes.get("start", 0), step, batches, schedule(**changes), recorder.hooks(), loop.StopSignal())
+
+
+def test_every_step_is_logged_and_the_rest_is_due():
+    recorder = Recorder()
+    assert run(recorder) == (10, 10)
+    assert recorder.logged == [(step, step - 1.0) for step in range(1, 11)]
+    assert recorder.validated == [(5, 5), (10, 10)]
+    assert recorder.saved == [(4, 4), (8, 8), (10, 10)]
+
+
+def test_a_resumed_run_does_what_was_left():
+    recorder = Recorder()
+    assert run(recorder, start=7) == (10, 10)
+    assert [step for step, _ in recorder.logged] == [8, 9, 10]
+    assert [step for step, _ in recorder.saved] == [8, 10]
+
+
+def batches_with(at: int, action):
+    for index in itertools.count():
+        if index == at:
+            action()
+        yield 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_ends(number, capsys):
+    recorder = Recorder()
+    stop = loop.StopSignal()
+    batches = batches_with(5, lambda: os.kill(os.getpid(), number))
+    assert loop.run(0, count, batches, schedule(), recorder.hooks(), stop) == (6, 6)
+    assert stop.received == number
+    assert recorder.saved == [(4, 4), (6, 6)] and [step for step, _ in recorder.logged] == list(range(1, 7))
+    assert f"{signal.Signals(number).name}: saving after this step" in capsys.readouterr().err
+
+
+def test_a_signal_where_a_checkpoint_was_due_saves_once():
+    recorder = Recorder()
+    run(recorder, batches=batches_with(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert recorder.saved == [(4, 4)]
+
+
+def test_a_second_interrupt_ends_at_once():
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    recorder = Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        run(recorder, batches=batches_with(5, twice))
+    assert recorder.saved == [(4, 4)]
+
+
+def test_bad_steps_in_a_row_end_it_after_saving():
+    def bad(state, batch):
+        return state + 1, {"loss": jnp.float32(0), "bad_steps": jnp.int32(max(0, state - 4))}
+
+    recorder = Recorder()
+    with pytest.raises(UserError, match=r"3 steps in a row had gradients that are not finite \(--max_bad_steps 3\)"):
+        run(recorder, bad, log=1)
+    assert recorder.saved == [(4, 4), (8, 8)]
+
+
+def test_bad_data_ends_it_after_saving():
+    def refuse():
+        raise UserError("too many bad samples")
+
+    recorder = Recorder()
+    with pytest.raises(UserError, match="too many bad samples"):
+        run(recorder, batches=batches_with(6, refuse))
+    assert recorder.saved == [(4, 4), (6, 6)]
+
+
+def test_out_of_memory_says_which_flags_help():
+    def full(state, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+
+    with pytest.raises(UserError) as caught:
+        run(Recorder(), full)
+    message = str(caught.value)
+    assert "Out of memory while trying to allocate 9 bytes" in message and "more" not in message.split("What helps")[0]
+    for flag in ("--gradient_checkpointing", "--train_batch_size", "--split_guidance", "--fsdp", "--lambda_lpips 0"):
+        assert flag in message
+
+
+def test_other_device_errors_keep_their_traceback():
+    def broken(state, batch):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        run(Recorder(), broken)
+
+
+def test_without_a_terminal_lines_tell_how_far_it_is(capsys):
+    run(Recorder())
+    assert "step 10/10" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""What a run writes down: lines, curves, summaries."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.run_log import (
+    Curve,
+    RunLog,
+    TensorBoard,
+    check_trackers,
+    plot_curves,
+    read_rows,
+    summarise,
+    summary_table,
+)
+
+
+class Collector:
+    def __init__(self):
+        self.seen, self.pictures, self.closed = [], [], False
+
+    def scalars(self, step, values):
+        self.seen.append((step, dict(values)))
+
+    def picture(self, step, name, picture):
+        self.pictures.append((step, name))
+
+    def close(self):
+        self.closed = True
+
+
+def test_lines_are_written_and_shared(tmp_path):
+    tracker = Collector()
+    log = RunLog(tmp_path, None, [tracker])
+    log.write(1, {"loss": 0.5, "bad": float("nan")})
+    log.picture(1, "validation", Image.new("RGB", (4, 4)))
+    log.close()
+    # JSON has no NaN: strict readers must get along with the file.
+    line = (tmp_path / "log.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == {"step": 1, "loss": 0.5, "bad": None}
+    assert tracker.seen[0][1]["loss"] == 0.5 and tracker.pictures == [(1, "validation")] and tracker.closed
+
+
+def test_a_resumed_log_drops_what_was_lost_and_a_new_one_all(tmp_path):
+    log = RunLog(tmp_path, None)
+    for step in range(5):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # cut short by a kill
+    RunLog(tmp_path, 2).close()
+    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [0, 1, 2]
+    RunLog(tmp_path, None).close()
+    assert read_rows(tmp_path / "log.jsonl") == []
+
+
+def test_a_full_disk_costs_lines_only(tmp_path, capsys, monkeypatch):
+    log = RunLog(tmp_path, None)
+    log._file.close()
+    log._file = open("/dev/full", "w")  # noqa: SIM115
+    for step in range(2000):
+        log.write(step, {"loss": 1.0})
+    log.close()
+    assert capsys.readouterr().out.count("No space left on device; lines of the log are lost") == 1
+
+
+def test_missing_trackers_are_refused_with_what_to_do(monkeypatch):
+    assert check_trackers("none") == ()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--report_to wandb: wandb is not installed; pip install wandb, or pass"):
+        check_trackers("wandb")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert check_trackers("all") == ("tensorboard", "wandb")
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path):
+    tracker = TensorBoard(tmp_path / "logs")
+    tracker.scalars(3, {"loss": 0.25})
+    tracker.picture(3, "validation", Image.new("RGB", (8, 8), (255, 0, 0)))
+    tracker.close()
+    content = b"".join(path.read_bytes() for path in (tmp_path / "logs").iterdir())
+    assert b"loss" in content and b"validation" in content and b"PNG" in content
+
+
+def rows(count: int) -> list[dict]:
+    return [{"step": step, "loss": 10.0 / (1 + step), "gap": None} for step in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 10, 200])
+def test_curves_are_drawn(tmp_path, count):
+    curves = [Curve("loss", ("loss",)), Curve("absent", ("absent", "gap")), Curve("log", ("loss",), log_scale=True)]
+    plot_curves(rows(count), curves, tmp_path / "curves.png", "title")
+    picture = np.asarray(Image.open(io.BytesIO((tmp_path / "curves.png").read_bytes())).convert("RGB"))
+    assert picture.shape[1] > 800 and (np.abs(picture.astype(int) - [31, 119, 180]).max(-1) < 30).sum() > 20
+
+
+def test_no_values_no_curves(tmp_path):
+    plot_curves([], [Curve("loss", ("loss",))], tmp_path / "curves.png", "title")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_the_summary_compares_beginning_and_end():
+    summary = summarise(rows(100), ["loss", "absent", "gap"])
+    assert list(summary) == ["loss"]
+    assert summary["loss"]["first"] == pytest.approx(np.mean([10 / (1 + s) for s in range(10)]))
+    assert summary["loss"]["last"] == pytest.approx(np.mean([10 / (1 + s) for s in range(90, 100)]))
+    assert "loss" in summary_table(summary) and summary_table({})

@@ -76,7 +76,10 @@ def test_the_latest_few_are_kept(checkpoints):
     for step in (1, 2, 3, 4):
         save(checkpoints, step)
     checkpoints.wait()
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["checkpoint_0000003", "checkpoint_0000004"]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        "checkpoint_0000003",
+        "checkpoint_0000004",
+    ]
 
 
 def test_incomplete_ones_do_not_count(checkpoints, tmp_path, notes):
@@ -103,7 +106,9 @@ def test_finding_what_a_flag_means(checkpoints, tmp_path):
     assert find(folder, "checkpoint_0000001") == folder / "checkpoint_0000001"
     with pytest.raises(UserError, match="no such checkpoint; expected latest, or a checkpoint_NUMBER folder"):
         find(folder, "checkpoint_0000002")
-    with pytest.raises(UserError, match=r"not a checkpoint of this program .*did you mean .*checkpoint_0000012\?"):
+    with pytest.raises(
+        UserError, match=r"not a checkpoint of this program .*did you mean .*checkpoint_0000012\?"
+    ):
         find(tmp_path, "run")
 
 
@@ -125,7 +130,7 @@ def test_damaged_ones_are_refused(checkpoints, part):
     for file in (path / part).rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:5])
-    with pytest.raises(UserError, match="this checkpoint cannot be read .*resume from another"):
+    with pytest.raises(UserError, match=r"this checkpoint cannot be read .*resume from another"):
         read_meta(path) if part == "meta" else read_state(path, state(1, 5000))
 
 

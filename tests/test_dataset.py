@@ -1,5 +1,6 @@
 """The order of samples, whoever reads them, and what happens to bad ones."""
 
+from itertools import chain
 from pathlib import Path
 
 import ml_dtypes
@@ -35,7 +36,9 @@ class Numbers:
             raise UserError(f"{self.name(index)}: damaged")
         prompt = np.full((3 if index in self.odd else 2, 4), index, ml_dtypes.bfloat16)
         image = np.full((8, 8, 3), index, np.uint8)
-        return Record(image, image, np.full((1, 1, 4), index, np.float32), prompt, np.full(5, index, np.float32))
+        return Record(
+            image, image, np.full((1, 1, 4), index, np.float32), prompt, np.full(5, index, np.float32)
+        )
 
     def name(self, index: int) -> str:
         return f"sample {index}"
@@ -70,7 +73,7 @@ def test_an_epoch_visits_every_sample_once():
     source = Numbers(12)
     steps = seen(batches(source, Rows(0, 6, 2, 2)))
     assert [len(step) for step in steps] == [4] * 6
-    flat = sum(steps, [])
+    flat = list(chain.from_iterable(steps))
     assert sorted(flat[:12]) == sorted(flat[12:]) == list(range(12)) and flat[:12] != flat[12:]
 
 
@@ -102,9 +105,9 @@ def test_reading_ahead_changes_nothing(workers):
 
 
 def test_a_bad_sample_is_replaced_by_the_next_of_its_epoch():
-    good = sum(seen(batches(Numbers(10), Rows(0, 5, 1, 2))), [])
+    good = list(chain.from_iterable(seen(batches(Numbers(10), Rows(0, 5, 1, 2)))))
     stream = list(batches(Numbers(10, bad=(good[3],), odd=(good[6],)), Rows(0, 5, 1, 2)))
-    replaced = sum(seen(stream), [])
+    replaced = list(chain.from_iterable(seen(stream)))
     assert replaced == [*good[:3], good[4], *good[4:6], good[7], *good[7:]]
     assert {name: problem for batch in stream for name, problem in batch.problems.items()} == {
         f"sample {good[3]}": f"sample {good[3]}: damaged",
@@ -125,7 +128,9 @@ def test_too_many_bad_samples_end_it():
     bad = BadSamples(100, 0.02, ["a"])
     assert bad.add({"a": "a: damaged", "b": "b: damaged"}) == ["b: damaged"]
     assert bad.add({"b": "b: damaged"}) == []
-    with pytest.raises(UserError, match=r"3 of 100 samples cannot be used, more than --max_bad_samples 0.02") as caught:
+    with pytest.raises(
+        UserError, match=r"3 of 100 samples cannot be used, more than --max_bad_samples 0.02"
+    ) as caught:
         bad.add({"c": "c: damaged"})
     assert "c: damaged" in str(caught.value)
 
@@ -147,5 +152,7 @@ def test_workers_need_no_jax_backend():
         "import sys; before = set(sys.modules); import tsdsr_jax.prepared; "
         "print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] in ('jax', 'flax', 'torch')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert done.stdout == "[]\n", done.stderr

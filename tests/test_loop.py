@@ -39,12 +39,16 @@ def count(state: int, batch: int):
 
 
 def schedule(**changes) -> loop.Schedule:
-    return loop.Schedule(**(dict(start=0, end=10, log=3, checkpoint=4, validation=5, max_bad_steps=3, images=2) | changes))
+    return loop.Schedule(
+        **(dict(start=0, end=10, log=3, checkpoint=4, validation=5, max_bad_steps=3, images=2) | changes)
+    )
 
 
 def run(recorder, step=count, batches=None, **changes):
     batches = itertools.repeat(1) if batches is None else batches
-    return loop.run(changes.get("start", 0), step, batches, schedule(**changes), recorder.hooks(), loop.StopSignal())
+    return loop.run(
+        changes.get("start", 0), step, batches, schedule(**changes), recorder.hooks(), loop.StopSignal()
+    )
 
 
 def test_every_step_is_logged_and_the_rest_is_due():
@@ -102,7 +106,9 @@ def test_bad_steps_in_a_row_end_it_after_saving():
         return state + 1, {"loss": jnp.float32(0), "bad_steps": jnp.int32(max(0, state - 4))}
 
     recorder = Recorder()
-    with pytest.raises(UserError, match=r"3 steps in a row had gradients that are not finite \(--max_bad_steps 3\)"):
+    with pytest.raises(
+        UserError, match=r"3 steps in a row had gradients that are not finite \(--max_bad_steps 3\)"
+    ):
         run(recorder, bad, log=1)
     assert recorder.saved == [(4, 4), (8, 8)]
 
@@ -119,13 +125,24 @@ def test_bad_data_ends_it_after_saving():
 
 def test_out_of_memory_says_which_flags_help():
     def full(state, batch):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore"
+        )
 
     with pytest.raises(UserError) as caught:
         run(Recorder(), full)
     message = str(caught.value)
-    assert "Out of memory while trying to allocate 9 bytes" in message and "more" not in message.split("What helps")[0]
-    for flag in ("--gradient_checkpointing", "--train_batch_size", "--split_guidance", "--fsdp", "--lambda_lpips 0"):
+    assert (
+        "Out of memory while trying to allocate 9 bytes" in message
+        and "more" not in message.split("What helps")[0]
+    )
+    for flag in (
+        "--gradient_checkpointing",
+        "--train_batch_size",
+        "--split_guidance",
+        "--fsdp",
+        "--lambda_lpips 0",
+    ):
         assert flag in message
 
 

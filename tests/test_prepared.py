@@ -58,7 +58,9 @@ def test_other_formats_and_forms_of_the_same(root):
     write_tensor(root / "latent_hr" / "0001.pt", record.latent_hr.transpose(2, 0, 1))
     for folder in ("prompt_embeds", "pool_embeds"):
         (root / folder / "0001.pt").unlink()
-    save_prompt_embeds(root / "prompt_embeds" / "0001.safetensors", PromptEmbeds(record.prompt, record.pooled))
+    save_prompt_embeds(
+        root / "prompt_embeds" / "0001.safetensors", PromptEmbeds(record.prompt, record.pooled)
+    )
     again = PreparedFolders([root])[0]
     assert np.abs(again.lr.astype(int) - record.lr).mean() < 4
     for ours, theirs in zip(again[1:], record[1:], strict=True):

@@ -42,7 +42,11 @@ def test_lines_are_written_and_shared(tmp_path):
     log.close()
     # JSON has no NaN: strict readers must get along with the file.
     line = (tmp_path / "log.jsonl").read_text()
-    assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == {"step": 1, "loss": 0.5, "bad": None}
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == {
+        "step": 1,
+        "loss": 0.5,
+        "bad": None,
+    }
     assert tracker.seen[0][1]["loss"] == 0.5 and tracker.pictures == [(1, "validation")] and tracker.closed
 
 
@@ -72,7 +76,9 @@ def test_a_full_disk_costs_lines_only(tmp_path, capsys, monkeypatch):
 def test_missing_trackers_are_refused_with_what_to_do(monkeypatch):
     assert check_trackers("none") == ()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--report_to wandb: wandb is not installed; pip install wandb, or pass"):
+    with pytest.raises(
+        UserError, match="--report_to wandb: wandb is not installed; pip install wandb, or pass"
+    ):
         check_trackers("wandb")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert check_trackers("all") == ("tensorboard", "wandb")
@@ -93,7 +99,11 @@ def rows(count: int) -> list[dict]:
 
 @pytest.mark.parametrize("count", [1, 10, 200])
 def test_curves_are_drawn(tmp_path, count):
-    curves = [Curve("loss", ("loss",)), Curve("absent", ("absent", "gap")), Curve("log", ("loss",), log_scale=True)]
+    curves = [
+        Curve("loss", ("loss",)),
+        Curve("absent", ("absent", "gap")),
+        Curve("log", ("loss",), log_scale=True),
+    ]
     plot_curves(rows(count), curves, tmp_path / "curves.png", "title")
     picture = np.asarray(Image.open(io.BytesIO((tmp_path / "curves.png").read_bytes())).convert("RGB"))
     assert picture.shape[1] > 800 and (np.abs(picture.astype(int) - [31, 119, 180]).max(-1) < 30).sum() > 20

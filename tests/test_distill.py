@@ -1,0 +1,503 @@
+"""The training command as a user meets it: what it writes, how it resumes, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import tiny_checkpoint as tiny
+import tiny_training
+from train import distill
+from tsdsr_jax import checkpoint, cli, session, sharding
+from tsdsr_jax import lora as lora_lib
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.prompts import save_prompt_embeds
+from tsdsr_jax.run_log import read_rows
+from tsdsr_jax.torch_pickle import write_tensor
+from tsdsr_jax.torch_weights import Tree
+
+RANK = tiny_training.RANK
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp() / "compiled"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(cache: Path) -> Iterator[None]:
+    with tiny.compiled_once(cache):
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree, Tree]:
+    root = tmp_path_factory.mktemp("training")
+    transformer, vae = tiny_training.save_models(root)
+    tiny_training.save_set(root / "set", vae, 10)
+    tiny_training.save_set(root / "held out", vae, 4, seed=1)
+    return root, transformer, vae
+
+
+@pytest.fixture(scope="module")
+def root(models) -> Path:
+    """Not to be changed: `copy` it."""
+    return models[0]
+
+
+@pytest.fixture
+def copy(root: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(root, tmp_path / "copy")
+
+
+@pytest.fixture(autouse=True)
+def one_device_and_own_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(session, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:1], fsdp))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@dataclasses.dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+class Command:
+    """Runs the command in this process."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+        self.root, self.monkeypatch, self.capsys = root, monkeypatch, capsys
+
+    def __call__(self, output: Path, *more: str, root: Path | None = None) -> Outcome:
+        flags = tiny_training.flags(root or self.root, output, *more)
+        self.monkeypatch.setattr(sys, "argv", ["train/distill.py", *flags])
+        self.capsys.readouterr()
+        status = 0
+        try:
+            cli.run(distill.main)
+        except SystemExit as stopped:
+            status = stopped.code
+        captured = self.capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Outcome(status, captured.out, captured.err)
+
+    def refused(self, output: Path, *more: str, root: Path | None = None) -> str:
+        outcome = self(output, *more, root=root)
+        assert outcome.status in (1, 2), outcome
+        return outcome.err
+
+
+@pytest.fixture
+def command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Command:
+    return Command(root, monkeypatch, capsys)
+
+
+def state_of(output: Path) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(checkpoint.find(output, "latest").resolve() / "state")
+
+
+def log_of(output: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_rows(output / "log.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with checkpoints after 2, 4 and 6. Not to be changed."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:1], fsdp))
+        patch.setattr(sys, "argv", ["train/distill.py", *tiny_training.flags(root, output)])
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        distill.main()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return output
+
+
+# --- what a run leaves ----------------------------------------------------------------------------
+
+
+def test_a_run_leaves_checkpoints_log_pictures_curves_and_a_summary(finished):
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoint_0000002", "checkpoint_0000004", "checkpoint_0000006", "config.json", "curves.png", "log.jsonl",
+        "summary.json", "validation",
+    ]  # fmt: skip
+    rows = log_of(finished)
+    steps = [row for row in rows if "tsd" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for name in ("student", "tsd", "mse", "auxiliary", "student_gradient_norm", "auxiliary_gradient_norm"):
+        assert all(row[name] > 0 for row in steps), name
+    assert all(row["bad_steps"] == 0 and row["learning_rate"] == pytest.approx(1e-3) for row in steps)
+    validations = [row for row in rows if "validation_mse" in row]
+    assert [row["step"] for row in validations] == [0, 6]
+    assert validations[1]["validation_mse"] < validations[0]["validation_mse"]
+    picture = Image.open(finished / "validation" / "step_0000006.png")
+    assert picture.width > 1000 and picture.height > 4 * 300  # three columns, four samples
+    assert json.loads((finished / "summary.json").read_text())["samples"] == 12
+    assert json.loads((finished / "config.json").read_text())["use_dasm"] is True
+
+
+def test_the_exported_adapters_are_the_state_in_pefts_layout(finished):
+    state = state_of(finished)
+    folder = finished / "checkpoint_0000006" / "lora"
+    files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    assert sorted(files) == ["transformer.safetensors", "transformer_reg.safetensors", "vae.safetensors"]
+    assert all(name.startswith("transformer.") for tensors in files.values() for name in tensors)
+    np.testing.assert_array_equal(
+        files["transformer.safetensors"]["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"],
+        state["student.transformer.blocks_0.attn.to_q.b"][0].T,
+    )
+    np.testing.assert_array_equal(
+        files["vae.safetensors"]["transformer.encoder.conv_in.lora_A.weight"],
+        state["student.vae.encoder.conv_in.a"].transpose(3, 2, 0, 1),
+    )
+    assert any(
+        np.abs(leaf).max() > 0
+        for name, leaf in state.items()
+        if name.startswith("student") and name.endswith(".b")
+    )
+
+
+def test_the_upscaler_takes_them(finished, root, tmp_path, monkeypatch):
+    from infer import upscale
+
+    photo = tmp_path / "photo.png"
+    Image.fromarray(tiny.synthetic_photo(32, 32, 5)).save(photo)
+    arguments = [
+        "--pretrained_model_name_or_path", root / "sd3", "--lora_dir", finished / "checkpoint_0000006" / "lora",
+        "--rank", RANK, "--rank_vae", RANK, "--embedding_dir", root / "default", "-i", photo, "-o", tmp_path / "out", "--process_size", 64,
+        "--upscale", 2, "--latent_tiled_size", 8, "--latent_tiled_overlap", 2, "--device", "cpu:0",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["infer/upscale.py", *map(str, arguments)])
+    upscale.main()
+    assert Image.open(tmp_path / "out" / "photo.png").size == (64, 64)
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(finished, command, tmp_path):
+    output = tmp_path / "resumed"
+    output.mkdir()
+    shutil.copytree(finished / "checkpoint_0000002", output / "checkpoint_0000002")
+    shutil.copy(finished / "log.jsonl", output / "log.jsonl")
+    outcome = command(output, "--resume_from_checkpoint", "latest", "--dataloader_num_workers", "1")
+    assert outcome.status == 0 and "2 steps done, 4 samples seen" in outcome.out
+    expected, found = state_of(finished), state_of(output)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    assert log_of(output) == log_of(finished)
+
+
+def test_latest_with_nothing_there_starts_new_and_a_signal_saves(command, tmp_path, monkeypatch):
+    put, calls = distill.Step.put, []
+
+    def stop_at_the_third(self, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return put(self, batch)
+
+    monkeypatch.setattr(distill.Step, "put", stop_at_the_third)
+    outcome = command(tmp_path / "run", "--resume_from_checkpoint", "latest", "--checkpointing_steps", "100")
+    assert "nothing to resume" in outcome.out and outcome.status == 143
+    assert "stopped after 3 of 6 steps; saved" in outcome.out
+    assert checkpoint.find(tmp_path / "run", "latest").name == "checkpoint_0000003"
+
+
+def test_earlier_work_is_not_overwritten(finished, command, tmp_path):
+    assert "holds checkpoint_0000006 of an earlier run" in command.refused(finished)
+    older = str(finished / "checkpoint_0000002")
+    assert "later than checkpoint_0000002" in command.refused(finished, "--resume_from_checkpoint", older)
+    outcome = command(finished, "--resume_from_checkpoint", "latest")
+    assert outcome.status == 0 and "all 6 steps are done" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--rank", "3"), "rank: 2 there, 3 here"),
+        (("--rank_lora", "3"), "rank_lora: 2 there, 3 here"),
+        (("--seed", "5"), "seed: 0 there, 5 here"),
+        (("--ema_decay", "0.9"), "ema: False there, True here"),
+        (("--data_dir", "OTHER"), "data set: 10 samples there, 14 samples here"),
+        (("--pretrained_model_name_or_path", "OTHER"), "autoencoder: "),
+        (("--no_use_default_prompt",), "default prompt: "),
+    ],
+)
+def test_another_run_is_not_resumed_and_what_differs_is_said(finished, root, command, tmp_path, flags, words):
+    if flags[1:] == ("OTHER",):
+        other = root / "held out"
+        if flags[0] != "--data_dir":
+            other = tmp_path / "sd3"
+            tiny.save_checkpoint(other, tiny.tiny_mmdit_config(), tiny.tiny_vae_config())
+            params = tiny.random_params(tiny.tiny_vae_config(), 77)
+            tiny.save_network(other / "vae", tiny.tiny_vae_config(), params)
+        flags = (flags[0], str(other))
+    said = command.refused(
+        tmp_path / "out", *flags, "--resume_from_checkpoint", str(finished / "checkpoint_0000004")
+    )
+    assert "belongs to another run than this" in said and words in said, said
+    assert said.count("there,") == len([line for line in said.splitlines() if "here" in line])
+
+
+def test_harmless_changes_are_told(finished, command, tmp_path):
+    said = command(
+        tmp_path / "out",
+        "--resume_from_checkpoint",
+        str(finished / "checkpoint_0000004"),
+        "--learning_rate",
+        "2e-3",
+    ).out
+    assert "note: changed since the checkpoint: --learning_rate: 0.001 there, 0.002 here" in said
+    assert said.count("changed since") == 1
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_other_precisions_average_accumulation_teacher_and_start(finished, root, models, command, tmp_path):
+    """Everything at once that the other runs leave out; fp16 has its loss scale, the average its own files."""
+    _, transformer, _ = models
+    tiny.save_peft(
+        tmp_path / "teacher.safetensors",
+        tiny.random_lora(transformer, lora_lib.STUDENT_TARGETS, 3, 8),
+        tiny.tiny_mmdit_config(),
+    )
+    outcome = command(
+        tmp_path / "run", "--mixed_precision", "fp16", "--ema_decay", "0.5", "--gradient_accumulation_steps", "2",
+        "--use_teacher_lora", "--teacher_lora_path", str(tmp_path), "--use_random_bias", "--gradient_checkpointing",
+        "--checkpoint_path", str(finished / "checkpoint_0000006" / "lora"), "--no_use_default_prompt", "--split_guidance",
+        "--weighting_scheme", "mode", "--lr_scheduler", "cosine_with_restarts", "--lr_warmup_steps", "1",
+        "--validation_dir", str(root / "held out"), "--max_train_steps", "5", "--set_grads_to_none",
+        "--checkpointing_steps", "5",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert "--set_grads_to_none has no effect" in outcome.out and "starting from" not in outcome.err
+    steps = [row for row in log_of(tmp_path / "run") if "tsd" in row]
+    # Where a scaled gradient overflows, the scale halves, nothing moves, and the learning rate stays where it was.
+    scale, good = 65536, 0
+    for row in steps:
+        assert row["loss_scale"] == scale and (row["learning_rate"] == 0) == (good == 0)
+        scale, good = (scale / 2, good) if row["bad_steps"] else (scale, good + 1)
+        assert (row["student_update_norm"] > 0) == (not row["bad_steps"] and row["learning_rate"] > 0)
+    assert good >= 3
+    folder = tmp_path / "run" / "checkpoint_0000005" / "lora"
+    student, average = (load_file(path / "transformer.safetensors") for path in (folder, folder / "ema"))
+    started = load_file(finished / "checkpoint_0000006" / "lora" / "transformer.safetensors")
+    moved = {name for name in student if np.abs(student[name] - started[name]).max() > 0}
+    assert len(moved) > len(student) / 2
+    for name in moved:
+        # Between the start and the end, as an average is.
+        assert (
+            np.abs(average[name] - started[name]).max() < np.abs(student[name] - started[name]).max() * 1.01
+        )
+
+
+def test_lpips_is_needed_unless_left_out(command, tmp_path):
+    said = command.refused(
+        tmp_path / "run", "--lambda_lpips", "1", "--lpips_path", str(tmp_path / "vgg.safetensors")
+    )
+    assert "pass --lambda_lpips 0" in said and "convert/lpips.py --network vgg" in said
+
+
+def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
+    from tsdsr_jax.lpips_weights import param_shapes, save_lpips
+    from tsdsr_jax.torch_weights import to_tree
+
+    generator = np.random.default_rng(0)
+    params = {
+        path: np.abs(generator.standard_normal(shape)).astype(np.float32) / np.sqrt(np.prod(shape[:-1]) or 1)
+        for path, shape in param_shapes("alex").items()
+    }
+    save_lpips(tmp_path / "lpips.safetensors", "alex", to_tree(params.items()))
+    outcome = command(
+        tmp_path / "run", "--lambda_lpips", "2", "--lpips_path", str(tmp_path / "lpips.safetensors"),
+        "--max_train_steps", "2", "--lambda_tsd", "0",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    steps = [row for row in log_of(tmp_path / "run") if "lpips" in row]
+    assert len(steps) == 2
+    for row in steps:
+        assert row["lpips"] > 0 and row["student"] == pytest.approx(2 * row["lpips"] + row["mse"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--rank", "0"), "--rank 0: expected at least 1"),
+        (("--max_train_steps", "0"), "--max_train_steps 0"),
+        (("--learning_rate", "nan"), "--learning_rate nan"),
+        (("--max_grad_norm", "0"), "--max_grad_norm 0: expected more than 0"),
+        (("--ema_decay", "1"), "--ema_decay 1: expected at least 0 and less than 1"),
+        (("--lambda_vsd", "1.5"), "it is a share"),
+        (("--first_index", "900", "--last_index", "800"), "expected first ≤ last ≤ 998"),
+        (("--lambda_tsd", "0", "--lambda_mse", "0"), "nothing to train for"),
+        (("--use_teacher_lora",), "give the LoRA with --teacher_lora_path"),
+        (
+            ("--use_teacher_lora", "--teacher_lora_path", "/nowhere.safetensors"),
+            "/nowhere.safetensors: not found",
+        ),
+        (("--checkpoint_path", "/nowhere"), "--checkpoint_path /nowhere: no such folder"),
+        (("--null_embedding_dir", "/nowhere"), "/nowhere: no such folder of prompt embeddings"),
+        (("--data_dir", "/nowhere"), "/nowhere: no such folder; --data_dir is a prepared training set"),
+        (("--pretrained_model_name_or_path", "/nowhere"), "/nowhere: no such folder"),
+        (("--resume_from_checkpoint", "/nowhere"), "--resume_from_checkpoint /nowhere: no such checkpoint"),
+        (("--fsdp", "2"), "--fsdp 2: 1 devices cannot be split into groups of 2"),
+        (("--num_processes", "2"), "--num_processes given without --coordinator_address and --process_id"),
+        (("--report_to", "tensorbord"), "expected one of none, tensorboard, wandb or all"),
+        (("--use_dasms",), "did you mean --use_dasm?"),
+    ],
+)
+def test_mistakes_are_one_line(command, tmp_path, flags, words):
+    said = command.refused(tmp_path / "run", *flags)
+    assert words in said and said.count("\n") == 1, said
+    assert not (tmp_path / "run").exists()
+
+
+# --- data that does not fit -----------------------------------------------------------------------
+
+
+def test_a_corrupt_image_is_left_out_by_name(command, copy, tmp_path):
+    bad = copy / "set" / "gt" / "photo 03.png"
+    bad.write_bytes(b"no image")
+    outcome = command(tmp_path / "run", "--max_bad_samples", "0.2", root=copy)
+    assert outcome.status == 0
+    # Once where it is met, however often, and once at the end.
+    assert outcome.out.count("left out: ") == 2 and "1 samples were left out" in outcome.out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == [
+        str(copy / "set" / "lr_bicubic" / "photo 03.png")
+    ]
+    said = command.refused(tmp_path / "strict", root=copy)
+    assert (
+        "1 of 10 samples cannot be used, more than --max_bad_samples 0.01" in said and "photo 03.png" in said
+    )
+
+
+def wrong_latents(root: Path) -> str:
+    for path in (root / "set" / "latent_hr").iterdir():
+        write_tensor(path, np.zeros((1, 4, 4, 4), np.float32))
+    return "latent_hr has shape (4, 4, 4), but images of 32×32 have latents (16, 4, 4) with this model"
+
+
+def wrong_widths(root: Path) -> str:
+    for path in (root / "set" / "prompt_embeds").iterdir():
+        write_tensor(path, np.zeros((1, 5, 13), np.float16))
+    return "prompt embeddings have widths 13 and 10 (pooled), but the transformer takes 12 and 10"
+
+
+def wrong_length(root: Path) -> str:
+    prompt = tiny.random_prompt(tiny.tiny_mmdit_config(), 1)
+    save_prompt_embeds(root / "null", dataclasses.replace(prompt, prompt=prompt.prompt[:3]))
+    return "its embedding has 3 tokens, the images' have 5"
+
+
+def odd_size(root: Path) -> str:
+    for folder in ("gt", "lr_bicubic"):
+        for path in (root / "set" / folder).iterdir():
+            Image.open(path).resize((40, 24)).save(path)
+    return "the training images are 40×24; sides must be multiples of 16"
+
+
+def no_prompts(root: Path) -> str:
+    shutil.rmtree(root / "set" / "prompt_embeds")
+    return "prompt_embeds/ lacks photo 00"
+
+
+def half_lora(root: Path) -> str:
+    folder = root / "lora"
+    names = {"transformer": tiny.tiny_mmdit_config(), "vae": tiny.tiny_vae_config()}
+    targets = {"transformer": lora_lib.ATTENTION_TARGETS, "vae": lora_lib.VAE_ENCODER_TARGETS}
+    for name, config in names.items():
+        adapter = tiny.random_lora(tiny.random_params(config, 1), targets[name], RANK, 3)
+        tiny.save_peft(folder / f"{name}.safetensors", adapter, config)
+    return "transformer.safetensors: adapts other modules than are trained; missing: "
+
+
+@pytest.mark.parametrize(
+    "change", [wrong_latents, wrong_widths, wrong_length, odd_size, no_prompts, half_lora]
+)
+def test_data_that_does_not_fit_is_refused_before_anything_is_loaded(command, copy, tmp_path, change):
+    expected = change(copy)
+    more = ("--checkpoint_path", str(copy / "lora")) if change is half_lora else ()
+    said = command.refused(tmp_path / "run", *more, root=copy)
+    assert expected in said, said
+
+
+def test_a_lora_of_another_rank_says_which_flag_fits(command, finished, tmp_path):
+    folder = str(finished / "checkpoint_0000006" / "lora")
+    said = command.refused(tmp_path / "run", "--checkpoint_path", folder, "--rank", "4")
+    assert "but --rank is 4; pass --rank 2" in said
+
+
+def test_a_student_that_explodes_stops_with_its_state_saved(command, finished, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(finished / "checkpoint_0000006" / "lora", folder)
+    tensors = load_file(folder / "transformer.safetensors")
+    save_file(
+        {name: tensor * np.float32(1e30) for name, tensor in tensors.items()},
+        folder / "transformer.safetensors",
+    )
+    said = command.refused(
+        tmp_path / "run", "--checkpoint_path", str(folder), "--max_bad_steps", "2", "--logging_steps", "1"
+    )
+    assert "2 steps in a row had gradients that are not finite" in said
+    assert checkpoint.find(tmp_path / "run", "latest").name == "checkpoint_0000002"
+
+
+# Every flag of the original's training script.
+ORIGINAL = """
+pretrained_model_name_or_path revision variant teacher_lora_path checkpoint_path default_embedding_dir null_embedding_dir
+output_dir logging_dir log_name log_code use_default_prompt use_dasm use_teacher_lora use_random_bias guidance_scale
+weighting_scheme logit_mean logit_std mode_scale rank rank_lora rank_vae train_batch_size gradient_accumulation_steps
+num_train_epochs max_train_steps gradient_checkpointing dataloader_num_workers mixed_precision seed learning_rate
+learning_rate_reg lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm adam_beta1 adam_beta2 adam_weight_decay
+adam_epsilon checkpointing_steps validation_steps checkpoints_total_limit resume_from_checkpoint report_to optimizer local_rank
+set_grads_to_none
+"""
+PUBLISHED = """
+--pretrained_model_name_or_path=sd3 --data_dir=set --teacher_lora_path=teacher --output_dir=out --train_batch_size=2 --rank=64
+--rank_vae=64 --rank_lora=64 --num_train_epochs=200 --checkpointing_steps=5000 --validation_steps=500 --max_train_steps=200000
+--learning_rate=5e-06 --learning_rate_reg=1e-06 --lr_scheduler=cosine_with_restarts --lr_warmup_steps=3000 --seed=43
+--use_default_prompt --use_teacher_lora --use_random_bias --report_to=wandb --log_code --log_name=run
+--gradient_accumulation_steps=1 --resume_from_checkpoint=latest --guidance_scale=7.5
+"""
+
+
+def test_options_of_the_original_are_all_there():
+    assert set(ORIGINAL.split()) <= {field.name for field in dataclasses.fields(distill.Options)}
+
+
+def test_the_published_command_is_understood():
+    """With its paths; the flags as they are published."""
+    options = cli.parse(distill.Options, description="", argv=PUBLISHED.split())
+    assert options.learning_rate == 5e-6 and options.rank_lora == 64 and options.report_to == "wandb"
+    notes = distill.notes(options, 200_000)
+    assert any("--use_random_bias has no effect without --use_dasm" in note for note in notes)
+
+
+def test_unknown_trackers_are_refused_before_the_work(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        distill.check(
+            dataclasses.replace(
+                distill.Options(pretrained_model_name_or_path="", data_dir=()), report_to="wandb"
+            )
+        )

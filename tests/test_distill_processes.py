@@ -1,0 +1,158 @@
+"""Training in processes of its own: killed, stopped, and several together."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import tiny_training
+from tsdsr_jax import checkpoint
+from tsdsr_jax.run_log import read_rows
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# A checkpoint every few steps, so that kills meet some that are being written.
+LONG = ("--max_train_steps", "100", "--checkpointing_steps", "5", "--checkpoints_total_limit", "2",
+        "--validation_steps", "50", "--logging_steps", "1", "--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "latest")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp() / "compiled by processes"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    _, vae = tiny_training.save_models(folder)
+    tiny_training.save_set(folder / "set", vae, 10)
+    return folder
+
+
+@pytest.fixture
+def start(root: Path, cache: Path, tmp_path: Path):
+    """Starts the command; what it prints goes to a file."""
+    running = []
+
+    def start(output: Path, *more: str, devices: int = 1) -> subprocess.Popen:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        log = open(tmp_path / f"printed {len(running)}", "w")  # noqa: SIM115 (the process has it)
+        command = [sys.executable, "train/distill.py", *tiny_training.flags(root, output), *more]
+        running.append(
+            subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        )
+        running[-1].printed = tmp_path / f"printed {len(running) - 1}"
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    found = process.wait(timeout=300)
+    printed = process.printed.read_text()
+    assert found == status, printed
+    assert "Traceback" not in printed, printed
+    return printed
+
+
+def adapters(output: Path) -> dict[str, np.ndarray]:
+    folder = checkpoint.find(output, "latest") / "lora"
+    return {f"{path.stem} {name}": tensor for path in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(path).items()}  # fmt: skip
+
+
+def everything(output: Path) -> tuple[dict[str, bytes], list[dict]]:
+    """The last checkpoint's state, byte for byte, and the log without its clock."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        state = reader.restore(checkpoint.find(output, "latest").resolve() / "state")
+    rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_rows(output / "log.jsonl")]
+    return {name: np.asarray(leaf).tobytes() for name, leaf in state.items()}, rows
+
+
+def disturb(start, output: Path, kinds: list[signal.Signals], seed: int) -> None:
+    """Starts the run again and again, and ends it each time at a random moment while it trains or saves."""
+    generator = random.Random(seed)
+    for kind in kinds:
+        process = start(output, *LONG)
+        before = {path.name for path in output.glob("checkpoint_*")} if output.is_dir() else set()
+        while process.poll() is None and not ({path.name for path in output.glob("checkpoint_*")} - before):
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, 0.25))
+        process.send_signal(kind)
+        status = process.wait(timeout=120)
+        assert status in (0, -signal.SIGKILL if kind == signal.SIGKILL else 143), process.printed.read_text()
+
+
+def check_disturbed(start, tmp_path: Path, kinds: list[signal.Signals], seed: int) -> None:
+    finish(start(tmp_path / "whole", *LONG))
+    disturb(start, tmp_path / "disturbed", kinds, seed)
+    finish(start(tmp_path / "disturbed", *LONG))
+    assert everything(tmp_path / "disturbed") == everything(tmp_path / "whole")
+
+
+def test_a_run_that_was_killed_and_stopped_ends_as_if_it_had_not(start, tmp_path):
+    check_disturbed(start, tmp_path, [signal.SIGKILL, signal.SIGTERM], seed=3)
+
+
+@pytest.mark.slow
+def test_ten_kills_and_five_stops(start, tmp_path):
+    """Four minutes on two cores; 2026-11: passed."""
+    kinds = [signal.SIGKILL] * 10 + [signal.SIGTERM] * 5
+    random.Random(1).shuffle(kinds)
+    check_disturbed(start, tmp_path, kinds, seed=11)
+
+
+SHORT = ("--max_train_steps", "3", "--checkpointing_steps", "3", "--validation_steps", "3")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):
+    alone = start(tmp_path / "alone", *SHORT, "--train_batch_size", "8")
+    together = ("--coordinator_address", f"localhost:{free_port()}", "--num_processes", "2")
+    pair = [
+        start(
+            tmp_path / "pair",
+            *SHORT,
+            "--train_batch_size",
+            "1",
+            *together,
+            "--process_id",
+            str(index),
+            devices=4,
+        )
+        for index in range(2)
+    ]
+    printed = finish(alone), *map(finish, pair)
+    assert "8 × cpu in 2 processes" in printed[1] and "validation" not in printed[2]
+    expected, found = adapters(tmp_path / "alone"), adapters(tmp_path / "pair")
+    assert found.keys() == expected.keys()
+    # B starts at 0: what it has become is its movement. A's movement is smaller than its value by far.
+    moved = {name for name in expected if "lora_B" in name}
+    distance = np.sqrt(sum(np.sum(np.square(found[name] - expected[name]), dtype=float) for name in moved))
+    length = np.sqrt(sum(np.sum(np.square(expected[name]), dtype=float) for name in moved))
+    assert length > 0 and distance <= 1e-4 * length
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.allclose(a, b, atol=1e-5)), found, expected))

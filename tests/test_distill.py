@@ -179,11 +179,20 @@ def test_the_upscaler_takes_them(finished, root, tmp_path, monkeypatch):
 
     photo = tmp_path / "photo.png"
     Image.fromarray(tiny.synthetic_photo(32, 32, 5)).save(photo)
-    arguments = [
-        "--pretrained_model_name_or_path", root / "sd3", "--lora_dir", finished / "checkpoint_0000006" / "lora",
-        "--rank", RANK, "--rank_vae", RANK, "--embedding_dir", root / "default", "-i", photo, "-o", tmp_path / "out", "--process_size", 64,
-        "--upscale", 2, "--latent_tiled_size", 8, "--latent_tiled_overlap", 2, "--device", "cpu:0",
-    ]  # fmt: skip
+    lora = finished / "checkpoint_0000006" / "lora"
+    arguments = ["--pretrained_model_name_or_path", root / "sd3", "--lora_dir", lora, "--rank", RANK]
+    arguments += [
+        "--rank_vae",
+        RANK,
+        "--embedding_dir",
+        root / "default",
+        "-i",
+        photo,
+        "-o",
+        tmp_path / "out",
+    ]
+    arguments += ["--process_size", 64, "--upscale", 2, "--latent_tiled_size", 8, "--latent_tiled_overlap", 2]
+    arguments += ["--device", "cpu:0"]
     monkeypatch.setattr(sys, "argv", ["infer/upscale.py", *map(str, arguments)])
     upscale.main()
     assert Image.open(tmp_path / "out" / "photo.png").size == (64, 64)
@@ -464,18 +473,20 @@ def test_a_student_that_explodes_stops_with_its_state_saved(command, finished, t
 
 # Every flag of the original's training script.
 ORIGINAL = """
-pretrained_model_name_or_path revision variant teacher_lora_path checkpoint_path default_embedding_dir null_embedding_dir
-output_dir logging_dir log_name log_code use_default_prompt use_dasm use_teacher_lora use_random_bias guidance_scale
-weighting_scheme logit_mean logit_std mode_scale rank rank_lora rank_vae train_batch_size gradient_accumulation_steps
-num_train_epochs max_train_steps gradient_checkpointing dataloader_num_workers mixed_precision seed learning_rate
-learning_rate_reg lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm adam_beta1 adam_beta2 adam_weight_decay
-adam_epsilon checkpointing_steps validation_steps checkpoints_total_limit resume_from_checkpoint report_to optimizer local_rank
-set_grads_to_none
+pretrained_model_name_or_path revision variant teacher_lora_path checkpoint_path default_embedding_dir
+null_embedding_dir output_dir logging_dir log_name log_code use_default_prompt use_dasm use_teacher_lora
+use_random_bias guidance_scale weighting_scheme logit_mean logit_std mode_scale rank rank_lora rank_vae
+train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps gradient_checkpointing
+dataloader_num_workers mixed_precision seed learning_rate learning_rate_reg lr_scheduler lr_warmup_steps
+lr_num_cycles lr_power max_grad_norm adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+checkpointing_steps validation_steps checkpoints_total_limit resume_from_checkpoint report_to optimizer
+local_rank set_grads_to_none
 """
 PUBLISHED = """
---pretrained_model_name_or_path=sd3 --data_dir=set --teacher_lora_path=teacher --output_dir=out --train_batch_size=2 --rank=64
---rank_vae=64 --rank_lora=64 --num_train_epochs=200 --checkpointing_steps=5000 --validation_steps=500 --max_train_steps=200000
---learning_rate=5e-06 --learning_rate_reg=1e-06 --lr_scheduler=cosine_with_restarts --lr_warmup_steps=3000 --seed=43
+--pretrained_model_name_or_path=sd3 --data_dir=set --teacher_lora_path=teacher --output_dir=out
+--train_batch_size=2 --rank=64 --rank_vae=64 --rank_lora=64 --num_train_epochs=200
+--checkpointing_steps=5000 --validation_steps=500 --max_train_steps=200000 --learning_rate=5e-06
+--learning_rate_reg=1e-06 --lr_scheduler=cosine_with_restarts --lr_warmup_steps=3000 --seed=43
 --use_default_prompt --use_teacher_lora --use_random_bias --report_to=wandb --log_code --log_name=run
 --gradient_accumulation_steps=1 --resume_from_checkpoint=latest --guidance_scale=7.5
 """

@@ -20,8 +20,8 @@ from tsdsr_jax.run_log import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # A checkpoint every few steps, so that kills meet some that are being written.
-LONG = ("--max_train_steps", "100", "--checkpointing_steps", "5", "--checkpoints_total_limit", "2",
-        "--validation_steps", "50", "--logging_steps", "1", "--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "latest")  # fmt: skip
+LONG = """--max_train_steps 100 --checkpointing_steps 5 --checkpoints_total_limit 2 --validation_steps 50 --logging_steps 1
+--gradient_accumulation_steps 2 --resume_from_checkpoint latest""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")

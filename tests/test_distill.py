@@ -20,10 +20,12 @@ from train import distill
 from tsdsr_jax import checkpoint, cli, session, sharding
 from tsdsr_jax import lora as lora_lib
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.vae import AutoencoderKL as FlaxVAE
 from tsdsr_jax.prompts import save_prompt_embeds
 from tsdsr_jax.run_log import read_rows
 from tsdsr_jax.torch_pickle import write_tensor
-from tsdsr_jax.torch_weights import Tree
+from tsdsr_jax.torch_weights import Tree, to_tree
 
 RANK = tiny_training.RANK
 
@@ -198,6 +200,67 @@ def test_the_upscaler_takes_them(finished, root, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "out" / "photo.png").size == (64, 64)
 
 
+def test_peft_predicts_the_same_with_them(finished, root):
+    """The student's, the auxiliary network's and the autoencoder's adapter, loaded by PEFT into diffusers' networks."""
+    torch = pytest.importorskip("torch")
+    oracle = pytest.importorskip("oracle_models")
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    folder, generator = finished / "checkpoint_0000006" / "lora", np.random.default_rng(0)
+    state = state_of(finished)
+
+    def tree(prefix: str) -> Tree:
+        names = {name: leaf for name, leaf in state.items() if name.startswith(prefix)}
+        return to_tree((name.removeprefix(prefix).replace(".", "/"), leaf) for name, leaf in names.items())
+
+    latents = generator.standard_normal((2, 8, 12, 16), np.float32)
+    text, pooled = (
+        generator.standard_normal((2, 5, 12), np.float32),
+        generator.standard_normal((2, 10), np.float32),
+    )
+    timestep = np.array([1000, 250], np.float32)
+    config = tiny.tiny_mmdit_config()
+    base = tiny.random_params(config, 1)
+    for file, prefix, targets in (
+        ("transformer", "student.transformer.", oracle.STUDENT_TARGETS),
+        ("transformer_reg", "auxiliary.", oracle.AUX_TARGETS),
+    ):
+        model = SD3Transformer2DModel.from_pretrained(root / "sd3" / "transformer").eval()
+        oracle.load_lora_into(model, folder / f"{file}.safetensors", targets)
+        with torch.no_grad():
+            expected = model(
+                hidden_states=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
+                timestep=torch.from_numpy(timestep),
+                encoder_hidden_states=torch.from_numpy(text),
+                pooled_projections=torch.from_numpy(pooled),
+            ).sample.numpy()
+        variables = {"params": base, "lora": tree(prefix)}
+        found = np.asarray(MMDiT(config).apply(variables, latents, timestep, text, pooled)).transpose(
+            0, 3, 1, 2
+        )
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max(), file
+
+    images = np.tanh(generator.standard_normal((1, 32, 48, 3), np.float32))
+    vae = AutoencoderKL.from_pretrained(root / "sd3" / "vae").eval()
+    oracle.load_lora_into(vae, folder / "vae.safetensors", oracle.VAE_TARGETS)
+    with torch.no_grad():
+        expected = vae.encode(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).latent_dist.mean.numpy()
+    vae_config = tiny.tiny_vae_config()
+    variables = {"params": tiny.random_params(vae_config, 2), "lora": tree("student.vae.")}
+    found = FlaxVAE(vae_config).apply(variables, images, method="encode").mean
+    assert np.abs(np.asarray(found).transpose(0, 3, 1, 2) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_tiny_run_gets_better_on_held_out_photographs(command, root, tmp_path):
+    outcome = command(
+        tmp_path / "run", "--validation_dir", str(root / "held out"), "--max_train_steps", "60",
+        "--checkpointing_steps", "60", "--validation_steps", "60",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    before, after = (row["validation_mse"] for row in log_of(tmp_path / "run") if "validation_mse" in row)
+    assert after <= 0.8 * before
+
+
 # --- resuming -------------------------------------------------------------------------------------
 
 
@@ -267,16 +330,13 @@ def test_another_run_is_not_resumed_and_what_differs_is_said(finished, root, com
     assert said.count("there,") == len([line for line in said.splitlines() if "here" in line])
 
 
-def test_harmless_changes_are_told(finished, command, tmp_path):
+def test_other_changes_are_told(finished, command, tmp_path):
+    path = str(finished / "checkpoint_0000004")
     said = command(
-        tmp_path / "out",
-        "--resume_from_checkpoint",
-        str(finished / "checkpoint_0000004"),
-        "--learning_rate",
-        "2e-3",
+        tmp_path / "out", "--resume_from_checkpoint", path, "--max_bad_steps", "7", "--logging_steps", "2"
     ).out
-    assert "note: changed since the checkpoint: --learning_rate: 0.001 there, 0.002 here" in said
-    assert said.count("changed since") == 1
+    assert "note: changed since the checkpoint: --max_bad_steps: 20 there, 7 here" in said
+    assert said.count("changed since") == 1  # of the logging steps nothing depends
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -329,7 +389,6 @@ def test_lpips_is_needed_unless_left_out(command, tmp_path):
 
 def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
     from tsdsr_jax.lpips_weights import param_shapes, save_lpips
-    from tsdsr_jax.torch_weights import to_tree
 
     generator = np.random.default_rng(0)
     params = {

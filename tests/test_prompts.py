@@ -23,7 +23,7 @@ from tsdsr_jax import prompts, text_encoders
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds, save_prompt_embeds
 from tsdsr_jax.text_encoders import EncoderOptions, encode_prompts, find_encoders
-from tsdsr_jax.torch_pickle import read_tensor
+from tsdsr_jax.torch_pickle import STORAGE_DTYPES, read_tensor, write_tensor
 
 ROOT = Path(__file__).parents[1]
 REBUILD = "torch._utils _rebuild_tensor_v2"
@@ -236,6 +236,28 @@ def test_files_that_are_not_a_torch_archive_say_what_they_are(tmp_path):
         read_tensor(
             write_pt(tmp_path / "b.pt", tensor_ops("FloatStorage", 12, (12,), (1,)), bytes(48), b"big")
         )
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES.values(), ids=str)
+def test_what_is_written_is_read_by_us_and_by_torch(tmp_path, dtype):
+    for shape in ((3, 4), (), (0, 3), (2, 70_000)):  # sizes of one, two and three bytes in the pickle
+        array = (np.arange(np.prod(shape, dtype=int)).reshape(shape) % 120).astype(dtype)
+        array = array.T  # not contiguous
+        write_tensor(tmp_path / "a.pt", array)
+        np.testing.assert_array_equal(read_tensor(tmp_path / "a.pt"), array, strict=True)
+        if "torch" in sys.modules or sys.version_info < (3, 12):
+            torch = pytest.importorskip("torch")
+            tensor = torch.load(tmp_path / "a.pt", weights_only=True)
+            assert str(tensor.dtype) == f"torch.{dtype.name}" and tensor.is_contiguous()
+            np.testing.assert_array_equal(tensor.double().numpy(), array.astype(np.float64))
+
+
+def test_writing_what_torch_has_not_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a tensor cannot have dtype complex64"):
+        write_tensor(tmp_path / "a.pt", np.zeros(2, np.complex64))
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_tensor(tmp_path / "folder.pt", VALUES)
 
 
 def test_torch_and_this_reader_agree(tmp_path):

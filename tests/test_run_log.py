@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tsdsr_jax.run_log import (
     Curve,
     RunLog,
     TensorBoard,
+    Wandb,
     check_trackers,
     plot_curves,
     read_rows,
@@ -91,6 +94,40 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     tracker.close()
     content = b"".join(path.read_bytes() for path in (tmp_path / "logs").iterdir())
     assert b"loss" in content and b"validation" in content and b"PNG" in content
+
+
+def test_wandb_gets_the_same_and_the_code_if_wanted(tmp_path, monkeypatch):
+    """Against a stand-in with the calls that wandb documents; no account is needed for a test."""
+    calls = []
+
+    class FakeRun:
+        def log(self, values, step):
+            calls.append(("log", step, values))
+
+        def log_code(self, root):
+            calls.append(("code", root))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    def init(**settings):
+        calls.append(("init", settings))
+        return FakeRun()
+
+    fake = types.SimpleNamespace(init=init, Image=lambda picture: ("picture", picture.size))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = Wandb(tmp_path / "logs", "project", {"rank": 4}, tmp_path)
+    tracker.scalars(3, {"loss": 0.25})
+    tracker.picture(3, "validation", Image.new("RGB", (8, 4)))
+    tracker.close()
+    assert (
+        calls[0][1]["project"] == "project"
+        and calls[0][1]["config"] == {"rank": 4}
+        and (tmp_path / "logs").is_dir()
+    )
+    assert calls[1:] == [
+        ("code", str(tmp_path)), ("log", 3, {"loss": 0.25}), ("log", 3, {"validation": ("picture", (8, 4))}), ("finish",),
+    ]  # fmt: skip
 
 
 def rows(count: int) -> list[dict]:

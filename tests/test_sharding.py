@@ -1,6 +1,7 @@
 """Eight virtual devices against one: the same training, and the collectives that were meant."""
 
 import re
+from functools import lru_cache
 
 import jax
 import numpy as np
@@ -52,8 +53,10 @@ def problem():
     return base, student, auxiliary, batches
 
 
-def compiled(mesh):
-    """The jitted step with its arguments in place."""
+@lru_cache
+def compiled(devices, fsdp):
+    """The compiled step, and a function that makes its arguments anew: the state is donated."""
+    mesh = make_mesh(jax.devices()[:devices], fsdp)
     base, student, auxiliary, batches = problem()
     losses = Losses(
         MMDiT(MMDIT, placement=placement(mesh)),
@@ -67,14 +70,18 @@ def compiled(mesh):
     transformer, vae = jax.device_put(networks, base_shardings(networks, mesh))
     base = jax.device_put(base, replicated(mesh))._replace(transformer=transformer, vae=vae)
     batches = jax.device_put(batches, batch_sharding(mesh, axis=1))
-    state = jax.device_put(trainer.init(student, auxiliary), replicated(mesh))
+
+    def arguments():
+        return jax.device_put(trainer.init(student, auxiliary), replicated(mesh)), base, batches
+
     step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh)))
-    return step, state, base, batches
+    return step.lower(*arguments(), KEY).compile(), arguments
 
 
 def movement(devices, fsdp):
     """θ₃ − θ₀ of both networks' adapters, as one vector."""
-    step, state, base, batches = compiled(make_mesh(devices, fsdp))
+    step, arguments = compiled(devices, fsdp)
+    state, base, batches = arguments()
     start = [np.asarray(leaf) for leaf in jax.tree.leaves((state.student, state.auxiliary))]
     for _ in range(STEPS):
         state, metrics = step(state, base, batches, KEY)
@@ -85,19 +92,19 @@ def movement(devices, fsdp):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return movement(jax.devices()[:1], 1)
+    return movement(1, 1)
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 8])
 def test_eight_devices_train_like_one(on_one_device, fsdp):
-    eight = movement(jax.devices(), fsdp)
+    eight = movement(8, fsdp)
     assert np.linalg.norm(eight - on_one_device) <= 1e-4 * np.linalg.norm(on_one_device)
 
 
-def collectives(step, *arguments):
+def collectives(step):
     """(operation, shape) of every collective in the compiled step."""
     found = []
-    for line in step.lower(*arguments).compile().as_text().splitlines():
+    for line in step.as_text().splitlines():
         match = re.search(
             r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", line
         )
@@ -112,15 +119,15 @@ def gradient_sizes(state):
 
 
 def test_data_parallel_training_reduces_gradients_and_scalars_only():
-    step, state, base, batches = compiled(make_mesh(fsdp=1))
-    found = collectives(step, state, base, batches, KEY)
+    step, arguments = compiled(8, 1)
+    state, found = arguments()[0], collectives(step)
     assert found and {kind for kind, _ in found} == {"all-reduce"}
     assert {int(np.prod(shape)) for _, shape in found} <= gradient_sizes(state) | {1}
 
 
 def test_split_bases_gather_weights_and_move_no_activations():
-    step, state, base, batches = compiled(make_mesh(fsdp=8))
-    found = collectives(step, state, base, batches, KEY)
+    step, arguments = compiled(8, 8)
+    (state, base, _), found = arguments(), collectives(step)
     assert {kind for kind, _ in found} == {"all-reduce", "all-gather"}
     reduced = {int(np.prod(shape)) for kind, shape in found if kind == "all-reduce"}
     assert reduced <= gradient_sizes(state) | {1}

@@ -32,7 +32,11 @@ def state(seed: int, size: int = 50) -> State:
 
 def save(checkpoints: Checkpoints, step: int, size: int = 50) -> bool:
     files = {"x.safetensors": {"w": np.full(3, step, np.float32)}, "ema/x.safetensors": {"w": np.zeros(1)}}
-    return checkpoints.save(step, state(step, size), {"step": step}, files)
+    return checkpoints.save(step, state(step, size), meta(step), files)
+
+
+def meta(step: int) -> dict:
+    return {"step": step, "samples": 0, "rows": 1, "identity": {}, "options": {}}
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def checkpoints(tmp_path: Path, notes: list[str]) -> Iterator[Checkpoints]:
 def test_a_checkpoint_comes_back_exactly(checkpoints):
     assert save(checkpoints, 5) and checkpoints.wait() and checkpoints.failed is None
     path = find(checkpoints.folder, "latest")
-    assert path.name == "checkpoint_0000005" and read_meta(path) == {"step": 5}
+    assert path.name == "checkpoint_0000005" and read_meta(path) == meta(5)
     found = read_state(path, jax.eval_shape(lambda: state(5)))
     assert isinstance(found, State)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(state(5)), strict=True):
@@ -65,7 +69,7 @@ def test_the_state_may_be_reused_at_once(checkpoints):
     step = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf * 0, s), donate_argnums=0)
     for number in range(1, 6):
         current = state(number, 200_000)
-        checkpoints.save(number, current, {"step": number}, {})
+        checkpoints.save(number, current, meta(number), {})
         jax.block_until_ready(step(current))
         checkpoints.wait()
         saved = read_state(checkpoints.path(number), state(number, 200_000))
@@ -132,6 +136,20 @@ def test_damaged_ones_are_refused(checkpoints, part):
             file.write_bytes(file.read_bytes()[:5])
     with pytest.raises(UserError, match=r"this checkpoint cannot be read .*resume from another"):
         read_meta(path) if part == "meta" else read_state(path, state(1, 5000))
+
+
+def test_missing_parts_are_named(checkpoints):
+    save(checkpoints, 1)
+    checkpoints.wait()
+    path = checkpoints.path(1)
+    (path / "meta" / "metadata").write_text("{}")
+    with pytest.raises(
+        UserError, match="this checkpoint's meta lacks identity, options, rows, samples, step"
+    ):
+        read_meta(path)
+    shutil.rmtree(path / "state")
+    with pytest.raises(UserError, match=r"cannot be read \(.*\); resume from another"):
+        read_state(path, state(1))
 
 
 @pytest.fixture

@@ -327,7 +327,8 @@ def test_another_run_is_not_resumed_and_what_differs_is_said(finished, root, com
         tmp_path / "out", *flags, "--resume_from_checkpoint", str(finished / "checkpoint_0000004")
     )
     assert "belongs to another run than this" in said and words in said, said
-    assert said.count("there,") == len([line for line in said.splitlines() if "here" in line])
+    # The data set shows twice, in its number and in its content; anything else only as itself.
+    assert said.count(" there, ") == (2 if flags[0] == "--data_dir" else 1), said
 
 
 def test_other_changes_are_told(finished, command, tmp_path):
@@ -337,6 +338,50 @@ def test_other_changes_are_told(finished, command, tmp_path):
     ).out
     assert "note: changed since the checkpoint: --max_bad_steps: 20 there, 7 here" in said
     assert said.count("changed since") == 1  # of the logging steps nothing depends
+
+
+def test_a_finished_run_can_be_trained_on(finished, command, tmp_path):
+    output = shutil.copytree(finished, tmp_path / "longer")
+    outcome = command(output, "--resume_from_checkpoint", "latest", "--max_train_steps", "7")
+    assert outcome.status == 0 and checkpoint.find(output, "latest").name == "checkpoint_0000007"
+    assert [row["step"] for row in log_of(output) if "tsd" in row] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_going_on_elsewhere_takes_the_log_along_and_leaves_others_alone(finished, command, tmp_path):
+    wanted = ("--resume_from_checkpoint", str(finished / "checkpoint_0000004"))
+    other = tmp_path / "other"
+    shutil.copytree(finished / "checkpoint_0000002", other / "checkpoint_0000002")
+    assert "holds checkpoint_0000002 of a run of its own" in command.refused(other, *wanted)
+    assert command(tmp_path / "new", *wanted).status == 0
+    assert log_of(tmp_path / "new") == log_of(finished)
+    assert sorted(path.name for path in (tmp_path / "new").glob("checkpoint_*")) == ["checkpoint_0000006"]
+
+
+def test_another_number_of_images_in_a_step_is_told_or_refused(finished, command, tmp_path, monkeypatch):
+    wanted = ("--resume_from_checkpoint", str(finished / "checkpoint_0000004"), "--train_batch_size", "4")
+    outcome = command(tmp_path / "steps", *wanted)
+    assert outcome.status == 0 and "note: 4 images in a step, 2 before the checkpoint" in outcome.out
+    assert json.loads((tmp_path / "steps" / "summary.json").read_text())["samples"] == 4 * 2 + 2 * 4
+    by_epochs = [
+        flag for flag in tiny_training.flags(finished, tmp_path) if flag not in ("--max_train_steps", "6")
+    ]
+    monkeypatch.setattr(tiny_training, "flags", lambda root, output, *more: [
+        *by_epochs, "--output_dir", str(output), "--pretrained_model_name_or_path", str(root / "sd3"), "--data_dir",
+        str(root / "set"), "--null_embedding_dir", str(root / "null"), "--default_embedding_dir", str(root / "default"),
+        "--validation_steps", "6", *more,
+    ])  # fmt: skip
+    by_epochs.remove("--data_dir")
+    by_epochs.remove(str(finished / "set"))
+    by_epochs.remove("--validation_steps")
+    said = command.refused(tmp_path / "epochs", "--num_train_epochs", "3", *wanted)
+    assert "had 2 images in a step, this run has 4" in said and "--max_train_steps" in said
+
+
+def test_another_precision_gets_its_own_loss_scale(finished, command, tmp_path):
+    wanted = ("--resume_from_checkpoint", str(finished / "checkpoint_0000004"))
+    assert command(tmp_path / "half", *wanted, "--mixed_precision", "fp16").status == 0
+    scales = [row["loss_scale"] for row in log_of(tmp_path / "half") if "tsd" in row]
+    assert scales[:4] == [1, 1, 1, 1] and scales[4] == 65536
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -359,7 +404,7 @@ def test_other_precisions_average_accumulation_teacher_and_start(finished, root,
         "--checkpointing_steps", "5",
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
-    assert "--set_grads_to_none has no effect" in outcome.out and "starting from" not in outcome.err
+    assert "--set_grads_to_none has no effect" in outcome.out and "starting from" in outcome.out
     steps = [row for row in log_of(tmp_path / "run") if "tsd" in row]
     # Where a scaled gradient overflows, the scale halves, nothing moves, and the learning rate stays where it was.
     scale, good = 65536, 0
@@ -425,13 +470,21 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         ),
         (("--checkpoint_path", "/nowhere"), "--checkpoint_path /nowhere: no such folder"),
         (("--null_embedding_dir", "/nowhere"), "/nowhere: no such folder of prompt embeddings"),
-        (("--data_dir", "/nowhere"), "/nowhere: no such folder; --data_dir is a prepared training set"),
+        (("--data_dir", "/nowhere"), "/nowhere: no such folder; expected a prepared training set"),
         (("--pretrained_model_name_or_path", "/nowhere"), "/nowhere: no such folder"),
         (("--resume_from_checkpoint", "/nowhere"), "--resume_from_checkpoint /nowhere: no such checkpoint"),
         (("--fsdp", "2"), "--fsdp 2: 1 devices cannot be split into groups of 2"),
         (("--num_processes", "2"), "--num_processes given without --coordinator_address and --process_id"),
         (("--report_to", "tensorbord"), "expected one of none, tensorboard, wandb or all"),
         (("--use_dasms",), "did you mean --use_dasm?"),
+        (("--guidance_scale", "nan"), "--guidance_scale nan: expected a finite number"),
+        (("--adam_epsilon", "0"), "--adam_epsilon 0: expected more than 0"),
+        (("--seed", "4294967296"), "--seed 4294967296: expected less than 2**32"),
+        (("--use_random_bias", "--dasm_stride", "12"), "expected at least 26 with --use_random_bias"),
+        (
+            ("--output_dir", "/dev/null/run"),
+            "--output_dir /dev/null/run: /dev/null is a file; expected a folder",
+        ),
     ],
 )
 def test_mistakes_are_one_line(command, tmp_path, flags, words):
@@ -502,8 +555,11 @@ def half_lora(root: Path) -> str:
 @pytest.mark.parametrize(
     "change", [wrong_latents, wrong_widths, wrong_length, odd_size, no_prompts, half_lora]
 )
-def test_data_that_does_not_fit_is_refused_before_anything_is_loaded(command, copy, tmp_path, change):
+def test_data_that_does_not_fit_is_refused_before_anything_is_loaded(
+    command, copy, tmp_path, change, monkeypatch
+):
     expected = change(copy)
+    monkeypatch.setattr(distill.Networks, "load", lambda *_: pytest.fail("weights were loaded"))
     more = ("--checkpoint_path", str(copy / "lora")) if change is half_lora else ()
     said = command.refused(tmp_path / "run", *more, root=copy)
     assert expected in said, said
@@ -513,6 +569,26 @@ def test_a_lora_of_another_rank_says_which_flag_fits(command, finished, tmp_path
     folder = str(finished / "checkpoint_0000006" / "lora")
     said = command.refused(tmp_path / "run", "--checkpoint_path", folder, "--rank", "4")
     assert "but --rank is 4; pass --rank 2" in said
+
+
+def test_adapters_that_are_not_finite_are_refused(command, finished, tmp_path):
+    folder = shutil.copytree(finished / "checkpoint_0000006" / "lora", tmp_path / "lora")
+    tensors = load_file(folder / "vae.safetensors")
+    tensors[next(iter(tensors))][:] = np.nan
+    save_file(tensors, folder / "vae.safetensors")
+    said = command.refused(tmp_path / "run", "--checkpoint_path", str(folder))
+    assert "vae.safetensors: has values that are NaN or infinite, in encoder/" in said
+
+
+def test_validation_samples_of_another_size_are_left_out_aloud(command, copy, tmp_path):
+    for name in ("photo 00", "photo 01"):
+        for folder in ("gt", "lr_bicubic"):
+            path = copy / "held out" / folder / f"{name}.png"
+            Image.open(path).resize((48, 48)).save(path)
+    outcome = command(
+        tmp_path / "run", "--validation_dir", str(copy / "held out"), "--max_train_steps", "1", root=copy
+    )
+    assert outcome.status == 0 and outcome.out.count("not validated on: ") == 2
 
 
 def test_a_student_that_explodes_stops_with_its_state_saved(command, finished, tmp_path):

@@ -90,7 +90,7 @@ def everything(output: Path) -> tuple[dict[str, bytes], list[dict]]:
 
 def disturb(start, output: Path, kinds: list[signal.Signals], seed: int) -> None:
     """Starts the run again and again, and ends it each time at a random moment while it trains or saves."""
-    generator = random.Random(seed)
+    generator, statuses = random.Random(seed), []
     for kind in kinds:
         process = start(output, *LONG)
         before = {path.name for path in output.glob("checkpoint_*")} if output.is_dir() else set()
@@ -98,8 +98,10 @@ def disturb(start, output: Path, kinds: list[signal.Signals], seed: int) -> None
             time.sleep(0.002)
         time.sleep(generator.uniform(0, 0.25))
         process.send_signal(kind)
-        status = process.wait(timeout=120)
-        assert status in (0, -signal.SIGKILL if kind == signal.SIGKILL else 143), process.printed.read_text()
+        statuses.append(process.wait(timeout=120))
+        expected = -signal.SIGKILL if kind == signal.SIGKILL else 143
+        assert statuses[-1] in (0, expected), process.printed.read_text()
+    assert any(statuses), "every signal came too late"
 
 
 def check_disturbed(start, tmp_path: Path, kinds: list[signal.Signals], seed: int) -> None:
@@ -119,6 +121,41 @@ def test_ten_kills_and_five_stops(start, tmp_path):
     kinds = [signal.SIGKILL] * 10 + [signal.SIGTERM] * 5
     random.Random(1).shuffle(kinds)
     check_disturbed(start, tmp_path, kinds, seed=11)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(start, tmp_path):
+    """Two minutes on two cores; 2026-11: passed."""
+    together = (
+        "--coordinator_address",
+        f"localhost:{free_port()}",
+        "--num_processes",
+        "2",
+        "--train_batch_size",
+        "1",
+    )
+
+    def pair(output: Path, steps: int):
+        flags = (
+            "--max_train_steps",
+            str(steps),
+            "--resume_from_checkpoint",
+            "latest",
+            "--checkpointing_steps",
+            "10",
+        )
+        return [start(output, *flags, *together, "--process_id", str(index), devices=4) for index in range(2)]
+
+    processes = pair(tmp_path / "run", 500)
+    while not (tmp_path / "run" / "checkpoint_0000010").is_dir():
+        assert processes[0].poll() is None, processes[0].printed.read_text()
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=120) for process in processes] == [143, 143]
+    step = checkpoint.step_of(checkpoint.find(tmp_path / "run", "latest"))
+    for process in pair(tmp_path / "run", step + 2):
+        finish(process)
+    assert checkpoint.step_of(checkpoint.find(tmp_path / "run", "latest")) == step + 2
 
 
 SHORT = ("--max_train_steps", "3", "--checkpointing_steps", "3", "--validation_steps", "3")

@@ -113,6 +113,14 @@ def test_bad_steps_in_a_row_end_it_after_saving():
     assert recorder.saved == [(4, 4), (8, 8)]
 
 
+def test_bad_steps_between_two_looks_are_noticed():
+    def bad(state, batch):
+        return state + 1, {"loss": jnp.float32(0), "bad_steps": jnp.int32([0, 1, 2, 3, 0][state % 5])}
+
+    with pytest.raises(UserError, match="3 steps in a row"):
+        run(Recorder(), bad, log=5)
+
+
 def test_bad_data_ends_it_after_saving():
     def refuse():
         raise UserError("too many bad samples")
@@ -129,7 +137,7 @@ def test_out_of_memory_says_which_flags_help():
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore"
         )
 
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as caught, loop.explained_memory():
         run(Recorder(), full)
     message = str(caught.value)
     assert (
@@ -150,7 +158,7 @@ def test_other_device_errors_keep_their_traceback():
     def broken(state, batch):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    with pytest.raises(jax.errors.JaxRuntimeError):
+    with pytest.raises(jax.errors.JaxRuntimeError), loop.explained_memory():
         run(Recorder(), broken)
 
 

@@ -60,10 +60,42 @@ def test_a_resumed_log_drops_what_was_lost_and_a_new_one_all(tmp_path):
     log.close()
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # cut short by a kill
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(b"\n\xff\xfe\x00 not text\n[1]\n")
     RunLog(tmp_path, 2).close()
     assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [0, 1, 2]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    RunLog(elsewhere, 1, source=tmp_path).close()
+    assert [row["step"] for row in read_rows(elsewhere / "log.jsonl")] == [0, 1]
     RunLog(tmp_path, None).close()
     assert read_rows(tmp_path / "log.jsonl") == []
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path, capsys):
+    class Broken(Collector):
+        def scalars(self, step, values):
+            raise ConnectionError("no network")
+
+    whole = Collector()
+    log = RunLog(tmp_path, None, [Broken(), whole])
+    for step in range(3):
+        log.write(step, {"loss": 1.0})
+    log.close()
+    assert capsys.readouterr().out.count("Broken is left out from now on: no network") == 1
+    assert len(whole.seen) == 3 and whole.closed and len(read_rows(tmp_path / "log.jsonl")) == 3
+
+
+def test_tensorboard_without_its_writing_thread_fails_instead_of_waiting(tmp_path):
+    tracker = TensorBoard(tmp_path / "logs")
+    events = tracker._writer.file_writer.event_writer
+    events._worker.stop()
+    events._worker.join(timeout=10)
+    with pytest.raises(OSError, match="cannot be written"):
+        for step in range(1000):
+            tracker.scalars(step, {"loss": 1.0})
+    with pytest.raises(OSError, match="cannot be written"):
+        tracker.close()
 
 
 def test_a_full_disk_costs_lines_only(tmp_path, capsys, monkeypatch):
@@ -125,6 +157,12 @@ def test_wandb_gets_the_same_and_the_code_if_wanted(tmp_path, monkeypatch):
         and calls[0][1]["config"] == {"rank": 4}
         and (tmp_path / "logs").is_dir()
     )
+    assert (
+        calls[0][1]["id"] == (tmp_path / "logs" / "wandb_id.txt").read_text()
+        and calls[0][1]["resume"] == "allow"
+    )
+    Wandb(tmp_path / "logs", "project", {}, None, new=False)
+    assert calls.pop()[1]["id"] == calls[0][1]["id"]
     assert calls[1:] == [
         ("code", str(tmp_path)), ("log", 3, {"loss": 0.25}), ("log", 3, {"validation": ("picture", (8, 4))}), ("finish",),
     ]  # fmt: skip
@@ -141,7 +179,7 @@ def test_curves_are_drawn(tmp_path, count):
         Curve("absent", ("absent", "gap")),
         Curve("log", ("loss",), log_scale=True),
     ]
-    plot_curves(rows(count), curves, tmp_path / "curves.png", "title")
+    plot_curves(rows(count), curves, tmp_path / "curves.png", r"a title of $\foo$")
     picture = np.asarray(Image.open(io.BytesIO((tmp_path / "curves.png").read_bytes())).convert("RGB"))
     assert picture.shape[1] > 800 and (np.abs(picture.astype(int) - [31, 119, 180]).max(-1) < 30).sum() > 20
 

@@ -112,7 +112,7 @@ def test_the_gradient_is_the_definition(config):
     ours = tsd_gradient(
         fake, real, noise, jnp.asarray(index), jnp.asarray(bias), network(0.7), network(0.3),
         jnp.asarray(flow.sigmas()), config,
-    )  # fmt: skip
+    )[0]  # fmt: skip
     expected = reference_gradient(fake, real, noise, index, bias, config)
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -121,8 +121,8 @@ def test_a_sample_does_not_depend_on_the_others_in_its_batch():
     fake, real, noise = normal(0), normal(1), normal(2)
     index, bias = jnp.asarray([50, 400, 949]), jnp.asarray([3, -25, 24])
     rest = network(0.7), network(0.3), jnp.asarray(flow.sigmas()), TSDConfig()
-    together = tsd_gradient(fake, real, noise, index, bias, *rest)
-    alone = tsd_gradient(fake[1:2], real[1:2], noise[1:2], index[1:2], bias[1:2], *rest)
+    together = tsd_gradient(fake, real, noise, index, bias, *rest)[0]
+    alone = tsd_gradient(fake[1:2], real[1:2], noise[1:2], index[1:2], bias[1:2], *rest)[0]
     np.testing.assert_allclose(together[1:2], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -130,13 +130,13 @@ def test_identical_latents_and_networks_give_no_gradient():
     fake, noise = normal(0), normal(2)
     index = jnp.asarray([50, 400, 949])
     same = network(0.7), network(0.7), jnp.asarray(flow.sigmas()), TSDConfig()
-    assert not np.any(tsd_gradient(fake, fake, noise, index, index * 0, *same))
+    assert not np.any(tsd_gradient(fake, fake, noise, index, index * 0, *same)[0])
 
 
-def test_non_finite_predictions_do_not_spread():
+def test_non_finite_predictions_do_not_spread_and_are_counted():
     broken = lambda x, t: network(0.3)(x, t).at[0, 0, 0, 0].set(jnp.nan)  # noqa: E731
     index = jnp.asarray([50, 400, 949])
-    gradient = tsd_gradient(
+    gradient, replaced = tsd_gradient(
         normal(0),
         normal(1),
         normal(2),
@@ -148,6 +148,8 @@ def test_non_finite_predictions_do_not_spread():
         TSDConfig(),
     )
     assert np.isfinite(gradient).all()
+    # One value at each of the four points, and no other.
+    assert replaced == 4 and np.count_nonzero(np.asarray(gradient) == 0) == 1
 
 
 def test_the_loss_passes_the_gradient_on_exactly():
@@ -161,7 +163,7 @@ def test_the_loss_passes_the_gradient_on_exactly():
 def test_no_gradient_flows_through_the_networks():
     def loss(fake):
         index = jnp.asarray([50, 400, 949])
-        gradient = tsd_gradient(
+        gradient, _ = tsd_gradient(
             fake,
             normal(1),
             normal(2),

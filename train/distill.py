@@ -13,6 +13,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import math
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli, session
 from tsdsr_jax.dataset import Shapes, first_record
 from tsdsr_jax.distillation import (
+    AUXILIARY_FILE,
     Networks,
     Ranks,
     Step,
@@ -39,6 +42,7 @@ from tsdsr_jax.distillation import (
     text_hash,
 )
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.loop import explained_memory
 from tsdsr_jax.lpips_weights import how_to_get, load_lpips
 from tsdsr_jax.models.lpips import LPIPS, Network
 from tsdsr_jax.objective import Base, LossConfig
@@ -205,8 +209,11 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
     mesh = options.start()
+    session.find_start(options)
     data = open_data(options)
-    session.run(options, prepare(options, mesh, data), data, mesh)
+    with explained_memory():
+        task = prepare(options, mesh, data)
+    session.run(options, task, data, mesh)
 
 
 def check(options: Options) -> None:
@@ -214,9 +221,13 @@ def check(options: Options) -> None:
     options.check()
     at_least(options, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride", "lr_num_cycles")
     at_least(options, 0, "lr_warmup_steps", "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips",
-             "dasm_gamma", "first_index", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")  # fmt: skip
-    if not options.max_grad_norm > 0:
-        raise UserError(f"--max_grad_norm {options.max_grad_norm:g}: expected more than 0")
+             "dasm_gamma", "first_index", "adam_beta1", "adam_beta2", "adam_weight_decay")  # fmt: skip
+    for name in ("guidance_scale", "logit_mean", "logit_std", "mode_scale", "lr_power"):
+        if not math.isfinite(value := getattr(options, name)):
+            raise UserError(f"--{name} {value:g}: expected a finite number")
+    for name in ("max_grad_norm", "adam_epsilon"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name} {getattr(options, name):g}: expected more than 0")
     for name in ("ema_decay", "adam_beta1", "adam_beta2"):
         if (value := getattr(options, name)) is not None and not 0 <= value < 1:
             raise UserError(f"--{name} {value:g}: expected at least 0 and less than 1")
@@ -225,6 +236,10 @@ def check(options: Options) -> None:
     if not options.first_index <= options.last_index < 999:
         raise UserError(
             f"--first_index {options.first_index} --last_index {options.last_index}: expected first ≤ last ≤ 998"
+        )
+    if options.use_dasm and options.use_random_bias and options.dasm_points * options.dasm_stride < 26:
+        raise UserError(
+            "--dasm_points × --dasm_stride: expected at least 26 with --use_random_bias, which takes up to 25 away"
         )
     if not any((options.lambda_tsd, options.lambda_mse, options.lambda_lpips)):
         raise UserError(
@@ -281,7 +296,7 @@ def prepare(options: Options, mesh: Mesh, data: session.Data) -> session.Task:
         else None
     )
     held_out = PreparedFolders([options.validation_dir]) if options.validation_dir else data.source
-    records = pick(held_out, data.shapes, options.num_validation_images)
+    records = pick(held_out, data.shapes, options.num_validation_images, say)
     loaded = (
         load_adapters(options.checkpoint_path, networks, options.ranks())
         if options.checkpoint_path
@@ -305,15 +320,24 @@ def prepare(options: Options, mesh: Mesh, data: session.Data) -> session.Task:
         put=step.put,
         put_state=step.put_state,
         validate=lambda state: validation(state.ema or state.student),
+        new_precision=trainer.with_new_scale,
         files=partial(adapter_files, networks),
         identity=identity | options.ranks()._asdict() | {"ema": options.ema_decay is not None},
         curves=CURVES,
-        how_to_use=lambda path: (
-            "upscale with it: python infer/upscale.py --pretrained_model_name_or_path "
-            f"{options.pretrained_model_name_or_path} --lora_dir {path / 'lora'} --rank {options.rank} "
-            f"--rank_vae {options.rank_vae} --embedding_dir {options.default_embedding_dir} -i PHOTOS -o RESULTS"
-        ),
+        how_to_use=partial(how_to_use, options),
     )
+
+
+def how_to_use(options: Options, path: Path) -> str:
+    flags = [
+        "--pretrained_model_name_or_path",
+        options.pretrained_model_name_or_path,
+        "--lora_dir",
+        path / "lora",
+    ]
+    flags += ["--rank", options.rank, "--rank_vae", options.rank_vae]
+    flags += ["--embedding_dir", options.default_embedding_dir] if options.use_default_prompt else []
+    return f"upscale with it: python infer/upscale.py {shlex.join(map(str, flags))} -i PHOTOS -o RESULTS"
 
 
 def load_text(options: Options, flag: str, networks: Networks, shapes: Shapes) -> PromptEmbeds:
@@ -333,6 +357,13 @@ def describe(options: Options, mesh: Mesh, data: session.Data, steps: int) -> No
     )
     for note in notes(options, steps):
         say(f"note: {note}")
+    if options.checkpoint_path:
+        new = (
+            ""
+            if (options.checkpoint_path / AUXILIARY_FILE).is_file()
+            else f"; without {AUXILIARY_FILE} that adapter is new"
+        )
+        say(f"a new run is starting from {options.checkpoint_path}{new}")
 
 
 def load_base(

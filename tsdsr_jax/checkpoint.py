@@ -27,6 +27,7 @@ from tsdsr_jax.tensor_files import save_tensors
 
 PREFIX, DIGITS = "checkpoint", 7
 STATE, META, LORA = "state", "meta", "lora"
+META_KEYS = {"step", "samples", "rows", "identity", "options"}
 # File name -> its tensors.
 Files = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -68,8 +69,7 @@ class Checkpoints:
         self.folder, self.keep, self.note = folder.resolve(), keep, note
         self.failed: str | None = None
         self._pending: int | None = None  # the step being saved
-        # It reports every step it takes, and failures with a traceback besides raising them.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _quiet()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -89,9 +89,6 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}_{step:0{DIGITS}d}"
-
-    def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps(read=True))
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], lora: Files) -> bool:
         """Starts to save; returns before the files are written, but no longer needs `state`.
@@ -137,6 +134,11 @@ class Checkpoints:
 
     def _give_up(self, error: Exception) -> None:
         reason = describe(error)
+        if jax.process_count() > 1:
+            # The others know nothing of it, and none could go on without them.
+            raise UserError(
+                f"{self.folder}: a checkpoint could not be saved ({reason}); earlier ones are kept"
+            ) from None
         self.failed = reason
         self.note(
             f"{self.folder}: a checkpoint could not be saved ({reason}); earlier ones are kept, training goes on"
@@ -149,6 +151,11 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def _quiet() -> None:
+    """Orbax reports every step it takes, and failures with a traceback besides raising them."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def describe(error: BaseException) -> str:
@@ -220,11 +227,15 @@ def read_meta(path: Path) -> dict[str, Any]:
       UserError: it cannot be read.
     """
     try:
-        return ocp.JsonCheckpointHandler().restore(path / META)
+        meta = ocp.JsonCheckpointHandler().restore(path / META)
+        missing = sorted(META_KEYS - meta.keys())
     except Exception as error:  # damaged in whatever way
         raise UserError(
             f"{path}: this checkpoint cannot be read ({describe(error)}); resume from another"
         ) from None
+    if missing:
+        raise UserError(f"{path}: this checkpoint's {META} lacks {', '.join(missing)}; resume from another")
+    return meta
 
 
 def read_state(path: Path, like: Any) -> Any:
@@ -235,12 +246,15 @@ def read_state(path: Path, like: Any) -> Any:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [leaf_name(key) for key, _ in leaves]
+    _quiet()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             target = {
                 name: np.zeros(leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)
             }
             stored = checkpointer.metadata(path / STATE).item_metadata
+            if stored is None:
+                raise OSError(0, f"{STATE} is missing or damaged")
             _check_leaves(path, target, stored.tree if hasattr(stored, "tree") else stored)
             found = checkpointer.restore(path / STATE, target)
     except UserError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -60,7 +60,7 @@ class Shapes:
         for what in ("image", "latent", "prompt", "pooled"):
             if getattr(found, what) != getattr(self, what):
                 raise UserError(
-                    f"{name}: its {_PARTS[what]} has shape {getattr(found, what)}; the other samples' "
+                    f"{name}: its {_PARTS[what]} has shape {getattr(found, what)}; the run's samples have "
                     f"{getattr(self, what)}"
                 )
 
@@ -238,16 +238,16 @@ def _mark_flags_parsed() -> None:
 
 
 class BadSamples:
-    """The samples that were left out so far; stops the run when they are too many.
+    """The samples that this process has left out since it started; stops the run when they are too many.
 
     Args:
       total: samples in the set.
       fraction: share of them that may be bad.
-      known: names from before a resume.
     """
 
-    def __init__(self, total: int, fraction: float, known: Sequence[str] = ()):
-        self.total, self.fraction, self.names = total, fraction, list(known)
+    def __init__(self, total: int, fraction: float):
+        self.total, self.fraction = total, fraction
+        self.names: list[str] = []
 
     def add(self, problems: dict[str, str]) -> list[str]:
         """Notes a batch's problems; returns the messages of those not seen before.
@@ -257,7 +257,7 @@ class BadSamples:
         """
         new = {name: message for name, message in problems.items() if name not in self.names}
         self.names += new
-        if len(self.names) > self.fraction * self.total:
+        if new and len(self.names) > self.fraction * self.total:
             latest = "".join(f"\n  {message}" for message in new.values())
             raise UserError(
                 f"{len(self.names)} of {self.total} samples cannot be used, more than --max_bad_samples "

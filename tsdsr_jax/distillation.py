@@ -141,6 +141,11 @@ def load_adapters(folder: Path, networks: Networks, ranks: Ranks) -> tuple[Stude
         path = folder / file
         adapter = load_lora(path, network.config)
         check_rank(adapter, rank, path, flag)
+        broken = [
+            name for name, leaf in flatten_dict(adapter, sep="/").items() if not np.isfinite(leaf).all()
+        ]
+        if broken:
+            raise UserError(f"{path}: has values that are NaN or infinite, in {', '.join(broken[:5])}")
         found, expected = set(lora.modules(adapter)), set(lora.modules(like))
         if found != expected:
             missing, extra = sorted(expected - found), sorted(found - expected)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,11 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from tsdsr_jax.errors import UserError
+
+
+class BadSteps(UserError):
+    """Gradients that stay bad. Every process sees the same ones, so all may save before they end."""
+
 
 # (state, batch) -> state, metrics: scalars by name, `bad_steps` among them.
 TrainStep = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
@@ -63,7 +69,7 @@ class StopSignal:
     """Notices SIGTERM and the first Ctrl-C, so that a run can save before it ends; a second Ctrl-C ends it at once.
 
     Where several processes train together they have to stop at the same step. JAX's coordination service, which then
-    sees the SIGTERM of any of them, agrees on it.
+    sees the SIGTERM of any of them, agrees on it. Ctrl-C is not passed on like that and ends its process at once.
     """
 
     def __init__(self) -> None:
@@ -101,7 +107,8 @@ def run(
       (state, steps done).
 
     Raises:
-      UserError: too many bad steps in a row, bad data, or out of memory. The state is saved first where there is one.
+      UserError: too many bad steps in a row, or bad data. The state is saved first, with several processes in the
+        former case only.
     """
     step = saved = schedule.start
     watch = _Watch(schedule)
@@ -126,18 +133,25 @@ def run(
             watch.fetch(hooks.log)
             if step > saved:
                 hooks.save(state, step)
-    except UserError:
-        # Where several processes train, the others know nothing of it and would not save with this one.
-        if jax.process_count() == 1 and step > saved:
+    except UserError as error:
+        # Bad data is one process's own: others know nothing of it and would not save with this one.
+        if (isinstance(error, BadSteps) or jax.process_count() == 1) and step > saved:
             hooks.save(state, step)
         raise
+    finally:
+        watch.close()
+    return state, step
+
+
+@contextmanager
+def explained_memory() -> Iterator[None]:
+    """Turns the device's lack of memory, wherever it shows, into a UserError that says which flags help."""
+    try:
+        yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(out_of_memory(error)) from None
-    finally:
-        watch.close()
-    return state, step
 
 
 def out_of_memory(error: Exception) -> str:
@@ -145,7 +159,7 @@ def out_of_memory(error: Exception) -> str:
     return (
         f"the device is out of memory ({reason}). What helps, strongest first: --gradient_checkpointing, a smaller "
         "--train_batch_size with --gradient_accumulation_steps, --split_guidance, --fsdp N to share the base between N "
-        "devices, --lambda_lpips 0"
+        "devices, --lambda_lpips 0; at the start, fewer --num_validation_images"
     )
 
 
@@ -178,13 +192,15 @@ class _Watch:
         now = time.perf_counter()
         rate = self.schedule.images * len(steps) / (now - self.since)
         self.since = now
+        most_bad = 0.0
         for step, metrics in zip(steps, fetched, strict=True):
             values = {name: float(value) for name, value in metrics.items()}
             log(step, values | {"images_per_s": round(rate, 3)})
+            most_bad = max(most_bad, values["bad_steps"])
         self._show(steps[-1], values, rate, len(steps))
-        if values["bad_steps"] >= self.schedule.max_bad_steps:
-            raise UserError(
-                f"{values['bad_steps']:.0f} steps in a row had gradients that are not finite (--max_bad_steps "
+        if most_bad >= self.schedule.max_bad_steps:
+            raise BadSteps(
+                f"{most_bad:.0f} steps in a row had gradients that are not finite (--max_bad_steps "
                 f"{self.schedule.max_bad_steps}); try --mixed_precision bf16 or no, a lower --learning_rate or "
                 "--max_grad_norm, and look at the last lines of log.jsonl"
             )

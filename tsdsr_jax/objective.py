@@ -223,9 +223,10 @@ class Losses:
         fake = self.student_latent(base, student, batch, draws.posterior)
         metrics = {}
         if config.weight_tsd:
-            gradient = self.tsd_gradient(fake, base, auxiliary, batch, draws)
+            gradient, replaced = self.tsd_gradient(fake, base, auxiliary, batch, draws)
             metrics["tsd"] = tsd_loss(fake, gradient)
             metrics["tsd_gradient_norm"] = jnp.sqrt(jnp.mean(jnp.square(gradient)))
+            metrics["tsd_not_finite"] = replaced.astype(jnp.float32)
         metrics["mse"] = jnp.mean(jnp.square(fake - batch.latent_hr))
         if config.weight_lpips:
             metrics["lpips"] = self.lpips(base, fake, batch)
@@ -236,8 +237,8 @@ class Losses:
 
     def tsd_gradient(
         self, fake: jax.Array, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
-    ) -> jax.Array:
-        """g of the TSD loss, under the networks as they are."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """g of the TSD loss, under the networks as they are, and how many of its terms were not finite."""
 
         def predict(adapter: Tree):
             network = partial(self.velocity, base, adapter)

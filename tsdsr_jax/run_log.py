@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
@@ -33,29 +34,49 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    def __init__(self, folder: Path):
+    """Event files in a folder; `step` is the one that a resumed run continues from, later points are hidden."""
+
+    def __init__(self, folder: Path, step: int | None = None):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
+
+    def _check(self) -> None:
+        """Its writing thread dies of a full disk, and whoever adds to the queue in front of it then waits for ever."""
+        events = getattr(getattr(self._writer, "file_writer", None), "event_writer", None)
+        thread = getattr(events, "_worker", None)
+        if thread is not None and not thread.is_alive():
+            raise OSError("TensorBoard's event file cannot be written")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
+            self._check()
             self._writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        self._check()
         self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
+        self._check()
         self._writer.close()
 
 
 class Wandb:
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], code: Path | None):
+    """A run on wandb; its id is kept in the folder, so that a resumed run goes on in the same one."""
+
+    def __init__(
+        self, folder: Path, project: str, config: Mapping[str, Any], code: Path | None, new: bool = True
+    ):
         import wandb
 
         self._wandb = wandb
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(project=project, dir=str(folder), config=dict(config), resume="allow")
+        kept = folder / "wandb_id.txt"
+        if new or not kept.is_file():
+            with replacing(kept) as temporary:
+                temporary.write_text(uuid4().hex[:12])
+        name = kept.read_text().strip()
+        self._run = wandb.init(project=project, dir=str(folder), config=dict(config), id=name, resume="allow")
         if code is not None:
             self._run.log_code(str(code))
 
@@ -95,12 +116,16 @@ class RunLog:
       folder: the run's output folder.
       step: the step that the run continues from; later lines, of work that was lost, are dropped. None: a new run, and
         all are.
-      trackers: services that get the same.
+      trackers: services that get the same. One that fails is left out from then on; the training goes on.
+      source: the output folder that the run continues from; default: the same.
     """
 
-    def __init__(self, folder: Path, step: int | None, trackers: Sequence[Tracker] = ()):
-        self.path, self.trackers = folder / LOG_FILE, trackers
-        kept = [] if step is None else [row for row in read_rows(self.path) if row["step"] <= step]
+    def __init__(
+        self, folder: Path, step: int | None, trackers: Sequence[Tracker] = (), source: Path | None = None
+    ):
+        self.path, self.trackers = folder / LOG_FILE, list(trackers)
+        earlier = read_rows((source or folder) / LOG_FILE)
+        kept = [] if step is None else [row for row in earlier if row["step"] <= step]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a")  # noqa: SIM115 (closed by `close`)
@@ -111,12 +136,10 @@ class RunLog:
         line = json.dumps({"step": step, **{name: _finite(value) for name, value in values.items()}})
         self._on_disk(lambda: self._file.write(line + "\n"))
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        for tracker in self.trackers:
-            tracker.scalars(step, numbers)
+        self._track(lambda tracker: tracker.scalars(step, numbers))
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        for tracker in self.trackers:
-            tracker.picture(step, name, picture)
+        self._track(lambda tracker: tracker.picture(step, name, picture))
 
     def flush(self) -> None:
         self._on_disk(self._file.flush)
@@ -134,8 +157,15 @@ class RunLog:
         self.flush()
         with suppress(OSError):  # the same once more
             self._file.close()
-        for tracker in self.trackers:
-            tracker.close()
+        self._track(lambda tracker: tracker.close())
+
+    def _track(self, call: Callable[[Tracker], object]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # a disk, a network: nothing that training should end for
+                self.trackers.remove(tracker)
+                print(f"{type(tracker).__name__} is left out from now on: {error}", flush=True)
 
 
 def _finite(value: Any) -> Any:
@@ -147,7 +177,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
         except ValueError:
@@ -179,7 +209,7 @@ def plot_curves(rows: Sequence[Row], curves: Sequence[Curve], path: Path, title:
     lines = -(-len(curves) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.0 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for index, curve in enumerate(curves):
         axes = figure.add_subplot(lines, columns, index + 1)
         for number, name in enumerate(name for name in curve.names if len(series[name][0])):

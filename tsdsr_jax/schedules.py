@@ -44,7 +44,7 @@ def learning_rate(
             progress < 1, 0.5 * (1 + jnp.cos(jnp.pi * ((cycles * progress) % 1))), 0
         ),
         "polynomial": lambda progress: (
-            ((peak - _POLYNOMIAL_END) * (1 - progress) ** power + _POLYNOMIAL_END) / peak
+            ((peak - _POLYNOMIAL_END) * (1 - progress) ** power + _POLYNOMIAL_END) / (peak or 1.0)
         ),
     }
     if name not in curves:

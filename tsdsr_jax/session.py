@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -17,6 +18,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
@@ -94,7 +97,7 @@ class RunOptions:
     validation_steps: int = 5000
     """Restore fixed samples every so many steps, at the start and at the end."""
     validation_dir: Path | None = None
-    """Prepared set to validate on; default: the first training samples."""
+    """Prepared set to validate on, of images of the training images' size; default: the first training samples."""
     num_validation_images: int = 4
     """Samples to validate on."""
 
@@ -127,8 +130,9 @@ class RunOptions:
                  "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
                  "logging_steps", "max_bad_steps")  # fmt: skip
         at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise UserError(f"--output_dir {self.output_dir}: is a file; expected a folder")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed {self.seed}: expected less than 2**32")
+        check_writable(self.output_dir)
         check_trackers(self.report_to)
 
     def start(self) -> Mesh:
@@ -155,6 +159,17 @@ def at_least(options: Any, bound: int, *names: str) -> None:
             raise UserError(f"--{name} {value:g}: expected at least {bound}")
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError where a folder cannot be made or written, without making it."""
+    place = folder.resolve()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"--output_dir {folder}: {place} is a file; expected a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: {place} is not writable")
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What is trained.
@@ -165,6 +180,7 @@ class Task:
       put: this process's samples -> the global batch on the devices.
       put_state: a state of host arrays -> on the devices.
       validate: state -> (figures, picture).
+      new_precision: a state that was trained in another precision -> one for this.
       files: state -> weights to export beside a checkpoint, file name -> tensors.
       identity: what a checkpoint must agree in to be resumed.
       curves: what to plot.
@@ -176,6 +192,7 @@ class Task:
     put: Callable[[LocalBatch], Any]
     put_state: Callable[[Any], Any]
     validate: Callable[[Any], tuple[dict[str, float], Image.Image]]
+    new_precision: Callable[[Any], Any]
     files: Callable[[Any], checkpoint.Files]
     identity: Mapping[str, Any]
     curves: Sequence[Curve]
@@ -184,7 +201,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What it is trained on: the samples, what each looks like, and the whole set's hash."""
+    """What it is trained on: the samples, what each looks like, and a hash that tells the set from others."""
 
     source: Source
     shapes: Shapes
@@ -198,12 +215,38 @@ class Start:
     Attributes:
       step: steps done.
       samples: samples seen.
-      bad_samples: names of samples that could not be used.
+      path: the checkpoint.
     """
 
     step: int = 0
     samples: int = 0
-    bad_samples: tuple[str, ...] = ()
+    path: Path | None = None
+
+
+def find_start(options: RunOptions) -> Path | None:
+    """The checkpoint to resume, if any; cheap, for before anything is loaded.
+
+    Raises:
+      UserError: no such checkpoint, or the run would overwrite, delete or mix with checkpoints of another.
+    """
+    folder, wanted = options.output_dir, options.resume_from_checkpoint
+    path = checkpoint.find(folder, wanted) if wanted else None
+    newest = checkpoint.find(folder, "latest")
+    if newest and path is None:
+        raise UserError(
+            f"{folder}: holds {newest.name} of an earlier run; continue it with --resume_from_checkpoint latest, or choose "
+            "another --output_dir"
+        )
+    if newest and path.resolve().parent != folder.resolve():
+        raise UserError(
+            f"{folder}: holds {newest.name} of a run of its own; choose another --output_dir to go on from {path}"
+        )
+    if newest and checkpoint.step_of(newest) > checkpoint.step_of(path):
+        raise UserError(
+            f"{folder}: holds {newest.name}, later than {path.name}; remove the later ones, or choose another --output_dir "
+            f"to go on from {path}"
+        )
+    return path
 
 
 def say(line: str) -> None:
@@ -219,7 +262,8 @@ def run(options: RunOptions, task: Task, data: Data, mesh: Mesh) -> None:
       UserError: a checkpoint that does not fit, bad data, no memory, or gradients that stay bad.
       SystemExit: stopped by a signal (143 or 130), after saving; or the last checkpoint could not be saved (1).
     """
-    _Run(options, task, data, mesh).all()
+    with loop.explained_memory():
+        _Run(options, task, data, mesh).all()
 
 
 class _Run:
@@ -241,8 +285,12 @@ class _Run:
             if begun is None:
                 return
             self.start, state = begun
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
             self.checkpoints = checkpoint.Checkpoints(self.folder, options.checkpoints_total_limit, say)
-            self.bad = BadSamples(len(self.data.source), options.max_bad_samples, self.start.bad_samples)
+            self.bad = BadSamples(len(self.data.source), options.max_bad_samples)
             self.log = self.open_log() if jax.process_index() == 0 else None
             stop = loop.StopSignal()
             try:
@@ -260,33 +308,24 @@ class _Run:
     # --- beginning ---------------------------------------------------------------------------
 
     def begin(self) -> tuple[Start, Any] | None:
-        """A new state, or a checkpoint's, never one whose checkpoints would overwrite later ones; None: all is done."""
-        wanted = self.options.resume_from_checkpoint
-        path = checkpoint.find(self.folder, wanted) if wanted else None
-        newest = checkpoint.find(self.folder, "latest")
-        if newest and path is None:
-            raise UserError(
-                f"{self.folder}: holds {newest.name} of an earlier run; continue it with --resume_from_checkpoint latest, "
-                "or choose another --output_dir"
-            )
-        if newest and checkpoint.step_of(newest) > checkpoint.step_of(path):
-            raise UserError(
-                f"{self.folder}: holds {newest.name}, later than {path.name}; remove the later ones, or choose another "
-                f"--output_dir to go on from {path}"
-            )
-        if path is not None:
-            return self.resume(path)
-        if wanted:
+        """A new state, or a checkpoint's; None: all is done."""
+        path = find_start(self.options)
+        meta = checkpoint.read_meta(path) if path else None
+        agree(meta["step"] if meta else 0)
+        if path and meta:
+            return self.resume(path, meta)
+        if self.options.resume_from_checkpoint:
             say(f"nothing to resume in {self.folder}: starting new")
         return Start(), self.task.new_state()
 
-    def resume(self, path: Path) -> tuple[Start, Any] | None:
-        meta = checkpoint.read_meta(path)
+    def resume(self, path: Path, meta: Mapping[str, Any]) -> tuple[Start, Any] | None:
         if differing := differences(meta["identity"], self.identity):
             listed = "".join(f"\n  {line}" for line in differing)
             raise UserError(
                 f"{path}: belongs to another run than this, and is not resumed. What differs:{listed}"
             )
+        if meta["rows"] != self.rows:
+            self.check_rows(path, meta["rows"])
         if meta["step"] >= self.steps:
             say(
                 f"{path}: all {self.steps} steps are done; raise --max_train_steps or --num_train_epochs to train on"
@@ -296,25 +335,35 @@ class _Run:
         theirs = {name: value for name, value in meta["options"].items() if name not in _HARMLESS}
         for line in differences(theirs, ours):
             say(f"note: changed since the checkpoint: --{line}")
-        state = self.task.put_state(checkpoint.read_state(path, jax.eval_shape(self.task.new_state)))
+        state = checkpoint.read_state(path, jax.eval_shape(self.task.new_state))
+        if theirs.get("mixed_precision") != self.options.mixed_precision:
+            state = self.task.new_precision(state)
         say(f"resuming from {path}: {meta['step']} steps done, {meta['samples']} samples seen")
-        return Start(meta["step"], meta["samples"], tuple(meta["bad_samples"])), state
+        return Start(meta["step"], meta["samples"], path), self.task.put_state(state)
+
+    def check_rows(self, path: Path, before: int) -> None:
+        """Another number of images in a step: fine, if the length of the run is given in steps."""
+        if self.options.max_train_steps is None:
+            raise UserError(
+                f"{path}: had {before} images in a step, this run has {self.rows}, so epochs take another number of steps; "
+                "give the total with --max_train_steps, or keep devices × --train_batch_size × accumulation as it was"
+            )
+        say(f"note: {self.rows} images in a step, {before} before the checkpoint")
 
     def open_log(self) -> RunLog:
         options = self.options
-        folder = self.folder / options.logging_dir
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder, start = self.folder / options.logging_dir, self.start
         with replacing(self.folder / "config.json") as temporary:
             temporary.write_text(json.dumps(options.as_json() | {"versions": versions()}, indent=2) + "\n")
         trackers: list[Tracker] = []
         for name in check_trackers(options.report_to):
             if name == "tensorboard":
-                trackers.append(TensorBoard(folder))
+                trackers.append(TensorBoard(folder, start.step or None))
             else:
-                trackers.append(
-                    Wandb(folder, options.log_name, options.as_json(), ROOT if options.log_code else None)
-                )
-        return RunLog(self.folder, self.start.step or None, trackers)
+                code = ROOT if options.log_code else None
+                trackers.append(Wandb(folder, options.log_name, options.as_json(), code, new=not start.step))
+        source = start.path.resolve().parent if start.path else None
+        return RunLog(self.folder, start.step or None, trackers, source)
 
     # --- running -----------------------------------------------------------------------------
 
@@ -333,7 +382,8 @@ class _Run:
         with closing(read_ahead(batches, self.options.dataloader_num_workers)) as reader:
             for batch in reader:
                 for message in self.bad.add(batch.problems):
-                    say(f"left out: {message}")
+                    # By every process: what one reads, the others do not.
+                    tqdm.write(f"left out: {message}")
                 yield self.task.put(batch)
 
     def schedule(self) -> loop.Schedule:
@@ -371,7 +421,7 @@ class _Run:
         meta = {
             "step": step,
             "samples": self.start.samples + (step - self.start.step) * self.rows,
-            "bad_samples": self.bad.names,
+            "rows": self.rows,
             "identity": self.identity,
             "options": self.options.as_json(),
             "versions": versions(),
@@ -382,41 +432,69 @@ class _Run:
         title = f"{self.options.log_name}: {self.folder.name}"
         try:
             plot_curves(read_rows(self.log.path), self.task.curves, self.folder / "curves.png", title)
-        except UserError as error:  # as above
-            say(str(error))
+        except Exception as error:  # as above, whatever it is
+            say(f"no curves: {error}")
 
     # --- ending ------------------------------------------------------------------------------
 
     def finish(self, step: int, stop: loop.StopSignal) -> None:
         path = self.checkpoints.path(step)
         unsaved = self.checkpoints.failed is not None
-        if stop.received is not None:
-            where = (
-                "could not save" if unsaved else f"saved {path}" if path.is_dir() else "nothing to save yet"
-            )
-            say(
-                f"stopped after {step} of {self.steps} steps; {where}; --resume_from_checkpoint latest goes on"
-            )
+        if stop.received is not None and step < self.steps:
+            where, again = "could not save", self.options.resume_from_checkpoint
+            if not unsaved and path.is_dir():
+                where, again = f"saved {path}", "latest"
+            elif not unsaved:
+                where, again = "nothing new to save", self.start.path
+            hint = f"; --resume_from_checkpoint {again} goes on" if again else ""
+            say(f"stopped after {step} of {self.steps} steps; {where}{hint}")
             raise SystemExit(1 if unsaved else 128 + stop.received)
         if self.log:
-            summary = summarise(
-                read_rows(self.log.path), [name for curve in self.task.curves for name in curve.names]
-            )
-            summary_file = {"steps": step, "samples": self.start.samples + (step - self.start.step) * self.rows,
-                            "bad_samples": self.bad.names, "values": summary}  # fmt: skip
-            say(
-                f"{step} steps done; each value's mean over its first and its last tenth:\n{summary_table(summary)}"
-            )
-            say(
-                f"curves: {self.folder / 'curves.png'}; pictures: {self.folder / 'validation'}; log: {self.log.path}"
-            )
-            with replacing(self.folder / "summary.json") as temporary:
-                temporary.write_text(json.dumps(summary_file, indent=2) + "\n")
+            self.summarise(step)
         if self.bad.names:
             say(f"{len(self.bad.names)} samples were left out: {', '.join(self.bad.names[:5])}")
         if unsaved:
             raise UserError(f"{path}: the last checkpoint could not be saved ({self.checkpoints.failed})")
         say(self.task.how_to_use(path))
+
+    def summarise(self, step: int) -> None:
+        """Prints and writes what the log comes to."""
+        rows = read_rows(self.log.path)
+        values = summarise(rows, [name for curve in self.task.curves for name in curve.names])
+        skipped = sum(row.get("bad_steps", 0) > 0 for row in rows)
+        say(
+            f"{step} steps done; each value's mean over its first and its last tenth:\n{summary_table(values)}"
+        )
+        if skipped:
+            say(f"{skipped} of these steps changed nothing, because gradients or updates were not finite")
+        replaced = sum(row.get("tsd_not_finite", 0) > 0 for row in rows)
+        if replaced:
+            say(
+                f"in {replaced} steps, teacher or auxiliary network gave values that were not finite (tsd_not_finite)"
+            )
+        say(
+            f"curves: {self.folder / 'curves.png'}; pictures: {self.folder / 'validation'}; log: {self.log.path}"
+        )
+        summary = {
+            "steps": step,
+            "samples": self.start.samples + (step - self.start.step) * self.rows,
+            "skipped_steps": skipped,
+            "bad_samples": self.bad.names,
+            "values": values,
+        }
+        with replacing(self.folder / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def agree(step: int) -> None:
+    """Raises UserError, in every process, unless all begin at the same step."""
+    if jax.process_count() > 1:
+        steps = multihost_utils.process_allgather(np.int32(step)).ravel().tolist()
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}); --output_dir must be a "
+                "folder that all of them share"
+            )
 
 
 # Flags that may change between two parts of a run without changing what it computes.

@@ -123,6 +123,14 @@ class Trainer:
             loss_scale=LossScale(jnp.float32(INITIAL_SCALE if self.dynamic_scale else 1), jnp.int32(0)),
         )
 
+    def with_new_scale(self, state: TrainState) -> TrainState:
+        """The state with the loss scale that training in this precision starts with."""
+        value = INITIAL_SCALE if self.dynamic_scale else 1
+        scale = LossScale(
+            jnp.full_like(state.loss_scale.value, value), jnp.zeros_like(state.loss_scale.good_steps)
+        )
+        return state._replace(loss_scale=scale)
+
     def step(
         self, state: TrainState, base: Base, batches: Batch, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
@@ -135,18 +143,20 @@ class Trainer:
           key: the run's key; the step number and the part are folded in.
 
         Returns:
-          The new state and scalar metrics. Where a gradient is not finite the adapters and optimisers stay as they are.
+          The new state and scalar metrics. Where a gradient or an update is not finite the adapters and optimisers stay
+          as they are.
         """
         gradients, metrics = self._gradients(state, base, batches, jax.random.fold_in(key, state.step))
         student_norm, auxiliary_norm = (optax.global_norm(gradient) for gradient in gradients)
-        finite = jnp.isfinite(student_norm) & jnp.isfinite(auxiliary_norm)
-
         student_updates, student_optimizer = self._student_optimizer.update(
             gradients[0], state.student_optimizer, state.student
         )
         auxiliary_updates, auxiliary_optimizer = self._auxiliary_optimizer.update(
             gradients[1], state.auxiliary_optimizer, state.auxiliary
         )
+        # Of the updates, too: an optimiser can make NaN of finite gradients.
+        update_norms = [optax.global_norm(updates) for updates in (student_updates, auxiliary_updates)]
+        finite = jnp.isfinite(jnp.stack([student_norm, auxiliary_norm, *update_norms])).all()
         student = optax.apply_updates(state.student, student_updates)
         auxiliary = optax.apply_updates(state.auxiliary, auxiliary_updates)
         moved = student, auxiliary, student_optimizer, auxiliary_optimizer, self._average(state.ema, student)
@@ -167,7 +177,7 @@ class Trainer:
         norms = {
             "student_gradient_norm": student_norm,
             "auxiliary_gradient_norm": auxiliary_norm,
-            "student_update_norm": jnp.where(finite, optax.global_norm(student_updates), 0),
+            "student_update_norm": jnp.where(finite, update_norms[0], 0),
             "student_norm": optax.global_norm(student),
             "learning_rate": self._rate(_updates_done(state.student_optimizer)),
             "bad_steps": new_state.bad_steps,

@@ -124,7 +124,7 @@ def tsd_gradient(
     auxiliary: Predict,
     schedule: jax.Array,
     config: TSDConfig,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """What the student's latent should move against: λ·g_VSD + (1 − λ)·g_TSM, summed over the trajectory.
 
     Both latents are noised alike and followed to less noise, the fake one by the auxiliary network, the real one by the
@@ -144,7 +144,8 @@ def tsd_gradient(
       schedule: (1000,) noise levels.
 
     Returns:
-      (B, h, w, C) float32, finite; no gradient flows through it.
+      The gradient, (B, h, w, C) float32, finite, through which none flows; and how many of its terms were not finite, a
+      scalar: as in the original, NaN counts as 0 and infinity as the largest number.
     """
     points = len(config.point_weights)
     levels = schedule[trajectory(index, bias, points, config.stride)].T  # (points + 1, B)
@@ -162,15 +163,16 @@ def tsd_gradient(
         auxiliary_fake = auxiliary(fake_n, timesteps(sigma)).astype(jnp.float32)
         variational, matching = teacher_fake - auxiliary_fake, teacher_fake - teacher_real
         mixed = config.balance * variational + (1 - config.balance) * matching
-        gradient = jnp.nan_to_num(per_sample(jnp.square(sigma), mixed) * weight * mixed)
+        term = per_sample(jnp.square(sigma), mixed) * weight * mixed
+        gradient, replaced = jnp.nan_to_num(term), jnp.sum(~jnp.isfinite(term))
         onward = (
             euler_step(fake_n, auxiliary_fake, sigma, following),
             euler_step(real_n, teacher_real, sigma, following),
         )
-        return onward, gradient
+        return onward, (gradient, replaced)
 
-    _, gradients = jax.lax.scan(visit, start, (levels[:-1], levels[1:], weights))
-    return jax.lax.stop_gradient(jnp.nan_to_num(gradients.sum(0)))
+    _, (gradients, replaced) = jax.lax.scan(visit, start, (levels[:-1], levels[1:], weights))
+    return jax.lax.stop_gradient(jnp.nan_to_num(gradients.sum(0))), replaced.sum()
 
 
 def tsd_loss(fake: jax.Array, gradient: jax.Array) -> jax.Array:

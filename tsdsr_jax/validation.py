@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,14 @@ class Validation:
 
     def __init__(self, losses: Losses, mesh: Mesh, base: Base, records: Sequence[Record]):
         self.base, self.records = base, records
-        rows = -(-len(records) // mesh.size) * mesh.size
-        repeated = [records[index % len(records)] for index in range(rows)]
-        lr, hr, latent, prompt, pooled = (
-            global_array(np.stack(leaves), batch_sharding(mesh)) for leaves in zip(*repeated, strict=True)
-        )
-        self._samples = Samples(lr, hr, latent, Text(prompt, pooled))
+        # One sample per device at a time.
+        self._batches = []
+        for first in range(0, len(records), mesh.size):
+            filled = [records[index % len(records)] for index in range(first, first + mesh.size)]
+            lr, hr, latent, prompt, pooled = (
+                global_array(np.stack(leaves), batch_sharding(mesh)) for leaves in zip(*filled, strict=True)
+            )
+            self._batches.append(Samples(lr, hr, latent, Text(prompt, pooled)))
 
         def restore(student: Student, base: Base, samples: Samples) -> tuple[jax.Array, jax.Array]:
             batch = to_batch(samples, base.default)
@@ -53,8 +55,10 @@ class Validation:
     def __call__(self, student: Student) -> tuple[dict[str, float], Image.Image]:
         """Mean latent error and PSNR (RGB, dB) over the samples, and the comparison sheet."""
         count = len(self.records)
+        restored = [self._restore(student, self.base, batch) for batch in self._batches]
         pictures, errors = (
-            np.asarray(out)[:count] for out in self._restore(student, self.base, self._samples)
+            np.concatenate([np.asarray(part) for part in parts])[:count]
+            for parts in zip(*restored, strict=True)
         )
         psnr = [_psnr(picture, record.hr) for picture, record in zip(pictures, self.records, strict=True)]
         rows = [
@@ -70,8 +74,13 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-8)))
 
 
-def pick(source: Source, shapes: Shapes, count: int) -> list[Record]:
-    """The first samples that can be used, at most `count`.
+def pick(
+    source: Source, shapes: Shapes, count: int, note: Callable[[str], object] = lambda line: None
+) -> list[Record]:
+    """The first samples that can be used, at most `count`: those of the training samples' shapes.
+
+    Args:
+      note: told of each one that is left out.
 
     Raises:
       UserError: there is none.
@@ -86,6 +95,7 @@ def pick(source: Source, shapes: Shapes, count: int) -> list[Record]:
             picked.append(shapes.cast(record))
         except UserError as error:
             problems.append(str(error))
+            note(f"not validated on: {error}")
     if not picked:
         raise UserError(
             "no validation sample can be used:\n" + "\n".join(f"  {line}" for line in problems[:5])

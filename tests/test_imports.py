@@ -54,7 +54,8 @@ print("imported")
 
 def test_importing_the_library_starts_no_backend():
     code = (
-        "import tsdsr_jax.upscaler, tsdsr_jax.folder, tsdsr_jax.pretrained; from jax._src import xla_bridge; "
+        "import tsdsr_jax.upscaler, tsdsr_jax.folder, tsdsr_jax.pretrained, train.distill; "
+        "from jax._src import xla_bridge; "
         "print(xla_bridge.backends_are_initialized())"
     )
     result = run(code)
@@ -63,7 +64,8 @@ def test_importing_the_library_starts_no_backend():
 
 def test_upscaling_needs_no_torch():
     result = run(
-        "import sys; sys.modules['torch'] = None; import infer.upscale, convert.sd3, convert.lora, convert.lpips; "
+        "import sys; sys.modules['torch'] = None; import infer.upscale, train.distill, "
+        "convert.sd3, convert.lora, convert.lpips; "
         "print('fine')"
     )
     assert result.stdout == "fine\n", result.stderr

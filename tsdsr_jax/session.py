@@ -500,7 +500,8 @@ def agree(step: int) -> None:
 # Flags that may change between two parts of a run without changing what it computes.
 _HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", "log_code", "report_to", "logging_steps",
              "coordinator_address", "process_id", "num_processes", "multi_host", "dataloader_num_workers",
-             "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "data_dir")  # fmt: skip
+             "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_dir",
+             "num_validation_images", "data_dir")  # fmt: skip
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,313 @@
+"""The two-order degradation that makes training pairs: blur, resize, noise, JPEG, twice (Real-ESRGAN, Wang et al. 2021).
+
+Order and constants are those of SeeSR's `make_paired_data.py`, which TSD-SR names as its source. Every draw is a sample's
+own; the script shares some within a batch, with the same distribution.
+
+Images are (H, W, 3) float32 RGB in [0, 1]; random numbers come from a NumPy generator. No jax: Grain's workers run this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+from scipy.sparse import csr_array
+
+from tsdsr_jax.blur_kernels import Shape, blur_kernel, pulse, sinc_kernel
+from tsdsr_jax.jpeg_model import jpeg
+from tsdsr_jax.resize import bicubic
+
+Range = tuple[float, float]
+Mode = Literal["area", "bilinear", "bicubic"]
+MODES: tuple[Mode, ...] = ("area", "bilinear", "bicubic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """One round of blur, resize, noise and JPEG.
+
+    Attributes:
+      blur: probability of blurring at all.
+      sigma: of the kernels.
+      resize: probabilities of enlarging, shrinking and keeping.
+      enlarge, shrink: ranges of the factor.
+      gaussian: probability of Gaussian noise; else Poisson.
+      noise: deviation of the Gaussian noise, in grey levels of 255.
+      poisson: factor on the Poisson noise.
+      grey: probability of noise that is the same in all channels.
+      quality: of JPEG.
+    """
+
+    blur: float
+    sigma: Range
+    resize: tuple[float, float, float]
+    enlarge: Range
+    shrink: Range
+    gaussian: float
+    noise: Range
+    poisson: Range
+    grey: float
+    quality: Range
+
+
+@dataclasses.dataclass(frozen=True)
+class DegradationConfig:
+    """All of it; defaults are the published values.
+
+    Attributes:
+      scale: side of the photograph over that of its low-resolution version.
+      sharpen: unsharp-mask the photograph, as target and as source; the script's default.
+      first, second: the two rounds. The second's JPEG comes with the last resize.
+      kernel_sizes: sides, all equally likely.
+      kernel_padding: side that all kernels are padded to.
+      sinc: probability of a sinc kernel instead of one of the mixture.
+      mixture: (shape, isotropic, probability).
+      generalized_beta, plateau_beta: two ranges each of the exponent, equally likely.
+      final_sinc: probability of the sinc filter at the end.
+    """
+
+    scale: int = 4
+    sharpen: bool = True
+    first: Order = Order(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (1.0, 1.5), (0.15, 1.0), 0.5, (1.0, 30.0), (0.05, 3.0), 0.4,
+                         (30.0, 95.0))  # fmt: skip
+    second: Order = Order(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (1.0, 1.2), (0.3, 1.0), 0.5, (1.0, 25.0), (0.05, 2.5), 0.4,
+                          (30.0, 95.0))  # fmt: skip
+    kernel_sizes: tuple[int, ...] = tuple(range(7, 22, 2))
+    kernel_padding: int = 21
+    sinc: float = 0.1
+    mixture: tuple[tuple[Shape, bool, float], ...] = (
+        ("gaussian", True, 0.45),
+        ("gaussian", False, 0.25),
+        ("generalized", True, 0.12),
+        ("generalized", False, 0.03),
+        ("plateau", True, 0.12),
+        ("plateau", False, 0.03),
+    )
+    generalized_beta: tuple[Range, Range] = ((0.5, 1.0), (1.0, 4.0))
+    plateau_beta: tuple[Range, Range] = ((1.0, 1.0), (1.0, 2.0))
+    final_sinc: float = 0.8
+
+
+class Pair(NamedTuple):
+    """A training pair, (H, W, 3) uint8 both; `lr` is enlarged to the size of `hr`."""
+
+    lr: np.ndarray
+    hr: np.ndarray
+
+
+def degrade(
+    photo: np.ndarray, generator: np.random.Generator, config: DegradationConfig | None = None
+) -> Pair:
+    """Makes a pair of a photograph.
+
+    Args:
+      photo: (H, W, 3) float32 in [0, 1], sides multiples of the scale.
+      generator: all randomness.
+
+    Returns:
+      The pair, rounded half to even as the script writes its files.
+
+    Raises:
+      ValueError: a side is no multiple of the scale.
+    """
+    config = config or DegradationConfig()
+    height, width = photo.shape[:2]
+    if height % config.scale or width % config.scale:
+        raise ValueError(f"sides must be multiples of {config.scale}, not {height}×{width}")
+    hr = sharpen(photo) if config.sharpen else photo
+    small = low_resolution(hr, generator, config)
+    return Pair(to_bytes(bicubic(small, height, width)), to_bytes(hr))
+
+
+def low_resolution(hr: np.ndarray, generator: np.random.Generator, config: DegradationConfig) -> np.ndarray:
+    """(H, W, 3) -> (H / scale, W / scale, 3) float32 in [0, 1], not rounded."""
+    height, width = (side // config.scale for side in hr.shape[:2])
+    first, second = config.first, config.second
+
+    image = convolve(hr, draw_kernel(generator, first.sigma, config))
+    factor = draw_factor(generator, first)
+    image = resize_by(image, factor, draw_mode(generator))
+    image = jpeg(add_noise(image, generator, first), generator.uniform(*first.quality))
+
+    if generator.random() < second.blur:
+        image = convolve(image, draw_kernel(generator, second.sigma, config))
+    factor = draw_factor(generator, second)
+    image = resize_to(image, max(1, int(height * factor)), max(1, int(width * factor)), draw_mode(generator))
+    image = add_noise(image, generator, second)
+
+    def finish(image: np.ndarray) -> np.ndarray:
+        small = resize_to(image, height, width, draw_mode(generator))
+        return convolve(small, draw_final_kernel(generator, config))
+
+    quality = generator.uniform(*second.quality)
+    if generator.random() < 0.5:
+        image = jpeg(np.clip(finish(image), 0, 1), quality)
+    else:
+        image = finish(jpeg(np.clip(image, 0, 1), quality))
+    return np.clip(image, 0, 1)
+
+
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """[0, 1] to 0...255, rounded half to even; what lies outside saturates."""
+    return np.clip(np.round(255 * image), 0, 255).astype(np.uint8)
+
+
+# --- blur -----------------------------------------------------------------------------------------
+
+
+def draw_kernel(generator: np.random.Generator, sigma: Range, config: DegradationConfig) -> np.ndarray:
+    """A random kernel, (padding, padding) float32."""
+    size = int(generator.choice(config.kernel_sizes))
+    if generator.random() < config.sinc:
+        lowest = np.pi / 3 if size < 13 else np.pi / 5
+        return padded(sinc_kernel(size, generator.uniform(lowest, np.pi)), config.kernel_padding)
+    chances = np.array([chance for _, _, chance in config.mixture])
+    shape, isotropic, _ = config.mixture[generator.choice(len(chances), p=chances / chances.sum())]
+    sigma_x = generator.uniform(*sigma)
+    sigma_y, angle = (
+        (None, 0.0) if isotropic else (generator.uniform(*sigma), generator.uniform(-np.pi, np.pi))
+    )
+    beta = 1.0
+    if shape != "gaussian":
+        ranges = config.generalized_beta if shape == "generalized" else config.plateau_beta
+        beta = generator.uniform(*ranges[int(generator.random() >= 0.5)])
+    return padded(blur_kernel(shape, size, sigma_x, sigma_y, angle, beta), config.kernel_padding)
+
+
+def draw_final_kernel(generator: np.random.Generator, config: DegradationConfig) -> np.ndarray:
+    """The last filter: a sinc, or one that changes nothing."""
+    if generator.random() >= config.final_sinc:
+        return padded(pulse(1), config.kernel_padding)
+    size = int(generator.choice(config.kernel_sizes))
+    return padded(sinc_kernel(size, generator.uniform(np.pi / 3, np.pi)), config.kernel_padding)
+
+
+def padded(kernel: np.ndarray, side: int) -> np.ndarray:
+    """The kernel amid zeros, (side, side) float32."""
+    return np.pad(kernel, (side - kernel.shape[0]) // 2).astype(np.float32)
+
+
+def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Cross-correlation, the image mirrored at its borders without repeating the edge."""
+    return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+
+
+def sharpen(image: np.ndarray, side: int = 51, weight: float = 0.5, threshold: float = 10.0) -> np.ndarray:
+    """Unsharp mask where the detail exceeds the threshold (in grey levels), softly blended."""
+
+    def blur(x: np.ndarray) -> np.ndarray:
+        # A deviation of 0 lets OpenCV choose: 8 for 51 pixels.
+        return cv2.GaussianBlur(x, (side, side), 0, borderType=cv2.BORDER_REFLECT_101)
+
+    detail = image - blur(image)
+    soft = blur((255 * np.abs(detail) > threshold).astype(np.float32))
+    return soft * np.clip(image + weight * detail, 0, 1) + (1 - soft) * image
+
+
+# --- resize ---------------------------------------------------------------------------------------
+
+
+def draw_factor(generator: np.random.Generator, order: Order) -> float:
+    kind = generator.choice(3, p=np.array(order.resize) / sum(order.resize))
+    return 1.0 if kind == 2 else generator.uniform(*(order.enlarge, order.shrink)[kind])
+
+
+def draw_mode(generator: np.random.Generator) -> Mode:
+    return MODES[generator.integers(len(MODES))]
+
+
+def resize_by(image: np.ndarray, factor: float, mode: Mode) -> np.ndarray:
+    """torch's `interpolate(scale_factor=factor)`: floor(side · factor) pixels, sampled every 1 / factor."""
+    height, width = (max(1, int(side * factor)) for side in image.shape[:2])
+    return _resample(image, height, width, mode, factor)
+
+
+def resize_to(image: np.ndarray, height: int, width: int, mode: Mode) -> np.ndarray:
+    """torch's `interpolate(size=(height, width))`: sampled every in / out pixels. Never antialiased."""
+    return _resample(image, height, width, mode, None)
+
+
+def _resample(image: np.ndarray, height: int, width: int, mode: Mode, factor: float | None) -> np.ndarray:
+    rows, columns, channels = image.shape
+    down = axis_weights(rows, height, mode, rows / height if factor is None else 1 / factor)
+    across = axis_weights(columns, width, mode, columns / width if factor is None else 1 / factor)
+    image = (down @ image.reshape(rows, -1)).reshape(height, columns, channels)
+    turned = np.ascontiguousarray(image.transpose(1, 0, 2)).reshape(columns, -1)
+    return np.ascontiguousarray((across @ turned).reshape(width, height, channels).transpose(1, 0, 2))
+
+
+@lru_cache(maxsize=64)
+def axis_weights(inputs: int, outputs: int, mode: Mode, step: float) -> csr_array:
+    """The resampling of one axis as a sparse (outputs, inputs) float32 matrix.
+
+    Args:
+      step: input pixels between two outputs, for the interpolating modes; centres lie at half integers.
+    """
+    index = np.arange(outputs)
+    if mode == "area":
+        # Integer arithmetic: output i averages the inputs that the interval [i, i + 1)·inputs/outputs touches.
+        first, last = index * inputs // outputs, -(-(index + 1) * inputs // outputs)
+        counts = last - first
+        taps = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
+        weights = np.repeat(1 / counts, counts)
+        return _sparse(weights, taps, np.repeat(index, counts), (outputs, inputs))
+    position = (index + 0.5) * step - 0.5
+    if mode == "bilinear":
+        position = np.maximum(position, 0)
+        offsets, weight = np.arange(2), lambda distance: np.maximum(0, 1 - distance)
+    else:
+        offsets, weight = np.arange(-1, 3), _cubic
+    base = np.floor(position).astype(int)
+    taps = base[:, None] + offsets
+    weights = weight(np.abs(position[:, None] - taps))
+    taps = np.clip(taps, 0, inputs - 1)
+    return _sparse(weights.ravel(), taps.ravel(), np.repeat(index, len(offsets)), (outputs, inputs))
+
+
+def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """The cubic convolution kernel with torch's constant."""
+    near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+    far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+
+
+def _sparse(weights: np.ndarray, columns: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> csr_array:
+    return csr_array((weights.astype(np.float32), (rows, columns)), shape=shape)
+
+
+# --- noise ----------------------------------------------------------------------------------------
+
+
+def add_noise(image: np.ndarray, generator: np.random.Generator, order: Order) -> np.ndarray:
+    """Gaussian or Poisson noise, in colour or grey; clipped to [0, 1]."""
+    if generator.random() < order.gaussian:
+        noise = gaussian_noise(
+            image.shape, generator, generator.uniform(*order.noise), generator.random() < order.grey
+        )
+    else:
+        scale = generator.uniform(*order.poisson)
+        noise = scale * poisson_noise(image, generator, generator.random() < order.grey)
+    return np.clip(image + noise, 0, 1, dtype=np.float32)
+
+
+def gaussian_noise(
+    shape: tuple[int, ...], generator: np.random.Generator, sigma: float, grey: bool
+) -> np.ndarray:
+    """(H, W, 3), or (H, W, 1) where all channels share it; of deviation sigma / 255."""
+    return generator.standard_normal((*shape[:2], 1 if grey else shape[2]), np.float32) * np.float32(
+        sigma / 255
+    )
+
+
+def poisson_noise(image: np.ndarray, generator: np.random.Generator, grey: bool) -> np.ndarray:
+    """What photon counting would add to the image, rounded to 8 bits; (H, W, 3), or (H, W, 1).
+
+    The number of photons at white is the number of distinct values in the image, rounded up to a power of two.
+    """
+    clean = image @ np.array([[0.2989], [0.587], [0.114]], np.float32) if grey else image
+    clean = np.clip(np.round(255 * clean), 0, 255) / 255
+    photons = 2 ** np.ceil(np.log2(len(np.unique(clean))))
+    return (generator.poisson(clean * photons) / photons - clean).astype(np.float32)

@@ -21,9 +21,11 @@ from numpy.typing import ArrayLike
 from tsdsr_jax import lora, torch_weights
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.objective import Batch, Draws
 from tsdsr_jax.pretrained import TORCH_STEM, Part, torch_config
 from tsdsr_jax.tensor_files import TensorSpec, save_tensors
 from tsdsr_jax.torch_weights import Config, Tree
+from tsdsr_jax.tsd import Text
 
 # Float32 against float32, another order of summation: single layers agree to 1e-6, whole networks to this.
 TOLERANCE = 1e-5
@@ -161,6 +163,51 @@ def lora_of(oracle: Any, model: Any, adapter: str = "default") -> Tree:
     state = arrays(oracle.lora_state(model, adapter))
     reader = MemoryReader({oracle.LORA_PREFIX + name: array for name, array in state.items()})
     return torch_weights.read_lora(reader.specs, reader.read, config_of(model), "memory")
+
+
+# --- a training step's losses ---------------------------------------------------------------
+
+
+def nhwc(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
+
+
+def losses_and_gradients(
+    losses: Any, base: Any, student: Any, auxiliary: Tree, data: Mapping[str, np.ndarray]
+) -> Any:
+    """ẑ, the losses, and every adapter's gradients under torch's names.
+
+    Args:
+      losses, base, student, auxiliary: as the training step has them.
+      data: the batch and the draws by name, images and latents NCHW.
+
+    Returns:
+      (ẑ (B, h, w, C), {loss: value}, {"student", "vae", "auxiliary": {name: gradient}}).
+    """
+    batch = Batch(
+        nhwc(data["lr"]), nhwc(data["hr"]), nhwc(data["latent_hr"]),
+        Text(data["states"], data["pooled"]), Text(data["student_states"], data["student_pooled"]),
+    )  # fmt: skip
+    draws = Draws(**{
+        name: nhwc(data[name]) if data[name].ndim == 4 else jnp.asarray(data[name]) for name in Draws._fields
+    })  # fmt: skip
+
+    @jax.jit
+    def step(student, auxiliary):
+        (_, (fake, metrics)), gradients = jax.value_and_grad(losses.student, has_aux=True)(
+            student, base, auxiliary, batch, draws
+        )
+        value, slope = jax.value_and_grad(losses.auxiliary)(auxiliary, base, fake, batch, draws)
+        return fake, metrics | {"auxiliary": value}, gradients, slope
+
+    fake, metrics, gradients, slope = step(student, auxiliary)
+    transformer, vae = losses.mmdit.config, losses.vae.config
+    torch_gradients = {
+        "student": torch_weights.write_lora(gradients.transformer, transformer, prefix=""),
+        "vae": torch_weights.write_lora(gradients.vae, vae, prefix=""),
+        "auxiliary": torch_weights.write_lora(slope, transformer, prefix=""),
+    }
+    return np.asarray(fake), {name: float(value) for name, value in metrics.items()}, torch_gradients
 
 
 # --- checkpoint folders without torch ---------------------------------------------------------

@@ -10,16 +10,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 
 import oracle_models  # noqa: E402
 import oracle_training as oracle  # noqa: E402
+from parity import losses_and_gradients, nhwc  # noqa: E402
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig  # noqa: E402
-from tsdsr_jax.objective import Base, Batch, Draws, LossConfig, Losses, Student  # noqa: E402
+from tsdsr_jax.objective import Base, LossConfig, Losses, Student  # noqa: E402
 from tsdsr_jax.tensor_files import TensorSpec  # noqa: E402
-from tsdsr_jax.torch_weights import base_entries, read_lora, to_tree, write_lora  # noqa: E402
+from tsdsr_jax.torch_weights import base_entries, read_lora, to_tree  # noqa: E402
 from tsdsr_jax.tsd import Text, TSDConfig  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -61,10 +60,6 @@ def adapter(module, config, name="default"):
     }
     specs = {k: TensorSpec(v.shape, v.dtype) for k, v in state.items()}
     return read_lora(specs, state.__getitem__, config, name)
-
-
-def nhwc(array):
-    return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
 
 
 def problem(seed, size, use_bias):
@@ -112,29 +107,7 @@ def ours(networks, data, config, teacher):
     )
     student = Student(adapter(transformer, mmdit_config, "student"), adapter(vae, vae_config))
     auxiliary = adapter(transformer, mmdit_config, "auxiliary")
-    batch = Batch(
-        nhwc(data["lr"]), nhwc(data["hr"]), nhwc(data["latent_hr"]),
-        Text(data["states"], data["pooled"]), Text(data["student_states"], data["student_pooled"]),
-    )  # fmt: skip
-    draws = Draws(**{
-        name: nhwc(data[name]) if data[name].ndim == 4 else jnp.asarray(data[name]) for name in Draws._fields
-    })  # fmt: skip
-
-    @jax.jit
-    def step(student, auxiliary):
-        (_, (fake, metrics)), gradients = jax.value_and_grad(losses.student, has_aux=True)(
-            student, base, auxiliary, batch, draws
-        )
-        value, slope = jax.value_and_grad(losses.auxiliary)(auxiliary, base, fake, batch, draws)
-        return fake, {**metrics, "auxiliary": value}, gradients, slope
-
-    fake, metrics, gradients, slope = step(student, auxiliary)
-    torch_gradients = {
-        "student": write_lora(gradients.transformer, mmdit_config, prefix=""),
-        "vae": write_lora(gradients.vae, vae_config, prefix=""),
-        "auxiliary": write_lora(slope, mmdit_config, prefix=""),
-    }
-    return np.asarray(fake), {name: float(value) for name, value in metrics.items()}, torch_gradients
+    return losses_and_gradients(losses, base, student, auxiliary, data)
 
 
 def theirs(networks, data, config, teacher):

@@ -32,7 +32,7 @@ from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.objective import Base, LossConfig, Losses, Samples, Student
-from tsdsr_jax.session import DTYPES
+from tsdsr_jax.session import PRECISIONS
 from tsdsr_jax.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
 from tsdsr_jax.torch_weights import abstract_params
 from tsdsr_jax.training import OptimizerConfig, Trainer
@@ -96,7 +96,7 @@ def main() -> None:
 def measure(options: Options, batch: int, remat: bool) -> dict[str, Any]:
     """Compiles one step from shapes; gigabytes per device."""
     mesh = make_mesh(fsdp=options.fsdp)
-    dtype = DTYPES[options.mixed_precision]
+    dtype = PRECISIONS[options.mixed_precision]
     configs = MMDiTConfig.sd3_medium(), VAEConfig.sd3()
     networks = tuple(map(abstract_params, configs))
     pinned = placement(mesh) if options.fsdp > 1 else None

@@ -34,7 +34,6 @@ from tsdsr_jax.distillation import (
     adapter_files,
     check_shapes,
     check_tokens,
-    global_array,
     initial_state,
     load_adapters,
     load_teacher,
@@ -45,14 +44,14 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.loop import explained_memory
 from tsdsr_jax.lpips_weights import how_to_get, load_lpips
 from tsdsr_jax.models.lpips import LPIPS, Network
-from tsdsr_jax.objective import Base, LossConfig
+from tsdsr_jax.objective import Base, LossConfig, Student
 from tsdsr_jax.prepared import PreparedFolders
 from tsdsr_jax.pretrained import check_fit, open_checkpoint
 from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.run_log import Curve
 from tsdsr_jax.schedules import ScheduleName
 from tsdsr_jax.session import at_least, say
-from tsdsr_jax.sharding import replicated
+from tsdsr_jax.sharding import global_array, replicated
 from tsdsr_jax.torch_weights import Tree
 from tsdsr_jax.training import OptimizerConfig, Trainer
 from tsdsr_jax.tsd import TSDConfig, Weighting
@@ -67,6 +66,14 @@ CURVES = (
     Curve("validation: latent MSE", ("validation_mse",)),
     Curve("validation: PSNR (dB)", ("validation_psnr",)),
     Curve("gradient norms", ("student_gradient_norm", "auxiliary_gradient_norm"), log_scale=True),
+)
+
+
+LOSSES = ("student", "tsd", "mse", "lpips", "auxiliary")
+COUNTS = {"tsd_not_finite": "teacher or auxiliary network gave values that were not finite"}
+MEMORY_REMEDIES = (
+    "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --split_guidance, --fsdp N "
+    "to share the base between N devices, --lambda_lpips 0"
 )
 
 
@@ -209,11 +216,11 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
     mesh = options.start()
-    session.find_start(options)
+    start = session.find_start(options)
     data = open_data(options)
-    with explained_memory():
-        task = prepare(options, mesh, data)
-    session.run(options, task, data, mesh)
+    with explained_memory(MEMORY_REMEDIES):
+        task = prepare(options, mesh, data, new=start is None)
+    session.run(options, task, data, mesh, start)
 
 
 def check(options: Options) -> None:
@@ -281,7 +288,7 @@ def open_data(options: Options) -> session.Data:
     return session.Data(source, Shapes.of(first_record(source)), source.fingerprint())
 
 
-def prepare(options: Options, mesh: Mesh, data: session.Data) -> session.Task:
+def prepare(options: Options, mesh: Mesh, data: session.Data, new: bool) -> session.Task:
     """Checks everything by its headers, then loads the frozen base and describes the training."""
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
@@ -297,11 +304,8 @@ def prepare(options: Options, mesh: Mesh, data: session.Data) -> session.Task:
     )
     held_out = PreparedFolders([options.validation_dir]) if options.validation_dir else data.source
     records = pick(held_out, data.shapes, options.num_validation_images, say)
-    loaded = (
-        load_adapters(options.checkpoint_path, networks, options.ranks())
-        if options.checkpoint_path
-        else (None, None)
-    )
+    # A resumed run has its adapters from the checkpoint.
+    loaded = starting_adapters(options, networks) if new else (None, None)
 
     steps = options.steps(len(data.source), mesh)
     describe(options, mesh, data, steps)
@@ -323,7 +327,10 @@ def prepare(options: Options, mesh: Mesh, data: session.Data) -> session.Task:
         new_precision=trainer.with_new_scale,
         files=partial(adapter_files, networks),
         identity=identity | options.ranks()._asdict() | {"ema": options.ema_decay is not None},
+        losses=LOSSES,
+        counts=COUNTS,
         curves=CURVES,
+        memory_remedies=MEMORY_REMEDIES,
         how_to_use=partial(how_to_use, options),
     )
 
@@ -357,13 +364,16 @@ def describe(options: Options, mesh: Mesh, data: session.Data, steps: int) -> No
     )
     for note in notes(options, steps):
         say(f"note: {note}")
-    if options.checkpoint_path:
-        new = (
-            ""
-            if (options.checkpoint_path / AUXILIARY_FILE).is_file()
-            else f"; without {AUXILIARY_FILE} that adapter is new"
-        )
-        say(f"a new run is starting from {options.checkpoint_path}{new}")
+
+
+def starting_adapters(options: Options, networks: Networks) -> tuple[Student | None, Tree | None]:
+    """The adapters of --checkpoint_path; None where there are none and new ones are made."""
+    if options.checkpoint_path is None:
+        return None, None
+    student, auxiliary = load_adapters(options.checkpoint_path, networks, options.ranks())
+    new = "" if auxiliary else f"; without {AUXILIARY_FILE} the auxiliary network's adapter is new"
+    say(f"starting from {options.checkpoint_path}{new}")
+    return student, auxiliary
 
 
 def load_base(

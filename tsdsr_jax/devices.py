@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,11 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
             "check that --coordinator_address can be reached" if given else "is this run by SLURM or mpirun?"
         )
         raise UserError(f"the processes cannot be joined ({reason}); {hint}") from None
+
+
+def matmul_precision(dtype: DTypeLike) -> AbstractContextManager[None]:
+    """Within it, float32 means float32: GPUs round the factors of its products to TF32 unless told otherwise."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
 def select_dtype(name: str | None, devices: list[jax.Device]) -> DTypeLike:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from tsdsr_jax import lora
@@ -27,7 +27,7 @@ from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.objective import Base, LossConfig, Losses, Samples, Student, to_batch
 from tsdsr_jax.pretrained import NetworkFiles, check_rank, load_lora
 from tsdsr_jax.prompts import PromptEmbeds
-from tsdsr_jax.sharding import base_shardings, batch_sharding, placement, replicated
+from tsdsr_jax.sharding import base_shardings, batch_sharding, global_array, placement, replicated
 from tsdsr_jax.torch_weights import Tree, abstract_params, write_lora
 from tsdsr_jax.training import Trainer, TrainState
 from tsdsr_jax.tsd import Text
@@ -82,11 +82,6 @@ class Networks:
 
 def _distance(network: LPIPS, params: Tree, result: jax.Array, target: jax.Array) -> jax.Array:
     return network.apply({"params": params}, result, target)
-
-
-def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same in every process, as one array over all their devices."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def load_teacher(path: Path, networks: Networks) -> tuple[Tree, str]:

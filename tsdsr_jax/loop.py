@@ -39,6 +39,7 @@ class Schedule:
       checkpoint, validation: intervals; also at the end.
       max_bad_steps: skipped steps in a row that end the run.
       images: images in a step, for the rate.
+      shown: names of the metrics that the progress bar shows.
     """
 
     start: int
@@ -48,6 +49,7 @@ class Schedule:
     validation: int
     max_bad_steps: int
     images: int
+    shown: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +127,11 @@ def run(
                 watch.fetch(hooks.log)
             if validating:
                 hooks.validate(state, step)
-                watch.paused()
             if saving:
                 hooks.save(state, step)
                 saved = step
+            if validating or saving:
+                watch.paused()
         if step < schedule.end:
             watch.fetch(hooks.log)
             if step > saved:
@@ -144,23 +147,17 @@ def run(
 
 
 @contextmanager
-def explained_memory() -> Iterator[None]:
-    """Turns the device's lack of memory, wherever it shows, into a UserError that says which flags help."""
+def explained_memory(remedies: str) -> Iterator[None]:
+    """Turns the device's lack of memory, wherever it shows, into a UserError with the flags that help."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(out_of_memory(error)) from None
-
-
-def out_of_memory(error: Exception) -> str:
-    reason = str(error).split("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200]
-    return (
-        f"the device is out of memory ({reason}). What helps, strongest first: --gradient_checkpointing, a smaller "
-        "--train_batch_size with --gradient_accumulation_steps, --split_guidance, --fsdp N to share the base between N "
-        "devices, --lambda_lpips 0; at the start, fewer --num_validation_images"
-    )
+        reason = str(error).split("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200]
+        raise UserError(
+            f"the device is out of memory ({reason}). What helps, strongest first: {remedies}"
+        ) from None
 
 
 class _Watch:
@@ -206,7 +203,7 @@ class _Watch:
             )
 
     def _show(self, step: int, values: dict[str, float], rate: float, steps: int) -> None:
-        losses = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
+        losses = {name: f"{values[name]:.4g}" for name in self.schedule.shown if name in values}
         self.bar.set_postfix(losses | {"img/s": f"{rate:.3g}"}, refresh=False)
         self.bar.update(steps)
         now = time.perf_counter()
@@ -225,10 +222,6 @@ class _Watch:
 
     def close(self) -> None:
         self.bar.close()
-
-
-# The losses that the bar shows, of whatever is trained.
-SHOWN = ("student", "tsd", "mse", "lpips", "auxiliary", "loss")
 
 
 def _clock(seconds: float) -> str:

@@ -29,6 +29,7 @@ from tsdsr_jax.prompts import (
     TORCH_POOLED_FOLDER,
     TORCH_PROMPT_FOLDER,
     PromptEmbeds,
+    listed,
     load_prompt_embeds,
     read_torch_pair,
 )
@@ -134,7 +135,7 @@ def find_files(root: Path) -> list[Files]:
     twice = [str(root / LR_FOLDER / stem) for stem, paths in images[LR_FOLDER].items() if len(paths) > 1]
     if twice:
         raise UserError(
-            f"{_listed(twice)}: several images of this name; the other folders' files belong to one"
+            f"{listed(twice)}: several images of this name; the other folders' files belong to one"
         )
     tensors = {
         folder: _names(root / folder) for folder in (LATENT_FOLDER, TORCH_PROMPT_FOLDER, TORCH_POOLED_FOLDER)
@@ -159,7 +160,7 @@ def find_files(root: Path) -> list[Files]:
             )
     if missing:
         lines = [f"{root}: {len(images[LR_FOLDER])} images in {LR_FOLDER}/, but files are missing elsewhere"]
-        lines += [f"  {folder}/ lacks {_listed(stems)}" for folder, stems in missing.items()]
+        lines += [f"  {folder}/ lacks {listed(stems)}" for folder, stems in missing.items()]
         if TORCH_PROMPT_FOLDER in missing:
             lines.append(
                 "  prompts come from: python convert/prompts.py --prompt_file FOLDER_OF_TXT"
@@ -188,11 +189,6 @@ def _file_size(path: Path) -> bytes:
 
 def _names(folder: Path) -> set[str]:
     return set(os.listdir(folder)) if folder.is_dir() else set()
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def read_prompt(files: Files) -> PromptEmbeds:

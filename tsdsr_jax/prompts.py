@@ -13,7 +13,7 @@ line.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def refuse_existing(files: Iterable[Path], overwrite: bool) -> None:
     """Raises UserError naming the files that are already there, unless they may be overwritten."""
     present = [] if overwrite else [str(file) for file in files if file.exists()]
     if present:
-        raise UserError(f"already there: {_listed(present)}. Pass --overwrite or another --output.")
+        raise UserError(f"already there: {listed(present)}. Pass --overwrite or another --output.")
 
 
 def convert_torch_embeds(
@@ -176,7 +176,8 @@ def _how_to_make(folder: Path) -> str:
     )
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first few of them, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -190,7 +191,7 @@ def _pairs(prompt_folder: Path, pooled_folder: Path) -> dict[str, tuple[Path, Pa
     if alone:
         raise UserError(
             f"{prompt_folder.parent}: every .pt file needs one of the same name in {TORCH_PROMPT_FOLDER}/"
-            f" and in {TORCH_POOLED_FOLDER}/. Without a partner: {_listed(alone)}. Add or remove them."
+            f" and in {TORCH_POOLED_FOLDER}/. Without a partner: {listed(alone)}. Add or remove them."
         )
     if not prompts:
         raise UserError(f"{prompt_folder} holds no .pt file; expected {_TORCH_LAYOUTS}.")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from tsdsr_jax import checkpoint, loop
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.dataset import BadSamples, Batches, LocalBatch, Rows, Shapes, Source, read_ahead
-from tsdsr_jax.devices import join_processes
+from tsdsr_jax.devices import DTYPES, join_processes, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.run_log import (
     Curve,
@@ -44,7 +43,8 @@ from tsdsr_jax.run_log import (
 )
 from tsdsr_jax.sharding import make_mesh
 
-DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "no": jnp.float32}
+# The original's `--mixed_precision` calls float32 "no".
+PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -119,7 +119,7 @@ class RunOptions:
 
     @property
     def dtype(self) -> Any:
-        return DTYPES[self.mixed_precision]
+        return PRECISIONS[self.mixed_precision]
 
     def as_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
@@ -183,7 +183,10 @@ class Task:
       new_precision: a state that was trained in another precision -> one for this.
       files: state -> weights to export beside a checkpoint, file name -> tensors.
       identity: what a checkpoint must agree in to be resumed.
+      losses: the metrics that the progress bar shows.
+      counts: metrics that should be 0 -> what it means when they are not.
       curves: what to plot.
+      memory_remedies: flags that save device memory, strongest first.
       how_to_use: checkpoint folder -> a hint for the end of training.
     """
 
@@ -195,7 +198,10 @@ class Task:
     new_precision: Callable[[Any], Any]
     files: Callable[[Any], checkpoint.Files]
     identity: Mapping[str, Any]
+    losses: Sequence[str]
+    counts: Mapping[str, str]
     curves: Sequence[Curve]
+    memory_remedies: str
     how_to_use: Callable[[Path], str]
 
 
@@ -255,15 +261,15 @@ def say(line: str) -> None:
         tqdm.write(line)
 
 
-def run(options: RunOptions, task: Task, data: Data, mesh: Mesh) -> None:
-    """Trains from the start or a checkpoint to the end, or to a signal.
+def run(options: RunOptions, task: Task, data: Data, mesh: Mesh, start: Path | None) -> None:
+    """Trains from the start or a checkpoint, as `find_start` gives it, to the end or to a signal.
 
     Raises:
       UserError: a checkpoint that does not fit, bad data, no memory, or gradients that stay bad.
       SystemExit: stopped by a signal (143 or 130), after saving; or the last checkpoint could not be saved (1).
     """
-    with loop.explained_memory():
-        _Run(options, task, data, mesh).all()
+    with loop.explained_memory(task.memory_remedies):
+        _Run(options, task, data, mesh).all(start)
 
 
 class _Run:
@@ -278,10 +284,10 @@ class _Run:
             "data set's content": data.fingerprint,
         }
 
-    def all(self) -> None:
+    def all(self, path: Path | None) -> None:
         options = self.options
-        with jax.default_matmul_precision("highest" if options.mixed_precision == "no" else "default"):
-            begun = self.begin()
+        with matmul_precision(options.dtype):
+            begun = self.begin(path)
             if begun is None:
                 return
             self.start, state = begun
@@ -307,9 +313,8 @@ class _Run:
 
     # --- beginning ---------------------------------------------------------------------------
 
-    def begin(self) -> tuple[Start, Any] | None:
+    def begin(self, path: Path | None) -> tuple[Start, Any] | None:
         """A new state, or a checkpoint's; None: all is done."""
-        path = find_start(self.options)
         meta = checkpoint.read_meta(path) if path else None
         agree(meta["step"] if meta else 0)
         if path and meta:
@@ -396,6 +401,7 @@ class _Run:
             validation=options.validation_steps,
             max_bad_steps=options.max_bad_steps,
             images=self.rows,
+            shown=tuple(self.task.losses),
         )
 
     def hooks(self) -> loop.Hooks:
@@ -461,17 +467,15 @@ class _Run:
         """Prints and writes what the log comes to."""
         rows = read_rows(self.log.path)
         values = summarise(rows, [name for curve in self.task.curves for name in curve.names])
-        skipped = sum(row.get("bad_steps", 0) > 0 for row in rows)
+        skipped = sum((row.get("bad_steps") or 0) > 0 for row in rows)
         say(
             f"{step} steps done; each value's mean over its first and its last tenth:\n{summary_table(values)}"
         )
         if skipped:
             say(f"{skipped} of these steps changed nothing, because gradients or updates were not finite")
-        replaced = sum(row.get("tsd_not_finite", 0) > 0 for row in rows)
-        if replaced:
-            say(
-                f"in {replaced} steps, teacher or auxiliary network gave values that were not finite (tsd_not_finite)"
-            )
+        for name, meaning in self.task.counts.items():
+            if steps := sum((row.get(name) or 0) > 0 for row in rows):
+                say(f"in {steps} steps, {meaning} ({name} in the log)")
         say(
             f"curves: {self.folder / 'curves.png'}; pictures: {self.folder / 'validation'}; log: {self.log.path}"
         )

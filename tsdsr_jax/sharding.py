@@ -39,6 +39,11 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
+def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same in every process, as one array over all their devices."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def placement(mesh: Mesh) -> Placement:
     """What the networks need to know to run under `base_shardings`."""
     return Placement(activations=batch_sharding(mesh), weights=replicated(mesh))

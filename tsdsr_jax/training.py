@@ -146,6 +146,8 @@ class Trainer:
           The new state and scalar metrics. Where a gradient or an update is not finite the adapters and optimisers stay
           as they are.
         """
+        # Adam's own count: skipped steps have no part in it.
+        updates_done = optax.tree_utils.tree_get(state.student_optimizer, "ScaleByAdamState").count
         gradients, metrics = self._gradients(state, base, batches, jax.random.fold_in(key, state.step))
         student_norm, auxiliary_norm = (optax.global_norm(gradient) for gradient in gradients)
         student_updates, student_optimizer = self._student_optimizer.update(
@@ -179,7 +181,7 @@ class Trainer:
             "auxiliary_gradient_norm": auxiliary_norm,
             "student_update_norm": jnp.where(finite, update_norms[0], 0),
             "student_norm": optax.global_norm(student),
-            "learning_rate": self._rate(_updates_done(state.student_optimizer)),
+            "learning_rate": self._rate(updates_done),
             "bad_steps": new_state.bad_steps,
             "loss_scale": state.loss_scale.value,
         }
@@ -236,15 +238,3 @@ class Trainer:
         value = jnp.where(finite, jnp.where(grown, scale.value * 2, scale.value), scale.value / 2)
         good_steps = jnp.where(finite & ~grown, scale.good_steps + 1, 0)
         return LossScale(value, good_steps)
-
-
-def _updates_done(optimizer_state: Any) -> jax.Array:
-    """Adam's own count, in which skipped steps have no part."""
-    adam = [
-        part
-        for part in jax.tree.leaves(
-            optimizer_state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState)
-        )
-        if isinstance(part, optax.ScaleByAdamState)
-    ]
-    return adam[0].count

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from tsdsr_jax import color, tiling
+from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask
 from tsdsr_jax.prompts import PromptEmbeds
@@ -208,7 +209,7 @@ class Upscaler:
             np.stack([_corner(_laid(photo.noise, photo.plan), latent_bucket) for photo in filled])
         )
         valid = self._put(sizes) if masked else None
-        with self._matmul_precision():
+        with matmul_precision(self.dtype):
             latents = self.encode(params, images, noise, valid)
             sums = self._denoise(latents, plans)
             pictures, finite = self.decode(params, latents, sums, valid)
@@ -216,10 +217,6 @@ class Upscaler:
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._split)
-
-    def _matmul_precision(self):
-        # GPUs round float32 products to TF32 unless told otherwise.
-        return jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
 
     def _denoise(self, latents: jax.Array, plans: Sequence[SizePlan]) -> jax.Array:
         """Runs all tiles of a batch; returns what `_blend` accumulates."""

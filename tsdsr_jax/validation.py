@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from tsdsr_jax.dataset import Shapes, Source
-from tsdsr_jax.distillation import global_array
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.objective import Base, Losses, Samples, Student, to_batch
 from tsdsr_jax.prepared import Record
-from tsdsr_jax.sharding import batch_sharding, replicated
+from tsdsr_jax.sharding import batch_sharding, global_array, replicated
 from tsdsr_jax.sheet import comparison_sheet
 from tsdsr_jax.tsd import Text
 

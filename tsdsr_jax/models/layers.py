@@ -55,7 +55,7 @@ class Placement(NamedTuple):
     weights when the block runs, and moves nothing else.
 
     Attributes:
-      activations: of the what blocks pass on; the batch axis is split over all devices.
+      activations: of what blocks pass on; the batch axis is split over all devices.
       weights: of a block's parameters while it runs; whole on every device.
     """
 

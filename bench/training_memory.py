@@ -32,7 +32,7 @@ from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.objective import Base, LossConfig, Losses, Samples, Student
-from tsdsr_jax.session import PRECISIONS
+from tsdsr_jax.options import PRECISIONS
 from tsdsr_jax.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
 from tsdsr_jax.torch_weights import abstract_params
 from tsdsr_jax.training import OptimizerConfig, Trainer

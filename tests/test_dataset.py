@@ -13,13 +13,13 @@ from tsdsr_jax.dataset import (
     Batches,
     Rows,
     Shapes,
-    first_record,
+    first_sample,
     permutation,
     read_ahead,
     sample_at,
 )
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.prepared import Record
+from tsdsr_jax.record import Record
 
 
 class Numbers:
@@ -31,7 +31,7 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Record:
+    def read(self, index: int, epoch: int = 0) -> Record:
         if index in self.bad:
             raise UserError(f"{self.name(index)}: damaged")
         prompt = np.full((3 if index in self.odd else 2, 4), index, ml_dtypes.bfloat16)
@@ -45,7 +45,7 @@ class Numbers:
 
 
 def batches(source: Numbers, rows: Rows, seed: int = 7) -> Batches:
-    return Batches(source, Shapes.of(first_record(source)), rows, seed)
+    return Batches(source, Shapes.of_source(source), rows, seed)
 
 
 def seen(stream) -> list[list[int]]:
@@ -121,7 +121,7 @@ def test_many_bad_samples_in_a_row_end_it():
         list(batches(source, Rows(0, 20, 1, 2)))
     assert str(caught.value).count("damaged") == TRIES
     with pytest.raises(UserError, match="none of the first samples"):
-        first_record(Numbers(3, bad=(0, 1, 2)))
+        first_sample(Numbers(3, bad=(0, 1, 2)))
 
 
 def test_too_many_bad_samples_end_it():
@@ -138,9 +138,9 @@ def test_too_many_bad_samples_end_it():
 
 def test_text_gets_one_dtype():
     source = Numbers(4)
-    shapes = Shapes.of(source[0])
+    shapes = Shapes.of(source.read(0))
     assert shapes.text_dtype == ml_dtypes.bfloat16
-    record = shapes.cast(source[1])
+    record = shapes.cast(source.read(1))
     assert record.prompt.dtype == record.pooled.dtype == ml_dtypes.bfloat16
 
 

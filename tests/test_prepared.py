@@ -9,9 +9,10 @@ from PIL import Image
 
 import tiny_training
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.prepared import PreparedFolders
+from tsdsr_jax.prepared import PreparedFolder
 from tsdsr_jax.prompts import PromptEmbeds, save_prompt_embeds
 from tsdsr_jax.torch_pickle import read_tensor, write_tensor
+from tsdsr_jax.training_data import open_sets
 
 NAMES = ("0001", "a photo of gt", "ünïcode")
 
@@ -31,16 +32,16 @@ def root(original: Path, tmp_path: Path) -> Path:
 
 def refusal(root: Path) -> str:
     with pytest.raises(UserError) as caught:
-        source = PreparedFolders([root])
+        source = PreparedFolder(root)
         for index in range(len(source)):
-            source[index]
+            source.read(index)
     return str(caught.value)
 
 
 def test_samples_are_read_whatever_their_names(root):
-    source = PreparedFolders([root])
+    source = PreparedFolder(root)
     assert [Path(source.name(index)).stem for index in range(len(source))] == list(NAMES)
-    record = source[1]
+    record = source.read(1)
     np.testing.assert_array_equal(record.hr, np.asarray(Image.open(root / "gt" / "a photo of gt.png")))
     assert record.lr.shape == record.hr.shape == (32, 48, 3) and record.lr.dtype == np.uint8
     stored = read_tensor(root / "latent_hr" / "a photo of gt.pt")
@@ -51,7 +52,7 @@ def test_samples_are_read_whatever_their_names(root):
 
 
 def test_other_formats_and_forms_of_the_same(root):
-    record = PreparedFolders([root])[0]
+    record = PreparedFolder(root).read(0)
     # A JPEG for a PNG, tensors without the leading 1, one safetensors file for both embeddings.
     (root / "lr_bicubic" / "0001.png").rename(root / "lr_bicubic" / "0001.tmp")
     Image.open(root / "lr_bicubic" / "0001.tmp").save(root / "lr_bicubic" / "0001.JPG", "jpeg", quality=98)
@@ -61,7 +62,7 @@ def test_other_formats_and_forms_of_the_same(root):
     save_prompt_embeds(
         root / "prompt_embeds" / "0001.safetensors", PromptEmbeds(record.prompt, record.pooled)
     )
-    again = PreparedFolders([root])[0]
+    again = PreparedFolder(root).read(0)
     assert np.abs(again.lr.astype(int) - record.lr).mean() < 4
     for ours, theirs in zip(again[1:], record[1:], strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -69,14 +70,14 @@ def test_other_formats_and_forms_of_the_same(root):
 
 def test_several_roots_are_one_set(root, tmp_path):
     second = shutil.copytree(root, tmp_path / "second")
-    both = PreparedFolders([root, second])
+    both = open_sets([root, second])
     assert len(both) == 6
-    np.testing.assert_array_equal(both[0].lr, both[3].lr)
+    np.testing.assert_array_equal(both.read(0).lr, both.read(3).lr)
 
 
 def test_the_fingerprint_follows_the_content_not_the_place(root, tmp_path):
-    before = PreparedFolders([root]).fingerprint()
-    moved = PreparedFolders([Path(shutil.move(root, tmp_path / "elsewhere"))])
+    before = PreparedFolder(root).fingerprint()
+    moved = PreparedFolder(Path(shutil.move(root, tmp_path / "elsewhere")))
     assert moved.fingerprint() == before
     # Files of the same names and sizes, exchanged.
     first, second = (files.latent_hr for files in moved.files[:2])
@@ -84,7 +85,7 @@ def test_the_fingerprint_follows_the_content_not_the_place(root, tmp_path):
     assert len(contents[0]) == len(contents[1])
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
-    assert PreparedFolders(moved.roots).fingerprint() != before
+    assert PreparedFolder(tmp_path / "elsewhere").fingerprint() != before
 
 
 def test_missing_folders_and_files_are_named_together(root, tmp_path):

@@ -13,7 +13,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
-import math
 import shlex
 from functools import partial
 from pathlib import Path
@@ -22,38 +21,42 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from tsdsr_jax import cli, session
-from tsdsr_jax.dataset import Shapes, first_record
+from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.distillation import (
     AUXILIARY_FILE,
-    Networks,
     Ranks,
     Step,
     adapter_files,
-    check_shapes,
-    check_tokens,
     initial_state,
     load_adapters,
     load_teacher,
-    place_text,
-    text_hash,
+    make_losses,
 )
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.loop import explained_memory
 from tsdsr_jax.lpips_weights import how_to_get, load_lpips
 from tsdsr_jax.models.lpips import LPIPS, Network
+from tsdsr_jax.networks import (
+    Networks,
+    check_latents,
+    check_shapes,
+    check_tokens,
+    load_text,
+    place_text,
+    text_hash,
+)
 from tsdsr_jax.objective import Base, LossConfig, Student
-from tsdsr_jax.prepared import PreparedFolders
+from tsdsr_jax.options import DataOptions, OptimizerOptions, RunOptions, at_least, finite
 from tsdsr_jax.pretrained import check_fit, open_checkpoint
-from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
+from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.run_log import Curve
-from tsdsr_jax.schedules import ScheduleName
-from tsdsr_jax.session import at_least, say
+from tsdsr_jax.session import say
 from tsdsr_jax.sharding import global_array, replicated
 from tsdsr_jax.torch_weights import Tree
-from tsdsr_jax.training import OptimizerConfig, Trainer
+from tsdsr_jax.training import Trainer
+from tsdsr_jax.training_data import Data, open_data, open_sets
 from tsdsr_jax.tsd import TSDConfig, Weighting
 from tsdsr_jax.validation import Validation, pick
 
@@ -78,11 +81,9 @@ MEMORY_REMEDIES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(session.RunOptions):
+class Options(RunOptions, OptimizerOptions, DataOptions):
     pretrained_model_name_or_path: str
     """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
-    data_dir: tuple[Path, ...]
-    """Prepared training set with gt, lr_bicubic, latent_hr, prompt_embeds and pool_embeds; repeat for several."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -91,10 +92,6 @@ class Options(session.RunOptions):
     """The teacher's LoRA, used with --use_teacher_lora: a file, or a folder with teacher.safetensors."""
     checkpoint_path: Path | None = None
     """Folder of student LoRAs to start from (transformer.safetensors, vae.safetensors), as released or exported here."""
-    default_embedding_dir: Path = Path("dataset/default")
-    """Embeddings of the default prompt, used with --use_default_prompt."""
-    null_embedding_dir: Path = Path("dataset/null")
-    """Embeddings of the empty prompt, for guidance."""
     lpips_path: Path = Path("checkpoint/lpips_alex.safetensors")
     """LPIPS weights written by convert/lpips.py."""
 
@@ -143,30 +140,10 @@ class Options(session.RunOptions):
     """Rank of the auxiliary network's LoRA; the published run used 64."""
     rank_vae: int = 64
     """Rank of the student's LoRA on the autoencoder's encoder."""
-    ema_decay: float | None = None
-    """Keep a moving average of the student with this decay, such as 0.999; exported beside the student."""
     learning_rate: float = 1e-5
     """The student's peak learning rate."""
     learning_rate_reg: float = 1e-6
     """The auxiliary network's."""
-    lr_scheduler: ScheduleName = "constant"
-    """Course of both learning rates."""
-    lr_warmup_steps: int = 500
-    """Steps of linear rise; not with constant."""
-    lr_num_cycles: int = 1
-    """Of cosine_with_restarts."""
-    lr_power: float = 1.0
-    """Of polynomial."""
-    max_grad_norm: float = 1.0
-    """Global norm that the gradients of student and auxiliary network are each clipped to."""
-    adam_beta1: float = 0.9
-    """AdamW's first decay."""
-    adam_beta2: float = 0.999
-    """AdamW's second decay."""
-    adam_weight_decay: float = 1e-4
-    """AdamW's weight decay."""
-    adam_epsilon: float = 1e-8
-    """AdamW's epsilon."""
 
     def loss_config(self, shift: float) -> LossConfig:
         later = (self.dasm_gamma,) * (self.dasm_points - 1)
@@ -191,23 +168,6 @@ class Options(session.RunOptions):
             shift=shift,
         )
 
-    def optimizer_config(self, steps: int) -> OptimizerConfig:
-        return OptimizerConfig(
-            learning_rate=self.learning_rate,
-            learning_rate_auxiliary=self.learning_rate_reg,
-            schedule=self.lr_scheduler,
-            warmup=self.lr_warmup_steps,
-            steps=steps,
-            cycles=self.lr_num_cycles,
-            power=self.lr_power,
-            max_grad_norm=self.max_grad_norm,
-            beta1=self.adam_beta1,
-            beta2=self.adam_beta2,
-            epsilon=self.adam_epsilon,
-            weight_decay=self.adam_weight_decay,
-            ema_decay=self.ema_decay,
-        )
-
     def ranks(self) -> Ranks:
         return Ranks(self.rank, self.rank_vae, self.rank_lora)
 
@@ -217,7 +177,7 @@ def main() -> None:
     check(options)
     mesh = options.start()
     start = session.find_start(options)
-    data = open_data(options)
+    data = open_data(options, options.seed, "pairs", say)
     with explained_memory(MEMORY_REMEDIES):
         task = prepare(options, mesh, data, new=start is None)
     session.run(options, task, data, mesh, start)
@@ -226,18 +186,12 @@ def main() -> None:
 def check(options: Options) -> None:
     """Refuses flags that cannot work, before anything is loaded."""
     options.check()
-    at_least(options, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride", "lr_num_cycles")
-    at_least(options, 0, "lr_warmup_steps", "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips",
-             "dasm_gamma", "first_index", "adam_beta1", "adam_beta2", "adam_weight_decay")  # fmt: skip
-    for name in ("guidance_scale", "logit_mean", "logit_std", "mode_scale", "lr_power"):
-        if not math.isfinite(value := getattr(options, name)):
-            raise UserError(f"--{name} {value:g}: expected a finite number")
-    for name in ("max_grad_norm", "adam_epsilon"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name} {getattr(options, name):g}: expected more than 0")
-    for name in ("ema_decay", "adam_beta1", "adam_beta2"):
-        if (value := getattr(options, name)) is not None and not 0 <= value < 1:
-            raise UserError(f"--{name} {value:g}: expected at least 0 and less than 1")
+    options.check_data()
+    options.check_optimizer()
+    at_least(options, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride")
+    at_least(options, 0, "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips", "dasm_gamma",
+             "first_index")  # fmt: skip
+    finite(options, "guidance_scale", "logit_mean", "logit_std", "mode_scale")
     if not 0 <= options.lambda_vsd <= 1:
         raise UserError(f"--lambda_vsd {options.lambda_vsd:g}: expected 0 to 1, it is a share")
     if not options.first_index <= options.last_index < 999:
@@ -264,31 +218,15 @@ def check(options: Options) -> None:
 
 def notes(options: Options, steps: int) -> list[str]:
     """Flags that do nothing, or perhaps not what was meant."""
-    found = []
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
-    for name in ("optimizer", "local_rank", "set_grads_to_none"):
-        if getattr(options, name) != defaults[name]:
-            found.append(f"--{name} has no effect here")
+    found = options.notes()
     if options.use_random_bias and not options.use_dasm:
         found.append("--use_random_bias has no effect without --use_dasm")
     if options.teacher_lora_path and not options.use_teacher_lora:
         found.append("--teacher_lora_path has no effect without --use_teacher_lora")
-    if options.log_code and options.report_to not in ("wandb", "all"):
-        found.append("--log_code has no effect without --report_to wandb")
-    if options.lr_scheduler != "constant" and options.lr_warmup_steps >= steps:
-        found.append(
-            f"--lr_warmup_steps {options.lr_warmup_steps} is no less than the {steps} steps of training: the learning rate "
-            "does not reach its peak"
-        )
-    return found
+    return found + options.warmup_notes(steps)
 
 
-def open_data(options: Options) -> session.Data:
-    source = PreparedFolders(options.data_dir)
-    return session.Data(source, Shapes.of(first_record(source)), source.fingerprint())
-
-
-def prepare(options: Options, mesh: Mesh, data: session.Data, new: bool) -> session.Task:
+def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Checks everything by its headers, then loads the frozen base and describes the training."""
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
@@ -296,23 +234,24 @@ def prepare(options: Options, mesh: Mesh, data: session.Data, new: bool) -> sess
     lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
     perceptual = LPIPS(lpips[0]) if lpips else None
     check_shapes(data.shapes, networks, perceptual)
-    null = load_text(options, "null_embedding_dir", networks, data.shapes)
-    default = (
-        load_text(options, "default_embedding_dir", networks, data.shapes)
-        if options.use_default_prompt
-        else None
-    )
-    held_out = PreparedFolders([options.validation_dir]) if options.validation_dir else data.source
-    records = pick(held_out, data.shapes, options.num_validation_images, say)
+    null, default = load_texts(options, networks, data.shapes)
+    held_out, shapes = data.source, data.shapes
+    if options.validation_dir:
+        held_out = open_sets([options.validation_dir])
+        shapes = Shapes.of_source(held_out)
+        check_shapes(shapes, networks, what="validation images")
+    records = pick(held_out, shapes, options.num_validation_images, say)
     # A resumed run has its adapters from the checkpoint.
     loaded = starting_adapters(options, networks) if new else (None, None)
 
     steps = options.steps(len(data.source), mesh)
-    describe(options, mesh, data, steps)
+    session.describe(options, mesh, data, steps, notes(options, steps))
     base, identity = load_base(options, networks, null, default, lpips[1] if lpips else {})
+    if new and data.shapes.latent_hr:
+        check_latents(*first_sample(data.source), networks, base.vae)
     trainer = Trainer(
-        networks.losses(options.loss_config(model.shift()), perceptual, options.gradient_checkpointing),
-        options.optimizer_config(steps),
+        make_losses(networks, options.loss_config(model.shift()), perceptual, options.gradient_checkpointing),
+        options.optimizer_config(steps, options.learning_rate, options.learning_rate_reg),
         dynamic_scale=options.mixed_precision == "fp16",
     )
     key = jax.random.key(options.seed)
@@ -347,23 +286,19 @@ def how_to_use(options: Options, path: Path) -> str:
     return f"upscale with it: python infer/upscale.py {shlex.join(map(str, flags))} -i PHOTOS -o RESULTS"
 
 
-def load_text(options: Options, flag: str, networks: Networks, shapes: Shapes) -> PromptEmbeds:
-    embeds = load_prompt_embeds(getattr(options, flag))
-    config = networks.transformer.config
-    source = f"--{flag} {getattr(options, flag)}"
-    check_widths(embeds, config.joint_attention_dim, config.pooled_projection_dim, source)
-    check_tokens(shapes, source, embeds)
-    return embeds
-
-
-def describe(options: Options, mesh: Mesh, data: session.Data, steps: int) -> None:
-    hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    say(
-        f"{mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, {np.dtype(options.dtype)}; {len(data.source)} samples, "
-        f"{steps} steps of {options.rows(mesh)} images"
-    )
-    for note in notes(options, steps):
-        say(f"note: {note}")
+def load_texts(
+    options: Options, networks: Networks, shapes: Shapes
+) -> tuple[PromptEmbeds, PromptEmbeds | None]:
+    """The empty prompt, and the default one where it is needed; they fit the networks and each other."""
+    null = load_text(options.null_embedding_dir, "--null_embedding_dir", networks)
+    default = None
+    if options.use_default_prompt or not shapes.prompt:
+        default = load_text(options.default_embedding_dir, "--default_embedding_dir", networks)
+    tokens = shapes.prompt[0] if shapes.prompt else default.prompt.shape[0]
+    check_tokens(tokens, f"--null_embedding_dir {options.null_embedding_dir}", null)
+    if default:
+        check_tokens(tokens, f"--default_embedding_dir {options.default_embedding_dir}", default)
+    return null, default
 
 
 def starting_adapters(options: Options, networks: Networks) -> tuple[Student | None, Tree | None]:
@@ -380,14 +315,7 @@ def load_base(
     options: Options, networks: Networks, null: PromptEmbeds, default: PromptEmbeds | None, lpips: Tree
 ) -> tuple[Base, dict[str, Any]]:
     """The frozen arrays on their devices, and their hashes."""
-    specs = [spec for network in (networks.transformer, networks.vae) for spec in network.specs.values()]
-    total = sum(int(np.prod(spec.shape)) for spec in specs)
-    quiet = True if jax.process_index() else None
-    with tqdm(
-        total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=quiet
-    ) as bar:
-        transformer, transformer_hash = networks.load(networks.transformer, bar.update)
-        vae, vae_hash = networks.load(networks.vae, bar.update)
+    (transformer, transformer_hash), (vae, vae_hash) = networks.load([networks.transformer, networks.vae])
     teacher, teacher_hash = {}, "none"
     if options.use_teacher_lora:
         path = options.teacher_lora_path

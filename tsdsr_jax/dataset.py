@@ -14,63 +14,64 @@ import dataclasses
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+import cv2
 import grain
 import numpy as np
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.prepared import Record
+from tsdsr_jax.record import Record, Source
 
 # How many samples in place of a bad one are tried before giving up.
 TRIES = 16
 _READ_AHEAD = 4
 
 
-class Source(Protocol):
-    """Samples by index; `PreparedFolders` is one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record:
-        """Raises UserError where the sample cannot be used."""
-
-    def name(self, index: int) -> str: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What every record of a run looks like: programs are compiled for one shape."""
+    """What every record of a run looks like: programs are compiled for one shape. None for parts that are not there."""
 
-    image: tuple[int, ...]
-    latent: tuple[int, ...]
-    prompt: tuple[int, ...]
-    pooled: tuple[int, ...]
-    text_dtype: np.dtype
+    lr: tuple[int, ...] | None
+    hr: tuple[int, ...] | None
+    latent_hr: tuple[int, ...] | None
+    prompt: tuple[int, ...] | None
+    pooled: tuple[int, ...] | None
+    text_dtype: np.dtype | None
 
     @classmethod
     def of(cls, record: Record) -> Shapes:
-        return cls(
-            record.lr.shape, record.latent_hr.shape, record.prompt.shape, record.pooled.shape, record.prompt.dtype
-        )  # fmt: skip
+        return cls(*record.map(np.shape), None if record.prompt is None else record.prompt.dtype)
+
+    @classmethod
+    def of_source(cls, source: Source) -> Shapes:
+        """Of the first sample that can be read."""
+        return cls.of(first_sample(source)[1])
 
     def check(self, record: Record, name: str) -> None:
         """Raises UserError, naming the first part that differs."""
         found = Shapes.of(record)
-        for what in ("image", "latent", "prompt", "pooled"):
-            if getattr(found, what) != getattr(self, what):
+        for part, words in _PARTS.items():
+            if getattr(found, part) != getattr(self, part):
                 raise UserError(
-                    f"{name}: its {_PARTS[what]} has shape {getattr(found, what)}; the run's samples have "
-                    f"{getattr(self, what)}"
+                    f"{name}: its {words} has shape {getattr(found, part)}; the run's samples have {getattr(self, part)}"
                 )
 
     def cast(self, record: Record) -> Record:
         """The record with its texts in the run's dtype."""
+        if record.prompt is None:
+            return record
         texts = (text.astype(self.text_dtype, copy=False) for text in (record.prompt, record.pooled))
         return Record(record.lr, record.hr, record.latent_hr, *texts)
 
 
-_PARTS = {"image": "image", "latent": "HR latent", "prompt": "prompt embedding", "pooled": "pooled embedding"}
+_PARTS = {
+    "lr": "degraded image",
+    "hr": "image",
+    "latent_hr": "HR latent",
+    "prompt": "prompt embedding",
+    "pooled": "pooled embedding",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class LocalBatch(NamedTuple):
     """One step's samples of this process.
 
     Attributes:
-      records: every leaf (A, local, ...).
+      records: every part that is there (A, local, ...).
       problems: sample name -> what is wrong with it, for those that were left out.
     """
 
@@ -158,7 +159,7 @@ class Batches:
         problems: dict[str, str] = {}
         records = [self.read(int(position), problems) for position in positions.ravel()]
         stacked = (
-            np.stack(leaves).reshape(*positions.shape, *leaves[0].shape)
+            None if leaves[0] is None else np.stack(leaves).reshape(*positions.shape, *leaves[0].shape)
             for leaves in zip(*records, strict=True)
         )
         return LocalBatch(Record(*stacked), problems)
@@ -170,12 +171,12 @@ class Batches:
           UserError: many in a row cannot.
         """
         count = len(self.source)
-        place = position % count
+        epoch, place = divmod(position, count)
         tries = min(TRIES, count)
         for offset in range(tries):
-            index = sample_at(position - place + (place + offset) % count, self.seed, count)
+            index = sample_at(epoch * count + (place + offset) % count, self.seed, count)
             try:
-                record = self.source[index]
+                record = self.source.read(index, epoch)
                 self.shapes.check(record, self.source.name(index))
             except UserError as error:
                 problems[self.source.name(index)] = str(error)
@@ -185,8 +186,8 @@ class Batches:
         raise UserError(f"{tries} samples in a row cannot be used:\n{listed}")
 
 
-def first_record(source: Source, tries: int = TRIES) -> Record:
-    """The first sample that can be read: it tells what all look like.
+def first_sample(source: Source, tries: int = TRIES) -> tuple[str, Record]:
+    """The first sample that can be read, with its name: it tells what all look like.
 
     Raises:
       UserError: none of the first few can.
@@ -194,7 +195,7 @@ def first_record(source: Source, tries: int = TRIES) -> Record:
     problems = []
     for index in range(min(tries, len(source))):
         try:
-            return source[index]
+            return source.name(index), source.read(index)
         except UserError as error:
             problems.append(str(error))
     raise UserError("none of the first samples can be used:\n" + "\n".join(f"  {line}" for line in problems))
@@ -213,20 +214,22 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[LocalBatch]:
     if workers:
         _mark_flags_parsed()
         options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
-        stream = stream.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
+        stream = stream.mp_prefetch(options, worker_init_fn=_begin_worker)
     iterator = iter(stream)
     try:
         for records, problems in iterator:
             # Copied out of the memory shared with a worker, which is then free for the next batch.
-            yield LocalBatch(Record(*map(np.array, records)) if workers else records, problems)
+            yield LocalBatch(Record(*records).map(np.array) if workers else records, problems)
     finally:
         # Or worker processes and the memory they share with this one would outlive it.
         iterator.close()
 
 
-def _leave_signals_to_the_parent(_worker: int, _workers: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the parent stops its workers itself, after saving."""
+def _begin_worker(_worker: int, _workers: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the parent stops its workers itself, after saving.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Workers share the cores among themselves already.
+    cv2.setNumThreads(1)
 
 
 def _mark_flags_parsed() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from tsdsr_jax.blur_kernels import Shape, blur_kernel, pulse, sinc_kernel
-from tsdsr_jax.jpeg_model import jpeg
+from tsdsr_jax.jpeg_model import jpeg, jpeg_codec
 from tsdsr_jax.resize import bicubic
 
 Range = tuple[float, float]
@@ -60,6 +60,7 @@ class DegradationConfig:
     Attributes:
       scale: side of the photograph over that of its low-resolution version.
       sharpen: unsharp-mask the photograph, as target and as source; the script's default.
+      codec: compress with a real JPEG codec instead of the script's model of one.
       first, second: the two rounds. The second's JPEG comes with the last resize.
       kernel_sizes: sides, all equally likely.
       kernel_padding: side that all kernels are padded to.
@@ -71,6 +72,7 @@ class DegradationConfig:
 
     scale: int = 4
     sharpen: bool = True
+    codec: bool = False
     first: Order = Order(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (1.0, 1.5), (0.15, 1.0), 0.5, (1.0, 30.0), (0.05, 3.0), 0.4,
                          (30.0, 95.0))  # fmt: skip
     second: Order = Order(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (1.0, 1.2), (0.3, 1.0), 0.5, (1.0, 25.0), (0.05, 2.5), 0.4,
@@ -117,20 +119,30 @@ def degrade(
     height, width = photo.shape[:2]
     if height % config.scale or width % config.scale:
         raise ValueError(f"sides must be multiples of {config.scale}, not {height}×{width}")
-    hr = sharpen(photo) if config.sharpen else photo
+    hr = sharpened(photo, config)
     small = low_resolution(hr, generator, config)
     return Pair(to_bytes(bicubic(small, height, width)), to_bytes(hr))
+
+
+def target(photo: np.ndarray, config: DegradationConfig) -> np.ndarray:
+    """The photograph's side of a pair alone, (H, W, 3) uint8."""
+    return to_bytes(sharpened(photo, config))
+
+
+def sharpened(photo: np.ndarray, config: DegradationConfig) -> np.ndarray:
+    return sharpen(photo) if config.sharpen else photo
 
 
 def low_resolution(hr: np.ndarray, generator: np.random.Generator, config: DegradationConfig) -> np.ndarray:
     """(H, W, 3) -> (H / scale, W / scale, 3) float32 in [0, 1], not rounded."""
     height, width = (side // config.scale for side in hr.shape[:2])
     first, second = config.first, config.second
+    compress = jpeg_codec if config.codec else jpeg
 
     image = convolve(hr, draw_kernel(generator, first.sigma, config))
     factor = draw_factor(generator, first)
     image = resize_by(image, factor, draw_mode(generator))
-    image = jpeg(add_noise(image, generator, first), generator.uniform(*first.quality))
+    image = compress(add_noise(image, generator, first), generator.uniform(*first.quality))
 
     if generator.random() < second.blur:
         image = convolve(image, draw_kernel(generator, second.sigma, config))
@@ -144,9 +156,9 @@ def low_resolution(hr: np.ndarray, generator: np.random.Generator, config: Degra
 
     quality = generator.uniform(*second.quality)
     if generator.random() < 0.5:
-        image = jpeg(np.clip(finish(image), 0, 1), quality)
+        image = compress(np.clip(finish(image), 0, 1), quality)
     else:
-        image = finish(jpeg(np.clip(image, 0, 1), quality))
+        image = finish(compress(np.clip(image, 0, 1), quality))
     return np.clip(image, 0, 1)
 
 

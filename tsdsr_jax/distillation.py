@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,22 +13,18 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from tsdsr_jax import lora
 from tsdsr_jax.checkpoint import Hash
-from tsdsr_jax.dataset import LocalBatch, Shapes
+from tsdsr_jax.dataset import LocalBatch
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.models.lpips import LPIPS, minimum_side
-from tsdsr_jax.models.mmdit import MMDiT
-from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.objective import Base, LossConfig, Losses, Samples, Student, to_batch
+from tsdsr_jax.models.lpips import LPIPS
+from tsdsr_jax.networks import Networks
+from tsdsr_jax.objective import Base, LossConfig, Losses, Samples, Student, to_batch, to_samples
 from tsdsr_jax.pretrained import NetworkFiles, check_rank, load_lora
-from tsdsr_jax.prompts import PromptEmbeds
-from tsdsr_jax.sharding import base_shardings, batch_sharding, global_array, placement, replicated
+from tsdsr_jax.sharding import batch_sharding, global_array, replicated
 from tsdsr_jax.torch_weights import Tree, abstract_params, write_lora
 from tsdsr_jax.training import Trainer, TrainState
-from tsdsr_jax.tsd import Text
 
 STUDENT_FILES = {"transformer": "transformer.safetensors", "vae": "vae.safetensors"}
 AUXILIARY_FILE = "transformer_reg.safetensors"
@@ -44,40 +38,9 @@ class Ranks(NamedTuple):
     rank_lora: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Networks:
-    """The two networks of a checkpoint, and where their parameters go.
-
-    Attributes:
-      transformer, vae: files of the checkpoint.
-      mesh: the devices.
-      dtype: of the frozen parameters and of computation.
-    """
-
-    transformer: NetworkFiles
-    vae: NetworkFiles
-    mesh: Mesh
-    dtype: DTypeLike
-
-    def load(self, network: NetworkFiles, progress: Callable[[int], object]) -> tuple[Tree, str]:
-        """Loads one network's parameters onto the mesh; also the hash of what is stored, whatever the layout."""
-        shardings = flatten_dict(base_shardings(abstract_params(network.config), self.mesh), sep="/")
-        digest = Hash()
-
-        def put(path: str, array: np.ndarray) -> jax.Array:
-            digest.add(path, array)
-            return global_array(array, shardings[path])
-
-        return network.load(self.dtype, put=put, progress=progress), digest.value()
-
-    def losses(self, config: LossConfig, perceptual: LPIPS | None, remat: bool) -> Losses:
-        pinned = placement(self.mesh) if self.mesh.shape["fsdp"] > 1 else None
-        return Losses(
-            MMDiT(self.transformer.config, dtype=self.dtype, remat=remat, placement=pinned),
-            AutoencoderKL(self.vae.config, dtype=self.dtype, remat=remat, placement=pinned),
-            config,
-            None if perceptual is None else partial(_distance, perceptual),
-        )
+def make_losses(networks: Networks, config: LossConfig, perceptual: LPIPS | None, remat: bool) -> Losses:
+    distance = None if perceptual is None else partial(_distance, perceptual)
+    return Losses(networks.mmdit(remat), networks.autoencoder(remat), config, distance)
 
 
 def _distance(network: LPIPS, params: Tree, result: jax.Array, target: jax.Array) -> jax.Array:
@@ -92,21 +55,6 @@ def load_teacher(path: Path, networks: Networks) -> tuple[Tree, str]:
     whole = replicated(networks.mesh)
     cast = jax.tree.map(lambda leaf: global_array(np.asarray(leaf).astype(networks.dtype), whole), adapter)
     return cast, digest.value()
-
-
-def place_text(embeds: PromptEmbeds, networks: Networks) -> Text:
-    """A prompt as (1, S, D) and (1, P) on every device."""
-    whole = replicated(networks.mesh)
-    return Text(
-        *(global_array(part[None].astype(networks.dtype), whole) for part in (embeds.prompt, embeds.pooled))
-    )
-
-
-def text_hash(embeds: PromptEmbeds) -> str:
-    digest = Hash()
-    digest.add("prompt", embeds.prompt)
-    digest.add("pooled", embeds.pooled)
-    return digest.value()
 
 
 def new_adapters(networks: Networks, ranks: Ranks, key: jax.Array) -> tuple[Student, Tree]:
@@ -221,14 +169,8 @@ class Step:
 
     def put(self, batch: LocalBatch) -> Samples:
         """This process's rows as its part of the global batch."""
-        record = batch.records
         place = partial(jax.make_array_from_process_local_data, self._rows)
-        return Samples(
-            place(record.lr),
-            place(record.hr),
-            place(record.latent_hr),
-            Text(place(record.prompt), place(record.pooled)),
-        )
+        return to_samples(batch.records.map(place))
 
     def __call__(self, state: TrainState, samples: Samples) -> tuple[TrainState, dict[str, jax.Array]]:
         """`state` is donated: it is gone afterwards."""
@@ -242,54 +184,3 @@ def jit_step(trainer: Trainer, mesh: Mesh) -> Any:
         return trainer.step(state, base, to_batch(samples, base.default), key)
 
     return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
-
-
-def check_shapes(shapes: Shapes, networks: Networks, perceptual: LPIPS | None) -> None:
-    """Refuses a data set that does not fit the networks.
-
-    Raises:
-      UserError: sizes, channels or widths differ; the message names both.
-    """
-    transformer, vae = networks.transformer.config, networks.vae.config
-    factor, patch = vae.factor, transformer.patch_size
-    height, width = shapes.image[:2]
-    step = factor * patch
-    if height % step or width % step:
-        raise UserError(f"the training images are {width}×{height}; sides must be multiples of {step}")
-    latent = (height // factor, width // factor, vae.latent_channels)
-    if shapes.latent != latent:
-        raise UserError(
-            f"latent_hr has shape {_chw(shapes.latent)}, but images of {width}×{height} have latents {_chw(latent)} "
-            "with this model; was the set prepared with another one?"
-        )
-    if max(latent[:2]) > patch * transformer.pos_embed_max_size:
-        raise UserError(
-            f"the training images are {width}×{height}; this transformer's position table ends at "
-            f"{step * transformer.pos_embed_max_size}"
-        )
-    if (
-        shapes.prompt[-1] != transformer.joint_attention_dim
-        or shapes.pooled[-1] != transformer.pooled_projection_dim
-    ):
-        raise UserError(
-            f"the images' prompt embeddings have widths {shapes.prompt[-1]} and {shapes.pooled[-1]} (pooled), but the "
-            f"transformer takes {transformer.joint_attention_dim} and {transformer.pooled_projection_dim}; encode the "
-            "prompts with this model's text encoders"
-        )
-    if perceptual is not None and min(height, width) < minimum_side(perceptual.network):
-        raise UserError(
-            f"the training images are {width}×{height}, too small for LPIPS; pass --lambda_lpips 0"
-        )
-
-
-def _chw(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[2], shape[0], shape[1])
-
-
-def check_tokens(shapes: Shapes, source: str, embeds: PromptEmbeds) -> None:
-    """Refuses a prompt of another length than the images', which could not share a batch with them."""
-    if embeds.prompt.shape[0] != shapes.prompt[0]:
-        raise UserError(
-            f"{source}: its embedding has {embeds.prompt.shape[0]} tokens, the images' have {shapes.prompt[0]}; encode both "
-            "in the same way"
-        )

@@ -8,6 +8,7 @@ Source: DiffJPEG's non-differentiable mode as Real-ESRGAN and SeeSR use it.
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from scipy.fft import dctn, idctn
 
@@ -52,3 +53,11 @@ def _quantised(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
     coefficients = dctn(blocks, axes=(2, 3), norm="ortho")
     restored = idctn(np.round(coefficients / table) * table, axes=(2, 3), norm="ortho")
     return restored.transpose(0, 2, 1, 3).reshape(plane.shape).astype(np.float32)
+
+
+def jpeg_codec(image: np.ndarray, quality: float) -> np.ndarray:
+    """The same by libjpeg: 8 bits in and out, the quality rounded, 4:2:0, the untransposed table, chroma smoothed."""
+    pixels = cv2.cvtColor(np.round(255 * np.clip(image, 0, 1)).astype(np.uint8), cv2.COLOR_RGB2BGR)
+    _, file = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, max(1, min(100, round(quality)))])
+    restored = cv2.cvtColor(cv2.imdecode(file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    return restored.astype(np.float32) / 255

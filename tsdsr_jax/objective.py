@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from tsdsr_jax import flow
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.record import Record
 from tsdsr_jax.torch_weights import Tree
 from tsdsr_jax.tsd import (
     Text,
@@ -95,14 +96,14 @@ class Samples(NamedTuple):
 
     Attributes:
       lr, hr: (..., B, H, W, 3) uint8; lr is interpolated to hr's size.
-      latent_hr: (..., B, h, w, C), times the scaling factor.
-      text: the images' prompts, (..., B, S, D) and (..., B, P).
+      latent_hr: (..., B, h, w, C), times the scaling factor; None: to be encoded from hr.
+      text: the images' prompts, (..., B, S, D) and (..., B, P); None: the default prompt.
     """
 
     lr: jax.Array
     hr: jax.Array
-    latent_hr: jax.Array
-    text: Text
+    latent_hr: jax.Array | None
+    text: Text | None
 
 
 class Batch(NamedTuple):
@@ -110,14 +111,14 @@ class Batch(NamedTuple):
 
     Attributes:
       lr, hr: (B, H, W, 3) in [−1, 1]; lr is interpolated to hr's size.
-      latent_hr: (B, h, w, C), times the scaling factor.
+      latent_hr: (B, h, w, C), times the scaling factor; None before `Losses.with_latents`.
       text: the images' prompts.
       student_text: what the student is conditioned on: the same, or the default prompt.
     """
 
     lr: jax.Array
     hr: jax.Array
-    latent_hr: jax.Array
+    latent_hr: jax.Array | None
     text: Text
     student_text: Text
 
@@ -143,14 +144,27 @@ class Draws(NamedTuple):
     uniform: jax.Array
 
 
+def to_samples(record: Record) -> Samples:
+    """A batched record, its parts arrays on the devices."""
+    text = None if record.prompt is None else Text(record.prompt, record.pooled)
+    return Samples(record.lr, record.hr, record.latent_hr, text)
+
+
 def to_batch(samples: Samples, default: Text | None) -> Batch:
-    """Images to [−1, 1]; the student's text is the images' own, or the default (1, S, D), (1, P) for all."""
+    """Images to [−1, 1]; the student's text is the images' own, or the default (1, S, D), (1, P) for all.
+
+    Raises:
+      ValueError: neither the samples nor the default have a text.
+    """
     lr, hr = (image.astype(jnp.float32) / 127.5 - 1 for image in (samples.lr, samples.hr))
-    student_text = samples.text
+    latent_hr = None if samples.latent_hr is None else samples.latent_hr.astype(jnp.float32)
+    if samples.text is None and default is None:
+        raise ValueError("samples without prompts of their own need the default prompt")
+    repeated = None
     if default is not None:
-        lead = samples.text.pooled.shape[:-1]
-        student_text = Text(*(jnp.broadcast_to(part[0], (*lead, *part.shape[1:])) for part in default))
-    return Batch(lr, hr, samples.latent_hr.astype(jnp.float32), samples.text, student_text)
+        lead = samples.hr.shape[:-3]
+        repeated = Text(*(jnp.broadcast_to(part[0], (*lead, *part.shape[1:])) for part in default))
+    return Batch(lr, hr, latent_hr, samples.text or repeated, repeated or samples.text)
 
 
 def draw(key: jax.Array, latent_shape: tuple[int, ...], config: LossConfig) -> Draws:
@@ -202,6 +216,18 @@ class Losses:
         """The transformer under an adapter; float32 out."""
         variables = {"params": base.transformer, "lora": adapter}
         return self.mmdit.apply(variables, latents, timestep, *text).astype(jnp.float32)
+
+    def with_latents(self, base: Base, batch: Batch, key: jax.Array | None) -> Batch:
+        """The batch with its photographs' latents, where it comes without: a sample of each posterior, as prepared sets
+        hold them, or without a key its mean.
+        """
+        if batch.latent_hr is not None:
+            return batch
+        posterior = self.vae.apply({"params": base.vae}, batch.hr, method="encode")
+        latent = (
+            posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
+        )
+        return batch._replace(latent_hr=latent.astype(jnp.float32) * self.vae.config.scaling_factor)
 
     def student_latent(self, base: Base, student: Student, batch: Batch, posterior: jax.Array) -> jax.Array:
         """ẑ = z − v(z, t = 1000): (B, h, w, C) float32, times the scaling factor."""

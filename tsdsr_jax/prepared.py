@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,28 +32,14 @@ from tsdsr_jax.prompts import (
     load_prompt_embeds,
     read_torch_pair,
 )
+from tsdsr_jax.record import Record
+from tsdsr_jax.shards import MANIFEST, check_complete, read_manifest
 from tsdsr_jax.torch_pickle import read_tensor
 
 LR_FOLDER, HR_FOLDER, LATENT_FOLDER = "lr_bicubic", "gt", "latent_hr"
 # Larger pictures are no training crops.
 MAX_PIXELS = 64_000_000
 _SIZES_LOOKED_AT, _CONTENTS_LOOKED_AT = 1000, 16
-
-
-class Record(NamedTuple):
-    """One training sample on the host.
-
-    Attributes:
-      lr, hr: (H, W, 3) uint8.
-      latent_hr: (h, w, C) float32.
-      prompt, pooled: (S, D) and (P,), float16, bfloat16 or float32.
-    """
-
-    lr: np.ndarray
-    hr: np.ndarray
-    latent_hr: np.ndarray
-    prompt: np.ndarray
-    pooled: np.ndarray
 
 
 class Files(NamedTuple):
@@ -67,37 +52,32 @@ class Files(NamedTuple):
     pooled: Path | None
 
 
-class PreparedFolders:
-    """The samples of one or several prepared folders, in a fixed order.
+class PreparedFolder:
+    """The samples of a prepared folder, in the order of their names.
 
-    Attributes:
-      roots: the folders.
-      files: one entry per sample.
+    Args:
+      root: the folder.
+      images: whether records have lr and hr; without, they are not decoded.
 
     Raises:
-      UserError: a folder is missing or empty, or samples lack files; they are named.
+      UserError: the folder is missing or empty, its preparation has not ended, or samples lack files; they are named.
     """
 
-    def __init__(self, roots: Sequence[Path]):
-        self.roots = tuple(roots)
-        self.files = [files for root in roots for files in find_files(root)]
+    def __init__(self, root: Path, images: bool = True):
+        self.images = images
+        self.files = find_files(root)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Record:
-        """Reads one sample.
+    def read(self, index: int, epoch: int = 0) -> Record:
+        """Reads one sample, the same in every epoch.
 
         Raises:
           UserError: a file is missing, damaged, or does not fit the others of the sample.
         """
         files = self.files[index]
-        lr, hr = (read_photo(path, MAX_PIXELS).rgb for path in (files.lr, files.hr))
-        if lr.shape != hr.shape:
-            raise UserError(
-                f"{files.lr}: {lr.shape[1]}×{lr.shape[0]} pixels, but {files.hr} has {hr.shape[1]}×{hr.shape[0]}; "
-                f"{LR_FOLDER} holds degraded images enlarged to the size of {HR_FOLDER}"
-            )
+        lr, hr = read_images(files) if self.images else (None, None)
         embeds = read_prompt(files)
         return Record(lr, hr, read_latent(files.latent_hr), _numbers(embeds.prompt), _numbers(embeds.pooled))
 
@@ -127,6 +107,8 @@ def find_files(root: Path) -> list[Files]:
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a prepared training set")
+    if (root / MANIFEST).is_file():
+        check_complete(root, read_manifest(root))
     if not (root / LR_FOLDER).is_dir():
         raise UserError(f"{root}: has no {LR_FOLDER}/; expected the folders {_ALL_FOLDERS}")
     images = {folder: _images(root / folder) for folder in (LR_FOLDER, HR_FOLDER)}
@@ -189,6 +171,17 @@ def _file_size(path: Path) -> bytes:
 
 def _names(folder: Path) -> set[str]:
     return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def read_images(files: Files) -> tuple[np.ndarray, np.ndarray]:
+    """lr and hr, (H, W, 3) uint8 both."""
+    lr, hr = (read_photo(path, MAX_PIXELS).rgb for path in (files.lr, files.hr))
+    if lr.shape != hr.shape:
+        raise UserError(
+            f"{files.lr}: {lr.shape[1]}×{lr.shape[0]} pixels, but {files.hr} has {hr.shape[1]}×{hr.shape[0]}; "
+            f"{LR_FOLDER} holds degraded images enlarged to the size of {HR_FOLDER}"
+        )
+    return lr, hr
 
 
 def read_prompt(files: Files) -> PromptEmbeds:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,12 +24,12 @@ from tqdm import tqdm
 
 from tsdsr_jax import checkpoint, loop
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.dataset import BadSamples, Batches, LocalBatch, Rows, Shapes, Source, read_ahead
-from tsdsr_jax.devices import DTYPES, join_processes, matmul_precision
+from tsdsr_jax.dataset import BadSamples, Batches, LocalBatch, Rows, read_ahead
+from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.options import RunOptions
 from tsdsr_jax.run_log import (
     Curve,
-    ReportTo,
     RunLog,
     TensorBoard,
     Tracker,
@@ -41,133 +40,9 @@ from tsdsr_jax.run_log import (
     summarise,
     summary_table,
 )
-from tsdsr_jax.sharding import make_mesh
+from tsdsr_jax.training_data import Data
 
-# The original's `--mixed_precision` calls float32 "no".
-PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """The flags that every training script has."""
-
-    output_dir: Path = Path("tsdsr-checkpoint")
-    """Folder for checkpoints, LoRAs, log, pictures and curves."""
-    logging_dir: Path = Path("logs")
-    """Folder of TensorBoard and wandb, inside the output folder."""
-    log_name: str = "tsdsr"
-    """The run's name: wandb's project, the title of the curves."""
-    log_code: bool = False
-    """Send the code to wandb."""
-    report_to: ReportTo = "none"
-    """Besides the output folder, report to TensorBoard, wandb or both."""
-    logging_steps: int = 10
-    """Fetch losses from the devices every so many steps; all steps are logged in any case."""
-
-    train_batch_size: int = 4
-    """Images per device."""
-    gradient_accumulation_steps: int = 1
-    """Batches per optimiser step."""
-    num_train_epochs: int = 1
-    """Passes over the data, unless --max_train_steps is given."""
-    max_train_steps: int | None = None
-    """Optimiser steps in all."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: much less memory for more arithmetic."""
-    dataloader_num_workers: int = 0
-    """Processes that read data; 0: threads."""
-    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Computation; what is trained is kept in float32. fp16 uses a dynamic loss scale."""
-    seed: int = 0
-    """Of the data's order, of new parameters and of all noise."""
-    fsdp: int = 1
-    """Devices that share one copy of the frozen weights; 1: each has its own."""
-    max_bad_steps: int = 20
-    """Stop after so many steps in a row whose gradients were not finite."""
-    max_bad_samples: float = 0.01
-    """Stop when more than this fraction of the samples cannot be read."""
-
-    checkpointing_steps: int = 5000
-    """Save every so many steps, and at the end."""
-    checkpoints_total_limit: int | None = None
-    """Checkpoints to keep; older ones are deleted. Default: all."""
-    resume_from_checkpoint: str | None = None
-    """latest, or a checkpoint folder; latest with nothing there starts new."""
-    validation_steps: int = 5000
-    """Restore fixed samples every so many steps, at the start and at the end."""
-    validation_dir: Path | None = None
-    """Prepared set to validate on, of images of the training images' size; default: the first training samples."""
-    num_validation_images: int = 4
-    """Samples to validate on."""
-
-    coordinator_address: str | None = None
-    """Several machines, started by hand: host:port of the first one."""
-    num_processes: int | None = None
-    """Several machines, started by hand: how many processes."""
-    process_id: int | None = None
-    """Several machines, started by hand: this process's number, from 0."""
-    multi_host: bool = False
-    """Several machines, started by SLURM or mpirun."""
-
-    optimizer: str = "adamw"
-    """Without effect; the optimiser is AdamW."""
-    local_rank: int = -1
-    """Without effect; one process uses all its GPUs."""
-    set_grads_to_none: bool = False
-    """Without effect."""
-
-    @property
-    def dtype(self) -> Any:
-        return PRECISIONS[self.mixed_precision]
-
-    def as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
-
-    def check(self) -> None:
-        """Refuses values that cannot work, before anything is loaded."""
-        at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp",
-                 "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
-                 "logging_steps", "max_bad_steps")  # fmt: skip
-        at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")
-        if self.seed >= 2**32:
-            raise UserError(f"--seed {self.seed}: expected less than 2**32")
-        check_writable(self.output_dir)
-        check_trackers(self.report_to)
-
-    def start(self) -> Mesh:
-        """Joins the other processes, if there are any, and lays out the devices."""
-        join_processes(self.coordinator_address, self.num_processes, self.process_id, self.multi_host)
-        try:
-            return make_mesh(fsdp=self.fsdp)
-        except ValueError as error:
-            raise UserError(f"--fsdp {self.fsdp}: {error}") from None
-
-    def rows(self, mesh: Mesh) -> int:
-        """Images of an optimiser step."""
-        return self.train_batch_size * mesh.size * self.gradient_accumulation_steps
-
-    def steps(self, samples: int, mesh: Mesh) -> int:
-        return self.max_train_steps or -(-self.num_train_epochs * samples // self.rows(mesh))
-
-
-def at_least(options: Any, bound: int, *names: str) -> None:
-    """Raises UserError for the first flag that is given and lower, or not a number."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not bound <= value < float("inf"):
-            raise UserError(f"--{name} {value:g}: expected at least {bound}")
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError where a folder cannot be made or written, without making it."""
-    place = folder.resolve()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"--output_dir {folder}: {place} is a file; expected a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: {place} is not writable")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,15 +78,6 @@ class Task:
     curves: Sequence[Curve]
     memory_remedies: str
     how_to_use: Callable[[Path], str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What it is trained on: the samples, what each looks like, and a hash that tells the set from others."""
-
-    source: Source
-    shapes: Shapes
-    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +127,17 @@ def say(line: str) -> None:
         tqdm.write(line)
 
 
+def describe(options: RunOptions, mesh: Mesh, data: Data, steps: int, notes: Sequence[str]) -> None:
+    """Says in a line what begins, and what to know of the flags."""
+    hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    say(
+        f"{mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, {np.dtype(options.dtype)}; {len(data.source)} samples, "
+        f"{steps} steps of {options.rows(mesh)} images"
+    )
+    for note in notes:
+        say(f"note: {note}")
+
+
 def run(options: RunOptions, task: Task, data: Data, mesh: Mesh, start: Path | None) -> None:
     """Trains from the start or a checkpoint, as `find_start` gives it, to the end or to a signal.
 
@@ -278,11 +155,7 @@ class _Run:
         self.folder = options.output_dir
         self.rows = options.rows(mesh)
         self.steps = options.steps(len(data.source), mesh)
-        self.identity = dict(task.identity) | {
-            "seed": options.seed,
-            "data set": f"{len(data.source)} samples",
-            "data set's content": data.fingerprint,
-        }
+        self.identity = {"seed": options.seed, **task.identity, **data.identity}
 
     def all(self, path: Path | None) -> None:
         options = self.options

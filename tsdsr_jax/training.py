@@ -69,6 +69,7 @@ class LossScale(NamedTuple):
 
 
 INITIAL_SCALE, GROWTH_STEPS = 65536.0, 2000
+_HR_LATENTS = 2**31
 
 
 class TrainState(NamedTuple):
@@ -139,7 +140,8 @@ class Trainer:
         Args:
           state: donate it.
           base: frozen parameters.
-          batches: with a leading axis of gradient-accumulation parts, (A, B, ...) on every leaf.
+          batches: with a leading axis of gradient-accumulation parts, (A, B, ...) on every leaf; without HR latents they
+            are encoded here.
           key: the run's key; the step number and the part are folded in.
 
         Returns:
@@ -210,6 +212,8 @@ class Trainer:
     def _part_gradients(
         self, state: TrainState, base: Base, batch: Batch, key: jax.Array
     ) -> tuple[tuple[Student, Tree], Metrics]:
+        # `draw` splits the key; a large number folded in is none of its parts.
+        batch = self.losses.with_latents(base, batch, jax.random.fold_in(key, _HR_LATENTS))
         draws = draw(key, batch.latent_hr.shape, self.losses.config)
         scale = state.loss_scale.value
 

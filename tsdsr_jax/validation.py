@@ -10,13 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from tsdsr_jax.dataset import Shapes, Source
+from tsdsr_jax.dataset import Shapes
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.objective import Base, Losses, Samples, Student, to_batch
-from tsdsr_jax.prepared import Record
+from tsdsr_jax.objective import Base, Losses, Samples, Student, to_batch, to_samples
+from tsdsr_jax.record import Record, Source
 from tsdsr_jax.sharding import batch_sharding, global_array, replicated
 from tsdsr_jax.sheet import comparison_sheet
-from tsdsr_jax.tsd import Text
 
 TITLES = ("low quality", "student", "high quality")
 
@@ -37,13 +36,15 @@ class Validation:
         self._batches = []
         for first in range(0, len(records), mesh.size):
             filled = [records[index % len(records)] for index in range(first, first + mesh.size)]
-            lr, hr, latent, prompt, pooled = (
-                global_array(np.stack(leaves), batch_sharding(mesh)) for leaves in zip(*filled, strict=True)
+            stacked = Record(
+                *(None if leaves[0] is None else np.stack(leaves) for leaves in zip(*filled, strict=True))
             )
-            self._batches.append(Samples(lr, hr, latent, Text(prompt, pooled)))
+            self._batches.append(
+                to_samples(stacked.map(lambda part: global_array(part, batch_sharding(mesh))))
+            )
 
         def restore(student: Student, base: Base, samples: Samples) -> tuple[jax.Array, jax.Array]:
-            batch = to_batch(samples, base.default)
+            batch = losses.with_latents(base, to_batch(samples, base.default), None)
             fake = losses.student_latent(base, student, batch, jnp.zeros_like(batch.latent_hr))
             errors = jnp.square(fake - batch.latent_hr).mean((1, 2, 3))
             decoded = losses.decode(base, fake)
@@ -89,7 +90,7 @@ def pick(
         if len(picked) == count:
             break
         try:
-            record = source[index]
+            record = source.read(index)
             shapes.check(record, source.name(index))
             picked.append(shapes.cast(record))
         except UserError as error:

@@ -1,0 +1,186 @@
+"""A checkpoint's two networks on the devices of a mesh, and whether samples and prompts fit them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from tsdsr_jax.checkpoint import Hash
+from tsdsr_jax.dataset import Shapes
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.layers import Placement
+from tsdsr_jax.models.lpips import LPIPS, minimum_side
+from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.pretrained import NetworkFiles
+from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
+from tsdsr_jax.record import Record
+from tsdsr_jax.sharding import base_shardings, global_array, placement, replicated
+from tsdsr_jax.torch_weights import Tree, abstract_params
+from tsdsr_jax.tsd import Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The two networks of a checkpoint, and where their parameters go.
+
+    Attributes:
+      transformer, vae: files of the checkpoint.
+      mesh: the devices.
+      dtype: of the frozen parameters and of computation.
+    """
+
+    transformer: NetworkFiles
+    vae: NetworkFiles
+    mesh: Mesh
+    dtype: DTypeLike
+
+    @property
+    def placement(self) -> Placement | None:
+        """For networks whose parameters are split over devices."""
+        return placement(self.mesh) if self.mesh.shape["fsdp"] > 1 else None
+
+    def mmdit(self, remat: bool = False) -> MMDiT:
+        return MMDiT(self.transformer.config, dtype=self.dtype, remat=remat, placement=self.placement)
+
+    def autoencoder(self, remat: bool = False) -> AutoencoderKL:
+        return AutoencoderKL(self.vae.config, dtype=self.dtype, remat=remat, placement=self.placement)
+
+    def load(self, parts: Iterable[NetworkFiles]) -> list[tuple[Tree, str]]:
+        """Loads networks' parameters onto the mesh, with a progress bar; also a hash each of what is stored, whatever the
+        layout.
+        """
+        parts = list(parts)
+        total = sum(int(np.prod(spec.shape)) for part in parts for spec in part.specs.values())
+        quiet = True if jax.process_index() else None
+        with tqdm(
+            total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=quiet
+        ) as bar:
+            return [self._load(part, bar.update) for part in parts]
+
+    def _load(self, network: NetworkFiles, progress: Callable[[int], object]) -> tuple[Tree, str]:
+        shardings = flatten_dict(base_shardings(abstract_params(network.config), self.mesh), sep="/")
+        digest = Hash()
+
+        def put(path: str, array: np.ndarray) -> jax.Array:
+            digest.add(path, array)
+            return global_array(array, shardings[path])
+
+        return network.load(self.dtype, put=put, progress=progress), digest.value()
+
+
+def load_text(folder: Path, flag: str, networks: Networks) -> PromptEmbeds:
+    """A flag's prompt embedding; UserError where it does not fit the transformer."""
+    embeds, config = load_prompt_embeds(folder), networks.transformer.config
+    check_widths(embeds, config.joint_attention_dim, config.pooled_projection_dim, f"{flag} {folder}")
+    return embeds
+
+
+def place_text(embeds: PromptEmbeds, networks: Networks) -> Text:
+    """A prompt as (1, S, D) and (1, P) on every device."""
+    whole = replicated(networks.mesh)
+    return Text(
+        *(global_array(part[None].astype(networks.dtype), whole) for part in (embeds.prompt, embeds.pooled))
+    )
+
+
+def text_hash(embeds: PromptEmbeds) -> str:
+    digest = Hash()
+    digest.add("prompt", embeds.prompt)
+    digest.add("pooled", embeds.pooled)
+    return digest.value()
+
+
+def check_shapes(
+    shapes: Shapes, networks: Networks, perceptual: LPIPS | None = None, what: str = "training images"
+) -> None:
+    """Refuses a data set that does not fit the networks.
+
+    Raises:
+      UserError: sizes, channels or widths differ; the message names both.
+    """
+    transformer, vae = networks.transformer.config, networks.vae.config
+    factor, patch = vae.factor, transformer.patch_size
+    step = factor * patch
+    height, width = shapes.hr[:2] if shapes.hr else (side * factor for side in shapes.latent_hr[:2])
+    if height % step or width % step:
+        raise UserError(f"the {what} are {width}×{height}; sides must be multiples of {step}")
+    latent = (height // factor, width // factor, vae.latent_channels)
+    if shapes.latent_hr not in (None, latent):
+        raise UserError(
+            f"latent_hr has shape {_chw(shapes.latent_hr)}, but images of {width}×{height} have latents {_chw(latent)} "
+            "with this model; was the set prepared with another one?"
+        )
+    if max(latent[:2]) > patch * transformer.pos_embed_max_size:
+        raise UserError(
+            f"the {what} are {width}×{height}; this transformer's position table ends at "
+            f"{step * transformer.pos_embed_max_size}"
+        )
+    widths = transformer.joint_attention_dim, transformer.pooled_projection_dim
+    if shapes.prompt is not None and (shapes.prompt[-1], shapes.pooled[-1]) != widths:
+        raise UserError(
+            f"the images' prompt embeddings have widths {shapes.prompt[-1]} and {shapes.pooled[-1]} (pooled), but the "
+            f"transformer takes {transformer.joint_attention_dim} and {transformer.pooled_projection_dim}; encode the "
+            "prompts with this model's text encoders"
+        )
+    if perceptual is not None and min(height, width) < minimum_side(perceptual.network):
+        raise UserError(f"the {what} are {width}×{height}, too small for LPIPS; pass --lambda_lpips 0")
+
+
+def _chw(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[2], shape[0], shape[1])
+
+
+def check_tokens(tokens: int, source: str, embeds: PromptEmbeds) -> None:
+    """Refuses a prompt of another length than the images', which could not share a batch with them."""
+    if embeds.prompt.shape[0] != tokens:
+        raise UserError(
+            f"{source}: its embedding has {embeds.prompt.shape[0]} tokens, the images' have {tokens}; encode both in the "
+            "same way"
+        )
+
+
+# Encoding in bfloat16 errs by a hundredth of the latents' deviation; another autoencoder's latents have nothing in common.
+LATENT_TOLERANCE = 0.3
+
+
+def check_latents(name: str, record: Record, networks: Networks, vae: Tree) -> None:
+    """Refuses a data set whose latents another autoencoder made, or that lack the scaling factor.
+
+    Args:
+      name: a sample's.
+      record: it, with hr and latent_hr.
+      networks: for the autoencoder.
+      vae: its parameters.
+
+    Raises:
+      UserError: the sample's latent is far from what the autoencoder makes of its photograph.
+    """
+    network = networks.autoencoder()
+
+    @jax.jit
+    def distance(vae: Tree, hr: jax.Array, latent: jax.Array) -> jax.Array:
+        """Root mean square, relative to the latents' deviation, beyond what sampling the posterior explains."""
+        posterior = network.apply({"params": vae}, hr[None].astype(jnp.float32) / 127.5 - 1, method="encode")
+        scale = networks.vae.config.scaling_factor
+        error = jnp.square(latent - posterior.mean[0] * scale)
+        allowed = jnp.square(scale) * jnp.exp(posterior.logvar[0])
+        return jnp.sqrt(jnp.maximum(error.mean() - 3 * allowed.mean(), 0)) / (scale * posterior.mean.std())
+
+    whole = replicated(networks.mesh)
+    found = float(distance(vae, global_array(record.hr, whole), global_array(record.latent_hr, whole)))
+    if not found < LATENT_TOLERANCE:
+        raise UserError(
+            f"{name}: its latent_hr is not what this model's autoencoder makes of its photograph (off by {found:.2g} of the "
+            f"latents' deviation, expected below {LATENT_TOLERANCE}); was the set prepared with another model, or without "
+            "the scaling factor?"
+        )

@@ -1,0 +1,281 @@
+"""The flags that training scripts have in common: the run, the optimisers, the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from tsdsr_jax.degradation import DegradationConfig
+from tsdsr_jax.devices import DTYPES, join_processes
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.photos import CropConfig
+from tsdsr_jax.run_log import ReportTo, check_trackers
+from tsdsr_jax.schedules import ScheduleName
+from tsdsr_jax.sharding import make_mesh
+from tsdsr_jax.training import OptimizerConfig
+
+# The original's `--mixed_precision` calls float32 "no".
+PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}
+# Crops must fit the autoencoder's factor times the transformer's patch.
+_STEP = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The flags that every training script has."""
+
+    output_dir: Path = Path("tsdsr-checkpoint")
+    """Folder for checkpoints, LoRAs, log, pictures and curves."""
+    logging_dir: Path = Path("logs")
+    """Folder of TensorBoard and wandb, inside the output folder."""
+    log_name: str = "tsdsr"
+    """The run's name: wandb's project, the title of the curves."""
+    log_code: bool = False
+    """Send the code to wandb."""
+    report_to: ReportTo = "none"
+    """Besides the output folder, report to TensorBoard, wandb or both."""
+    logging_steps: int = 10
+    """Fetch losses from the devices every so many steps; all steps are logged in any case."""
+
+    train_batch_size: int = 4
+    """Images per device."""
+    gradient_accumulation_steps: int = 1
+    """Batches per optimiser step."""
+    num_train_epochs: int = 1
+    """Passes over the data, unless --max_train_steps is given."""
+    max_train_steps: int | None = None
+    """Optimiser steps in all."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: much less memory for more arithmetic."""
+    dataloader_num_workers: int = 0
+    """Processes that read data; 0: threads."""
+    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """Computation; what is trained is kept in float32. fp16 uses a dynamic loss scale."""
+    seed: int = 0
+    """Of the data's order, of new parameters and of all noise."""
+    fsdp: int = 1
+    """Devices that share one copy of the frozen weights; 1: each has its own."""
+    max_bad_steps: int = 20
+    """Stop after so many steps in a row whose gradients were not finite."""
+    max_bad_samples: float = 0.01
+    """Stop when more than this fraction of the samples cannot be read."""
+
+    checkpointing_steps: int = 5000
+    """Save every so many steps, and at the end."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints to keep; older ones are deleted. Default: all."""
+    resume_from_checkpoint: str | None = None
+    """latest, or a checkpoint folder; latest with nothing there starts new."""
+    validation_steps: int = 5000
+    """Restore fixed samples every so many steps, at the start and at the end."""
+    validation_dir: Path | None = None
+    """Prepared set to validate on, of images of the training images' size; default: the first training samples."""
+    num_validation_images: int = 4
+    """Samples to validate on."""
+
+    coordinator_address: str | None = None
+    """Several machines, started by hand: host:port of the first one."""
+    num_processes: int | None = None
+    """Several machines, started by hand: how many processes."""
+    process_id: int | None = None
+    """Several machines, started by hand: this process's number, from 0."""
+    multi_host: bool = False
+    """Several machines, started by SLURM or mpirun."""
+
+    optimizer: str = "adamw"
+    """Without effect; the optimiser is AdamW."""
+    local_rank: int = -1
+    """Without effect; one process uses all its GPUs."""
+    set_grads_to_none: bool = False
+    """Without effect."""
+
+    @property
+    def dtype(self) -> Any:
+        return PRECISIONS[self.mixed_precision]
+
+    def as_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    def check(self) -> None:
+        """Refuses values that cannot work, before anything is loaded."""
+        at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp",
+                 "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
+                 "logging_steps", "max_bad_steps")  # fmt: skip
+        at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed {self.seed}: expected less than 2**32")
+        check_writable(self.output_dir)
+        check_trackers(self.report_to)
+
+    def notes(self) -> list[str]:
+        """Flags that do nothing."""
+        found = []
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("optimizer", "local_rank", "set_grads_to_none"):
+            if getattr(self, name) != defaults[name]:
+                found.append(f"--{name} has no effect here")
+        if self.log_code and self.report_to not in ("wandb", "all"):
+            found.append("--log_code has no effect without --report_to wandb")
+        return found
+
+    def start(self) -> Mesh:
+        """Joins the other processes, if there are any, and lays out the devices."""
+        join_processes(self.coordinator_address, self.num_processes, self.process_id, self.multi_host)
+        try:
+            return make_mesh(fsdp=self.fsdp)
+        except ValueError as error:
+            raise UserError(f"--fsdp {self.fsdp}: {error}") from None
+
+    def rows(self, mesh: Mesh) -> int:
+        """Images of an optimiser step."""
+        return self.train_batch_size * mesh.size * self.gradient_accumulation_steps
+
+    def steps(self, samples: int, mesh: Mesh) -> int:
+        return self.max_train_steps or -(-self.num_train_epochs * samples // self.rows(mesh))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """The flags of AdamW and of the learning rate's course; defaults are the original's."""
+
+    lr_scheduler: ScheduleName = "constant"
+    """Course of both learning rates."""
+    lr_warmup_steps: int = 500
+    """Steps of linear rise; not with constant."""
+    lr_num_cycles: int = 1
+    """Of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Of polynomial."""
+    max_grad_norm: float = 1.0
+    """Global norm that the gradients of student and auxiliary network are each clipped to."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second decay."""
+    adam_weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    ema_decay: float | None = None
+    """Keep a moving average of what is trained with this decay, such as 0.999; exported beside it."""
+
+    def check_optimizer(self) -> None:
+        at_least(self, 1, "lr_num_cycles")
+        at_least(self, 0, "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay")
+        finite(self, "lr_power")
+        for name in ("max_grad_norm", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} {getattr(self, name):g}: expected more than 0")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise UserError(f"--{name} {value:g}: expected at least 0 and less than 1")
+
+    def optimizer_config(self, steps: int, rate: float, rate_auxiliary: float = 0.0) -> OptimizerConfig:
+        return OptimizerConfig(
+            learning_rate=rate,
+            learning_rate_auxiliary=rate_auxiliary,
+            schedule=self.lr_scheduler,
+            warmup=self.lr_warmup_steps,
+            steps=steps,
+            cycles=self.lr_num_cycles,
+            power=self.lr_power,
+            max_grad_norm=self.max_grad_norm,
+            beta1=self.adam_beta1,
+            beta2=self.adam_beta2,
+            epsilon=self.adam_epsilon,
+            weight_decay=self.adam_weight_decay,
+            ema_decay=self.ema_decay,
+        )
+
+    def warmup_notes(self, steps: int) -> list[str]:
+        if self.lr_scheduler == "constant" or self.lr_warmup_steps < steps:
+            return []
+        return [
+            f"--lr_warmup_steps {self.lr_warmup_steps} is no less than the {steps} steps of training: the learning rate "
+            "does not reach its peak"
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CropOptions:
+    """How photographs become training pairs; the same flags for preparing and for training."""
+
+    crop_size: tuple[int, ...] = (512,)
+    """Side of the crops, or their height and width; multiples of 16."""
+    min_size: int | None = None
+    """Leave photographs out that have fewer than this many pixels squared. Default: 3/4 of the crops' shorter side."""
+    sharpen_gt: bool = True
+    """Unsharp-mask the photographs before they serve as target and as source, as the published pipeline does by default."""
+    jpeg: Literal["model", "codec"] = "model"
+    """Compress with the published pipeline's model of JPEG, or with a real codec."""
+
+    def crop(self) -> CropConfig:
+        height, width = self.crop_size if len(self.crop_size) == 2 else self.crop_size * 2
+        minimum = min(height, width) * 3 // 4 if self.min_size is None else self.min_size
+        return CropConfig(height, width, minimum)
+
+    def degradation(self) -> DegradationConfig:
+        return DegradationConfig(sharpen=self.sharpen_gt, codec=self.jpeg == "codec")
+
+    def check_crop(self) -> None:
+        if len(self.crop_size) not in (1, 2) or any(side < 1 or side % _STEP for side in self.crop_size):
+            given = " ".join(map(str, self.crop_size))
+            raise UserError(
+                f"--crop_size {given}: expected one side, or height and width, multiples of {_STEP}"
+            )
+        if self.min_size is not None and self.min_size < 1:
+            raise UserError(f"--min_size {self.min_size}: expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(CropOptions):
+    """Where a training script's samples and prompts come from."""
+
+    data_dir: tuple[Path, ...] = ()
+    """Prepared training set, of train/prepare.py or in the original's folders (gt, lr_bicubic, latent_hr, prompt_embeds,
+    pool_embeds); repeat for several."""
+    hr_dir: tuple[Path, ...] = ()
+    """Instead: a folder of photographs, searched with its subfolders, to crop and degrade on the way; repeat for several."""
+    default_embedding_dir: Path = Path("dataset/default")
+    """Embeddings of the default prompt: for photographs that have none beside them, and for --use_default_prompt."""
+    null_embedding_dir: Path = Path("dataset/null")
+    """Embeddings of the empty prompt, for guidance."""
+
+    def check_data(self) -> None:
+        self.check_crop()
+        if bool(self.data_dir) == bool(self.hr_dir):
+            raise UserError(
+                "give either prepared sets with --data_dir or folders of photographs with --hr_dir"
+            )
+
+
+def at_least(options: Any, bound: int, *names: str) -> None:
+    """Raises UserError for the first flag that is given and lower, or not a number."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not bound <= value < float("inf"):
+            raise UserError(f"--{name} {value:g}: expected at least {bound}")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError where a folder cannot be made or written, without making it."""
+    place = folder.resolve()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"--output_dir {folder}: {place} is a file; expected a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: {place} is not writable")
+
+
+def finite(options: Any, *names: str) -> None:
+    """Raises UserError for the first flag that is no finite number."""
+    for name in names:
+        if not math.isfinite(value := getattr(options, name)):
+            raise UserError(f"--{name} {value:g}: expected a finite number")

@@ -1,0 +1,231 @@
+"""Folders of photographs as training samples: found, looked at, cropped, and degraded as they are read.
+
+No jax here: Grain's workers run this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tsdsr_jax.degradation import DegradationConfig, degrade, target
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.images import IMAGE_SUFFIXES, read_photo, read_size
+from tsdsr_jax.prompts import PromptEmbeds, load_prompt_embeds
+from tsdsr_jax.record import Record
+
+# Half a gigabyte decoded: larger than any camera's picture, and a worker each holds one.
+MAX_PIXELS = 180_000_000
+_CONTENTS_LOOKED_AT = 16
+_STREAM = 0x70686F74  # keeps the draws apart from those of the samples' order
+
+
+@dataclasses.dataclass(frozen=True)
+class CropConfig:
+    """What is cut out of the photographs.
+
+    Attributes:
+      height, width: of the crops. Photographs that are smaller are mirrored at their right and bottom.
+      minimum: photographs of fewer than minimum² pixels are left out.
+      flip: probability of mirroring left to right.
+    """
+
+    height: int = 512
+    width: int = 512
+    minimum: int = 384
+    flip: float = 0.5
+
+
+class Photograph(NamedTuple):
+    """A file, its folder, and its upright size."""
+
+    path: Path
+    root: Path
+    height: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        """The same wherever the folder lies."""
+        return self.path.relative_to(self.root).as_posix()
+
+
+class Survey(NamedTuple):
+    """What there is in some folders.
+
+    Attributes:
+      photographs: those that can be used, in a fixed order.
+      small: names of those that are too small.
+      unreadable: what is wrong with the others, a message each.
+    """
+
+    photographs: list[Photograph]
+    small: list[str]
+    unreadable: list[str]
+
+
+def find_photographs(root: Path) -> list[Path]:
+    """The image files below a folder, in its subfolders too, sorted; hidden ones are left out. Follows links to folders.
+
+    Raises:
+      UserError: no such folder, or no images in it.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; expected one with photographs")
+    found: list[Path] = []
+    seen: set[str] = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        # A link to a folder above would never end.
+        real = os.path.realpath(folder)
+        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
+        if real not in seen:
+            images = (name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+            found += [Path(folder, name) for name in images if not name.startswith(".")]
+        seen.add(real)
+    if not found:
+        raise UserError(
+            f"{root}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)}, in subfolders too)"
+        )
+    return sorted(found)
+
+
+def survey(
+    files: Sequence[tuple[Path, Path]], minimum: int, progress: Callable[[int], object] = lambda count: None
+) -> Survey:
+    """Looks at every photograph's header.
+
+    Args:
+      files: (file, the folder it was found below) each.
+      minimum: fewer than minimum² pixels are too small.
+      progress: called with the number of files looked at since the last call.
+
+    Raises:
+      UserError: none can be used.
+    """
+
+    def look(file: tuple[Path, Path]) -> Photograph | str:
+        try:
+            size = read_size(file[0], MAX_PIXELS)
+        except UserError as error:
+            size = str(error)
+        progress(1)
+        return size if isinstance(size, str) else Photograph(*file, *size)
+
+    with ThreadPoolExecutor(16) as pool:
+        looks = list(pool.map(look, files))
+    unreadable = [look for look in looks if isinstance(look, str)]
+    photographs = [look for look in looks if isinstance(look, Photograph)]
+    small = [str(photo.path) for photo in photographs if photo.height * photo.width < minimum**2]
+    photographs = [photo for photo in photographs if photo.height * photo.width >= minimum**2]
+    if not photographs:
+        reasons = (
+            [f"{len(small)} have fewer than {minimum}×{minimum} pixels (see --min_size)"] if small else []
+        )
+        reasons += [f"{len(unreadable)} cannot be read, such as {unreadable[0]}"] if unreadable else []
+        roots = ", ".join(sorted({str(root) for _, root in files}))
+        raise UserError(f"{roots}: none of the {len(files)} images can be used: {'; '.join(reasons)}")
+    return Survey(photographs, small, unreadable)
+
+
+def left_out(found: Survey, minimum: int) -> list[str]:
+    """What to tell of a survey: how many photographs are left out, which, and why."""
+    lines = []
+    if found.small:
+        names = ", ".join(found.small[:5]) + (", ..." if len(found.small) > 5 else "")
+        lines.append(
+            f"{len(found.small)} photographs have fewer than {minimum}×{minimum} pixels and are left out (see --min_size): "
+            + names
+        )
+    if found.unreadable:
+        lines.append(f"{len(found.unreadable)} images cannot be read and are left out:")
+        lines += [f"  {line}" for line in found.unreadable[:5]]
+        lines += ["  ..."] if len(found.unreadable) > 5 else []
+    return lines
+
+
+def random_crop(image: np.ndarray, config: CropConfig, generator: np.random.Generator) -> np.ndarray:
+    """(H, W, 3) -> (height, width, 3): mirrored at random, enlarged by reflection where too small, cut out at random."""
+    if generator.random() < config.flip:
+        image = image[:, ::-1]
+    image = reflected(image, config.height, config.width)
+    top = int(generator.integers(image.shape[0] - config.height + 1))
+    left = int(generator.integers(image.shape[1] - config.width + 1))
+    return image[top : top + config.height, left : left + config.width]
+
+
+def reflected(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """At least (height, width): mirrored at the bottom and the right, without repeating the edge."""
+    below, right = max(0, height - image.shape[0]), max(0, width - image.shape[1])
+    return np.pad(image, ((0, below), (0, right), (0, 0)), mode="reflect") if below or right else image
+
+
+class Photographs:
+    """Photographs, each cropped and degraded anew in every epoch.
+
+    What a sample looks like depends on the seed, the epoch and its index only, whoever reads it.
+
+    Args:
+      photographs: the files, as `survey` finds them.
+      crop: what is cut out.
+      degradation: how.
+      seed: of all draws.
+      default: the prompt of photographs that have none of their own, where others do.
+      with_lr: whether to degrade at all; without, records have no `lr`.
+    """
+
+    def __init__(
+        self,
+        photographs: Sequence[Photograph],
+        crop: CropConfig,
+        degradation: DegradationConfig,
+        seed: int,
+        default: PromptEmbeds | None = None,
+        with_lr: bool = True,
+    ):
+        self.photographs, self.crop, self.degradation, self.seed = photographs, crop, degradation, seed
+        self.default, self.with_lr = default, with_lr
+        self.prompts = [own_prompt(photo.path) for photo in photographs]
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    def name(self, index: int) -> str:
+        return str(self.photographs[index].path)
+
+    def read(self, index: int, epoch: int = 0) -> Record:
+        """Reads, crops and degrades; see `Source.read`."""
+        prompt = self._prompt(index)
+        photo = read_photo(self.photographs[index].path, MAX_PIXELS).rgb
+        generator = np.random.default_rng([_STREAM, self.seed, epoch, index])
+        cropped = random_crop(photo, self.crop, generator).astype(np.float32) / 255
+        if self.with_lr:
+            lr, hr = degrade(cropped, generator, self.degradation)
+        else:
+            lr, hr = None, target(cropped, self.degradation)
+        return Record(lr, hr, None, *((None, None) if prompt is None else (prompt.prompt, prompt.pooled)))
+
+    def _prompt(self, index: int) -> PromptEmbeds | None:
+        path = self.prompts[index]
+        return self.default if path is None else load_prompt_embeds(path)
+
+    def fingerprint(self) -> str:
+        """A hash of all names and sizes, of which have prompts, and of sixteen photographs' content, evenly spread."""
+        digest = hashlib.sha256()
+        for photo, prompt in zip(self.photographs, self.prompts, strict=True):
+            digest.update(f"{photo.name} {photo.height} {photo.width} {prompt is not None}\n".encode())
+        for photo in self.photographs[:: -(-len(self) // _CONTENTS_LOOKED_AT)]:
+            digest.update(photo.path.read_bytes())
+        return digest.hexdigest()
+
+
+def own_prompt(path: Path) -> Path | None:
+    """A photograph's prompt embedding beside it, as `convert/prompts.py` writes it, if there is one."""
+    beside = path.with_suffix(".safetensors")
+    return beside if beside.is_file() else None

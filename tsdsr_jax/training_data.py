@@ -1,0 +1,142 @@
+"""Which samples a run sees, from its flags: prepared sets, or photographs degraded on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from tsdsr_jax.dataset import Shapes, first_sample
+from tsdsr_jax.options import DataOptions
+from tsdsr_jax.photos import Photographs, Survey, find_photographs, left_out, survey
+from tsdsr_jax.prepared import PreparedFolder
+from tsdsr_jax.prompts import load_prompt_embeds
+from tsdsr_jax.record import Record, Source
+from tsdsr_jax.shards import PreparedShards, is_sharded
+
+# What a run needs of its samples.
+Parts = Literal["pairs", "latents"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is trained on.
+
+    Attributes:
+      source: the samples.
+      shapes: what each looks like.
+      identity: what a resumed run must agree in.
+    """
+
+    source: Source
+    shapes: Shapes
+    identity: Mapping[str, Any]
+
+
+def open_data(options: DataOptions, seed: int, parts: Parts, note: Callable[[str], object]) -> Data:
+    """The samples of `--data_dir` or `--hr_dir`.
+
+    Args:
+      options: the flags.
+      seed: of crops and degradations.
+      parts: whether images and their degraded versions are needed, or latents only.
+      note: told what is left out.
+
+    Raises:
+      UserError: nothing there, or nothing that can be used.
+    """
+    if options.data_dir:
+        source = open_sets(options.data_dir, parts)
+        identity = {}
+    else:
+        source = _open_photographs(options, seed, parts, note)
+        crop = options.crop()
+        identity = {
+            "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels",
+            "degradation": f"sharpen_gt {options.sharpen_gt}, jpeg {options.jpeg}",
+        }
+    identity |= {"data set": f"{len(source)} samples", "data set's content": source.fingerprint()}
+    return Data(source, Shapes.of_source(source), identity)
+
+
+def open_sets(roots: Sequence[Path], parts: Parts = "pairs") -> Source:
+    """One or several prepared sets of either layout as one.
+
+    Raises:
+      UserError: missing, unfinished, or made differently from each other.
+    """
+    images = parts == "pairs"
+    sets = [
+        PreparedShards(root, images) if is_sharded(root) else PreparedFolder(root, images) for root in roots
+    ]
+    if len(sets) == 1:
+        return sets[0]
+    first = Shapes.of_source(sets[0])
+    for root, source in zip(roots[1:], sets[1:], strict=True):
+        first.check(first_sample(source)[1], f"{root}, unlike {roots[0]}")
+    return Joined(sets)
+
+
+class Joined:
+    """Several sources, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = list(sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.sources[which], index - (int(self._ends[which - 1]) if which else 0)
+
+    def read(self, index: int, epoch: int = 0) -> Record:
+        source, index = self._locate(index)
+        return source.read(index, epoch)
+
+    def name(self, index: int) -> str:
+        source, index = self._locate(index)
+        return source.name(index)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode()).hexdigest()
+
+
+def look_at(roots: Sequence[Path], minimum: int, note: Callable[[str], object]) -> Survey:
+    """`survey` with a progress bar; tells what is left out."""
+    files = [(path, root) for root in roots for path in find_photographs(root)]
+    with tqdm(total=len(files), desc="looking at photographs", leave=False, disable=None) as bar:
+        found = survey(files, minimum, bar.update)
+    for line in left_out(found, minimum):
+        note(line)
+    return found
+
+
+def _open_photographs(
+    options: DataOptions, seed: int, parts: Parts, note: Callable[[str], object]
+) -> Photographs:
+    crop = options.crop()
+    found = look_at(options.hr_dir, crop.minimum, note)
+    source = Photographs(found.photographs, crop, options.degradation(), seed, with_lr=parts == "pairs")
+    if lacking := [
+        photo.name for photo, prompt in zip(found.photographs, source.prompts, strict=True) if not prompt
+    ]:
+        if len(lacking) < len(source):
+            source.default = load_prompt_embeds(options.default_embedding_dir)
+            note(
+                f"{len(lacking)} of {len(source)} photographs have no prompt embedding beside them and get the default "
+                f"prompt's: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
+            )
+        texts = sum(photo.path.with_suffix(".txt").is_file() for photo in found.photographs)
+        if texts:
+            note(
+                f"{texts} photographs have a .txt beside them, which is read only when it is encoded: "
+                "python convert/prompts.py --prompt_file FOLDER --output FOLDER, or train/prepare.py --prompts txt"
+            )
+    return source

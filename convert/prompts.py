@@ -26,6 +26,7 @@ from tsdsr_jax.prompts import (
     DEFAULT_PROMPT,
     convert_torch_embeds,
     load_prompt_embeds,
+    read_text,
     refuse_existing,
     save_prompt_embeds,
     target_file,
@@ -91,9 +92,9 @@ def texts_to_encode(options: Options) -> dict[Path, str]:
         files = sorted(options.prompt_file.glob("*.txt"))
         if not files:
             raise UserError(f"--prompt_file {options.prompt_file} holds no .txt file.")
-        return {options.output / f"{file.stem}.safetensors": _read_text(file) for file in files}
+        return {options.output / f"{file.stem}.safetensors": read_text(file) for file in files}
     if options.prompt_file is not None:
-        return {target_file(options.output): _read_text(options.prompt_file)}
+        return {target_file(options.output): read_text(options.prompt_file)}
     return {target_file(options.output): DEFAULT_PROMPT if options.default else options.prompt or ""}
 
 
@@ -133,13 +134,6 @@ def _check_modes(options: Options) -> None:
     given = [name for name, present in modes.items() if present]
     if len(given) != 1:
         raise UserError(f"expected exactly one of {', '.join(modes)}; given: {', '.join(given) or 'none'}.")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as UTF-8 text ({error}).") from error
 
 
 if __name__ == "__main__":

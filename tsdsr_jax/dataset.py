@@ -13,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import grain
@@ -208,7 +209,22 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[LocalBatch]:
       batches: what to read.
       workers: processes; 0: threads of this one.
     """
-    dataset = grain.MapDataset.source(batches)  # pyrefly: ignore
+    with closing(prefetched(batches, workers)) as elements:
+        for records, problems in elements:
+            # Copied out of the memory shared with a worker, which is then free for the next batch.
+            yield LocalBatch(Record(*records).map(np.array) if workers else records, problems)
+
+
+def prefetched(elements: Any, workers: int) -> Iterator[Any]:
+    """The elements of a sequence in order, each made by a thread, or by worker processes.
+
+    What comes from a worker lies in memory shared with it, until the next element is asked for.
+
+    Args:
+      elements: has `__len__` and `__getitem__`; pickled for workers.
+      workers: processes; 0: threads of this one.
+    """
+    dataset = grain.MapDataset.source(elements)  # pyrefly: ignore
     threads = 1 if workers else 4
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_READ_AHEAD))
     if workers:
@@ -217,9 +233,7 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[LocalBatch]:
         stream = stream.mp_prefetch(options, worker_init_fn=_begin_worker)
     iterator = iter(stream)
     try:
-        for records, problems in iterator:
-            # Copied out of the memory shared with a worker, which is then free for the next batch.
-            yield LocalBatch(Record(*records).map(np.array) if workers else records, problems)
+        yield from iterator
     finally:
         # Or worker processes and the memory they share with this one would outlive it.
         iterator.close()

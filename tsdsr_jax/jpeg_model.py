@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from scipy.fft import dctn, idctn
 
 # ITU-T T.81, Annex K.1 and K.2. The luma table is used transposed, the chroma table is symmetric.
 LUMA = np.array([
@@ -27,6 +26,12 @@ _TO_YCC = np.array(
 _TO_RGB = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]], np.float32)
 
 
+# The orthonormal DCT-II of 8 values as a matrix.
+_k = np.arange(8)
+_DCT = np.cos((2 * _k[None] + 1) * _k[:, None] * np.pi / 16) * np.where(_k == 0, np.sqrt(1 / 8), 0.5)[:, None]
+_DCT = _DCT.astype(np.float32)
+
+
 def jpeg(image: np.ndarray, quality: float) -> np.ndarray:
     """Compresses and restores (H, W, 3) float32 RGB in [0, 1]; of the same shape and range.
 
@@ -35,24 +40,33 @@ def jpeg(image: np.ndarray, quality: float) -> np.ndarray:
     """
     height, width = image.shape[:2]
     factor = 50 / quality if quality < 50 else 2 - quality / 50
-    padded = np.pad(image.astype(np.float32), ((0, -height % 16), (0, -width % 16), (0, 0)))
-    ycc = (255 * padded) @ _TO_YCC.T
-    luma = _quantised(ycc[..., 0] - 128, LUMA * factor) + 128
+    padded = cv2.copyMakeBorder(image, 0, -height % 16, 0, -width % 16, cv2.BORDER_CONSTANT, value=0)
+    ycc = cv2.transform(padded, 255 * _TO_YCC)
     # Chroma is centred at 0 already: the 128 that JFIF adds is the 128 that the transform takes away.
-    chroma = ycc[..., 1:].reshape(ycc.shape[0] // 2, 2, ycc.shape[1] // 2, 2, 2).mean((1, 3))
-    restored = [_quantised(chroma[..., channel], CHROMA * factor) for channel in range(2)]
-    chroma = np.stack(restored, -1).repeat(2, 0).repeat(2, 1)
-    rgb = np.concatenate([luma[..., None], chroma], -1) @ _TO_RGB.T
-    return np.clip(rgb[:height, :width] / 255, 0, 1)
+    small = cv2.resize(ycc[..., 1:], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    small = np.stack([_quantised(small[..., channel], CHROMA * factor) for channel in range(2)], -1)
+    ycc[..., 0] = _quantised(ycc[..., 0] - 128, LUMA * factor) + 128
+    ycc[..., 1:] = cv2.resize(small, ycc.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    return np.clip(cv2.transform(ycc, _TO_RGB / 255)[:height, :width], 0, 1)
 
 
 def _quantised(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """One plane, (H, W) with sides multiples of 8, through the quantised transform of its 8×8 blocks."""
-    rows, columns = plane.shape[0] // 8, plane.shape[1] // 8
-    blocks = plane.reshape(rows, 8, columns, 8).transpose(0, 2, 1, 3)
-    coefficients = dctn(blocks, axes=(2, 3), norm="ortho")
-    restored = idctn(np.round(coefficients / table) * table, axes=(2, 3), norm="ortho")
-    return restored.transpose(0, 2, 1, 3).reshape(plane.shape).astype(np.float32)
+    """One plane, (H, W) with sides multiples of 8, through the quantised transform of its 8×8 blocks.
+
+    As many small products, one block row or one pixel row each: they need no transposed copy, and they are too small for
+    a BLAS to split among threads, whose number must not change the result.
+    """
+    shape, table = plane.shape, table.astype(np.float32)[None, :, None, :]
+
+    def both_axes(rows: np.ndarray, columns: np.ndarray, plane: np.ndarray) -> np.ndarray:
+        along = (rows @ plane.reshape(-1, 8, shape[1])).reshape(shape[0], -1, 8)
+        return (along @ columns).reshape(-1, 8, shape[1] // 8, 8)
+
+    coefficients = both_axes(_DCT, _DCT.T, plane)
+    coefficients /= table
+    np.rint(coefficients, out=coefficients)
+    coefficients *= table
+    return both_axes(_DCT.T, _DCT, coefficients.reshape(shape)).reshape(shape)
 
 
 def jpeg_codec(image: np.ndarray, quality: float) -> np.ndarray:

@@ -57,6 +57,15 @@ class Photograph(NamedTuple):
         return self.path.relative_to(self.root).as_posix()
 
 
+class Box(NamedTuple):
+    """A part of a photograph, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 class Survey(NamedTuple):
     """What there is in some folders.
 
@@ -160,6 +169,11 @@ def random_crop(image: np.ndarray, config: CropConfig, generator: np.random.Gene
     return image[top : top + config.height, left : left + config.width]
 
 
+def cut_out(image: np.ndarray, box: Box) -> np.ndarray:
+    image = reflected(image, box.top + box.height, box.left + box.width)
+    return image[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
 def reflected(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """At least (height, width): mirrored at the bottom and the right, without repeating the edge."""
     below, right = max(0, height - image.shape[0]), max(0, width - image.shape[1])
@@ -202,14 +216,24 @@ class Photographs:
     def read(self, index: int, epoch: int = 0) -> Record:
         """Reads, crops and degrades; see `Source.read`."""
         prompt = self._prompt(index)
+        texts = (None, None) if prompt is None else (prompt.prompt, prompt.pooled)
+        return Record(*self.pair(index, epoch), None, *texts)
+
+    def pair(self, index: int, draw: int, box: Box | None = None) -> tuple[np.ndarray | None, np.ndarray]:
+        """lr and hr of a photograph; draws of other numbers are degraded otherwise.
+
+        Args:
+          box: what to cut out; None: a random crop, as the epoch `draw` has it.
+        """
         photo = read_photo(self.photographs[index].path, MAX_PIXELS).rgb
-        generator = np.random.default_rng([_STREAM, self.seed, epoch, index])
-        cropped = random_crop(photo, self.crop, generator).astype(np.float32) / 255
-        if self.with_lr:
-            lr, hr = degrade(cropped, generator, self.degradation)
-        else:
-            lr, hr = None, target(cropped, self.degradation)
-        return Record(lr, hr, None, *((None, None) if prompt is None else (prompt.prompt, prompt.pooled)))
+        generator = np.random.default_rng([_STREAM, self.seed, draw, index])
+        crop = random_crop(photo, self.crop, generator) if box is None else cut_out(photo, box)
+        crop = crop.astype(np.float32) / 255
+        return (
+            degrade(crop, generator, self.degradation)
+            if self.with_lr
+            else (None, target(crop, self.degradation))
+        )
 
     def _prompt(self, index: int) -> PromptEmbeds | None:
         path = self.prompts[index]

@@ -176,6 +176,18 @@ def _how_to_make(folder: Path) -> str:
     )
 
 
+def read_text(file: Path) -> str:
+    """A prompt from a text file.
+
+    Raises:
+        UserError: it cannot be read as UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as UTF-8 text ({error}).") from error
+
+
 def listed(names: Sequence[str], most: int = 8) -> str:
     """The first few of them, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -1,0 +1,237 @@
+"""Folders of photographs as samples: what is found, cropped and left out, and that draws depend on nothing else."""
+
+import shutil
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny_checkpoint as tiny
+from photos import data_folder
+from tsdsr_jax.dataset import Batches, Rows, Shapes, read_ahead
+from tsdsr_jax.degradation import DegradationConfig
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.options import DataOptions
+from tsdsr_jax.photos import CropConfig, Photographs, find_photographs, left_out, random_crop, survey
+from tsdsr_jax.prompts import save_prompt_embeds
+from tsdsr_jax.training_data import open_data
+
+CROP = CropConfig(32, 32, 24)
+
+
+def save(path: Path, size: tuple[int, int] = (40, 48), seed: int = 0, mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(tiny.synthetic_photo(*size, seed)).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    for index in range(6):
+        save(root / f"trip {index % 2}" / f"{index}.png", seed=index)
+    return root
+
+
+def listed(root: Path) -> list[tuple[Path, Path]]:
+    return [(path, root) for path in find_photographs(root)]
+
+
+def source(root: Path, seed: int = 5, **more) -> Photographs:
+    return Photographs(
+        survey(listed(root), CROP.minimum).photographs, CROP, DegradationConfig(), seed, **more
+    )
+
+
+# --- what is found --------------------------------------------------------------------------------
+
+
+def test_photographs_are_found_in_subfolders_by_any_suffix_and_once(folder):
+    save(folder / "b.JPG")
+    save(folder / ".hidden" / "c.png")
+    save(folder / ".d.png")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "trip 0" / "loop").symlink_to(folder, target_is_directory=True)
+    names = [path.relative_to(folder).as_posix() for path in find_photographs(folder)]
+    assert names == ["b.JPG"] + [f"trip {i % 2}/{i}.png" for i in (0, 2, 4, 1, 3, 5)]
+
+
+def test_small_and_unreadable_ones_are_counted_and_named(folder):
+    save(folder / "small.png", (20, 20))
+    save(folder / "tiny.png", (8, 8))
+    (folder / "broken.jpg").write_bytes(b"no image")
+    found = survey(listed(folder), CROP.minimum)
+    assert len(found.photographs) == 6 and len(found.small) == 2 and len(found.unreadable) == 1
+    said = "\n".join(left_out(found, CROP.minimum))
+    assert "2 photographs have fewer than 24×24 pixels" in said and "small.png" in said
+    assert "1 images cannot be read" in said and "broken.jpg" in said
+
+
+def test_a_folder_without_usable_photographs_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        find_photographs(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in it"):
+        find_photographs(tmp_path / "empty")
+    save(tmp_path / "small" / "a.png", (8, 8))
+    with pytest.raises(UserError, match="none of the 1 images can be used: 1 have fewer than 24×24 pixels"):
+        survey(listed(tmp_path / "small"), 24)
+
+
+@pytest.mark.parametrize("kind", ["grey", "sixteen bits", "cmyk", "alpha", "palette", "turned"])
+def test_any_kind_of_photograph_becomes_a_pair(tmp_path, kind):
+    path = tmp_path / "photos" / "a.png"
+    if kind == "grey":
+        save(path, mode="L")
+    elif kind == "sixteen bits":
+        path.parent.mkdir()
+        grey = tiny.synthetic_photo(40, 48, 0)[..., 0].astype(np.uint16) * 257
+        Image.fromarray(grey).save(path)
+    elif kind == "cmyk":
+        path = save(path.with_suffix(".jpg"), mode="CMYK")
+    elif kind == "alpha":
+        save(path, mode="RGBA")
+    elif kind == "palette":
+        save(path, mode="P")
+    else:
+        path.parent.mkdir()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(tiny.synthetic_photo(40, 48, 0)).save(path.with_suffix(".jpg"), exif=exif)
+    photographs = source(tmp_path / "photos")
+    assert len(photographs) == 1
+    record = photographs.read(0)
+    assert (
+        record.lr.shape == record.hr.shape == (32, 32, 3) and record.lr.dtype == record.hr.dtype == np.uint8
+    )
+    assert 2 < np.abs(record.lr.astype(int) - record.hr).mean() < 100
+    assert photographs.photographs[0].height == (48 if kind == "turned" else 40)
+
+
+# --- crops ----------------------------------------------------------------------------------------
+
+
+def test_crops_lie_everywhere_and_half_are_mirrored():
+    rows, columns = np.mgrid[0:10, 0:12]
+    image = np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
+    generator = np.random.default_rng(0)
+    places, mirrored = set(), 0
+    for _ in range(400):
+        crop = random_crop(image, CropConfig(8, 8), generator)
+        assert crop.shape == (8, 8, 3)
+        flipped = crop[0, 0, 1] > crop[0, 1, 1]
+        mirrored += flipped
+        places.add((int(crop[0, 0, 0]), int(crop[0, :, 1].min())))
+        assert np.ptp(crop[..., 0]) == np.ptp(crop[..., 1]) == 7
+    assert places == {(y, x) for y in range(3) for x in range(5)}
+    assert 160 < mirrored < 240
+
+
+def test_small_photographs_are_mirrored_at_the_right_and_the_bottom():
+    image = tiny.synthetic_photo(6, 5, 0)
+    crop = random_crop(image, CropConfig(16, 16, flip=0.0), np.random.default_rng(0))
+    np.testing.assert_array_equal(crop[:6, :5], image)
+    np.testing.assert_array_equal(crop[6:11, :5], image[4::-1])
+    np.testing.assert_array_equal(crop[:6, 5:9], image[:, 3::-1])
+
+
+# --- what samples depend on -----------------------------------------------------------------------
+
+
+def test_every_epoch_is_another_crop_and_another_degradation(folder):
+    photographs = source(folder)
+    first, again, later = photographs.read(3, 0), source(folder).read(3, 0), photographs.read(3, 1)
+    np.testing.assert_array_equal(first.lr, again.lr)
+    np.testing.assert_array_equal(first.hr, again.hr)
+    assert (first.hr != later.hr).any() and (first.lr != later.lr).any()
+    assert (first.lr != source(folder, seed=6).read(3, 0).lr).any()
+    assert first.latent_hr is first.prompt is first.pooled is None
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_the_stream_is_the_same_for_any_number_of_workers_and_hosts(folder, workers):
+    photographs = source(folder)
+    shapes = Shapes.of_source(photographs)
+
+    def stream(process: int, processes: int, workers: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        rows = Rows(4, 5, 1, 4, process, processes)
+        return [batch.records[:2] for batch in read_ahead(Batches(photographs, shapes, rows, 5), workers)]
+
+    whole = [Batches(photographs, shapes, Rows(4, 5, 1, 4), 5)[step].records[:2] for step in range(5)]
+    halves = [stream(process, 2, workers) for process in range(2)]
+    for step, (expected, one) in enumerate(zip(whole, stream(0, 1, workers), strict=True)):
+        for part in range(2):
+            np.testing.assert_array_equal(one[part], expected[part])
+            both = np.concatenate([halves[process][step][part] for process in range(2)], axis=1)
+            np.testing.assert_array_equal(both, expected[part])
+
+
+def test_the_fingerprint_follows_the_photographs_not_the_place(folder, tmp_path):
+    before = source(folder).fingerprint()
+    moved = Path(shutil.move(folder, tmp_path / "elsewhere"))
+    assert source(moved).fingerprint() == before
+    save(moved / "trip 1" / "5.png", seed=99)
+    assert source(moved).fingerprint() != before
+
+
+def test_without_degradation_there_is_the_target_alone(folder):
+    both, alone = source(folder).read(2), source(folder, with_lr=False).read(2)
+    assert alone.lr is None
+    np.testing.assert_array_equal(alone.hr, both.hr)
+
+
+# --- prompts, and the flags -----------------------------------------------------------------------
+
+
+def test_prompts_beside_the_photographs_are_used_and_the_rest_get_the_default(folder, tmp_path):
+    own, default = (tiny.random_prompt(tiny.tiny_mmdit_config(), seed) for seed in (1, 2))
+    save_prompt_embeds(tmp_path / "default", default)
+    options = DataOptions(hr_dir=(folder,), crop_size=(32,), default_embedding_dir=tmp_path / "default")
+    said: list[str] = []
+    assert open_data(options, 0, "pairs", said.append).shapes.prompt is None and not said
+    save_prompt_embeds(folder / "trip 0" / "2.safetensors", own)
+    (folder / "trip 0" / "0.txt").write_text("a lake")
+    data = open_data(options, 0, "pairs", said.append)
+    records = [data.source.read(index) for index in range(3)]
+    for record, expected in zip(records, (default, own, default), strict=True):
+        np.testing.assert_array_equal(record.prompt, expected.prompt)
+    assert "5 of 6 photographs have no prompt embedding beside them" in said[0] and "trip 0/0.png" in said[0]
+    assert "1 photographs have a .txt beside them" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (dict(hr_dir=(), data_dir=()), "either prepared sets with --data_dir or folders"),
+        (dict(hr_dir=("a",), data_dir=("b",)), "either prepared sets with --data_dir or folders"),
+        (dict(hr_dir=("a",), crop_size=(500,)), "--crop_size 500: expected one side, or height and width, multiples of 16"),
+        (dict(hr_dir=("a",), crop_size=(512, 512, 512)), "--crop_size 512 512 512"),
+        (dict(hr_dir=("a",), min_size=0), "--min_size 0: expected at least 1"),
+    ],
+)  # fmt: skip
+def test_flags_that_cannot_work_are_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        DataOptions(**flags).check_data()
+
+
+def test_what_a_run_must_agree_in(folder):
+    one, other = (
+        open_data(
+            DataOptions(hr_dir=(folder,), crop_size=(32,), sharpen_gt=sharpen), 0, "pairs", print
+        ).identity
+        for sharpen in (True, False)
+    )
+    assert {name for name in one if one[name] != other[name]} == {"degradation"}
+
+
+def test_real_photographs(tmp_path):
+    root = data_folder("bsds500", "val")
+    crop = CropConfig(128, 160, 96)
+    photographs = Photographs(survey(listed(root), 96).photographs, crop, DegradationConfig(), 0)
+    assert len(photographs) == 100
+    records = list(chain(photographs.read(index) for index in range(0, 100, 20)))
+    for record in records:
+        assert record.lr.shape == record.hr.shape == (128, 160, 3)
+        assert np.corrcoef(record.lr.ravel(), record.hr.ravel())[0, 1] > 0.5

@@ -11,9 +11,9 @@ No jax here: Grain's workers import this.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import signal
 from collections.abc import Iterator
-from contextlib import closing
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -209,19 +209,14 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[LocalBatch]:
       batches: what to read.
       workers: processes; 0: threads of this one.
     """
-    with closing(prefetched(batches, workers)) as elements:
-        for records, problems in elements:
-            # Copied out of the memory shared with a worker, which is then free for the next batch.
-            yield LocalBatch(Record(*records).map(np.array) if workers else records, problems)
+    return prefetched(batches, workers)
 
 
 def prefetched(elements: Any, workers: int) -> Iterator[Any]:
     """The elements of a sequence in order, each made by a thread, or by worker processes.
 
-    What comes from a worker lies in memory shared with it, until the next element is asked for.
-
     Args:
-      elements: has `__len__` and `__getitem__`; pickled for workers.
+      elements: has `__len__` and `__getitem__`, and named tuples of arrays as elements; pickled for workers.
       workers: processes; 0: threads of this one.
     """
     dataset = grain.MapDataset.source(elements)  # pyrefly: ignore
@@ -233,10 +228,23 @@ def prefetched(elements: Any, workers: int) -> Iterator[Any]:
         stream = stream.mp_prefetch(options, worker_init_fn=_begin_worker)
     iterator = iter(stream)
     try:
-        yield from iterator
+        for element in iterator:
+            # Copied out of the memory shared with a worker, which is then free for the next.
+            yield _owned(element) if workers else element
     finally:
-        # Or worker processes and the memory they share with this one would outlive it.
+        # Or worker processes and the memory they share with this one would outlive it; Grain's references to the last
+        # elements form cycles.
         iterator.close()
+        del iterator, stream, dataset
+        element = None
+        gc.collect()
+
+
+def _owned(element: Any) -> Any:
+    """With copies of all arrays."""
+    if isinstance(element, tuple):
+        return type(element)(*map(_owned, element))
+    return np.array(element) if isinstance(element, np.ndarray) else element
 
 
 def _begin_worker(_worker: int, _workers: int) -> None:

@@ -124,6 +124,14 @@ def _bytes(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8)
 
 
+def count_records(path: Path) -> int:
+    """How many a file holds; UserError where it cannot be read."""
+    try:
+        return len(ArrayRecordDataSource([str(path)]))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it, and it is made again") from None
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,356 @@
+"""Prepares a training set from photographs: crops, degraded versions, latents and prompt embeddings.
+
+    # look at the degradation first; needs no model
+    python train/prepare.py --hr_dir PHOTOS --preview degraded.png
+    # one random 512×512 crop of each photograph; the default prompt's embedding for all
+    python train/prepare.py --hr_dir PHOTOS --output_dir prepared --pretrained_model_name_or_path SD3
+        --default_embedding_dir dataset/default
+    # captions in a .txt beside each photograph, encoded on a GPU; the work shared by two machines
+    python train/prepare.py --hr_dir PHOTOS --output_dir prepared --pretrained_model_name_or_path SD3
+        --prompts txt --prompt_device cuda --shard 0/2
+
+Interrupt it whenever you like; the same flags again go on where it was. To train without preparing anything, give the
+photographs to train/distill.py --hr_dir.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    # Ctrl-C while the libraries load: leave at once. `cli.run` takes over when the work begins.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import dataclasses
+import json
+import os
+import re
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tsdsr_jax import cli
+from tsdsr_jax.atomic import replacing
+from tsdsr_jax.checkpoint import Hash
+from tsdsr_jax.dataset import prefetched
+from tsdsr_jax.degradation import degrade, to_bytes
+from tsdsr_jax.devices import DTYPES, matmul_precision
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.images import read_photo
+from tsdsr_jax.networks import Networks, text_hash
+from tsdsr_jax.options import CropOptions, at_least, check_writable
+from tsdsr_jax.photos import MAX_PIXELS, Photographs, Survey, random_crop
+from tsdsr_jax.preparation import (
+    Crops,
+    Embedder,
+    Encoder,
+    Layout,
+    Pairs,
+    Planned,
+    PromptChoice,
+    Prompts,
+    find_prompts,
+    finish,
+    open_encoders,
+    plan,
+)
+from tsdsr_jax.pretrained import Checkpoint, check_fit, open_checkpoint
+from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds, check_widths, load_prompt_embeds
+from tsdsr_jax.session import versions
+from tsdsr_jax.set_writers import Manifest, Part, SetPlan, Writer, make_writer
+from tsdsr_jax.sharding import make_mesh
+from tsdsr_jax.sheet import comparison_sheet
+from tsdsr_jax.text_encoders import EncoderOptions
+from tsdsr_jax.training_data import look_at
+
+PREVIEW_DRAWS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(CropOptions):
+    hr_dir: tuple[Path, ...]
+    """Folder of photographs, searched with its subfolders; repeat for several."""
+    output_dir: Path | None = None
+    """Folder for the set."""
+    pretrained_model_name_or_path: str | None = None
+    """SD3, whose autoencoder makes the latents: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """File-name variant of the weights, such as fp16."""
+
+    layout: Layout = "shards"
+    """A few large files that hold each prompt once, or the original's folders, one file per sample and kind."""
+    crops: Crops = "random"
+    """Random crops, as many as fit side by side, or whole photographs; training takes one size."""
+    crops_per_photo: int = 1
+    """Of --crops random."""
+    samples_per_file: int = 256
+    """Of --layout shards; an interrupted run makes at most so many again."""
+    seed: int = 0
+    """Of crops, degradations and latents."""
+    batch_size: int = 4
+    """Images per device that are encoded together."""
+    dataloader_num_workers: int | None = None
+    """Processes that crop and degrade; 0: threads. Default: one per core."""
+    shard: str = "0/1"
+    """Share the work between machines: i/n is the i-th of n, from 0."""
+
+    prompts: PromptChoice = "default"
+    """TSD-SR's default prompt for all; the .txt beside each photograph; or that where there is one, else the default."""
+    default_embedding_dir: Path | None = None
+    """Embeddings of the default prompt; without, it is encoded."""
+    text_encoder_path: str | None = None
+    """A folder or hub id with SD3's text encoders, if the model's has none."""
+    no_t5: bool = False
+    """Leave T5 out: zeros take its place, as in SD3's pipeline."""
+    prompt_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Of the text encoders; embeddings are stored in float16."""
+    prompt_device: str = "cpu"
+    """Where the text encoders run: cpu, cuda or cuda:N."""
+    prompt_batch_size: int = 8
+    """Texts per forward pass."""
+    max_sequence_length: int = 256
+    """T5 tokens."""
+
+    preview: Path | None = None
+    """Write a sheet of degraded samples here, and do nothing else."""
+    preview_photos: int = 6
+    """Photographs on it."""
+
+    def part(self) -> Part:
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        if not match or not int(match[1]) < int(match[2]):
+            raise UserError(f"--shard {self.shard}: expected i/n with 0 ≤ i < n, such as 0/4")
+        return Part(int(match[1]), int(match[2]))
+
+    def encoder_options(self) -> EncoderOptions:
+        return EncoderOptions(
+            dtype=self.prompt_dtype,
+            device=self.prompt_device,
+            max_sequence_length=self.max_sequence_length,
+            batch_size=self.prompt_batch_size,
+            use_t5=not self.no_t5,
+            variant=self.variant,
+        )
+
+    @property
+    def workers(self) -> int:
+        return os.cpu_count() or 0 if self.dataloader_num_workers is None else self.dataloader_num_workers
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    check(options)
+    found = look_at(options.hr_dir, options.crop().minimum, tqdm.write)
+    if options.preview:
+        preview(options, found)
+    else:
+        prepare(options, found)
+
+
+def check(options: Options) -> None:
+    """Refuses flags that cannot work, before anything is looked at."""
+    options.check_crop()
+    options.part()
+    options.encoder_options()
+    at_least(
+        options,
+        1,
+        "crops_per_photo",
+        "samples_per_file",
+        "batch_size",
+        "preview_photos",
+        "max_sequence_length",
+    )
+    at_least(options, 0, "seed", "dataloader_num_workers")
+    if options.preview is None:
+        for name in ("output_dir", "pretrained_model_name_or_path"):
+            if getattr(options, name) is None:
+                raise UserError(f"--{name} must be given, unless for a --preview")
+        check_writable(options.output_dir)
+
+
+# --- the sheet ------------------------------------------------------------------------------------
+
+
+def preview(options: Options, found: Survey) -> None:
+    """Photographs spread evenly, each with its sharpened version and a few degraded ones."""
+    count = min(options.preview_photos, len(found.photographs))
+    chosen = [found.photographs[index * len(found.photographs) // count] for index in range(count)]
+    rows = []
+    for index, photograph in enumerate(chosen):
+        generator = np.random.default_rng([options.seed, index])
+        photo = read_photo(photograph.path, MAX_PIXELS).rgb
+        crop = random_crop(photo, options.crop(), generator).astype(np.float32) / 255
+        pairs = [degrade(crop, generator, options.degradation()) for _ in range(PREVIEW_DRAWS)]
+        rows.append(
+            [Image.fromarray(image) for image in (to_bytes(crop), pairs[0].hr, *(pair.lr for pair in pairs))]
+        )
+    target = "target (sharpened)" if options.sharpen_gt else "target"
+    titles = ["photograph", target, *(f"degraded {draw + 1}" for draw in range(PREVIEW_DRAWS))]
+    with replacing(options.preview) as temporary:
+        comparison_sheet(rows, titles, cell_width=min(384, options.crop().width)).save(
+            temporary, format="png"
+        )
+    print(f"{options.preview}: {count} photographs, {PREVIEW_DRAWS} draws each")
+
+
+# --- the set --------------------------------------------------------------------------------------
+
+
+def prepare(options: Options, found: Survey) -> None:
+    model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
+    check_fit(model.network("transformer"), model.network("vae"))
+    photographs = Photographs(found.photographs, options.crop(), options.degradation(), options.seed)
+    samples = plan(found.photographs, options.crops, options.crop(), options.crops_per_photo)
+    note_sizes(options, samples)
+    prompts = find_prompts(found.photographs, options.prompts)
+    known = known_prompts(options, model)
+    settings = describe(options, photographs, samples, prompts, known, model)
+    manifest = Manifest(options.output_dir, options.layout, settings, options.part())
+    manifest.begin()
+    set_plan = SetPlan(names(found, samples), [prompts.of[sample.photograph] for sample in samples], prompts)
+    writer = make_writer(
+        options.layout, options.output_dir, set_plan, options.part(), options.samples_per_file
+    )
+    note_quirks(options)
+    # Texts first: their encoders, PyTorch's, need the memory that JAX would take.
+    write_prompts(options, writer, prompts, known)
+    write_samples(options, photographs, samples, model, writer, manifest)
+    report(options, found, writer, manifest, len(samples))
+
+
+def names(found: Survey, samples: list[Planned]) -> list[str]:
+    """Of all samples: the photograph's, and the crop's number."""
+    return [f"{found.photographs[sample.photograph].name}#{sample.number}" for sample in samples]
+
+
+def note_sizes(options: Options, samples: list[Planned]) -> None:
+    sizes = {(sample.box.height, sample.box.width) for sample in samples if sample.box}
+    if len(sizes) > 1:
+        tqdm.write(
+            f"note: --crops {options.crops} gives {len(sizes)} different sizes; a training run takes samples of one size "
+            "and leaves the others out"
+        )
+
+
+def note_quirks(options: Options) -> None:
+    if options.layout == "folders" and "gt" in str(options.output_dir.resolve() / "gt").removesuffix("gt"):
+        tqdm.write(
+            f'note: {options.output_dir}: the original\'s loader replaces "gt" anywhere in a path and cannot read a '
+            "set below such a folder; this project can"
+        )
+
+
+def known_prompts(options: Options, model: Checkpoint) -> dict[str, PromptEmbeds]:
+    """The default prompt's embedding, where its folder is given."""
+    if options.default_embedding_dir is None:
+        return {}
+    embeds, config = load_prompt_embeds(options.default_embedding_dir), model.network("transformer").config
+    source = f"--default_embedding_dir {options.default_embedding_dir}"
+    check_widths(embeds, config.joint_attention_dim, config.pooled_projection_dim, source)
+    return {DEFAULT_PROMPT: embeds}
+
+
+def describe(
+    options: Options,
+    photographs: Photographs,
+    samples: list[Planned],
+    prompts: Prompts,
+    known: dict[str, PromptEmbeds],
+    model: Checkpoint,
+) -> dict[str, Any]:
+    """What decides the set's content; as it comes back from JSON."""
+    digest = Hash()
+    for path, array in model.network("vae").leaves():
+        digest.add(path, array)
+    encoders = options.text_encoder_path or options.pretrained_model_name_or_path
+    settings = {
+        "photographs": photographs.fingerprint(),
+        "samples": len(samples),
+        "seed": options.seed,
+        "crops": options.crops,
+        "crop": dataclasses.asdict(options.crop()),
+        "crops_per_photo": options.crops_per_photo if options.crops == "random" else None,
+        "samples_per_file": options.samples_per_file if options.layout == "shards" else None,
+        "degradation": dataclasses.asdict(options.degradation()),
+        "autoencoder": digest.value(),
+        "prompts": prompts.fingerprint(),
+        "default prompt": text_hash(known[DEFAULT_PROMPT]) if known else None,
+        "text encoders": None
+        if set(prompts.texts) <= known.keys()
+        else f"{encoders}, {options.prompt_dtype}, {options.max_sequence_length} tokens"
+        + ", no T5" * options.no_t5,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def write_prompts(options: Options, writer: Writer, prompts: Prompts, known: dict[str, PromptEmbeds]) -> None:
+    def encoders() -> Path:
+        name = options.text_encoder_path or options.pretrained_model_name_or_path
+        return open_encoders(name, options.revision, options.encoder_options())
+
+    embedder = Embedder(known, encoders, options.encoder_options())
+    with tqdm(total=len(prompts.texts), desc="prompts", leave=False, disable=None) as bar:
+        writer.write_prompts(embedder, bar.update)
+
+
+def write_samples(
+    options: Options,
+    photographs: Photographs,
+    samples: list[Planned],
+    model: Checkpoint,
+    writer: Writer,
+    manifest: Manifest,
+) -> None:
+    known_bad = manifest.problems()
+    pending = [
+        position for position in writer.pending() if options.layout == "shards" or position not in known_bad
+    ]
+    if not pending:
+        return
+    dtype = DTYPES["fp32"]
+    with matmul_precision(dtype):
+        networks = Networks(model.network("transformer"), model.network("vae"), make_mesh(), dtype)
+        ((vae, _),) = networks.load([networks.vae])
+        encoder = Encoder(networks, vae, options.batch_size, options.seed)
+        pairs = Pairs(photographs, [samples[position] for position in pending], options.layout)
+        with (
+            closing(prefetched(pairs, options.workers)) as made,
+            tqdm(total=len(pending), desc="samples", unit="sample", smoothing=0.05, disable=None) as bar,
+        ):
+            try:
+                for sample in finish(pending, made, encoder):
+                    if sample.problem:
+                        tqdm.write(f"left out: {sample.problem}")
+                        manifest.note_problem(sample.position, sample.problem)
+                    writer.add(sample)
+                    bar.update()
+            finally:
+                writer.close()
+
+
+def report(options: Options, found: Survey, writer: Writer, manifest: Manifest, planned: int) -> None:
+    more = {"planned": planned, "small": found.small, "unreadable": found.unreadable, "versions": versions()}
+    missing = manifest.finish(writer, more)
+    if missing:
+        print(f"{options.output_dir}: this part is done; {missing} pieces of the others are missing")
+        return
+    made, problems = sum(writer.counts()["samples"]), manifest.problems()
+    size = sum(path.stat().st_size for path in options.output_dir.rglob("*") if path.is_file())
+    if not made:
+        raise UserError(f"{options.output_dir}: none of the {planned} samples could be made")
+    print(
+        f"{options.output_dir}: {made} samples, {size / 1e6:.1f} MB, {size / made / 1e6:.2f} MB each"
+        + (f"; {len(problems)} could not be made" if problems else "")
+    )
+    print(f"train on it: python train/distill.py --data_dir {options.output_dir} ...")
+
+
+if __name__ == "__main__":
+    cli.run(main)

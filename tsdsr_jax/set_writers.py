@@ -1,0 +1,343 @@
+"""Writing a prepared training set, in either layout, so that it can be interrupted and shared between machines.
+
+What is written is complete or absent, and what is there is not made again: whole files of shards, single samples of folders.
+The manifest keeps the settings, which a later run must share, and says when all is done; machines share an output folder and
+need not know of each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from tsdsr_jax.atomic import replacing
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.preparation import Finished, Layout, Prompts
+from tsdsr_jax.prepared import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
+from tsdsr_jax.prompts import TORCH_POOLED_FOLDER, TORCH_PROMPT_FOLDER, PromptEmbeds
+from tsdsr_jax.shards import (
+    FORMAT,
+    MANIFEST,
+    count_records,
+    pack_prompt,
+    pack_sample,
+    read_manifest,
+    shard_path,
+    write_shard,
+)
+from tsdsr_jax.torch_pickle import write_tensor
+
+TEXT_FOLDER = "prompt_txt"
+PROMPTS_PER_FILE = 1024
+# Neighbours of one machine, where several share the work in folders.
+_RUN = 64
+Embed = Callable[[Sequence[str]], list[PromptEmbeds]]
+
+
+class Part(NamedTuple):
+    """This machine's share: every `of`-th piece, from `index`."""
+
+    index: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.index}-of-{self.of}"
+
+
+class SetPlan(NamedTuple):
+    """What is to be written.
+
+    Attributes:
+      names: of all samples, in order.
+      prompt_of: the number of each sample's prompt.
+      prompts: the texts.
+    """
+
+    names: list[str]
+    prompt_of: list[int]
+    prompts: Prompts
+
+
+class Writer(Protocol):
+    """One layout."""
+
+    def pending(self) -> list[int]:
+        """Positions of this part's samples that are still to be made, in the order in which `add` wants them."""
+        ...
+
+    def write_prompts(self, embed: Embed, progress: Callable[[int], object]) -> None:
+        """Embeds and writes this part's prompts that are not there yet."""
+        ...
+
+    def add(self, sample: Finished) -> None: ...
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        ...
+
+    def missing(self, problems: Mapping[int, str]) -> int:
+        """Samples or files that some part still has to write, apart from samples with problems."""
+        ...
+
+    def counts(self) -> dict[str, Any]:
+        """The layout's entries in the manifest."""
+        ...
+
+
+class ShardWriter:
+    """ArrayRecord files of `per_file` planned samples each.
+
+    Args:
+      root: the set's folder.
+      plan: all samples.
+      part: this machine's share of the files.
+      per_file: planned samples of a file; those that cannot be made are missing from it.
+    """
+
+    def __init__(self, root: Path, plan: SetPlan, part: Part, per_file: int):
+        self.root, self.plan, self.part, self.per_file = root, plan, part, per_file
+        self.files = -(-len(plan.names) // per_file)
+        self.prompt_files = -(-len(plan.prompts.texts) // PROMPTS_PER_FILE)
+        self._records: list[bytes] = []
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: list[Future] = []
+
+    def _positions(self, number: int) -> range:
+        return range(number * self.per_file, min((number + 1) * self.per_file, len(self.plan.names)))
+
+    def _mine(self, files: int) -> range:
+        return range(self.part.index, files, self.part.of)
+
+    def _lacks(self, kind: str, number: int, total: int) -> bool:
+        return not shard_path(self.root, kind, number, total).is_file()
+
+    def pending(self) -> list[int]:
+        lacking = [number for number in self._mine(self.files) if self._lacks("samples", number, self.files)]
+        return [position for number in lacking for position in self._positions(number)]
+
+    def write_prompts(self, embed: Embed, progress: Callable[[int], object]) -> None:
+        for number in self._mine(self.prompt_files):
+            texts = self.plan.prompts.texts[number * PROMPTS_PER_FILE : (number + 1) * PROMPTS_PER_FILE]
+            if self._lacks("prompts", number, self.prompt_files):
+                records = [pack_prompt(*pair) for pair in zip(texts, embed(texts), strict=True)]
+                write_shard(shard_path(self.root, "prompts", number, self.prompt_files), records)
+            progress(len(texts))
+
+    def add(self, sample: Finished) -> None:
+        position = sample.position
+        if not sample.problem:
+            prompt = self.plan.prompt_of[position]
+            record = pack_sample(self.plan.names[position], sample.lr, sample.hr, sample.latent_hr, prompt)
+            self._records.append(record)
+        number = position // self.per_file
+        if position == self._positions(number)[-1]:
+            path, records, self._records = (
+                shard_path(self.root, "samples", number, self.files),
+                self._records,
+                [],
+            )
+            settle(self._writing, most=1)
+            self._writing.append(self._pool.submit(write_shard, path, records))
+
+    def close(self) -> None:
+        settle(self._writing)
+        self._pool.shutdown()
+
+    def missing(self, problems: Mapping[int, str]) -> int:
+        kinds = (("samples", self.files), ("prompts", self.prompt_files))
+        return sum(self._lacks(kind, number, total) for kind, total in kinds for number in range(total))
+
+    def counts(self) -> dict[str, Any]:
+        per_file = [count_records(shard_path(self.root, "samples", n, self.files)) for n in range(self.files)]
+        files = {"samples": self.files, "prompts": self.prompt_files}
+        return {"samples": per_file, "prompts": len(self.plan.prompts.texts), "files": files}
+
+
+class FolderWriter:
+    """The original's folders: one file per sample and kind, called by number, because the original sorts by it.
+
+    Args:
+      root: the set's folder.
+      plan: all samples.
+      part: this machine's share of the samples.
+    """
+
+    def __init__(self, root: Path, plan: SetPlan, part: Part):
+        self.root, self.plan, self.part = root, plan, part
+        self._pool = ThreadPoolExecutor(4)
+        self._writing: list[Future] = []
+
+    def _file(self, folder: str, position: int, suffix: str) -> Path:
+        return self.root / folder / f"{position + 1:07d}{suffix}"
+
+    def _there(self, folder: str) -> set[str]:
+        path = self.root / folder
+        return {Path(name).stem for name in os.listdir(path)} if path.is_dir() else set()
+
+    def _mine(self) -> list[int]:
+        return [
+            position
+            for position in range(len(self.plan.names))
+            if position // _RUN % self.part.of == self.part.index
+        ]
+
+    def pending(self) -> list[int]:
+        there = self._there(LR_FOLDER)
+        return [position for position in self._mine() if f"{position + 1:07d}" not in there]
+
+    def write_prompts(self, embed: Embed, progress: Callable[[int], object]) -> None:
+        there = self._there(TORCH_POOLED_FOLDER)
+        by_text: dict[int, list[int]] = {}
+        for position in self._mine():
+            by_text.setdefault(self.plan.prompt_of[position], []).append(position)
+        lacking = {
+            number: positions for number, positions in by_text.items()
+            if any(f"{position + 1:07d}" not in there for position in positions)
+        }  # fmt: skip
+        progress(len(by_text) - len(lacking))
+        numbers = sorted(lacking)
+        for start in range(0, len(numbers), PROMPTS_PER_FILE):
+            chunk = numbers[start : start + PROMPTS_PER_FILE]
+            texts = [self.plan.prompts.texts[number] for number in chunk]
+            for number, text, embeds in zip(chunk, texts, embed(texts), strict=True):
+                for position in lacking[number]:
+                    self._write_prompt(position, text, embeds)
+                progress(1)
+
+    def _write_prompt(self, position: int, text: str, embeds: PromptEmbeds) -> None:
+        with replacing(self._file(TEXT_FOLDER, position, ".txt")) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+        write_tensor(self._file(TORCH_PROMPT_FOLDER, position, ".pt"), embeds.prompt[None])
+        # Last: `write_prompts` looks for these.
+        write_tensor(self._file(TORCH_POOLED_FOLDER, position, ".pt"), embeds.pooled[None])
+
+    def add(self, sample: Finished) -> None:
+        if not sample.problem:
+            settle(self._writing, most=16)
+            self._writing.append(self._pool.submit(self._write, sample))
+
+    def _write(self, sample: Finished) -> None:
+        latent = sample.latent_hr.transpose(2, 0, 1)[None]
+        write_tensor(self._file(LATENT_FOLDER, sample.position, ".pt"), latent)
+        # lr last: which samples there are is what lies in its folder.
+        for folder, content in ((HR_FOLDER, sample.hr), (LR_FOLDER, sample.lr)):
+            with replacing(self._file(folder, sample.position, ".png")) as temporary:
+                temporary.write_bytes(content)
+
+    def close(self) -> None:
+        settle(self._writing)
+        self._pool.shutdown()
+
+    def missing(self, problems: Mapping[int, str]) -> int:
+        there = self._there(LR_FOLDER) & self._there(TORCH_POOLED_FOLDER)
+        return sum(
+            f"{position + 1:07d}" not in there
+            for position in range(len(self.plan.names))
+            if position not in problems
+        )
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            "samples": [len(self._there(LR_FOLDER))],
+            "prompts": len(self.plan.prompts.texts),
+            "files": {},
+        }
+
+
+def make_writer(layout: Layout, root: Path, plan: SetPlan, part: Part, per_file: int) -> Writer:
+    return ShardWriter(root, plan, part, per_file) if layout == "shards" else FolderWriter(root, plan, part)
+
+
+def settle(writing: list[Future], most: int = 0) -> None:
+    """Waits until at most so many are under way; raises what one of them raised."""
+    while len(writing) > most:
+        writing.pop(0).result()
+
+
+# --- the manifest ---------------------------------------------------------------------------------
+
+
+class Manifest:
+    """A set's manifest and its list of samples that could not be made.
+
+    Args:
+      root: the set's folder.
+      layout: of the set.
+      settings: what all runs on it must share.
+      part: this machine's share.
+    """
+
+    def __init__(self, root: Path, layout: Layout, settings: Mapping[str, Any], part: Part):
+        self.root, self.layout, self.settings, self.part = root, layout, dict(settings), part
+
+    def begin(self) -> None:
+        """Writes it, or checks that the one that is there is of the same set.
+
+        Raises:
+          UserError: it is of another, or the folder holds something else.
+        """
+        if (self.root / MANIFEST).is_file():
+            self._check(read_manifest(self.root))
+        else:
+            if self.root.is_dir() and any(not name.startswith(".") for name in os.listdir(self.root)):
+                raise UserError(
+                    f"{self.root}: is not empty and holds no training set of train/prepare.py; choose another --output_dir"
+                )
+            self._write({"complete": False})
+
+    def _check(self, found: Mapping[str, Any]) -> None:
+        theirs = {"layout": found.get("layout")} | found.get("settings", {})
+        ours = {"layout": self.layout} | self.settings
+        differing = [
+            f"\n  {name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here"
+            for name in sorted(theirs.keys() | ours.keys())
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.root}: holds a training set made otherwise; choose another --output_dir, or give the flags that it "
+                f"was made with. What differs:{''.join(differing)}"
+            )
+
+    def _write(self, entries: Mapping[str, Any]) -> None:
+        content = {"format": FORMAT, "layout": self.layout, **entries, "settings": self.settings}
+        with replacing(self.root / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def note_problem(self, position: int, message: str) -> None:
+        """Remembers a sample that cannot be made, for this run and later ones."""
+        try:
+            with open(self.root / f"problems-{self.part}.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"sample": position, "problem": message}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot be written ({error.strerror})") from None
+
+    def problems(self) -> dict[int, str]:
+        """Position -> message, of all machines."""
+        found: dict[int, str] = {}
+        for path in sorted(self.root.glob("problems-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # cut off by a kill; its sample is made again
+                found[entry["sample"]] = entry["problem"]
+        return found
+
+    def finish(self, writer: Writer, more: Mapping[str, Any]) -> int:
+        """Completes the manifest if nothing is missing; returns how much is."""
+        problems = self.problems()
+        missing = writer.missing(problems)
+        if not missing:
+            left_out = [problems[position] for position in sorted(problems)]
+            self._write({"complete": True, **writer.counts(), "damaged": left_out, **more})
+        return missing
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 100 else f"{text[:40]}…{text[-40:]}"

@@ -118,6 +118,11 @@ def log_of(output: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_rows(output / "log.jsonl")]
 
 
+def steps_of(output: Path) -> list[dict]:
+    """The log without validations."""
+    return [row for row in log_of(output) if "student" in row]
+
+
 @pytest.fixture(scope="module")
 def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps with checkpoints after 2, 4 and 6. Not to be changed."""
@@ -491,6 +496,90 @@ def test_mistakes_are_one_line(command, tmp_path, flags, words):
     said = command.refused(tmp_path / "run", *flags)
     assert words in said and said.count("\n") == 1, said
     assert not (tmp_path / "run").exists()
+
+
+# --- where the samples come from ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_training.save_photos(tmp_path_factory.mktemp("photographs"), 10)
+
+
+def on_the_way(photos: Path) -> tuple[str, ...]:
+    return "--hr_dir", str(photos), "--crop_size", "32"
+
+
+def test_photographs_are_degraded_and_encoded_on_the_way(command, photos, tmp_path):
+    """Two processes reading, stopped and resumed, give what one run of threads gives."""
+    command(tmp_path / "whole", *on_the_way(photos))
+    outcome = command(
+        tmp_path / "parts", *on_the_way(photos), "--max_train_steps", "3", "--dataloader_num_workers", "2"
+    )
+    assert outcome.status == 0 and "10 samples, 3 steps of 2 images" in outcome.out
+    outcome = command(tmp_path / "parts", *on_the_way(photos), "--resume_from_checkpoint", "latest")
+    assert outcome.status == 0 and "3 steps done, 6 samples seen" in outcome.out
+    assert steps_of(tmp_path / "parts") == steps_of(tmp_path / "whole")
+    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    said = command.refused(
+        tmp_path / "parts", *on_the_way(photos), "--no_sharpen_gt", "--resume_from_checkpoint", "latest",
+        "--max_train_steps", "8",
+    )  # fmt: skip
+    assert "degradation: sharpen_gt True, jpeg model there, sharpen_gt False, jpeg model here" in said
+
+
+def test_a_prepared_set_gives_the_batches_of_training_on_the_way(
+    command, root, photos, tmp_path, monkeypatch
+):
+    """In its first epoch, apart from the posterior's noise: the same images, and the default prompt for all."""
+    from train import prepare
+
+    for layout in ("shards", "folders"):
+        flags = [
+            "--hr_dir", str(photos), "--crop_size", "32", "--layout", layout, "--output_dir", str(tmp_path / layout),
+            "--pretrained_model_name_or_path", str(root / "sd3"), "--default_embedding_dir", str(root / "default"),
+            "--dataloader_num_workers", "0",
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["train/prepare.py", *flags])
+        prepare.main()
+    logs = {}
+    for name, data in {
+        "on the way": on_the_way(photos),
+        "shards": ("--data_dir", str(tmp_path / "shards")),
+        "folders": ("--data_dir", str(tmp_path / "folders")),
+    }.items():
+        assert command(tmp_path / name, *data, "--max_train_steps", "2").status == 0
+        logs[name] = steps_of(tmp_path / name)
+    assert logs["shards"] == logs["folders"]
+    for ours, theirs in zip(logs["on the way"], logs["shards"], strict=True):
+        assert ours["mse"] == pytest.approx(theirs["mse"], rel=0.2) and ours["mse"] != theirs["mse"]
+
+
+def test_photographs_that_cannot_be_used_are_told(command, root, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    Image.fromarray(tiny.synthetic_photo(10, 10, 0)).save(folder / "small.png")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    whole = (folder / "1" / "4.png").read_bytes()
+    (folder / "1" / "4.png").write_bytes(whole[: len(whole) // 2])
+    outcome = command(tmp_path / "run", *on_the_way(folder), "--max_bad_samples", "0.2")
+    assert outcome.status == 0 and "10 samples, 6 steps" in outcome.out
+    assert "1 photographs have fewer than 24×24 pixels" in outcome.out and "small.png" in outcome.out
+    assert "1 images cannot be read" in outcome.out and "broken.jpg" in outcome.out
+    assert "left out: " in outcome.out and "4.png" in outcome.out and "1 samples were left out" in outcome.out
+    said = command.refused(tmp_path / "no", *on_the_way(folder), "--data_dir", str(root / "set"))
+    assert "either prepared sets with --data_dir or folders of photographs with --hr_dir" in said
+    (tmp_path / "empty").mkdir()
+    assert "no images in it" in command.refused(tmp_path / "no", *on_the_way(tmp_path / "empty"))
+
+
+def test_a_set_of_another_base_is_refused(command, root, tmp_path):
+    other = tmp_path / "sd3"
+    tiny.save_checkpoint(other, tiny.tiny_mmdit_config(), tiny.tiny_vae_config())
+    params = tiny.random_params(tiny.tiny_vae_config(), 77)
+    tiny.save_network(other / "vae", tiny.tiny_vae_config(), params)
+    said = command.refused(tmp_path / "run", "--pretrained_model_name_or_path", str(other))
+    assert "photo 00.png: its latent_hr is not what this model's autoencoder makes of its photograph" in said
 
 
 # --- data that does not fit -----------------------------------------------------------------------

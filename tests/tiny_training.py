@@ -59,10 +59,20 @@ def save_set(
     return root
 
 
+def save_photos(folder: Path, count: int, size: tuple[int, int] = (40, 52)) -> Path:
+    """Photographs as a user has them."""
+    for index in range(count):
+        path = folder / f"{index % 3}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(tiny.synthetic_photo(*size, index)).save(path)
+    return folder
+
+
 def flags(root: Path, output: Path, *more: str) -> list[str]:
     """A short training run in float32 on `root`; later flags win."""
+    data = [] if "--hr_dir" in more else ["--data_dir", str(root / "set")]
     return [
-        "--pretrained_model_name_or_path", str(root / "sd3"), "--data_dir", str(root / "set"),
+        "--pretrained_model_name_or_path", str(root / "sd3"), *data,
         "--default_embedding_dir", str(root / "default"), "--null_embedding_dir", str(root / "null"),
         "--output_dir", str(output), "--use_default_prompt", "--use_dasm", "--dasm_points", "2", "--guidance_scale", "3",
         "--rank", str(RANK), "--rank_vae", str(RANK), "--rank_lora", str(RANK), "--lambda_lpips", "0",

@@ -280,13 +280,23 @@ class Embedder:
         self, known: dict[str, PromptEmbeds], open_encoders: Callable[[], Path], options: EncoderOptions
     ):
         self.known, self.open_encoders, self.options = known, open_encoders, options
+        self._shapes = {(embeds.prompt.shape, embeds.pooled.shape) for embeds in known.values()}
 
     def __call__(self, texts: Sequence[str]) -> list[PromptEmbeds]:
-        """Raises UserError where the encoders are missing or a value exceeds float16."""
+        """Raises UserError where encoders are missing, a value exceeds float16, or embeddings could not share a batch."""
         new = [text for text in texts if text not in self.known]
         encoded = dict(
             zip(new, encode_prompts(self.open_encoders(), new, self.options) if new else [], strict=True)
         )
+        self._shapes |= {(embeds.prompt.shape, embeds.pooled.shape) for embeds in encoded.values()}
+        if len(self._shapes) > 1:
+            told = " and ".join(
+                f"{prompt[0]} tokens of {prompt[1]} (pooled {pooled[0]})" for prompt, pooled in self._shapes
+            )
+            raise UserError(
+                f"the given default prompt's embedding and those encoded now differ: {told}; encode the default prompt in "
+                "the same way, or leave --default_embedding_dir out"
+            )
         return [_half(self.known.get(text) or encoded[text], text) for text in texts]
 
 

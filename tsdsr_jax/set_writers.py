@@ -280,13 +280,15 @@ class Manifest:
         Raises:
           UserError: it is of another, or the folder holds something else.
         """
-        if (self.root / MANIFEST).is_file():
+        names = os.listdir(self.root) if self.root.is_dir() else []
+        others = [name for name in names if name != MANIFEST and not name.startswith(".")]
+        if MANIFEST in names and others:
             self._check(read_manifest(self.root))
-        else:
-            if self.root.is_dir() and any(not name.startswith(".") for name in os.listdir(self.root)):
-                raise UserError(
-                    f"{self.root}: is not empty and holds no training set of train/prepare.py; choose another --output_dir"
-                )
+        elif others:
+            raise UserError(
+                f"{self.root}: is not empty and holds no training set of train/prepare.py; choose another --output_dir"
+            )
+        else:  # perhaps of a run that ended before it wrote anything
             self._write({"complete": False})
 
     def _check(self, found: Mapping[str, Any]) -> None:

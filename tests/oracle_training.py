@@ -99,3 +99,24 @@ def auxiliary_loss(transformer, fake, noise, index, weight, text: TorchText) -> 
     x = wide(sigma) * noise + (1 - wide(sigma)) * fake
     clean = x - wide(sigma) * velocity(transformer, "auxiliary", x, 1000 * sigma, text)
     return (0.5 * weight * ((clean - fake) ** 2).mean((1, 2, 3))).mean()
+
+
+def flow_loss(
+    transformer,
+    adapter: str | None,
+    latents: Tensor,
+    noise: Tensor,
+    index,
+    dropped,
+    text: TorchText,
+    null: TorchText,
+) -> Tensor:
+    """Flow matching, one sample after the other, each at its own noise level and with its own prompt or none."""
+    total = torch.zeros(())
+    for b in range(len(latents)):
+        sigma = LEVELS[int(index[b])].float()
+        words = null if dropped[b] else TorchText(*(part[b : b + 1] for part in text))
+        noisy = sigma * noise[b : b + 1] + (1 - sigma) * latents[b : b + 1]
+        predicted = velocity(transformer, adapter, noisy, (1000 * sigma).reshape(1), words)
+        total = total + torch.mean((noise[b : b + 1] - latents[b : b + 1] - predicted) ** 2)
+    return total / len(latents)

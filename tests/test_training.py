@@ -26,6 +26,9 @@ class ToyLosses:
 
     config: Any = dataclasses.field(default_factory=LossConfig)
 
+    def with_latents(self, base, batch, key):
+        return batch
+
     def student(self, student, base, auxiliary, batch, draws):
         fake = batch.lr * (student.transformer["w"] + student.vae["u"])
         loss = jnp.mean(jnp.square(fake - batch.hr))

@@ -23,13 +23,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, session
+from tsdsr_jax.checkpoint import LORA
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.distillation import (
     AUXILIARY_FILE,
     Ranks,
-    Step,
     adapter_files,
     initial_state,
+    jit_step,
     load_adapters,
     load_teacher,
     make_losses,
@@ -42,8 +43,7 @@ from tsdsr_jax.networks import (
     Networks,
     check_latents,
     check_shapes,
-    check_tokens,
-    load_text,
+    load_texts,
     place_text,
     text_hash,
 )
@@ -54,8 +54,9 @@ from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.run_log import Curve
 from tsdsr_jax.session import say
 from tsdsr_jax.sharding import global_array, replicated
+from tsdsr_jax.stepping import Step
 from tsdsr_jax.torch_weights import Tree
-from tsdsr_jax.training import Trainer
+from tsdsr_jax.training import Trainer, with_new_scale
 from tsdsr_jax.training_data import Data, open_data, open_sets
 from tsdsr_jax.tsd import TSDConfig, Weighting
 from tsdsr_jax.validation import Validation, pick
@@ -234,7 +235,7 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
     lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
     perceptual = LPIPS(lpips[0]) if lpips else None
     check_shapes(data.shapes, networks, perceptual)
-    null, default = load_texts(options, networks, data.shapes)
+    null, default = load_texts(options, networks, data.shapes, options.use_default_prompt)
     held_out, shapes = data.source, data.shapes
     if options.validation_dir:
         held_out = open_sets([options.validation_dir])
@@ -255,7 +256,7 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
         dynamic_scale=options.mixed_precision == "fp16",
     )
     key = jax.random.key(options.seed)
-    step = Step(trainer, mesh, base, key)
+    step = Step(jit_step(trainer, mesh), mesh, base, key)
     validation = Validation(trainer.losses, mesh, base, records)
     return session.Task(
         new_state=partial(initial_state, trainer, networks, options.ranks(), key, loaded),
@@ -263,8 +264,9 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
         put=step.put,
         put_state=step.put_state,
         validate=lambda state: validation(state.ema or state.student),
-        new_precision=trainer.with_new_scale,
+        new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
         files=partial(adapter_files, networks),
+        export=LORA,
         identity=identity | options.ranks()._asdict() | {"ema": options.ema_decay is not None},
         losses=LOSSES,
         counts=COUNTS,
@@ -284,21 +286,6 @@ def how_to_use(options: Options, path: Path) -> str:
     flags += ["--rank", options.rank, "--rank_vae", options.rank_vae]
     flags += ["--embedding_dir", options.default_embedding_dir] if options.use_default_prompt else []
     return f"upscale with it: python infer/upscale.py {shlex.join(map(str, flags))} -i PHOTOS -o RESULTS"
-
-
-def load_texts(
-    options: Options, networks: Networks, shapes: Shapes
-) -> tuple[PromptEmbeds, PromptEmbeds | None]:
-    """The empty prompt, and the default one where it is needed; they fit the networks and each other."""
-    null = load_text(options.null_embedding_dir, "--null_embedding_dir", networks)
-    default = None
-    if options.use_default_prompt or not shapes.prompt:
-        default = load_text(options.default_embedding_dir, "--default_embedding_dir", networks)
-    tokens = shapes.prompt[0] if shapes.prompt else default.prompt.shape[0]
-    check_tokens(tokens, f"--null_embedding_dir {options.null_embedding_dir}", null)
-    if default:
-        check_tokens(tokens, f"--default_embedding_dir {options.default_embedding_dir}", default)
-    return null, default
 
 
 def starting_adapters(options: Options, networks: Networks) -> tuple[Student | None, Tree | None]:

@@ -2,7 +2,8 @@
 
     OUTPUT/checkpoint_0005000/state      every leaf of the training state, float32 or int32
     OUTPUT/checkpoint_0005000/meta       what the run was: step, place in the data, hashes, flags (JSON)
-    OUTPUT/checkpoint_0005000/lora       the adapters as PyTorch users load them (PEFT's layout)
+    OUTPUT/checkpoint_0005000/lora       the adapters as PyTorch users load them (PEFT's layout); where whole networks are
+                                         trained, `model` instead, a checkpoint folder in diffusers' layout
 
 The frozen base is not saved, only its hash.
 """
@@ -21,24 +22,31 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.tensor_files import save_tensors
 
 PREFIX, DIGITS = "checkpoint", 7
-STATE, META, LORA = "state", "meta", "lora"
+STATE, META, LORA, MODEL = "state", "meta", "lora", "model"
 META_KEYS = {"step", "samples", "rows", "identity", "options"}
-# File name -> its tensors.
-Files = Mapping[str, Mapping[str, np.ndarray]]
+# File name -> its tensors, or its text.
+Files = Mapping[str, Mapping[str, np.ndarray] | str]
 
 
 class _FilesHandler(ocp.CheckpointHandler):
-    """Writes safetensors files into a checkpoint, so that they appear with the rest of it or not at all."""
+    """Writes files into a checkpoint, so that they appear with the rest of it or not at all."""
 
     def save(self, directory: Path, args: _FilesSave) -> None:
         if jax.process_index() == 0:
-            for name, tensors in args.files.items():
-                save_tensors(Path(directory) / name, tensors, {"format": "pt"})
+            for name, content in args.files.items():
+                path = Path(directory) / name
+                if isinstance(content, str):
+                    with replacing(path) as temporary:
+                        temporary.write_text(content)
+                else:
+                    save_tensors(path, content, {"format": "pt"})
 
     def restore(self, directory: Path, args: Any = None) -> None:
         raise NotImplementedError("these files are for others to read")
@@ -63,10 +71,11 @@ class Checkpoints:
       folder: the run's output folder.
       keep: how many of the latest to keep; None: all.
       note: told, in a line, when one could not be saved.
+      export: name of the folder of files for others.
     """
 
-    def __init__(self, folder: Path, keep: int | None, note: Callable[[str], object]):
-        self.folder, self.keep, self.note = folder.resolve(), keep, note
+    def __init__(self, folder: Path, keep: int | None, note: Callable[[str], object], export: str = LORA):
+        self.folder, self.keep, self.note, self.export = folder.resolve(), keep, note, export
         self.failed: str | None = None
         self._pending: int | None = None  # the step being saved
         _quiet()
@@ -83,14 +92,14 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
-            item_names=(STATE, META, LORA),
-            item_handlers={LORA: _FilesHandler()},
+            item_names=(STATE, META, self.export),
+            item_handlers={self.export: _FilesHandler()},
         )
 
     def path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}_{step:0{DIGITS}d}"
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any], lora: Files) -> bool:
+    def save(self, step: int, state: Any, meta: Mapping[str, Any], files: Files) -> bool:
         """Starts to save; returns before the files are written, but no longer needs `state`.
 
         A failure, of this or of the save before, does not end the run: it is noted, and the checkpoints that there are
@@ -105,7 +114,7 @@ class Checkpoints:
             args = {
                 STATE: ocp.args.StandardSave(to_host(state)),
                 META: ocp.args.JsonSave(dict(meta)),
-                LORA: _FilesSave(lora),
+                self.export: _FilesSave(files),
             }
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except (
@@ -176,8 +185,19 @@ def to_host(state: Any) -> dict[str, np.ndarray]:
     """Leaf name -> a host copy of every leaf, which later steps do not reach."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     for _, leaf in leaves:
-        leaf.copy_to_host_async()
-    return {leaf_name(path): np.array(leaf, copy=True) for path, leaf in leaves}
+        if is_here(leaf):
+            leaf.copy_to_host_async()
+    return {leaf_name(path): on_host(leaf) for path, leaf in leaves}
+
+
+def is_here(leaf: jax.Array) -> bool:
+    """Whether this process has all of an array."""
+    return leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
+def on_host(leaf: jax.Array) -> np.ndarray:
+    """A host copy, gathered from the other processes where they have parts; all processes must ask for it."""
+    return np.array(leaf if is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True), copy=True)
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from tsdsr_jax import lora
 from tsdsr_jax.checkpoint import Hash
-from tsdsr_jax.dataset import LocalBatch
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.networks import Networks
-from tsdsr_jax.objective import Base, LossConfig, Losses, Samples, Student, to_batch, to_samples
+from tsdsr_jax.objective import Base, LossConfig, Losses, Samples, Student, to_batch
 from tsdsr_jax.pretrained import NetworkFiles, check_rank, load_lora
-from tsdsr_jax.sharding import batch_sharding, global_array, replicated
+from tsdsr_jax.sharding import global_array, replicated
+from tsdsr_jax.stepping import JittedStep, jitted
 from tsdsr_jax.torch_weights import Tree, abstract_params, write_lora
 from tsdsr_jax.training import Trainer, TrainState
 
@@ -147,40 +147,10 @@ def adapter_files(networks: Networks, state: TrainState) -> dict[str, dict[str, 
     return files
 
 
-class Step:
-    """The jitted training step over a mesh.
-
-    Args:
-      trainer: the pure step.
-      mesh: the devices.
-      base: frozen arrays, in place.
-      key: the run's key.
-    """
-
-    def __init__(self, trainer: Trainer, mesh: Mesh, base: Base, key: jax.Array):
-        self.mesh, self.base, self.key = mesh, base, key
-        self._rows = batch_sharding(mesh, axis=1)
-        self._step = jit_step(trainer, mesh)
-
-    def put_state(self, state: TrainState) -> TrainState:
-        """A state of host arrays on every device."""
-        whole = replicated(self.mesh)
-        return jax.tree.map(lambda leaf: global_array(np.asarray(leaf), whole), state)
-
-    def put(self, batch: LocalBatch) -> Samples:
-        """This process's rows as its part of the global batch."""
-        place = partial(jax.make_array_from_process_local_data, self._rows)
-        return to_samples(batch.records.map(place))
-
-    def __call__(self, state: TrainState, samples: Samples) -> tuple[TrainState, dict[str, jax.Array]]:
-        """`state` is donated: it is gone afterwards."""
-        return self._step(state, self.base, samples, self.key)
-
-
-def jit_step(trainer: Trainer, mesh: Mesh) -> Any:
+def jit_step(trainer: Trainer, mesh: Mesh) -> JittedStep:
     """`(state, base, samples, key) -> (state, metrics)`; samples have the leading axes (A, B)."""
 
     def step(state: TrainState, base: Base, samples: Samples, key: jax.Array):
         return trainer.step(state, base, to_batch(samples, base.default), key)
 
-    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+    return jitted(step, mesh)

@@ -39,6 +39,11 @@ def euler_step(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array, followin
     return noisy - per_sample(sigma - following, noisy) * velocity
 
 
+def matching_loss(velocity: jax.Array, clean: jax.Array, noise: jax.Array) -> jax.Array:
+    """Flow matching: the mean squared distance of velocities to ε − x₀, which dx/dσ is on the straight path."""
+    return jnp.mean(jnp.square(velocity - (noise - clean)))
+
+
 def timesteps(sigma: jax.Array) -> jax.Array:
     """What the transformer takes for a noise level."""
     return jnp.asarray(sigma) * STEPS

@@ -21,6 +21,7 @@ from tsdsr_jax.models.layers import Placement
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.options import DataOptions
 from tsdsr_jax.pretrained import NetworkFiles
 from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.record import Record
@@ -83,6 +84,23 @@ def load_text(folder: Path, flag: str, networks: Networks) -> PromptEmbeds:
     embeds, config = load_prompt_embeds(folder), networks.transformer.config
     check_widths(embeds, config.joint_attention_dim, config.pooled_projection_dim, f"{flag} {folder}")
     return embeds
+
+
+def load_texts(
+    options: DataOptions, networks: Networks, shapes: Shapes, with_default: bool
+) -> tuple[PromptEmbeds, PromptEmbeds | None]:
+    """The empty prompt, and the default one where it is wanted or the samples have none; they fit the networks and each
+    other.
+    """
+    null = load_text(options.null_embedding_dir, "--null_embedding_dir", networks)
+    default = None
+    if with_default or not shapes.prompt:
+        default = load_text(options.default_embedding_dir, "--default_embedding_dir", networks)
+    tokens = shapes.prompt[0] if shapes.prompt else default.prompt.shape[0]
+    check_tokens(tokens, f"--null_embedding_dir {options.null_embedding_dir}", null)
+    if default:
+        check_tokens(tokens, f"--default_embedding_dir {options.default_embedding_dir}", default)
+    return null, default
 
 
 def place_text(embeds: PromptEmbeds, networks: Networks) -> Text:

@@ -144,6 +144,31 @@ class Draws(NamedTuple):
     uniform: jax.Array
 
 
+def to_unit(images: jax.Array) -> jax.Array:
+    """uint8 to [−1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def encode(vae: AutoencoderKL, params: Tree, images: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Images (B, H, W, 3) in [−1, 1] to latents (B, h, w, C) float32, times the scaling factor: a sample of each posterior,
+    or without a key its mean.
+    """
+    posterior = vae.apply({"params": params}, images, method="encode")
+    latent = posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
+    return latent.astype(jnp.float32) * vae.config.scaling_factor
+
+
+def decode(vae: AutoencoderKL, params: Tree, latents: jax.Array) -> jax.Array:
+    """Latents (B, h, w, C), times the scaling factor, to images (B, H, W, 3) float32 within [−1, 1]."""
+    decoded = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
+    return jnp.clip(decoded.astype(jnp.float32), -1, 1)
+
+
+def repeated(text: Text, lead: tuple[int, ...]) -> Text:
+    """One text, (1, S, D) and (1, P), for every sample: (*lead, S, D) and (*lead, P)."""
+    return Text(*(jnp.broadcast_to(part[0], (*lead, *part.shape[1:])) for part in text))
+
+
 def to_samples(record: Record) -> Samples:
     """A batched record, its parts arrays on the devices."""
     text = None if record.prompt is None else Text(record.prompt, record.pooled)
@@ -156,15 +181,12 @@ def to_batch(samples: Samples, default: Text | None) -> Batch:
     Raises:
       ValueError: neither the samples nor the default have a text.
     """
-    lr, hr = (image.astype(jnp.float32) / 127.5 - 1 for image in (samples.lr, samples.hr))
+    lr, hr = to_unit(samples.lr), to_unit(samples.hr)
     latent_hr = None if samples.latent_hr is None else samples.latent_hr.astype(jnp.float32)
     if samples.text is None and default is None:
         raise ValueError("samples without prompts of their own need the default prompt")
-    repeated = None
-    if default is not None:
-        lead = samples.hr.shape[:-3]
-        repeated = Text(*(jnp.broadcast_to(part[0], (*lead, *part.shape[1:])) for part in default))
-    return Batch(lr, hr, latent_hr, samples.text or repeated, repeated or samples.text)
+    everywhere = None if default is None else repeated(default, samples.hr.shape[:-3])
+    return Batch(lr, hr, latent_hr, samples.text or everywhere, everywhere or samples.text)
 
 
 def draw(key: jax.Array, latent_shape: tuple[int, ...], config: LossConfig) -> Draws:
@@ -223,11 +245,7 @@ class Losses:
         """
         if batch.latent_hr is not None:
             return batch
-        posterior = self.vae.apply({"params": base.vae}, batch.hr, method="encode")
-        latent = (
-            posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
-        )
-        return batch._replace(latent_hr=latent.astype(jnp.float32) * self.vae.config.scaling_factor)
+        return batch._replace(latent_hr=encode(self.vae, base.vae, batch.hr, key))
 
     def student_latent(self, base: Base, student: Student, batch: Batch, posterior: jax.Array) -> jax.Array:
         """ẑ = z − v(z, t = 1000): (B, h, w, C) float32, times the scaling factor."""
@@ -289,11 +307,7 @@ class Losses:
         return self.perceptual(base.perceptual, self.decode(base, fake), batch.hr).mean()
 
     def decode(self, base: Base, latents: jax.Array) -> jax.Array:
-        """Latents (B, h, w, C), times the scaling factor, to images (B, H, W, 3) float32 within [−1, 1]."""
-        decoded = self.vae.apply(
-            {"params": base.vae}, latents / self.vae.config.scaling_factor, method="decode"
-        )
-        return jnp.clip(decoded.astype(jnp.float32), -1, 1)
+        return decode(self.vae, base.vae, latents)
 
     def auxiliary(
         self, auxiliary: Tree, base: Base, fake: jax.Array, batch: Batch, draws: Draws

@@ -56,7 +56,8 @@ class Task:
       put_state: a state of host arrays -> on the devices.
       validate: state -> (figures, picture).
       new_precision: a state that was trained in another precision -> one for this.
-      files: state -> weights to export beside a checkpoint, file name -> tensors.
+      files: state -> what to export in a checkpoint, file name -> tensors or text.
+      export: name of the folder for it.
       identity: what a checkpoint must agree in to be resumed.
       losses: the metrics that the progress bar shows.
       counts: metrics that should be 0 -> what it means when they are not.
@@ -72,6 +73,7 @@ class Task:
     validate: Callable[[Any], tuple[dict[str, float], Image.Image]]
     new_precision: Callable[[Any], Any]
     files: Callable[[Any], checkpoint.Files]
+    export: str
     identity: Mapping[str, Any]
     losses: Sequence[str]
     counts: Mapping[str, str]
@@ -168,7 +170,9 @@ class _Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
-            self.checkpoints = checkpoint.Checkpoints(self.folder, options.checkpoints_total_limit, say)
+            self.checkpoints = checkpoint.Checkpoints(
+                self.folder, options.checkpoints_total_limit, say, self.task.export
+            )
             self.bad = BadSamples(len(self.data.source), options.max_bad_samples)
             self.log = self.open_log() if jax.process_index() == 0 else None
             stop = loop.StopSignal()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -151,8 +151,8 @@ def network(config: Config, **options: Any) -> MMDiT | AutoencoderKL:
     return MMDiT(config, **options) if isinstance(config, MMDiTConfig) else AutoencoderKL(config, **options)
 
 
-@lru_cache(maxsize=16)
-def _abstract_params(config: Config) -> Tree:
+def init_params(config: Config, key: jax.Array) -> Tree:
+    """A network's parameters as its layers initialise them."""
     if isinstance(config, MMDiTConfig):
         side = 2 * config.patch_size
         inputs = (
@@ -163,7 +163,12 @@ def _abstract_params(config: Config) -> Tree:
         )
     else:
         inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
-    return jax.eval_shape(network(config).init, jax.random.key(0), *inputs)["params"]
+    return network(config).init(key, *inputs)["params"]
+
+
+@lru_cache(maxsize=16)
+def _abstract_params(config: Config) -> Tree:
+    return jax.eval_shape(partial(init_params, config), jax.random.key(0))
 
 
 def abstract_params(config: Config) -> Tree:

@@ -6,6 +6,7 @@ Both updates use the adapters from before the step, as in the original, so fusin
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +68,16 @@ class LossScale(NamedTuple):
     value: jax.Array
     good_steps: jax.Array
 
+    @classmethod
+    def first(cls, dynamic: bool) -> LossScale:
+        return cls(jnp.float32(INITIAL_SCALE if dynamic else 1), jnp.int32(0))
+
+    def after(self, finite: jax.Array) -> LossScale:
+        """The next step's dynamic scale, where this one's gradients were finite or not."""
+        grown = self.good_steps + 1 >= GROWTH_STEPS
+        value = jnp.where(finite, jnp.where(grown, self.value * 2, self.value), self.value / 2)
+        return LossScale(value, jnp.where(finite & ~grown, self.good_steps + 1, 0))
+
 
 INITIAL_SCALE, GROWTH_STEPS = 65536.0, 2000
 _HR_LATENTS = 2**31
@@ -121,16 +132,8 @@ class Trainer:
             auxiliary_optimizer=self._auxiliary_optimizer.init(auxiliary),
             # A copy: a buffer may be donated only once.
             ema=jax.tree.map(jnp.copy, student) if self.config.ema_decay is not None else {},
-            loss_scale=LossScale(jnp.float32(INITIAL_SCALE if self.dynamic_scale else 1), jnp.int32(0)),
+            loss_scale=LossScale.first(self.dynamic_scale),
         )
-
-    def with_new_scale(self, state: TrainState) -> TrainState:
-        """The state with the loss scale that training in this precision starts with."""
-        value = INITIAL_SCALE if self.dynamic_scale else 1
-        scale = LossScale(
-            jnp.full_like(state.loss_scale.value, value), jnp.zeros_like(state.loss_scale.good_steps)
-        )
-        return state._replace(loss_scale=scale)
 
     def step(
         self, state: TrainState, base: Base, batches: Batch, key: jax.Array
@@ -148,8 +151,7 @@ class Trainer:
           The new state and scalar metrics. Where a gradient or an update is not finite the adapters and optimisers stay
           as they are.
         """
-        # Adam's own count: skipped steps have no part in it.
-        updates_done = optax.tree_utils.tree_get(state.student_optimizer, "ScaleByAdamState").count
+        rate = self._rate(updates_done(state.student_optimizer))
         gradients, metrics = self._gradients(state, base, batches, jax.random.fold_in(key, state.step))
         student_norm, auxiliary_norm = (optax.global_norm(gradient) for gradient in gradients)
         student_updates, student_optimizer = self._student_optimizer.update(
@@ -163,7 +165,13 @@ class Trainer:
         finite = jnp.isfinite(jnp.stack([student_norm, auxiliary_norm, *update_norms])).all()
         student = optax.apply_updates(state.student, student_updates)
         auxiliary = optax.apply_updates(state.auxiliary, auxiliary_updates)
-        moved = student, auxiliary, student_optimizer, auxiliary_optimizer, self._average(state.ema, student)
+        moved = (
+            student,
+            auxiliary,
+            student_optimizer,
+            auxiliary_optimizer,
+            average(self.config.ema_decay, state.ema, student),
+        )
         stayed = state.student, state.auxiliary, state.student_optimizer, state.auxiliary_optimizer, state.ema
         student, auxiliary, student_optimizer, auxiliary_optimizer, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), moved, stayed
@@ -176,14 +184,14 @@ class Trainer:
             student_optimizer=student_optimizer,
             auxiliary_optimizer=auxiliary_optimizer,
             ema=ema,
-            loss_scale=self._rescaled(state.loss_scale, finite),
+            loss_scale=state.loss_scale.after(finite) if self.dynamic_scale else state.loss_scale,
         )
         norms = {
             "student_gradient_norm": student_norm,
             "auxiliary_gradient_norm": auxiliary_norm,
             "student_update_norm": jnp.where(finite, update_norms[0], 0),
             "student_norm": optax.global_norm(student),
-            "learning_rate": self._rate(updates_done),
+            "learning_rate": rate,
             "bad_steps": new_state.bad_steps,
             "loss_scale": state.loss_scale.value,
         }
@@ -193,21 +201,12 @@ class Trainer:
         self, state: TrainState, base: Base, batches: Batch, key: jax.Array
     ) -> tuple[tuple[Student, Tree], Metrics]:
         """Mean gradients and metrics over the accumulation parts."""
-        parts = batches.lr.shape[0]
 
         def of_part(part: jax.Array):
             batch = jax.tree.map(lambda leaf: leaf[part], batches)
             return self._part_gradients(state, base, batch, jax.random.fold_in(key, part))
 
-        if parts == 1:
-            return of_part(jnp.int32(0))
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_part, jnp.int32(0))
-        )
-        total = jax.lax.fori_loop(
-            0, parts, lambda part, sums: jax.tree.map(jnp.add, sums, of_part(part)), zeros
-        )
-        return jax.tree.map(lambda leaf: leaf / parts, total)
+        return accumulated(of_part, batches.lr.shape[0])
 
     def _part_gradients(
         self, state: TrainState, base: Base, batch: Batch, key: jax.Array
@@ -229,16 +228,33 @@ class Trainer:
         metrics = metrics | {"student": total / scale, "auxiliary": value / scale}
         return jax.tree.map(lambda gradient: gradient / scale, (student, auxiliary)), metrics
 
-    def _average(self, ema: Student | dict[str, Any], student: Student) -> Student | dict[str, Any]:
-        decay = self.config.ema_decay
-        if decay is None:
-            return ema
-        return jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, student)
 
-    def _rescaled(self, scale: LossScale, finite: jax.Array) -> LossScale:
-        if not self.dynamic_scale:
-            return scale
-        grown = scale.good_steps + 1 >= GROWTH_STEPS
-        value = jnp.where(finite, jnp.where(grown, scale.value * 2, scale.value), scale.value / 2)
-        good_steps = jnp.where(finite & ~grown, scale.good_steps + 1, 0)
-        return LossScale(value, good_steps)
+def accumulated(of_part: Callable[[jax.Array], Any], parts: int) -> Any:
+    """The mean over gradient-accumulation parts of a tree that `of_part` gives for each part's number."""
+    if parts == 1:
+        return of_part(jnp.int32(0))
+    shapes = jax.eval_shape(of_part, jnp.int32(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total = jax.lax.fori_loop(0, parts, lambda part, sums: jax.tree.map(jnp.add, sums, of_part(part)), zeros)
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def updates_done(optimizer_state: Any) -> jax.Array:
+    """Adam's own count, in which skipped steps have no part."""
+    return optax.tree_utils.tree_get(optimizer_state, "ScaleByAdamState").count
+
+
+def average(decay: float | None, ema: Any, new: Any) -> Any:
+    """The moving average after a step; as it is without a decay."""
+    return (
+        ema if decay is None else jax.tree.map(lambda mean, now: decay * mean + (1 - decay) * now, ema, new)
+    )
+
+
+def with_new_scale(state: Any, dynamic: bool) -> Any:
+    """A state of host arrays with the loss scale that training in another precision starts with."""
+    value = INITIAL_SCALE if dynamic else 1
+    scale = LossScale(
+        jnp.full_like(state.loss_scale.value, value), jnp.zeros_like(state.loss_scale.good_steps)
+    )
+    return state._replace(loss_scale=scale)

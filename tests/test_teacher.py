@@ -1,0 +1,254 @@
+"""The flow-matching loss and its gradients against PyTorch + PEFT, its draws, and the step that follows them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import tiny_checkpoint as tiny
+from parity import error, lora_of, nhwc, params_of
+from tsdsr_jax import flow
+from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.objective import Samples
+from tsdsr_jax.teacher import (
+    FlowBase,
+    FlowBatch,
+    FlowConfig,
+    FlowDraws,
+    FlowLoss,
+    FlowTrainer,
+    draw,
+    joined,
+    new_adapter,
+    new_params,
+    split_fixed,
+    to_flow_batch,
+)
+from tsdsr_jax.torch_weights import abstract_params, write_base, write_lora
+from tsdsr_jax.training import OptimizerConfig
+from tsdsr_jax.tsd import Text
+
+pytest_plugins = "parity"
+TOLERANCE = 1e-4
+
+
+def problem(size: tuple[int, int], batch: int, seed: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    return dict(
+        latents=normal(batch, 16, *size), noise=normal(batch, 16, *size), index=generator.integers(0, 1000, batch),
+        dropped=np.arange(batch) % 2 == 1, states=normal(batch, 7, 48), pooled=normal(batch, 40),
+        null_states=normal(1, 7, 48), null_pooled=normal(1, 40),
+    )  # fmt: skip
+
+
+def loss_and_gradient(loss: FlowLoss, trained, frozen, data):
+    base = FlowBase(frozen, {}, Text(data["null_states"], data["null_pooled"]))
+    draws = FlowDraws(nhwc(data["noise"]), jnp.asarray(data["index"]), jnp.asarray(data["dropped"]))
+    text = Text(data["states"], data["pooled"])
+    function = jax.jit(
+        jax.value_and_grad(lambda trained: loss(trained, base, nhwc(data["latents"]), text, draws))
+    )
+    return function(trained)
+
+
+@pytest.mark.parametrize(("size", "batch"), [((4, 4), 1), ((4, 6), 3)])
+@pytest.mark.parametrize("what", ["lora", "base"])
+def test_loss_and_gradients_are_pytorchs(oracle, what, size, batch):
+    """Every gradient ≤ 1e-4 of its tensor's largest: of the LoRA on the frozen base, or of all of the base's weights."""
+    torch = pytest.importorskip("torch")
+    import oracle_training
+
+    transformer = oracle.tiny_transformer(1)
+    params = params_of(transformer)
+    if what == "lora":
+        oracle.add_student_lora(transformer, 4, 5, adapter="teacher")
+        transformer.set_adapter("teacher")
+        trained, frozen = lora_of(oracle, transformer, "teacher"), params
+    else:
+        trained, frozen = split_fixed(params)
+    config = tiny.tiny_mmdit_config().__class__.from_dict(dict(transformer.config))
+    loss = FlowLoss(MMDiT(config), None, FlowConfig(), adapter=what == "lora")
+    data = problem(size, batch, 3)
+    value, gradient = loss_and_gradient(loss, trained, frozen, data)
+
+    parts = {
+        name: torch.from_numpy(array) for name, array in data.items() if name not in ("index", "dropped")
+    }
+    named = {
+        name: parameter for name, parameter in transformer.named_parameters()
+        if ("lora_" in name) == (what == "lora")
+    }  # fmt: skip
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(name in named)
+    texts = oracle_training.TorchText(parts["states"], parts["pooled"])
+    null = oracle_training.TorchText(parts["null_states"], parts["null_pooled"])
+    if what == "lora":
+        total = oracle_training.flow_loss(
+            transformer,
+            "teacher",
+            parts["latents"],
+            parts["noise"],
+            data["index"],
+            data["dropped"],
+            texts,
+            null,
+        )
+    else:
+        transformer.disable_adapters = lambda: None  # it never had any
+        total = oracle_training.flow_loss(
+            transformer, None, parts["latents"], parts["noise"], data["index"], data["dropped"], texts, null
+        )
+    slopes = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    assert float(value) == pytest.approx(total.item(), rel=1e-5)
+    if what == "lora":
+        ours = write_lora(gradient, config, prefix="")
+        theirs = {name.replace(".teacher.", "."): slope for name, slope in zip(named, slopes, strict=True)}
+    else:
+        ours = dict(write_base(joined(gradient, jax.tree.map(jnp.zeros_like, frozen)), config))
+        ours.pop("pos_embed.pos_embed")
+        theirs = dict(zip(named, slopes, strict=True))
+    assert ours.keys() == theirs.keys()
+    for name, slope in theirs.items():
+        if slope is None or not slope.abs().max() > 1e-9:
+            # An unused query of the last block's text, or a bias that a softmax cannot see.
+            assert np.abs(ours[name]).max() < 1e-6, name
+        else:
+            assert error(ours[name], slope.numpy()) < TOLERANCE, name
+
+
+# --- draws ----------------------------------------------------------------------------------------
+
+
+def test_noise_levels_are_logit_normal_in_the_schedules_index():
+    config = FlowConfig(logit_mean=0.4, logit_std=0.8, prompt_dropout=0.25)
+    draws = draw(jax.random.key(0), (20_000, 1, 1, 4), config)
+    index = np.asarray(draws.index)
+    assert index.min() >= 0 and index.max() <= 999
+    uniform = (index + 0.5) / 1000
+    logits = np.log(uniform / (1 - uniform))
+    assert abs(logits.mean() - 0.4) < 0.02 and abs(logits.std() - 0.8) < 0.02
+    assert abs(np.asarray(draws.dropped).mean() - 0.25) < 0.01
+    noise = np.asarray(draws.noise)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    # SD3's own choice is symmetric around the middle of the schedule, σ = 0.75.
+    middle = np.median(np.asarray(draw(jax.random.key(1), (20_000, 1, 1, 1), FlowConfig()).index))
+    assert flow.sigmas()[int(middle)] == pytest.approx(0.75, abs=0.01)
+
+
+def test_samples_without_latents_or_texts():
+    default = Text(jnp.ones((1, 5, 12)), jnp.ones((1, 10)))
+    hr = np.full((2, 3, 16, 16, 3), 255, np.uint8)
+    batch = to_flow_batch(Samples(None, hr, None, None), default)
+    assert batch.latents is None and batch.images.shape == hr.shape and float(batch.images.max()) == 1
+    assert batch.text.states.shape == (2, 3, 5, 12) and batch.text.pooled.shape == (2, 3, 10)
+    own = Text(np.zeros((2, 3, 5, 12)), np.zeros((2, 3, 10)))
+    batch = to_flow_batch(Samples(None, None, np.ones((2, 3, 2, 2, 16)), own), default)
+    assert batch.images is None and float(jnp.abs(batch.text.states).max()) == 0
+    with pytest.raises(ValueError, match="need the default prompt"):
+        to_flow_batch(Samples(None, hr, None, None), None)
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+def tiny_step(adapter: bool, dynamic: bool = False, **config):
+    mmdit_config, vae_config = tiny.tiny_mmdit_config(), tiny.tiny_vae_config()
+    params, vae = tiny.random_params(mmdit_config, 1), tiny.random_params(vae_config, 2)
+    loss = FlowLoss(MMDiT(mmdit_config), AutoencoderKL(vae_config), FlowConfig(), adapter)
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", **config)
+    trainer = FlowTrainer(loss, optimizer, dynamic_scale=dynamic)
+    trained, frozen = (
+        (new_adapter(abstract_params(mmdit_config), 2, jax.random.key(0)), params)
+        if adapter
+        else split_fixed(params)
+    )
+    null = tiny.random_prompt(mmdit_config, 5)
+    base = FlowBase(frozen, vae, Text(null.prompt[None], null.pooled[None]))
+    return trainer, trainer.init(trained), base
+
+
+def tiny_batch(parts: int, batch: int, latents: bool = True) -> FlowBatch:
+    generator = np.random.default_rng(0)
+    text = Text(
+        generator.standard_normal((parts, batch, 5, 12)).astype(np.float32),
+        generator.standard_normal((parts, batch, 10)).astype(np.float32),
+    )
+    if latents:
+        return FlowBatch(generator.standard_normal((parts, batch, 4, 4, 16)).astype(np.float32), None, text)
+    return FlowBatch(None, generator.uniform(-1, 1, (parts, batch, 32, 32, 3)).astype(np.float32), text)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_training_on_one_batch_lowers_its_loss(adapter):
+    trainer, state, base = tiny_step(adapter, ema_decay=0.5)
+    batch, step = tiny_batch(2, 2), jax.jit(trainer.step)
+    before, losses = state, []
+    for _ in range(30):
+        state, metrics = step(state, base, batch, jax.random.key(0))
+        losses.append(float(metrics["flow"]))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    moved = {
+        path for (path, new), old in zip(
+            flatten_dict(state.trained, sep="/").items(), flatten_dict(before.trained).values(), strict=True
+        ) if (np.asarray(new) != old).any()
+    }  # fmt: skip
+    assert len(moved) > 0.9 * len(flatten_dict(state.trained))
+    assert "pos_embed/table" not in flatten_dict(state.trained, sep="/")
+    average = flatten_dict(state.ema, sep="/")
+    assert all(
+        leaf.shape == average[path].shape for path, leaf in flatten_dict(state.trained, sep="/").items()
+    )
+    assert int(state.step) == 30 and int(state.bad_steps) == 0
+
+
+def test_accumulated_parts_are_averaged():
+    """Two parts of the same sample, each with its own draws: the mean of what each alone gives."""
+    trainer, state, base = tiny_step(True)
+    batch = tiny_batch(2, 2)
+    _, metrics = jax.jit(trainer.step)(state, base, batch, jax.random.key(3))
+    key = jax.random.fold_in(jax.random.key(3), 0)
+    alone = [
+        trainer._gradient(
+            state, base, jax.tree.map(lambda leaf, p=part: leaf[p], batch), jax.random.fold_in(key, part)
+        )
+        for part in range(2)
+    ]
+    assert float(metrics["flow"]) == pytest.approx(np.mean([float(value) for value, _ in alone]), rel=1e-5)
+
+
+def test_photographs_are_encoded_in_the_step():
+    trainer, state, base = tiny_step(True)
+    images = tiny_batch(1, 2, latents=False)
+    _, metrics = jax.jit(trainer.step)(state, base, images, jax.random.key(0))
+    assert np.isfinite(float(metrics["flow"])) and float(metrics["gradient_norm"]) > 0
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counters():
+    trainer, state, base = tiny_step(True, dynamic=True)
+    batch = tiny_batch(1, 2)
+    broken = batch._replace(latents=batch.latents * np.float32(np.inf))
+    after, metrics = jax.jit(trainer.step)(state, base, broken, jax.random.key(0))
+    assert int(after.bad_steps) == 1 and float(after.loss_scale.value) == float(state.loss_scale.value) / 2
+    jax.tree.map(np.testing.assert_array_equal, after.trained, state.trained)
+    jax.tree.map(np.testing.assert_array_equal, after.optimizer, state.optimizer)
+    assert float(metrics["update_norm"]) == 0
+
+
+def test_a_new_network_is_the_identity_and_says_nothing():
+    config = tiny.tiny_mmdit_config()
+    params = new_params(config, jax.random.key(0))
+    shapes = jax.tree.map(jnp.shape, params)
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, abstract_params(config))
+    leaves = flatten_dict(params, sep="/")
+    zero = {path for path, leaf in leaves.items() if path.endswith("kernel") and not np.abs(leaf).any()}
+    assert zero == {path for path in leaves if "/linear/kernel" in path or path == "proj_out/kernel"} and zero
+    velocity = MMDiT(config).apply(
+        {"params": params}, jnp.ones((1, 4, 6, 16)), jnp.ones(1), jnp.ones((1, 5, 12)), jnp.ones((1, 10))
+    )
+    assert float(jnp.abs(velocity).max()) == 0

@@ -1,0 +1,298 @@
+"""Training a flow-matching network on photographs' latents: the teacher's LoRA, or all weights of a transformer.
+
+TSD-SR's teacher is SD3 with a LoRA that was fine-tuned on high-resolution photographs with this loss only; its authors have
+not released that training. Noise levels follow SD3 (Esser et al. 2024, §3.1): logit-normal in the schedule's index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tsdsr_jax import flow, lora
+from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.objective import Metrics, Samples, encode, repeated, to_unit
+from tsdsr_jax.torch_weights import Config, Tree, init_params
+from tsdsr_jax.training import LossScale, OptimizerConfig, accumulated, average, updates_done
+from tsdsr_jax.tsd import Text
+
+# The schedule's positions are no weight: checkpoints store them, but nobody trains them.
+FIXED = ("pos_embed/table",)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """What is trained for.
+
+    Attributes:
+      shift: of the noise schedule.
+      logit_mean, logit_std: of the logit-normal distribution of the schedule's index; 0 is pure noise.
+      prompt_dropout: probability of the empty prompt instead of the photograph's, for guidance.
+    """
+
+    shift: float = 3.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    prompt_dropout: float = 0.1
+
+
+class FlowBase(NamedTuple):
+    """All that stays as it is while training.
+
+    Attributes:
+      transformer: the parameters that are not trained.
+      vae: the autoencoder's.
+      null: text of the empty prompt, (1, S, D) and (1, P).
+      default: text of photographs that have none of their own, where all have none.
+    """
+
+    transformer: Tree
+    vae: Tree
+    null: Text
+    default: Text | None = None
+
+
+class FlowBatch(NamedTuple):
+    """B training samples.
+
+    Attributes:
+      latents: (B, h, w, C), times the scaling factor; None: to be encoded.
+      images: (B, H, W, 3) in [−1, 1], to be encoded; None where there are latents.
+      text: the photographs' prompts.
+    """
+
+    latents: jax.Array | None
+    images: jax.Array | None
+    text: Text
+
+
+class FlowDraws(NamedTuple):
+    """Every random number of a step.
+
+    Attributes:
+      noise: (B, h, w, C) standard normal.
+      index: (B,) schedule indices.
+      dropped: (B,) whether the prompt is left out.
+    """
+
+    noise: jax.Array
+    index: jax.Array
+    dropped: jax.Array
+
+
+def to_flow_batch(samples: Samples, default: Text | None) -> FlowBatch:
+    """Samples as the loss takes them; those without a text get the default (1, S, D), (1, P).
+
+    Raises:
+      ValueError: there is neither.
+    """
+    if samples.text is None and default is None:
+        raise ValueError("samples without prompts of their own need the default prompt")
+    latents = None if samples.latent_hr is None else samples.latent_hr.astype(jnp.float32)
+    images = to_unit(samples.hr) if latents is None else None
+    lead = (images if latents is None else latents).shape[:-3]
+    return FlowBatch(latents, images, samples.text or repeated(default, lead))
+
+
+def draw(key: jax.Array, latent_shape: tuple[int, ...], config: FlowConfig) -> FlowDraws:
+    """Draws a step's random numbers; each sample has its own."""
+    keys = jax.random.split(key, 3)
+    batch = latent_shape[:1]
+    uniform = jax.nn.sigmoid(config.logit_mean + config.logit_std * jax.random.normal(keys[1], batch))
+    index = jnp.minimum((flow.STEPS * uniform).astype(jnp.int32), flow.STEPS - 1)
+    dropped = jax.random.bernoulli(keys[2], config.prompt_dropout, batch)
+    return FlowDraws(jax.random.normal(keys[0], latent_shape), index, dropped)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowLoss:
+    """The loss as a function of what is trained; holds the modules, no parameters.
+
+    Attributes:
+      mmdit, vae: SD3's networks, in the computation dtype.
+      config: see `FlowConfig`.
+      adapter: whether a LoRA is trained; otherwise the transformer's own parameters.
+    """
+
+    mmdit: MMDiT
+    vae: AutoencoderKL
+    config: FlowConfig
+    adapter: bool = True
+
+    def velocity(
+        self, trained: Tree, base: FlowBase, latents: jax.Array, timestep: jax.Array, text: Text
+    ) -> jax.Array:
+        """The transformer with what is trained; float32 out."""
+        if self.adapter:
+            variables = {"params": base.transformer, "lora": trained}
+        else:
+            variables = {"params": joined(trained, base.transformer)}
+        return self.mmdit.apply(variables, latents, timestep, *text).astype(jnp.float32)
+
+    def latents(self, base: FlowBase, batch: FlowBatch, key: jax.Array | None) -> jax.Array:
+        """The batch's latents; where it comes without, a sample of each posterior, or without a key its mean."""
+        return batch.latents if batch.images is None else encode(self.vae, base.vae, batch.images, key)
+
+    def __call__(
+        self, trained: Tree, base: FlowBase, latents: jax.Array, text: Text, draws: FlowDraws
+    ) -> jax.Array:
+        """Flow matching at the drawn noise levels, some prompts left out."""
+        sigma = jnp.asarray(flow.sigmas(self.config.shift))[draws.index]
+        noisy = flow.add_noise(latents, draws.noise, sigma)
+        text = Text(
+            *(jnp.where(flow.per_sample(draws.dropped, own), null.astype(own.dtype), own)
+              for own, null in zip(text, base.null, strict=True))
+        )  # fmt: skip
+        velocity = self.velocity(trained, base, noisy, flow.timesteps(sigma), text)
+        return flow.matching_loss(velocity, latents, draws.noise)
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+def new_adapter(shapes: Tree, rank: int, key: jax.Array) -> Tree:
+    """The teacher's adapter, on the modules that the student's has, changing nothing yet."""
+    return lora.init(key, shapes, lora.STUDENT_TARGETS, rank)
+
+
+def new_params(config: Config, key: jax.Array) -> Tree:
+    """A transformer's parameters to begin from nothing with: modulations and the last layer at 0, so that every block is
+    the identity and the velocity 0 (Peebles & Xie 2023, §3.2); LeCun's normal elsewhere.
+    """
+    leaves = flatten_dict(init_params(config, key), sep="/")
+    zeroed = {path: jnp.zeros_like(leaf) if _starts_at_zero(path) else leaf for path, leaf in leaves.items()}
+    return unflatten_dict(zeroed, sep="/")
+
+
+def _starts_at_zero(path: str) -> bool:
+    # A module called `linear` is a modulation; the embeddings' are linear_1 and linear_2.
+    return path.startswith("proj_out/") or "/linear/" in path
+
+
+def split_fixed(params: Tree) -> tuple[Tree, Tree]:
+    """A transformer's parameters that are trained, and those that never are."""
+    leaves = flatten_dict(params, sep="/")
+    parts = (
+        {path: leaf for path, leaf in leaves.items() if (path in FIXED) == fixed} for fixed in (False, True)
+    )
+    trained, fixed = (unflatten_dict(part, sep="/") for part in parts)
+    return trained, fixed
+
+
+def joined(trained: Tree, fixed: Tree) -> Tree:
+    return unflatten_dict(flatten_dict(trained) | flatten_dict(fixed))
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+class FlowState(NamedTuple):
+    """Everything that changes while training, all of it float32 or int32.
+
+    Attributes:
+      step: steps taken, skipped ones included.
+      bad_steps: skipped steps in a row.
+      trained: an adapter, or a transformer's parameters.
+      optimizer: optax state.
+      ema: moving average of what is trained, or {}.
+      loss_scale: see `LossScale`.
+    """
+
+    step: jax.Array
+    bad_steps: jax.Array
+    trained: Tree
+    optimizer: Any
+    ema: Tree
+    loss_scale: LossScale
+
+
+class FlowTrainer:
+    """The step for the flow-matching loss; `step` is pure and meant to be jitted with its state donated.
+
+    Args:
+      loss: the objective.
+      config: of the optimiser.
+      dynamic_scale: scale the loss, for float16.
+    """
+
+    def __init__(self, loss: FlowLoss, config: OptimizerConfig, *, dynamic_scale: bool = False):
+        self.loss, self.config, self.dynamic_scale = loss, config, dynamic_scale
+        self._rate = config.rate(config.learning_rate)
+        self._optimizer = config.optimizer(config.learning_rate)
+
+    def init(self, trained: Tree) -> FlowState:
+        """The state before the first step; what is trained becomes float32 masters."""
+        trained = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), trained)
+        return FlowState(
+            step=jnp.int32(0),
+            bad_steps=jnp.int32(0),
+            trained=trained,
+            optimizer=self._optimizer.init(trained),
+            # A copy: a buffer may be donated only once.
+            ema=jax.tree.map(jnp.copy, trained) if self.config.ema_decay is not None else {},
+            loss_scale=LossScale.first(self.dynamic_scale),
+        )
+
+    def step(
+        self, state: FlowState, base: FlowBase, batches: FlowBatch, key: jax.Array
+    ) -> tuple[FlowState, Metrics]:
+        """One optimiser step.
+
+        Args:
+          state: donate it.
+          base: what is frozen.
+          batches: with a leading axis of gradient-accumulation parts, (A, B, ...) on every leaf.
+          key: the run's key; the step number and the part are folded in.
+
+        Returns:
+          The new state and scalar metrics. Where the gradient or the update is not finite only the counters change.
+        """
+        rate = self._rate(updates_done(state.optimizer))
+        key = jax.random.fold_in(key, state.step)
+        parts = jax.tree.leaves(batches)[0].shape[0]
+
+        def of_part(part: jax.Array) -> tuple[jax.Array, Tree]:
+            batch = jax.tree.map(lambda leaf: leaf[part], batches)
+            return self._gradient(state, base, batch, jax.random.fold_in(key, part))
+
+        value, gradient = accumulated(of_part, parts)
+        updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
+        gradient_norm, update_norm = optax.global_norm(gradient), optax.global_norm(updates)
+        finite = jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
+        trained = optax.apply_updates(state.trained, updates)
+        moved = trained, optimizer, average(self.config.ema_decay, state.ema, trained)
+        stayed = state.trained, state.optimizer, state.ema
+        trained, optimizer, ema = jax.tree.map(partial(jnp.where, finite), moved, stayed)
+        scale = state.loss_scale.after(finite) if self.dynamic_scale else state.loss_scale
+        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+        metrics = {
+            "flow": value,
+            "gradient_norm": gradient_norm,
+            "update_norm": jnp.where(finite, update_norm, 0),
+            "norm": optax.global_norm(trained),
+            "learning_rate": rate,
+            "bad_steps": bad_steps,
+            "loss_scale": state.loss_scale.value,
+        }
+        return FlowState(state.step + 1, bad_steps, trained, optimizer, ema, scale), metrics
+
+    def _gradient(
+        self, state: FlowState, base: FlowBase, batch: FlowBatch, key: jax.Array
+    ) -> tuple[jax.Array, Tree]:
+        keys = jax.random.split(key)
+        latents = self.loss.latents(base, batch, keys[0])
+        draws = draw(keys[1], latents.shape, self.loss.config)
+        scale = state.loss_scale.value
+
+        def scaled(trained: Tree) -> jax.Array:
+            return self.loss(trained, base, latents, batch.text, draws) * scale
+
+        value, gradient = jax.value_and_grad(scaled)(state.trained)
+        return value / scale, jax.tree.map(lambda leaf: leaf / scale, gradient)

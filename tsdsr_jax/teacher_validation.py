@@ -1,0 +1,125 @@
+"""What a flow-matching network makes of a few fixed samples: its loss at fixed noise levels, and pictures to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from tsdsr_jax import flow
+from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.objective import Samples, decode, encode, repeated, to_samples, to_unit
+from tsdsr_jax.record import Record
+from tsdsr_jax.sharding import batch_sharding, global_array, replicated
+from tsdsr_jax.sheet import comparison_sheet
+from tsdsr_jax.teacher import FlowBase, FlowLoss
+from tsdsr_jax.torch_weights import Tree
+from tsdsr_jax.tsd import Text
+
+# Schedule indices of the loss, and the one whose estimate is shown: much noise to little; σ there is 0.96, 0.86, 0.67, 0.33.
+INDICES = (100, 330, 600, 860)
+SHOWN = 2
+TITLES = ("photograph", "with noise", "one step", "from noise")
+
+
+def sample(
+    loss: FlowLoss, trained: Tree, base: FlowBase, noise: jax.Array, text: Text, steps: int, guidance: float
+) -> jax.Array:
+    """Latents from noise, by Euler steps along the schedule with guidance; (B, h, w, C).
+
+    Args:
+      noise: (B, h, w, C) standard normal.
+      text: (B, S, D) and (B, P).
+      steps: evaluations of both prompts.
+      guidance: scale of classifier-free guidance.
+    """
+    sigma = jnp.append(
+        jnp.asarray(flow.sigmas(loss.config.shift))[np.arange(steps) * flow.STEPS // steps], 0.0
+    )
+    batch = noise.shape[0]
+    null = repeated(base.null, (batch,))
+
+    def step(index: jax.Array, latents: jax.Array) -> jax.Array:
+        here, following = (jnp.broadcast_to(sigma[at], (batch,)) for at in (index, index + 1))
+        time = flow.timesteps(here)
+        without, with_text = (loss.velocity(trained, base, latents, time, words) for words in (null, text))
+        return flow.euler_step(latents, without + guidance * (with_text - without), here, following)
+
+    return jax.lax.fori_loop(0, steps, step, noise)
+
+
+class TeacherValidation:
+    """Measures and shows, on the same noise every time.
+
+    Args:
+      loss: for the networks.
+      mesh: the devices; each takes its share of the samples.
+      base: frozen arrays, in place.
+      records: samples with `hr`.
+      steps, guidance: of the pictures made from noise.
+    """
+
+    def __init__(
+        self,
+        loss: FlowLoss,
+        mesh: Mesh,
+        base: FlowBase,
+        records: Sequence[Record],
+        steps: int,
+        guidance: float,
+    ):
+        self.base, self.records, self.mesh = base, records, mesh
+        self._batches = []
+        for first in range(0, len(records), mesh.size):
+            filled = [records[index % len(records)] for index in range(first, first + mesh.size)]
+            stacked = Record(
+                *(None if parts[0] is None else np.stack(parts) for parts in zip(*filled, strict=True))
+            )
+            placed = stacked.map(lambda part: global_array(part, batch_sharding(mesh)))
+            self._batches.append(to_samples(placed))
+
+        def look(trained: Tree, base: FlowBase, samples: Samples, key: jax.Array):
+            hr = to_unit(samples.hr)
+            clean = encode(loss.vae, base.vae, hr, None) if samples.latent_hr is None else samples.latent_hr
+            text = samples.text or repeated(base.default, hr.shape[:1])
+            noise = jax.random.normal(key, clean.shape)
+            losses, shown = [], None
+            for place, index in enumerate(INDICES):
+                sigma = jnp.full(hr.shape[:1], flow.sigmas(loss.config.shift)[index])
+                noisy = flow.add_noise(clean, noise, sigma)
+                velocity = loss.velocity(trained, base, noisy, flow.timesteps(sigma), text)
+                losses.append(jnp.square(velocity - (noise - clean)).mean((1, 2, 3)))
+                if place == SHOWN:
+                    shown = noisy, flow.to_clean(noisy, velocity, sigma)
+            made = sample(loss, trained, base, noise, text, steps, guidance)
+            pictures = [_picture(loss.vae, base.vae, latents) for latents in (*shown, made)]
+            return jnp.stack(losses).mean(0), pictures
+
+        self._look = jax.jit(look, out_shardings=replicated(mesh))
+
+    def __call__(self, trained: Tree) -> tuple[dict[str, float], Image.Image]:
+        """The mean loss over samples and noise levels, and the comparison sheet."""
+        count = len(self.records)
+        # A key of its own for each batch: another seed of the run sees the same noise.
+        looks = [
+            self._look(trained, self.base, batch, jax.random.key(number))
+            for number, batch in enumerate(self._batches)
+        ]
+        losses = np.concatenate([np.asarray(loss) for loss, _ in looks])[:count]
+        pictures = [
+            np.concatenate([np.asarray(made[column]) for _, made in looks])[:count] for column in range(3)
+        ]
+        rows = [
+            [Image.fromarray(image) for image in (record.hr, *(column[index] for column in pictures))]
+            for index, record in enumerate(self.records)
+        ]
+        return {"validation_flow": float(losses.mean())}, comparison_sheet(rows, TITLES)
+
+
+def _picture(vae: AutoencoderKL, params: Tree, latents: jax.Array) -> jax.Array:
+    """(B, H, W, 3) uint8."""
+    return jnp.round((decode(vae, params, latents) + 1) * 127.5).astype(jnp.uint8)

@@ -511,21 +511,16 @@ def on_the_way(photos: Path) -> tuple[str, ...]:
 
 
 def test_photographs_are_degraded_and_encoded_on_the_way(command, photos, tmp_path):
-    """Two processes reading, stopped and resumed, give what one run of threads gives."""
+    """Read by two processes from the middle on, it ends as when read by threads throughout."""
     command(tmp_path / "whole", *on_the_way(photos))
-    outcome = command(
-        tmp_path / "parts", *on_the_way(photos), "--max_train_steps", "3", "--dataloader_num_workers", "2"
-    )
-    assert outcome.status == 0 and "10 samples, 3 steps of 2 images" in outcome.out
-    outcome = command(tmp_path / "parts", *on_the_way(photos), "--resume_from_checkpoint", "latest")
-    assert outcome.status == 0 and "3 steps done, 6 samples seen" in outcome.out
-    assert steps_of(tmp_path / "parts") == steps_of(tmp_path / "whole")
-    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
-    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
-    said = command.refused(
-        tmp_path / "parts", *on_the_way(photos), "--no_sharpen_gt", "--resume_from_checkpoint", "latest",
-        "--max_train_steps", "8",
-    )  # fmt: skip
+    middle = str(tmp_path / "whole" / "checkpoint_0000002")
+    flags = (*on_the_way(photos), "--resume_from_checkpoint", middle)
+    outcome = command(tmp_path / "rest", *flags, "--dataloader_num_workers", "2")
+    assert outcome.status == 0 and "2 steps done, 4 samples seen" in outcome.out
+    assert steps_of(tmp_path / "rest")[-4:] == steps_of(tmp_path / "whole")[-4:]
+    whole, rest = state_of(tmp_path / "whole"), state_of(tmp_path / "rest")
+    assert all(np.array_equal(whole[name], rest[name]) for name in whole)
+    said = command.refused(tmp_path / "other", *flags, "--no_sharpen_gt")
     assert "degradation: sharpen_gt True, jpeg model there, sharpen_gt False, jpeg model here" in said
 
 
@@ -535,24 +530,15 @@ def test_a_prepared_set_gives_the_batches_of_training_on_the_way(
     """In its first epoch, apart from the posterior's noise: the same images, and the default prompt for all."""
     from train import prepare
 
-    for layout in ("shards", "folders"):
-        flags = [
-            "--hr_dir", str(photos), "--crop_size", "32", "--layout", layout, "--output_dir", str(tmp_path / layout),
-            "--pretrained_model_name_or_path", str(root / "sd3"), "--default_embedding_dir", str(root / "default"),
-            "--dataloader_num_workers", "0",
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["train/prepare.py", *flags])
-        prepare.main()
-    logs = {}
-    for name, data in {
-        "on the way": on_the_way(photos),
-        "shards": ("--data_dir", str(tmp_path / "shards")),
-        "folders": ("--data_dir", str(tmp_path / "folders")),
-    }.items():
+    flags = [
+        "--hr_dir", str(photos), "--crop_size", "32", "--output_dir", str(tmp_path / "set"), "--dataloader_num_workers",
+        "0", "--pretrained_model_name_or_path", str(root / "sd3"), "--default_embedding_dir", str(root / "default"),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train/prepare.py", *flags])
+    prepare.main()
+    for name, data in (("way", on_the_way(photos)), ("shards", ("--data_dir", str(tmp_path / "set")))):
         assert command(tmp_path / name, *data, "--max_train_steps", "2").status == 0
-        logs[name] = steps_of(tmp_path / name)
-    assert logs["shards"] == logs["folders"]
-    for ours, theirs in zip(logs["on the way"], logs["shards"], strict=True):
+    for ours, theirs in zip(steps_of(tmp_path / "way"), steps_of(tmp_path / "shards"), strict=True):
         assert ours["mse"] == pytest.approx(theirs["mse"], rel=0.2) and ours["mse"] != theirs["mse"]
 
 

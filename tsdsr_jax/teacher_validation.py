@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from tsdsr_jax.sharding import batch_sharding, global_array, replicated
 from tsdsr_jax.sheet import comparison_sheet
 from tsdsr_jax.teacher import FlowBase, FlowLoss
 from tsdsr_jax.torch_weights import Tree
-from tsdsr_jax.tsd import Text
+from tsdsr_jax.tsd import Text, guided
 
 # Schedule indices of the loss, and the one whose estimate is shown: much noise to little; σ there is 0.96, 0.86, 0.67, 0.33.
 INDICES = (100, 330, 600, 860)
@@ -41,13 +42,11 @@ def sample(
         jnp.asarray(flow.sigmas(loss.config.shift))[np.arange(steps) * flow.STEPS // steps], 0.0
     )
     batch = noise.shape[0]
-    null = repeated(base.null, (batch,))
+    predict = guided(partial(loss.velocity, trained, base), text, base.null, guidance)
 
     def step(index: jax.Array, latents: jax.Array) -> jax.Array:
         here, following = (jnp.broadcast_to(sigma[at], (batch,)) for at in (index, index + 1))
-        time = flow.timesteps(here)
-        without, with_text = (loss.velocity(trained, base, latents, time, words) for words in (null, text))
-        return flow.euler_step(latents, without + guidance * (with_text - without), here, following)
+        return flow.euler_step(latents, predict(latents, flow.timesteps(here)), here, following)
 
     return jax.lax.fori_loop(0, steps, step, noise)
 
@@ -87,17 +86,20 @@ class TeacherValidation:
             clean = encode(loss.vae, base.vae, hr, None) if samples.latent_hr is None else samples.latent_hr
             text = samples.text or repeated(base.default, hr.shape[:1])
             noise = jax.random.normal(key, clean.shape)
-            losses, shown = [], None
-            for place, index in enumerate(INDICES):
-                sigma = jnp.full(hr.shape[:1], flow.sigmas(loss.config.shift)[index])
+
+            def at(sigma: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+                sigma = jnp.broadcast_to(sigma, clean.shape[:1])
                 noisy = flow.add_noise(clean, noise, sigma)
                 velocity = loss.velocity(trained, base, noisy, flow.timesteps(sigma), text)
-                losses.append(jnp.square(velocity - (noise - clean)).mean((1, 2, 3)))
-                if place == SHOWN:
-                    shown = noisy, flow.to_clean(noisy, velocity, sigma)
+                errors = jnp.square(velocity - (noise - clean)).mean((1, 2, 3))
+                return errors, noisy, flow.to_clean(noisy, velocity, sigma)
+
+            # One after the other: each network is compiled once, and one image's activations are there at a time.
+            levels = jnp.asarray(flow.sigmas(loss.config.shift))[np.array(INDICES)]
+            errors, noisy, estimate = jax.lax.map(at, levels)
             made = sample(loss, trained, base, noise, text, steps, guidance)
-            pictures = [_picture(loss.vae, base.vae, latents) for latents in (*shown, made)]
-            return jnp.stack(losses).mean(0), pictures
+            latents = jnp.stack([noisy[SHOWN], estimate[SHOWN], made])
+            return errors.mean(0), jax.lax.map(partial(_picture, loss.vae, base.vae), latents)
 
         self._look = jax.jit(look, out_shardings=replicated(mesh))
 
@@ -109,7 +111,7 @@ class TeacherValidation:
             self._look(trained, self.base, batch, jax.random.key(number))
             for number, batch in enumerate(self._batches)
         ]
-        losses = np.concatenate([np.asarray(loss) for loss, _ in looks])[:count]
+        losses = np.concatenate([np.asarray(errors) for errors, _ in looks])[:count]
         pictures = [
             np.concatenate([np.asarray(made[column]) for _, made in looks])[:count] for column in range(3)
         ]

@@ -1,0 +1,287 @@
+"""The teacher's training command as a user meets it: what it writes, how it resumes, and what it refuses."""
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import tiny_checkpoint as tiny
+import tiny_training
+from train import distill, teacher
+from tsdsr_jax import checkpoint, cli, options, sharding
+from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.pretrained import load_lora, open_checkpoint
+from tsdsr_jax.run_log import read_rows
+
+RANK = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, prompts, a prepared set and photographs. Not to be changed."""
+    folder = tmp_path_factory.mktemp("teacher")
+    _, vae = tiny_training.save_models(folder)
+    tiny_training.save_set(folder / "set", vae, 8)
+    tiny_training.save_photos(folder / "photos", 8)
+    return folder
+
+
+@dataclasses.dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+class Command:
+    """Runs the command in this process, on one device unless told otherwise."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+        self.root, self.monkeypatch, self.capsys = root, monkeypatch, capsys
+
+    def prepare(self, output: Path, *more: str, devices: int = 1) -> None:
+        self.monkeypatch.setattr(
+            options, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:devices], fsdp)
+        )
+        data = [] if "--hr_dir" in more else ["--data_dir", str(self.root / "set")]
+        flags = [
+            "--pretrained_model_name_or_path", str(self.root / "sd3"), *data, "--output_dir", str(output),
+            "--default_embedding_dir", str(self.root / "default"), "--null_embedding_dir", str(self.root / "null"),
+            "--rank", str(RANK), "--learning_rate", "1e-3", "--train_batch_size", "2", "--mixed_precision", "no",
+            "--max_train_steps", "4", "--checkpointing_steps", "2", "--validation_steps", "4", "--sampling_steps", "3",
+            "--num_validation_images", "2", *more,
+        ]  # fmt: skip
+        self.monkeypatch.setattr(sys, "argv", ["train/teacher.py", *flags])
+
+    def __call__(self, output: Path, *more: str, devices: int = 1) -> Outcome:
+        self.prepare(output, *more, devices=devices)
+        self.capsys.readouterr()
+        status = 0
+        try:
+            cli.run(teacher.main)
+        except SystemExit as stopped:
+            status = stopped.code
+        captured = self.capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Outcome(status, captured.out, captured.err)
+
+    def done(self, output: Path, *more: str, **keywords) -> str:
+        outcome = self(output, *more, **keywords)
+        assert outcome.status == 0, outcome
+        return outcome.out
+
+    def refused(self, output: Path, *more: str) -> str:
+        outcome = self(output, *more)
+        assert outcome.status in (1, 2), outcome
+        return outcome.err
+
+
+@pytest.fixture
+def command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iterator[Command]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield Command(root, monkeypatch, capsys)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def everything(output: Path) -> dict[str, np.ndarray]:
+    """All files that the last checkpoint exports."""
+    folder = checkpoint.find(output, "latest")
+    found = {
+        f"{path.relative_to(folder)} {name}": tensor
+        for path in sorted(folder.rglob("*.safetensors")) for name, tensor in load_file(path).items()
+    }  # fmt: skip
+    assert found
+    return found
+
+
+def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """Relative, in the Euclidean norm over everything."""
+    assert ours.keys() == theirs.keys()
+    total = sum(np.square(array, dtype=np.float64).sum() for array in theirs.values())
+    apart = sum(np.square(ours[name] - theirs[name], dtype=np.float64).sum() for name in theirs)
+    return float(np.sqrt(apart / total))
+
+
+def steps_of(output: Path) -> list[dict]:
+    rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_rows(output / "log.jsonl")]
+    return [row for row in rows if "flow" in row]
+
+
+# --- the LoRA -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory) -> Path:
+    """A LoRA trained for four steps, with an average. Not to be changed."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        command = Command(root, patch, None)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        command.prepare(output, "--ema_decay", "0.9")
+        teacher.main()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return output
+
+
+def test_a_lora_is_trained_and_serves_as_the_teacher(finished, root, tmp_path, monkeypatch):
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoint_0000002", "checkpoint_0000004", "config.json", "curves.png", "log.jsonl", "summary.json", "validation"
+    ]  # fmt: skip
+    config, folder = tiny.tiny_mmdit_config(), finished / "checkpoint_0000004" / "lora"
+    tensors = load_file(folder / "teacher.safetensors")
+    assert all(name.startswith("transformer.") for name in tensors)
+    assert np.abs(tensors["transformer.proj_out.lora_B.weight"]).max() > 0
+    load_lora(folder / "teacher.safetensors", config)
+    average = load_file(folder / "ema" / "teacher.safetensors")
+    assert 0 < distance(average, tensors) < 1
+    assert Image.open(finished / "validation" / "step_0000004.png").width > 4 * 100
+    assert "checkpoint_0000004/lora" in teacher.how_to_use(
+        options_like(root), finished / "checkpoint_0000004"
+    )
+    monkeypatch.setattr(options, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:1], fsdp))
+    flags = ("--use_teacher_lora", "--teacher_lora_path", str(folder), "--max_train_steps", "1")
+    monkeypatch.setattr(
+        sys, "argv", ["train/distill.py", *tiny_training.flags(root, tmp_path / "student", *flags)]
+    )
+    distill.main()
+    assert checkpoint.find(tmp_path / "student", "latest").name == "checkpoint_0000001"
+
+
+def options_like(root: Path) -> teacher.Options:
+    return teacher.Options(pretrained_model_name_or_path=str(root / "sd3"), data_dir=(root / "set",))
+
+
+def test_a_stopped_run_continues_bit_for_bit(command, root, tmp_path):
+    """On photographs encoded in the step, two parts a step, read by threads and then by two processes."""
+    flags = ["--gradient_accumulation_steps", "2", "--hr_dir", str(root / "photos"), "--crop_size", "32"]
+    command.done(tmp_path / "whole", *flags)
+    middle = str(tmp_path / "whole" / "checkpoint_0000002")
+    resume = ("--resume_from_checkpoint", middle, "--dataloader_num_workers", "2")
+    assert "2 steps done, 8 samples seen" in command.done(tmp_path / "rest", *flags, *resume)
+    assert distance(everything(tmp_path / "rest"), everything(tmp_path / "whole")) == 0
+    assert steps_of(tmp_path / "rest")[-2:] == steps_of(tmp_path / "whole")[-2:]
+    said = command.refused(tmp_path / "other", *flags, "--rank", "3", "--resume_from_checkpoint", middle)
+    assert "rank: 2 there, 3 here" in said
+
+
+def test_training_goes_on_from_a_lora(command, finished, tmp_path):
+    folder = finished / "checkpoint_0000004" / "lora"
+    said = command.done(
+        tmp_path / "run", "--checkpoint_path", str(folder), "--learning_rate", "0", "--max_train_steps", "1"
+    )
+    assert "starting from" in said
+    ours = load_file(tmp_path / "run" / "checkpoint_0000001" / "lora" / "teacher.safetensors")
+    tensors = load_file(folder / "teacher.safetensors")
+    assert distance(ours, tensors) == 0
+    assert "--rank" in command.refused(tmp_path / "no", "--checkpoint_path", str(folder), "--rank", "4")
+    few = {name: tensor for name, tensor in tensors.items() if "proj_out" not in name}
+    save_file(few, tmp_path / "few.safetensors")
+    said = command.refused(tmp_path / "no", "--checkpoint_path", str(tmp_path / "few.safetensors"))
+    assert "adapts other modules" in said
+
+
+# --- all weights ----------------------------------------------------------------------------------
+
+
+def test_all_weights_from_scratch_become_a_checkpoint_folder(command, root, tmp_path):
+    run, base = tmp_path / "run", ("--train", "base", "--from_scratch")
+    said = command.done(run, *base)
+    assert f"--pretrained_model_name_or_path {run / 'checkpoint_0000004' / 'model'}" in said
+    command.done(tmp_path / "rest", *base, "--resume_from_checkpoint", str(run / "checkpoint_0000002"))
+    assert distance(everything(tmp_path / "rest"), everything(run)) == 0
+    model = open_checkpoint(run / "checkpoint_0000004" / "model")
+    params = model.network("transformer").load("float32")
+    network = MMDiT(model.network("transformer").config)
+    prompt = tiny.random_prompt(network.config)
+    velocity = network.apply(
+        {"params": params},
+        np.ones((1, 4, 4, 16), np.float32),
+        np.full(1, 500.0),
+        prompt.prompt[None],
+        prompt.pooled[None],
+    )
+    assert float(abs(velocity).max()) > 0
+    assert model.shift() == 3.0 and model.network("vae").specs
+    original = open_checkpoint(root / "sd3").network("vae").load("float32")
+    jax.tree.map(np.testing.assert_array_equal, model.network("vae").load("float32"), original)
+
+
+def test_what_is_trained_here_loads_in_diffusers(command, root, tmp_path):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    command.done(tmp_path / "run", "--train", "base", "--max_train_steps", "2")
+    model = open_checkpoint(tmp_path / "run" / "checkpoint_0000002" / "model")
+    theirs = diffusers.SD3Transformer2DModel.from_pretrained(model.folder / "transformer").eval()
+    diffusers.AutoencoderKL.from_pretrained(model.folder / "vae")
+    diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model.folder / "scheduler")
+    generator = np.random.default_rng(0)
+    latents = generator.standard_normal((2, 4, 6, 16)).astype(np.float32)
+    prompt, time = (
+        tiny.random_prompt(model.network("transformer").config),
+        np.array([900.0, 30.0], np.float32),
+    )
+    text = np.stack([prompt.prompt] * 2), np.stack([prompt.pooled] * 2)
+    params = model.network("transformer").load("float32")
+    ours = MMDiT(model.network("transformer").config).apply({"params": params}, latents, time, *text)
+    with torch.no_grad():
+        expected = theirs(
+            hidden_states=torch.from_numpy(latents.transpose(0, 3, 1, 2)), timestep=torch.from_numpy(time),
+            encoder_hidden_states=torch.from_numpy(text[0]), pooled_projections=torch.from_numpy(text[1]),
+        ).sample.numpy().transpose(0, 2, 3, 1)  # fmt: skip
+    assert np.abs(ours - expected).max() / np.abs(expected).max() < 1e-5
+    before = open_checkpoint(root / "sd3").network("transformer").load("float32")
+    moved = jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), params, before))
+    assert np.mean(moved) > 0.9
+
+
+@pytest.mark.parametrize("fsdp", ["8", pytest.param("1", marks=pytest.mark.slow)])  # 2026-11: passed, in 20 s
+def test_eight_devices_train_all_weights_like_one(command, tmp_path, fsdp):
+    """Split over all eight, or whole on each: the same to 1e-5, in float32 and with one image per device."""
+    flags = ("--train", "base", "--max_train_steps", "2", "--checkpointing_steps", "2")
+    command.done(tmp_path / "one", *flags, "--train_batch_size", "8")
+    command.done(tmp_path / "eight", *flags, "--train_batch_size", "1", "--fsdp", fsdp, devices=8)
+    assert distance(everything(tmp_path / "eight"), everything(tmp_path / "one")) < 1e-5
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--from_scratch",), "--from_scratch needs --train base"),
+        (("--train", "base", "--checkpoint_path", "a"), "--checkpoint_path is a LoRA"),
+        (("--prompt_dropout", "1.5"), "--prompt_dropout 1.5: expected 0 to 1"),
+        (("--logit_std", "0"), "--logit_std 0: expected more than 0"),
+        (("--rank", "0"), "--rank 0: expected at least 1"),
+        (("--ema_decay", "1"), "--ema_decay 1: expected at least 0 and less than 1"),
+        (("--checkpoint_path", "/nowhere"), "/nowhere: not found"),
+        (("--hr_dir", "/nowhere"), "no such folder"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(command, tmp_path, flags, words):
+    assert words in command.refused(tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_set_of_another_base_is_refused(command, tmp_path):
+    other = tmp_path / "sd3"
+    tiny.save_checkpoint(other, tiny.tiny_mmdit_config(), tiny.tiny_vae_config())
+    tiny.save_network(other / "vae", tiny.tiny_vae_config(), tiny.random_params(tiny.tiny_vae_config(), 77))
+    said = command.refused(tmp_path / "run", "--pretrained_model_name_or_path", str(other))
+    assert "its latent_hr is not what this model's autoencoder makes" in said

@@ -13,7 +13,7 @@ import tiny_checkpoint as tiny
 from tsdsr_jax import degradation
 from tsdsr_jax.blur_kernels import blur_kernel, pulse, sinc_kernel
 from tsdsr_jax.degradation import DegradationConfig, Order, degrade
-from tsdsr_jax.jpeg_model import CHROMA, LUMA, jpeg
+from tsdsr_jax.jpeg_model import CHROMA, LUMA, jpeg, jpeg_codec
 
 CONFIG = DegradationConfig()
 
@@ -243,6 +243,23 @@ def test_jpeg_is_close_to_a_real_codec(quality, at_most):
     mine = 255 * jpeg(image, quality)
     assert np.abs(mine - real).mean() < at_most
     assert np.abs(mine - 255 * image).mean() > 0.3 * np.abs(real - 255 * image).mean()
+
+
+def test_the_codec_is_a_real_one():
+    """libjpeg by OpenCV against libjpeg by Pillow, 4:2:0 both; and a pair made with it is another one."""
+    image = photo(41, 70)
+    file = io.BytesIO()
+    Image.fromarray(np.round(255 * image).astype(np.uint8)).save(
+        file, "jpeg", quality=47, subsampling="4:2:0"
+    )
+    real = np.asarray(Image.open(file)).astype(float)
+    mine = 255 * jpeg_codec(image, 47.3)
+    assert np.abs(mine - real).mean() < 0.5 and np.abs(mine - real).max() <= 8
+    pairs = [
+        degrade(photo(64, 64), np.random.default_rng(1), dataclasses.replace(CONFIG, codec=codec))
+        for codec in (False, True)
+    ]
+    assert 0.1 < np.abs(pairs[0].lr.astype(int) - pairs[1].lr).mean() < 20
 
 
 # --- all together ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from parity import error, lora_of, nhwc, params_of
 from tsdsr_jax import flow
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.objective import Samples
+from tsdsr_jax.objective import Samples, encode
 from tsdsr_jax.teacher import (
     FlowBase,
     FlowBatch,
@@ -220,6 +220,20 @@ def test_accumulated_parts_are_averaged():
         for part in range(2)
     ]
     assert float(metrics["flow"]) == pytest.approx(np.mean([float(value) for value, _ in alone]), rel=1e-5)
+
+
+def test_photographs_are_encoded_to_a_sample_of_the_posterior():
+    config = tiny.tiny_vae_config()
+    network, params = AutoencoderKL(config), tiny.random_params(config, 2)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
+    posterior = network.apply({"params": params}, images, method="encode")
+    np.testing.assert_allclose(
+        encode(network, params, images, None), posterior.mean * config.scaling_factor, rtol=1e-6
+    )
+    key = jax.random.key(7)
+    noise = jax.random.normal(key, posterior.mean.shape)
+    expected = posterior.sample(noise) * config.scaling_factor
+    np.testing.assert_allclose(encode(network, params, images, key), expected, rtol=1e-6)
 
 
 def test_photographs_are_encoded_in_the_step():

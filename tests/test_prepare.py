@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -241,7 +242,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(command, tmp_path, monkey
 def test_machines_share_the_work(command, tmp_path, monkeypatch, layout):
     monkeypatch.setattr(set_writers, "_RUN", 3)
     shared = tmp_path / "shared"
-    assert "pieces of the others are missing" in command.made(shared, "--layout", layout, "--shard", "1/2")
+    assert "pieces are missing, those of the 1 other parts" in command.made(
+        shared, "--layout", layout, "--shard", "1/2"
+    )
     with pytest.raises(UserError, match="not finished"):
         open_sets([shared])
     assert "10 samples" in command.made(shared, "--layout", layout, "--shard", "0/2")
@@ -323,7 +326,7 @@ def test_nothing_to_prepare_is_said(command, tmp_path):
         (("--dataloader_num_workers", "-1"), "--dataloader_num_workers -1"),
         (("--pretrained_model_name_or_path", "/nowhere"), "no such folder"),
         (("--default_embedding_dir", "/nowhere"), "no such folder"),
-        (("--prompts", "txt"), "10 of 10 photographs have no .txt beside them"),
+        (("--prompts", "txt"), "10 of 10 photographs have no text in a .txt beside them"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(command, tmp_path, flags, words):
@@ -343,7 +346,7 @@ def test_damaged_shards_are_refused_by_name(command, tmp_path):
     with pytest.raises(UserError, match="1 of 3 samples files are missing, such as samples-00001-of-00003"):
         open_sets([output])
     path.write_bytes(content[:1000])
-    with pytest.raises(UserError, match=r"samples files cannot be read|in its files, 10 in manifest"):
+    with pytest.raises(UserError, match=r"samples-00001-of-00003.arrayrecord: cannot be read"):
         open_sets([output])
     shutil.copy(shards.shard_path(output, "samples", 2, 3), path)
     with pytest.raises(UserError, match=r"8 samples in its files, 10 in manifest.json"):
@@ -367,7 +370,7 @@ def test_damaged_shards_are_refused_by_name(command, tmp_path):
 def test_sets_made_differently_are_not_joined(command, tmp_path):
     command.made(tmp_path / "a")
     command.made(tmp_path / "b", "--crop_size", "16", "--min_size", "16")
-    with pytest.raises(UserError, match=r"b, unlike .*a: its degraded image has shape"):
+    with pytest.raises(UserError, match=r"b: cannot be joined with .*a: its degraded image has shape"):
         open_sets([tmp_path / "a", tmp_path / "b"])
     command.made(tmp_path / "c", "--layout", "folders", "--seed", "9")
     joined = open_sets([tmp_path / "a", tmp_path / "c"])
@@ -409,7 +412,8 @@ def test_texts_beside_the_photographs_are_encoded_once_each(
     flags = ("--layout", layout, "--text_encoder_path", str(encoders), "--max_sequence_length", "7")
     said = command.refused(tmp_path / "set", "--prompts", "txt", *flags, photos=photos)
     assert (
-        "2 of 10 photographs have no .txt beside them: 2/8.png, 0/9.png" in said or "0/9.png, 2/8.png" in said
+        "2 of 10 photographs have no text in a .txt beside them: 2/8.png, 0/9.png" in said
+        or "0/9.png, 2/8.png" in said
     )
     default = load_prompt_embeds(root / "default")
     flags = ("--prompts", "txt_or_default", *flags)
@@ -473,3 +477,127 @@ def test_tensors_are_what_their_files_say(command, tmp_path):
     command.made(tmp_path / "folders", "--layout", "folders")
     latent = read_tensor(tmp_path / "folders" / "latent_hr" / "0000001.pt")
     assert latent.dtype == np.float32 and jax.numpy.isfinite(latent).all()
+
+
+# --- nothing of the user's is lost, and nothing is mixed ------------------------------------------
+
+
+def test_a_manifest_of_somebody_else_stays(command, tmp_path):
+    own = tmp_path / "set" / "manifest.json"
+    own.parent.mkdir()
+    own.write_text('{"my": "precious"}')
+    assert "holds no training set of train/prepare.py" in command.refused(tmp_path / "set")
+    assert own.read_text() == '{"my": "precious"}'
+    # Beside an original's set it means nothing.
+    command.made(tmp_path / "made", "--layout", "folders")
+    (tmp_path / "made" / "manifest.json").write_text('{"my": "precious"}')
+    assert len(open_sets([tmp_path / "made"])) == 10
+
+
+def test_the_sheet_replaces_sheets_only(command, root, tmp_path):
+    photos = shutil.copytree(root / "photos", tmp_path / "photos")
+    victim = photos / "0" / "0.png"
+    before = victim.read_bytes()
+    assert "is there already and no sheet" in command.refused(
+        tmp_path / "set", "--preview", str(victim), photos=photos
+    )
+    assert victim.read_bytes() == before
+    assert "ends in .png" in command.refused(tmp_path / "set", "--preview", str(tmp_path / "a.jpg"))
+    for _ in range(2):
+        command.made(tmp_path / "set", "--preview", str(tmp_path / "sheet.png"), "--preview_photos", "2")
+    whole = (photos / "1" / "1.png").read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    said = command.made(
+        tmp_path / "set", "--preview", str(tmp_path / "sheet.png"), "--preview_photos", "1", photos=photos
+    )
+    assert "left out: " in said and "0.png" in said
+
+
+def test_a_set_among_its_photographs_is_not_taken_for_some(command, root, tmp_path):
+    photos = shutil.copytree(root / "photos", tmp_path / "photos")
+    for _ in range(2):
+        assert "10 samples" in command.made(photos / "set", "--layout", "folders", photos=photos)
+
+
+def test_a_folder_given_twice_counts_once(command, root, tmp_path):
+    assert "10 samples" in command.made(
+        tmp_path / "set", "--hr_dir", str(root / "photos"), str(root / "photos" / "1")
+    )
+
+
+def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(root, tmp_path):
+    manifests = [
+        set_writers.Manifest(tmp_path / "set", "shards", {"seed": seed}, set_writers.Part(seed, 2))
+        for seed in (0, 1)
+    ]
+    for each in manifests:
+        each.check()
+    manifests[0].begin()
+    with pytest.raises(UserError, match="seed: 0 there, 1 here"):
+        manifests[1].begin()
+    # Both past their checks: the link decides.
+    (tmp_path / "set" / "manifest.json").unlink()
+    manifests[1]._write({"complete": False}, new=True)
+    manifests[0]._write({"complete": False}, new=True)
+    assert manifest(tmp_path / "set")["settings"] == {"seed": 1}
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("layout", ["shards", "folders"])
+def test_a_photograph_that_can_be_read_again_is_made_after_all(command, root, tmp_path, monkeypatch, layout):
+    """As after a failure of the network: the file itself is what it was."""
+    from tsdsr_jax import photos
+
+    read = photos.read_photo
+
+    def failing(path, most):
+        if Path(path).name == "4.png":
+            raise UserError(f"{path}: input/output error\u2028")
+        return read(path, most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(photos, "read_photo", failing)
+        assert "9 samples" in command.made(tmp_path / "set", "--layout", layout)
+    made = manifest(tmp_path / "set")
+    assert made["complete"] and len(made["damaged"]) == 1
+    if layout == "shards":  # a file is made again when it is removed
+        for path in (tmp_path / "set").glob("samples-*"):
+            path.unlink()
+    assert "10 samples" in command.made(tmp_path / "set", "--layout", layout)
+    assert manifest(tmp_path / "set")["damaged"] == [] and len(records(tmp_path / "set")) == 10
+
+
+def test_samples_that_were_lost_are_noticed(command, tmp_path):
+    command.made(tmp_path / "set", "--layout", "folders")
+    (tmp_path / "set" / "lr_bicubic" / "0000003.png").unlink()
+    with pytest.raises(UserError, match=r"9 samples in its folders, 10 in manifest.json"):
+        open_sets([tmp_path / "set"])
+
+
+def test_a_name_that_is_no_text_is_left_out(command, root, tmp_path):
+    photos = shutil.copytree(root / "photos", tmp_path / "photos")
+    try:
+        shutil.copy(photos / "0" / "0.png", os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png"))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    said = command.made(tmp_path / "set", photos=photos)
+    assert "its name is not UTF-8" in said and "10 samples" in said
+
+
+def test_prompts_are_read_by_many_threads_at_once(command, tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    command.made(tmp_path / "set")
+    source = open_sets([tmp_path / "set"])
+    monkeypatch.setattr(shards, "_PROMPTS_KEPT", 2)
+    monkeypatch.setattr(
+        source, "_record", lambda _, number, kind: dict.fromkeys(("prompt_embeds", "pooled_embeds"), number)
+    )
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda number: source._prompt(number % 7).prompt, range(20_000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [number % 7 for number in range(20_000)] and len(source._prompt_cache) <= 2

@@ -178,7 +178,7 @@ def main() -> None:
     check(options)
     mesh = options.start()
     start = session.find_start(options)
-    data = open_data(options, options.seed, "pairs", say)
+    data = open_data(options, options.seed, "pairs", say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
         task = prepare(options, mesh, data, new=start is None)
     session.run(options, task, data, mesh, start)

@@ -25,25 +25,27 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.checkpoint import Hash
-from tsdsr_jax.dataset import prefetched
+from tsdsr_jax.dataset import read_ahead
 from tsdsr_jax.degradation import degrade, to_bytes
 from tsdsr_jax.devices import DTYPES, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import read_photo
 from tsdsr_jax.networks import Networks, text_hash
 from tsdsr_jax.options import CropOptions, at_least, check_writable
-from tsdsr_jax.photos import MAX_PIXELS, Photographs, Survey, random_crop
+from tsdsr_jax.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
 from tsdsr_jax.preparation import (
     Crops,
     Embedder,
@@ -68,6 +70,7 @@ from tsdsr_jax.text_encoders import EncoderOptions
 from tsdsr_jax.training_data import look_at
 
 PREVIEW_DRAWS = 3
+SHEET_MARK = ("Comment", "degraded samples by tsdsr_jax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,10 @@ class Options(CropOptions):
 
     @property
     def workers(self) -> int:
-        return os.cpu_count() or 0 if self.dataloader_num_workers is None else self.dataloader_num_workers
+        if self.dataloader_num_workers is not None:
+            return self.dataloader_num_workers
+        # Those that this process may use, not all that there are.
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
 
 
 def main() -> None:
@@ -149,7 +155,7 @@ def main() -> None:
     if options.prompt_device != "cpu":
         # The text encoders are PyTorch's and share the GPU; JAX would take three quarters of it at its first word.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    found = look_at(options.hr_dir, options.crop().minimum, tqdm.write)
+    found = look_at(options.hr_dir, options.crop().minimum, tqdm.write, options.output_dir)
     if options.preview:
         preview(options, found)
     else:
@@ -171,11 +177,29 @@ def check(options: Options) -> None:
         "max_sequence_length",
     )
     at_least(options, 0, "seed", "dataloader_num_workers")
-    if options.preview is None:
+    if options.preview is not None:
+        check_sheet(options.preview)
+    else:
         for name in ("output_dir", "pretrained_model_name_or_path"):
             if getattr(options, name) is None:
                 raise UserError(f"--{name} must be given, unless for a --preview")
         check_writable(options.output_dir)
+
+
+def check_sheet(path: Path) -> None:
+    """Refuses to write the sheet over anything but an earlier one."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--preview {path}: expected a name that ends in .png")
+    if path.exists():
+        try:
+            with Image.open(path) as image:
+                earlier = image.info.get(SHEET_MARK[0]) == SHEET_MARK[1]
+        except OSError:
+            earlier = False
+        if not earlier:
+            raise UserError(
+                f"--preview {path}: is there already and no sheet of this program; choose another name"
+            )
 
 
 # --- the sheet ------------------------------------------------------------------------------------
@@ -184,23 +208,33 @@ def check(options: Options) -> None:
 def preview(options: Options, found: Survey) -> None:
     """Photographs spread evenly, each with its sharpened version and a few degraded ones."""
     count = min(options.preview_photos, len(found.photographs))
-    chosen = [found.photographs[index * len(found.photographs) // count] for index in range(count)]
     rows = []
-    for index, photograph in enumerate(chosen):
-        generator = np.random.default_rng([options.seed, index])
-        photo = read_photo(photograph.path, MAX_PIXELS).rgb
-        crop = random_crop(photo, options.crop(), generator).astype(np.float32) / 255
+    for index in range(count):
+        crop = first_crop(options, found.photographs[index * len(found.photographs) // count :], index)
+        generator = np.random.default_rng([options.seed, index, 1])
         pairs = [degrade(crop, generator, options.degradation()) for _ in range(PREVIEW_DRAWS)]
-        rows.append(
-            [Image.fromarray(image) for image in (to_bytes(crop), pairs[0].hr, *(pair.lr for pair in pairs))]
-        )
+        images = to_bytes(crop), pairs[0].hr, *(pair.lr for pair in pairs)
+        rows.append([Image.fromarray(image) for image in images])
     target = "target (sharpened)" if options.sharpen_gt else "target"
     titles = ["photograph", target, *(f"degraded {draw + 1}" for draw in range(PREVIEW_DRAWS))]
+    sheet, mark = comparison_sheet(rows, titles, cell_width=min(384, options.crop().width)), PngInfo()
+    mark.add_text(*SHEET_MARK)
     with replacing(options.preview) as temporary:
-        comparison_sheet(rows, titles, cell_width=min(384, options.crop().width)).save(
-            temporary, format="png"
-        )
+        sheet.save(temporary, format="png", pnginfo=mark)
     print(f"{options.preview}: {count} photographs, {PREVIEW_DRAWS} draws each")
+
+
+def first_crop(options: Options, photographs: Sequence[Photograph], index: int) -> np.ndarray:
+    """A random crop, float32 in [0, 1], of the first of them that can be read."""
+    for photograph in photographs:
+        try:
+            photo = read_photo(photograph.path, MAX_PIXELS).rgb
+        except UserError as error:
+            tqdm.write(f"left out: {error}")
+            continue
+        generator = np.random.default_rng([options.seed, index])
+        return random_crop(photo, options.crop(), generator).astype(np.float32) / 255
+    raise UserError("none of the photographs can be read")
 
 
 # --- the set --------------------------------------------------------------------------------------
@@ -209,21 +243,23 @@ def preview(options: Options, found: Survey) -> None:
 def prepare(options: Options, found: Survey) -> None:
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     check_fit(model.network("transformer"), model.network("vae"))
-    photographs = Photographs(found.photographs, options.crop(), options.degradation(), options.seed)
+    photographs = Photographs(
+        found.photographs, options.crop(), options.degradation(), options.seed, own_prompts=False
+    )
     samples = plan(found.photographs, options.crops, options.crop(), options.crops_per_photo)
     note_sizes(options, samples)
     prompts = find_prompts(found.photographs, options.prompts)
     known = known_prompts(options, model)
     settings = describe(options, photographs, samples, prompts, known, model)
     manifest = Manifest(options.output_dir, options.layout, settings, options.part())
-    manifest.begin()
+    manifest.check()
     set_plan = SetPlan(names(found, samples), [prompts.of[sample.photograph] for sample in samples], prompts)
     writer = make_writer(
         options.layout, options.output_dir, set_plan, options.part(), options.samples_per_file
     )
-    note_quirks(options)
+    note_quirks(options, found)
     # Texts first: their encoders, PyTorch's, need the memory that JAX would take.
-    write_prompts(options, writer, prompts, known)
+    write_prompts(options, writer, prompts, known, manifest)
     write_samples(options, photographs, samples, model, writer, manifest)
     report(options, found, writer, manifest, len(samples))
 
@@ -242,7 +278,12 @@ def note_sizes(options: Options, samples: list[Planned]) -> None:
         )
 
 
-def note_quirks(options: Options) -> None:
+def note_quirks(options: Options, found: Survey) -> None:
+    if beside := sum(own_prompt(photograph.path) is not None for photograph in found.photographs):
+        tqdm.write(
+            f"note: {beside} photographs have an embedding beside them, which only train/distill.py --hr_dir reads; here "
+            "texts are encoded with --prompts txt"
+        )
     if options.layout == "folders" and "gt" in str(options.output_dir.resolve() / "gt").removesuffix("gt"):
         tqdm.write(
             f'note: {options.output_dir}: the original\'s loader replaces "gt" anywhere in a path and cannot read a '
@@ -293,14 +334,23 @@ def describe(
     return json.loads(json.dumps(settings))
 
 
-def write_prompts(options: Options, writer: Writer, prompts: Prompts, known: dict[str, PromptEmbeds]) -> None:
+def write_prompts(
+    options: Options, writer: Writer, prompts: Prompts, known: dict[str, PromptEmbeds], manifest: Manifest
+) -> None:
     def encoders() -> Path:
         name = options.text_encoder_path or options.pretrained_model_name_or_path
         return open_encoders(name, options.revision, options.encoder_options())
 
     embedder = Embedder(known, encoders, options.encoder_options())
+
+    def embed(texts: Sequence[str]) -> list[PromptEmbeds]:
+        embeds = embedder(texts)
+        # Only now: flags that turn out not to work leave nothing behind.
+        manifest.begin()
+        return embeds
+
     with tqdm(total=len(prompts.texts), desc="prompts", leave=False, disable=None) as bar:
-        writer.write_prompts(embedder, bar.update)
+        writer.write_prompts(embed, bar.update)
 
 
 def write_samples(
@@ -312,11 +362,10 @@ def write_samples(
     manifest: Manifest,
 ) -> None:
     known_bad = manifest.problems()
-    pending = [
-        position for position in writer.pending() if options.layout == "shards" or position not in known_bad
-    ]
+    pending = writer.pending()
     if not pending:
         return
+    manifest.begin()
     dtype = DTYPES["fp32"]
     with matmul_precision(dtype):
         networks = Networks(model.network("transformer"), model.network("vae"), make_mesh(), dtype)
@@ -324,13 +373,14 @@ def write_samples(
         encoder = Encoder(networks, vae, options.batch_size, options.seed)
         pairs = Pairs(photographs, [samples[position] for position in pending], options.layout)
         with (
-            closing(prefetched(pairs, options.workers)) as made,
+            closing(read_ahead(pairs, options.workers)) as made,
             tqdm(total=len(pending), desc="samples", unit="sample", smoothing=0.05, disable=None) as bar,
         ):
             try:
                 for sample in finish(pending, made, encoder):
                     if sample.problem:
                         tqdm.write(f"left out: {sample.problem}")
+                    if sample.problem or sample.position in known_bad:
                         manifest.note_problem(sample.position, sample.problem)
                     writer.add(sample)
                     bar.update()
@@ -342,7 +392,9 @@ def report(options: Options, found: Survey, writer: Writer, manifest: Manifest, 
     more = {"planned": planned, "small": found.small, "unreadable": found.unreadable, "versions": versions()}
     missing = manifest.finish(writer, more)
     if missing:
-        print(f"{options.output_dir}: this part is done; {missing} pieces of the others are missing")
+        of = options.part().of
+        others = "run the same command again" if of == 1 else f"those of the {of - 1} other parts, perhaps"
+        print(f"{options.output_dir}: this part is done; {missing} pieces are missing, {others}")
         return
     made, problems = sum(writer.counts()["samples"]), manifest.problems()
     size = sum(path.stat().st_size for path in options.output_dir.rglob("*") if path.is_file())

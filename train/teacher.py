@@ -57,6 +57,7 @@ from tsdsr_jax.teacher import (
     FlowLoss,
     FlowState,
     FlowTrainer,
+    fixed_params,
     joined,
     new_adapter,
     new_params,
@@ -125,7 +126,7 @@ def main() -> None:
     check(options)
     mesh = options.start()
     start = session.find_start(options)
-    data = open_data(options, options.seed, "latents", say)
+    data = open_data(options, options.seed, "latents", say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
         task = prepare(options, mesh, data, new=start is None)
     session.run(options, task, data, mesh, start)
@@ -279,7 +280,7 @@ def load_transformer(options: Options, networks: Networks, adapter: Tree | None,
         return Beginning(lambda loaded: loaded, placed, frozen, digest)
     if options.from_scratch:
         key = jax.random.key(options.seed)
-        _, frozen = jax.jit(lambda: split_fixed(new_params(config, key)), out_shardings=whole)()
+        frozen = jax.tree.map(lambda leaf: global_array(leaf, whole), fixed_params(config))
         digest = f"new, {json.dumps(dataclasses.asdict(config), sort_keys=True)}"
         return Beginning(lambda _: split_fixed(new_params(config, key))[0], {}, frozen, digest)
     # Masters are float32, whatever is computed in.

@@ -49,14 +49,19 @@ class Shapes:
         """Of the first sample that can be read."""
         return cls.of(first_sample(source)[1])
 
-    def check(self, record: Record, name: str) -> None:
-        """Raises UserError, naming the first part that differs."""
+    def difference(self, record: Record) -> str:
+        """What is different about a record, in words; empty where nothing is."""
         found = Shapes.of(record)
         for part, words in _PARTS.items():
             if getattr(found, part) != getattr(self, part):
-                raise UserError(
-                    f"{name}: its {words} has shape {getattr(found, part)}; the run's samples have {getattr(self, part)}"
-                )
+                return f"its {words} has shape {getattr(found, part)}; the run's samples have {getattr(self, part)}"
+        return ""
+
+    def check(self, record: Record, source: Source, index: int) -> None:
+        """Raises UserError, naming the sample and the first part that differs."""
+        # The name last: some sources have to read for it.
+        if difference := self.difference(record):
+            raise UserError(f"{source.name(index)}: {difference}")
 
     def cast(self, record: Record) -> Record:
         """The record with its texts in the run's dtype."""
@@ -178,7 +183,7 @@ class Batches:
             index = sample_at(epoch * count + (place + offset) % count, self.seed, count)
             try:
                 record = self.source.read(index, epoch)
-                self.shapes.check(record, self.source.name(index))
+                self.shapes.check(record, self.source, index)
             except UserError as error:
                 problems[self.source.name(index)] = str(error)
             else:
@@ -202,17 +207,7 @@ def first_sample(source: Source, tries: int = TRIES) -> tuple[str, Record]:
     raise UserError("none of the first samples can be used:\n" + "\n".join(f"  {line}" for line in problems))
 
 
-def read_ahead(batches: Batches, workers: int) -> Iterator[LocalBatch]:
-    """The batches in order, read by threads, or by worker processes of their own.
-
-    Args:
-      batches: what to read.
-      workers: processes; 0: threads of this one.
-    """
-    return prefetched(batches, workers)
-
-
-def prefetched(elements: Any, workers: int) -> Iterator[Any]:
+def read_ahead(elements: Any, workers: int) -> Iterator[Any]:
     """The elements of a sequence in order, each made by a thread, or by worker processes.
 
     Args:

@@ -23,7 +23,7 @@ from tsdsr_jax.training import OptimizerConfig
 # The original's `--mixed_precision` calls float32 "no".
 PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}
 # Crops must fit the autoencoder's factor times the transformer's patch.
-_STEP = 16
+CROP_STEP = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,10 +224,10 @@ class CropOptions:
         return DegradationConfig(sharpen=self.sharpen_gt, codec=self.jpeg == "codec")
 
     def check_crop(self) -> None:
-        if len(self.crop_size) not in (1, 2) or any(side < 1 or side % _STEP for side in self.crop_size):
+        if len(self.crop_size) not in (1, 2) or any(side < 1 or side % CROP_STEP for side in self.crop_size):
             given = " ".join(map(str, self.crop_size))
             raise UserError(
-                f"--crop_size {given}: expected one side, or height and width, multiples of {_STEP}"
+                f"--crop_size {given}: expected one side, or height and width, multiples of {CROP_STEP}"
             )
         if self.min_size is not None and self.min_size < 1:
             raise UserError(f"--min_size {self.min_size}: expected at least 1")

@@ -80,8 +80,12 @@ class Survey(NamedTuple):
     unreadable: list[str]
 
 
-def find_photographs(root: Path) -> list[Path]:
+def find_photographs(root: Path, output: Path | None = None) -> list[Path]:
     """The image files below a folder, in its subfolders too, sorted; hidden ones are left out. Follows links to folders.
+
+    Args:
+      root: the folder.
+      output: a folder that may lie below it and whose images are results, not photographs.
 
     Raises:
       UserError: no such folder, or no images in it.
@@ -89,8 +93,14 @@ def find_photographs(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected one with photographs")
     found: list[Path] = []
-    seen: set[str] = set()
-    for folder, below, names in os.walk(root, followlinks=True):
+    seen = {os.path.realpath(output)} if output else set()
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename}: cannot be read ({error.strerror}); all of {root} must be readable"
+        )
+
+    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
         # A link to a folder above would never end.
         real = os.path.realpath(folder)
         below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
@@ -121,7 +131,11 @@ def survey(
 
     def look(file: tuple[Path, Path]) -> Photograph | str:
         try:
-            size = read_size(file[0], MAX_PIXELS)
+            size = (
+                read_size(file[0], MAX_PIXELS)
+                if _has_text_name(file[0])
+                else f"{str(file[0])!a}: its name is not UTF-8"
+            )
         except UserError as error:
             size = str(error)
         progress(1)
@@ -141,6 +155,15 @@ def survey(
         roots = ", ".join(sorted({str(root) for _, root in files}))
         raise UserError(f"{roots}: none of the {len(files)} images can be used: {'; '.join(reasons)}")
     return Survey(photographs, small, unreadable)
+
+
+def _has_text_name(path: Path) -> bool:
+    """Whether a name can be printed and written into a manifest; a POSIX file's may be any bytes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def left_out(found: Survey, minimum: int) -> list[str]:
@@ -191,6 +214,7 @@ class Photographs:
       degradation: how.
       seed: of all draws.
       default: the prompt of photographs that have none of their own, where others do.
+      own_prompts: whether embeddings beside the photographs are used.
       with_lr: whether to degrade at all; without, records have no `lr`.
     """
 
@@ -202,10 +226,11 @@ class Photographs:
         seed: int,
         default: PromptEmbeds | None = None,
         with_lr: bool = True,
+        own_prompts: bool = True,
     ):
         self.photographs, self.crop, self.degradation, self.seed = photographs, crop, degradation, seed
         self.default, self.with_lr = default, with_lr
-        self.prompts = [own_prompt(photo.path) for photo in photographs]
+        self.prompts = [own_prompt(photo.path) if own_prompts else None for photo in photographs]
 
     def __len__(self) -> int:
         return len(self.photographs)

@@ -16,6 +16,7 @@ import numpy as np
 
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.networks import Networks
+from tsdsr_jax.options import CROP_STEP
 from tsdsr_jax.photos import Box, CropConfig, Photograph, Photographs
 from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds, read_text
 from tsdsr_jax.sharding import batch_sharding
@@ -26,8 +27,7 @@ from tsdsr_jax.torch_weights import Tree
 Crops = Literal["random", "grid", "whole"]
 PromptChoice = Literal["default", "txt", "txt_or_default"]
 Layout = Literal["shards", "folders"]
-# Sides must be multiples of the autoencoder's factor times the transformer's patch.
-STEP = 16
+LONGEST_WEBP = 16383
 _NOISE_STREAM = 0x6C617465  # keeps the posteriors' noise apart from other draws
 
 
@@ -69,7 +69,7 @@ def plan(
 
 def _whole(photograph: Photograph) -> Box:
     sides = photograph.height, photograph.width
-    height, width = (max(STEP, side // STEP * STEP) for side in sides)
+    height, width = (max(CROP_STEP, side // CROP_STEP * CROP_STEP) for side in sides)
     top, left = (max(0, side - kept) // 2 for side, kept in zip(sides, (height, width), strict=True))
     return Box(top, left, height, width)
 
@@ -113,7 +113,7 @@ class Pairs:
     """
 
     def __init__(self, source: Photographs, samples: Sequence[Planned], layout: Layout):
-        self.source, self.samples = source, samples
+        self.source, self.samples, self.layout = source, samples, layout
         self.pack = pack_image if layout == "shards" else pack_png
 
     def __len__(self) -> int:
@@ -125,6 +125,11 @@ class Pairs:
         sample = self.samples[int(index)]
         try:
             lr, hr = self.source.pair(sample.photograph, sample.number, sample.box)
+            if self.layout == "shards" and max(hr.shape) > LONGEST_WEBP:
+                name = self.source.name(sample.photograph)
+                raise UserError(
+                    f"{name}: a side exceeds {LONGEST_WEBP} pixels; cut it, or use --layout folders"
+                )
         except UserError as error:
             nothing = np.zeros(0, np.uint8)
             return Pair(nothing, nothing, nothing, str(error))
@@ -254,13 +259,14 @@ def find_prompts(photographs: Sequence[Photograph], choice: PromptChoice) -> Pro
     found: list[str | None] = [None] * len(photographs)
     if choice != "default":
         files = [photograph.path.with_suffix(".txt") for photograph in photographs]
-        found = [read_text(file) if file.is_file() else None for file in files]
+        # An empty text would be the empty prompt, which nobody writes on purpose.
+        found = [(read_text(file) or None) if file.is_file() else None for file in files]
         lacking = [photo.name for photo, text in zip(photographs, found, strict=True) if text is None]
         if lacking and choice == "txt":
             raise UserError(
-                f"{len(lacking)} of {len(photographs)} photographs have no .txt beside them: {', '.join(lacking[:5])}"
-                f"{', ...' if len(lacking) > 5 else ''}; write them, or give these the default prompt with --prompts "
-                "txt_or_default"
+                f"{len(lacking)} of {len(photographs)} photographs have no text in a .txt beside them: "
+                f"{', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}; write them, or give these the default "
+                "prompt with --prompts txt_or_default"
             )
     numbers: dict[str, int] = {}
     of = [numbers.setdefault(DEFAULT_PROMPT if text is None else text, len(numbers)) for text in found]
@@ -306,9 +312,7 @@ def open_encoders(name: str, revision: str | None, options: EncoderOptions) -> P
 
 def _half(embeds: PromptEmbeds, text: str) -> PromptEmbeds:
     with np.errstate(over="ignore"):
-        prompt, pooled = (part.astype(np.float16) for part in (embeds.prompt, embeds.pooled))
+        prompt, pooled = (part.astype(np.float16, copy=False) for part in (embeds.prompt, embeds.pooled))
     if not (np.isfinite(prompt).all() and np.isfinite(pooled).all()):
-        raise UserError(
-            f"the embedding of {text[:60]!r} has values beyond float16's 65504; encode it with another --dtype"
-        )
+        raise UserError(f"the embedding of {text[:60]!r} has values beyond float16's 65504")
     return PromptEmbeds(prompt, pooled)

@@ -33,7 +33,7 @@ from tsdsr_jax.prompts import (
     read_torch_pair,
 )
 from tsdsr_jax.record import Record
-from tsdsr_jax.shards import MANIFEST, check_complete, read_manifest
+from tsdsr_jax.shards import MANIFEST, check_complete, has_manifest, read_manifest
 from tsdsr_jax.torch_pickle import read_tensor
 
 LR_FOLDER, HR_FOLDER, LATENT_FOLDER = "lr_bicubic", "gt", "latent_hr"
@@ -107,8 +107,9 @@ def find_files(root: Path) -> list[Files]:
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a prepared training set")
-    if (root / MANIFEST).is_file():
-        check_complete(root, read_manifest(root))
+    made = read_manifest(root) if has_manifest(root) else None
+    if made:
+        check_complete(root, made)
     if not (root / LR_FOLDER).is_dir():
         raise UserError(f"{root}: has no {LR_FOLDER}/; expected the folders {_ALL_FOLDERS}")
     images = {folder: _images(root / folder) for folder in (LR_FOLDER, HR_FOLDER)}
@@ -149,6 +150,10 @@ def find_files(root: Path) -> list[Files]:
                 f" --pretrained_model_name_or_path SD3_FOLDER --output {root / TORCH_PROMPT_FOLDER}"
             )
         raise UserError("\n".join(lines))
+    if made and len(found) != sum(made["samples"]):
+        raise UserError(
+            f"{root}: {len(found)} samples in its folders, {sum(made['samples'])} in {MANIFEST}; files were lost"
+        )
     return found
 
 

@@ -7,6 +7,7 @@ checkpoints and curves in the output folder.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,7 +194,7 @@ class _Run:
     def begin(self, path: Path | None) -> tuple[Start, Any] | None:
         """A new state, or a checkpoint's; None: all is done."""
         meta = checkpoint.read_meta(path) if path else None
-        agree(meta["step"] if meta else 0)
+        agree(meta["step"] if meta else 0, self.identity)
         if path and meta:
             return self.resume(path, meta)
         if self.options.resume_from_checkpoint:
@@ -367,15 +368,24 @@ class _Run:
             temporary.write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def agree(step: int) -> None:
-    """Raises UserError, in every process, unless all begin at the same step."""
-    if jax.process_count() > 1:
-        steps = multihost_utils.process_allgather(np.int32(step)).ravel().tolist()
-        if len(set(steps)) > 1:
-            raise UserError(
-                f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}); --output_dir must be a "
-                "folder that all of them share"
-            )
+def agree(step: int, identity: Mapping[str, Any]) -> None:
+    """Raises UserError, in every process, unless all begin at the same step and see the same data and weights."""
+    if jax.process_count() == 1:
+        return
+    steps = multihost_utils.process_allgather(np.int32(step)).ravel().tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}); --output_dir must be a "
+            "folder that all of them share"
+        )
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).digest()[:4]
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.int32)).ravel().tolist()
+    if len(set(digests)) > 1:
+        told = ", ".join(f"{name} {str(value)[:12]}" for name, value in identity.items())
+        raise UserError(
+            f"the processes see different data or weights; process {jax.process_index()} has: {told}. Photographs, sets and "
+            "models must be the same for all of them"
+        )
 
 
 # Flags that may change between two parts of a run without changing what it computes.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from uuid import uuid4
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
@@ -23,6 +24,7 @@ from tsdsr_jax.shards import (
     FORMAT,
     MANIFEST,
     count_records,
+    has_manifest,
     pack_prompt,
     pack_sample,
     read_manifest,
@@ -123,7 +125,8 @@ class ShardWriter:
         for number in self._mine(self.prompt_files):
             texts = self.plan.prompts.texts[number * PROMPTS_PER_FILE : (number + 1) * PROMPTS_PER_FILE]
             if self._lacks("prompts", number, self.prompt_files):
-                records = [pack_prompt(*pair) for pair in zip(texts, embed(texts), strict=True)]
+                # One record at a time: a file's embeddings are 2.7 GB.
+                records = (pack_prompt(*pair) for pair in zip(texts, embed(texts), strict=True))
                 write_shard(shard_path(self.root, "prompts", number, self.prompt_files), records)
             progress(len(texts))
 
@@ -274,22 +277,27 @@ class Manifest:
     def __init__(self, root: Path, layout: Layout, settings: Mapping[str, Any], part: Part):
         self.root, self.layout, self.settings, self.part = root, layout, dict(settings), part
 
-    def begin(self) -> None:
-        """Writes it, or checks that the one that is there is of the same set.
+    def check(self) -> None:
+        """Refuses a folder that holds another set, or something else.
 
         Raises:
-          UserError: it is of another, or the folder holds something else.
+          UserError: saying what differs.
         """
         names = os.listdir(self.root) if self.root.is_dir() else []
-        others = [name for name in names if name != MANIFEST and not name.startswith(".")]
-        if MANIFEST in names and others:
+        if has_manifest(self.root):
             self._check(read_manifest(self.root))
-        elif others:
+        elif any(not name.startswith(".") for name in names):
             raise UserError(
                 f"{self.root}: is not empty and holds no training set of train/prepare.py; choose another --output_dir"
             )
-        else:  # perhaps of a run that ended before it wrote anything
-            self._write({"complete": False})
+
+    def begin(self) -> None:
+        """Writes it before the first piece is, unless another machine has; then that is checked."""
+        self.check()
+        if not has_manifest(self.root):
+            self._write({"complete": False}, new=True)
+            # Another machine may have been faster.
+            self._check(read_manifest(self.root))
 
     def _check(self, found: Mapping[str, Any]) -> None:
         theirs = {"layout": found.get("layout")} | found.get("settings", {})
@@ -305,36 +313,58 @@ class Manifest:
                 f"was made with. What differs:{''.join(differing)}"
             )
 
-    def _write(self, entries: Mapping[str, Any]) -> None:
+    def _write(self, entries: Mapping[str, Any], new: bool = False) -> None:
         content = {"format": FORMAT, "layout": self.layout, **entries, "settings": self.settings}
-        with replacing(self.root / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        path = self.root / MANIFEST
+        if not new:
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            return
+        # Written under another name and linked, so that of two machines that begin together one wins.
+        own = self.root / f".{uuid4().hex}.part"
+        with replacing(own) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        finally:
+            own.unlink(missing_ok=True)
 
     def note_problem(self, position: int, message: str) -> None:
-        """Remembers a sample that cannot be made, for this run and later ones."""
+        """Remembers a sample that cannot be made; without a message, that it can."""
+        # Begins with the line's end, in case a kill has cut the last one.
+        line = "\n" + json.dumps({"sample": position, "problem": message})
         try:
-            with open(self.root / f"problems-{self.part}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"sample": position, "problem": message}, ensure_ascii=False) + "\n")
+            with open(self.root / f"problems-{self.part}.jsonl", "a", encoding="ascii") as file:
+                file.write(line)
         except OSError as error:
             raise UserError(f"{self.root}: cannot be written ({error.strerror})") from None
 
     def problems(self) -> dict[int, str]:
         """Position -> message, of all machines."""
         found: dict[int, str] = {}
-        for path in sorted(self.root.glob("problems-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+        for path in sorted(self.root.glob("problems-*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
+            for line in path.read_bytes().split(b"\n"):
                 try:
                     entry = json.loads(line)
                 except ValueError:
-                    continue  # cut off by a kill; its sample is made again
+                    continue  # empty, or cut off by a kill; then its sample is made again
                 found[entry["sample"]] = entry["problem"]
-        return found
+        return {position: message for position, message in found.items() if message}
 
     def finish(self, writer: Writer, more: Mapping[str, Any]) -> int:
         """Completes the manifest if nothing is missing; returns how much is."""
+        self._check(read_manifest(self.root))
         problems = self.problems()
         missing = writer.missing(problems)
         if not missing:
+            for left in self.root.rglob(".*.part"):  # by runs that were killed
+                left.unlink(missing_ok=True)
             left_out = [problems[position] for position in sorted(problems)]
             self._write({"complete": True, **writer.counts(), "damaged": left_out, **more})
         return missing

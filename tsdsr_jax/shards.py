@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ _WEBP = {"format": "WEBP", "lossless": True, "method": 0, "quality": 0, "exact":
 # Records compressed one by one already; groups would be read whole for one of theirs.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _PROMPTS_KEPT = 16
+# Several threads read; of the module, because sources are pickled for workers.
+_CACHES = threading.Lock()
 _CONTENTS_LOOKED_AT = 16
 
 
@@ -44,7 +47,17 @@ def shard_path(root: Path, kind: str, number: int, total: int) -> Path:
 
 
 def is_sharded(root: Path) -> bool:
-    return (root / MANIFEST).is_file() and read_manifest(root).get("layout") == "shards"
+    return has_manifest(root) and read_manifest(root)["layout"] == "shards"
+
+
+def has_manifest(root: Path) -> bool:
+    """Whether a set was made by `train/prepare.py`; a file of this name may be somebody else's."""
+    try:
+        return str(json.loads((root / MANIFEST).read_text(encoding="utf-8")).get("format")).startswith(
+            "tsdsr_jax"
+        )
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -55,7 +68,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     path = root / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as a training set's manifest ({error})") from None
@@ -165,6 +178,8 @@ class PreparedShards:
         try:
             source = ArrayRecordDataSource([str(path) for path in paths])
         except (RuntimeError, ValueError) as error:
+            for path in paths:
+                count_records(path)  # names the one that is damaged
             raise UserError(f"{self.root}: its {kind} files cannot be read ({error})") from None
         if len(source) != count:
             raise UserError(
@@ -187,13 +202,16 @@ class PreparedShards:
         return Record(lr, hr, sample["latent_hr"], embeds.prompt, embeds.pooled)
 
     def _prompt(self, number: int) -> PromptEmbeds:
-        if number not in self._prompt_cache:
+        with _CACHES:
+            found = self._prompt_cache.get(number)
+        if found is None:
             record = self._record(self._prompts, number, "prompt")
-            while len(self._prompt_cache) >= _PROMPTS_KEPT:
-                # Another thread may have been faster.
-                self._prompt_cache.pop(next(iter(self._prompt_cache), None), None)
-            self._prompt_cache[number] = PromptEmbeds(record["prompt_embeds"], record["pooled_embeds"])
-        return self._prompt_cache.get(number) or self._prompt(number)
+            found = PromptEmbeds(record["prompt_embeds"], record["pooled_embeds"])
+            with _CACHES:
+                while len(self._prompt_cache) >= _PROMPTS_KEPT:
+                    self._prompt_cache.pop(next(iter(self._prompt_cache)))
+                self._prompt_cache[number] = found
+        return found
 
     def _record(self, source: ArrayRecordDataSource, index: int, kind: str) -> dict[str, np.ndarray]:
         try:

@@ -16,7 +16,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tsdsr_jax import flow, lora
-from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.mmdit import MMDiT, sincos_table
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.objective import Metrics, Samples, encode, repeated, to_unit
 from tsdsr_jax.torch_weights import Config, Tree, init_params
@@ -184,6 +184,11 @@ def split_fixed(params: Tree) -> tuple[Tree, Tree]:
     )
     trained, fixed = (unflatten_dict(part, sep="/") for part in parts)
     return trained, fixed
+
+
+def fixed_params(config: Config) -> Tree:
+    """What a new transformer has that is never trained, as host arrays."""
+    return unflatten_dict({FIXED[0]: sincos_table(config)}, sep="/")
 
 
 def joined(trained: Tree, fixed: Tree) -> Tree:

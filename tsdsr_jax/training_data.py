@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tsdsr_jax.dataset import Shapes, first_sample
+from tsdsr_jax.errors import UserError
 from tsdsr_jax.options import DataOptions
 from tsdsr_jax.photos import Photographs, Survey, find_photographs, left_out, survey
 from tsdsr_jax.prepared import PreparedFolder
@@ -38,7 +40,9 @@ class Data:
     identity: Mapping[str, Any]
 
 
-def open_data(options: DataOptions, seed: int, parts: Parts, note: Callable[[str], object]) -> Data:
+def open_data(
+    options: DataOptions, seed: int, parts: Parts, note: Callable[[str], object], output: Path | None = None
+) -> Data:
     """The samples of `--data_dir` or `--hr_dir`.
 
     Args:
@@ -46,6 +50,7 @@ def open_data(options: DataOptions, seed: int, parts: Parts, note: Callable[[str
       seed: of crops and degradations.
       parts: whether images and their degraded versions are needed, or latents only.
       note: told what is left out.
+      output: the run's own folder, whose pictures are no photographs.
 
     Raises:
       UserError: nothing there, or nothing that can be used.
@@ -54,7 +59,7 @@ def open_data(options: DataOptions, seed: int, parts: Parts, note: Callable[[str
         source = open_sets(options.data_dir, parts)
         identity = {}
     else:
-        source = _open_photographs(options, seed, parts, note)
+        source = _open_photographs(options, seed, parts, note, output)
         crop = options.crop()
         identity = {
             "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels",
@@ -78,7 +83,8 @@ def open_sets(roots: Sequence[Path], parts: Parts = "pairs") -> Source:
         return sets[0]
     first = Shapes.of_source(sets[0])
     for root, source in zip(roots[1:], sets[1:], strict=True):
-        first.check(first_sample(source)[1], f"{root}, unlike {roots[0]}")
+        if difference := first.difference(first_sample(source)[1]):
+            raise UserError(f"{root}: cannot be joined with {roots[0]}: {difference}")
     return Joined(sets)
 
 
@@ -108,9 +114,15 @@ class Joined:
         return hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode()).hexdigest()
 
 
-def look_at(roots: Sequence[Path], minimum: int, note: Callable[[str], object]) -> Survey:
-    """`survey` with a progress bar; tells what is left out."""
-    files = [(path, root) for root in roots for path in find_photographs(root)]
+def look_at(
+    roots: Sequence[Path], minimum: int, note: Callable[[str], object], output: Path | None = None
+) -> Survey:
+    """`survey` with a progress bar; tells what is left out. Images below `output` are none of the photographs."""
+    found_below = [(path, root) for root in roots for path in find_photographs(root, output)]
+    # A folder may be given twice, or lie in another.
+    files = list({os.path.realpath(path): (path, root) for path, root in reversed(found_below)}.values())[
+        ::-1
+    ]
     with tqdm(total=len(files), desc="looking at photographs", leave=False, disable=None) as bar:
         found = survey(files, minimum, bar.update)
     for line in left_out(found, minimum):
@@ -119,10 +131,10 @@ def look_at(roots: Sequence[Path], minimum: int, note: Callable[[str], object]) 
 
 
 def _open_photographs(
-    options: DataOptions, seed: int, parts: Parts, note: Callable[[str], object]
+    options: DataOptions, seed: int, parts: Parts, note: Callable[[str], object], output: Path | None
 ) -> Photographs:
     crop = options.crop()
-    found = look_at(options.hr_dir, crop.minimum, note)
+    found = look_at(options.hr_dir, crop.minimum, note, output)
     source = Photographs(found.photographs, crop, options.degradation(), seed, with_lr=parts == "pairs")
     if lacking := [
         photo.name for photo, prompt in zip(found.photographs, source.prompts, strict=True) if not prompt

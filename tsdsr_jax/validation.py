@@ -91,7 +91,7 @@ def pick(
             break
         try:
             record = source.read(index)
-            shapes.check(record, source.name(index))
+            shapes.check(record, source, index)
             picked.append(shapes.cast(record))
         except UserError as error:
             problems.append(str(error))

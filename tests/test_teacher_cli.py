@@ -1,6 +1,7 @@
 """The teacher's training command as a user meets it: what it writes, how it resumes, and what it refuses."""
 
 import dataclasses
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from tsdsr_jax import checkpoint, cli, options, sharding
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.pretrained import load_lora, open_checkpoint
 from tsdsr_jax.run_log import read_rows
+from tsdsr_jax.torch_pickle import write_tensor
 
 RANK = 2
 
@@ -285,3 +287,11 @@ def test_a_set_of_another_base_is_refused(command, tmp_path):
     tiny.save_network(other / "vae", tiny.tiny_vae_config(), tiny.random_params(tiny.tiny_vae_config(), 77))
     said = command.refused(tmp_path / "run", "--pretrained_model_name_or_path", str(other))
     assert "its latent_hr is not what this model's autoencoder makes" in said
+
+
+def test_validation_prompts_of_another_length_are_refused(command, root, tmp_path):
+    held_out = shutil.copytree(root / "set", tmp_path / "held out")
+    for path in (held_out / "prompt_embeds").iterdir():
+        write_tensor(path, np.zeros((1, 7, 12), np.float16))
+    said = command.refused(tmp_path / "run", "--validation_dir", str(held_out))
+    assert "with --validation_dir: its embedding has 5 tokens, the images' have 7" in said

@@ -34,7 +34,15 @@ from tsdsr_jax.checkpoint import LORA, MODEL, Files, on_host
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.loop import explained_memory
-from tsdsr_jax.networks import Networks, check_latents, check_shapes, load_texts, place_text, text_hash
+from tsdsr_jax.networks import (
+    Networks,
+    check_latents,
+    check_shapes,
+    check_tokens,
+    load_texts,
+    place_text,
+    text_hash,
+)
 from tsdsr_jax.objective import Samples
 from tsdsr_jax.options import DataOptions, OptimizerOptions, RunOptions, at_least, finite
 from tsdsr_jax.pretrained import (
@@ -166,6 +174,12 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
     check_shapes(shapes, networks, what="validation images")
     if shapes.prompt is None and default is None:
         raise UserError("the validation images have no prompts of their own, as the training images do")
+    if shapes.prompt:
+        check_tokens(
+            shapes.prompt[0],
+            f"--null_embedding_dir {options.null_embedding_dir}, with --validation_dir",
+            null,
+        )
     records = pick(held_out, shapes, options.num_validation_images, say)
     loaded = starting_adapter(options, networks) if new and options.checkpoint_path else None
 

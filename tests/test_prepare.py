@@ -560,9 +560,6 @@ def test_a_photograph_that_can_be_read_again_is_made_after_all(command, root, tm
         assert "9 samples" in command.made(tmp_path / "set", "--layout", layout)
     made = manifest(tmp_path / "set")
     assert made["complete"] and len(made["damaged"]) == 1
-    if layout == "shards":  # a file is made again when it is removed
-        for path in (tmp_path / "set").glob("samples-*"):
-            path.unlink()
     assert "10 samples" in command.made(tmp_path / "set", "--layout", layout)
     assert manifest(tmp_path / "set")["damaged"] == [] and len(records(tmp_path / "set")) == 10
 
@@ -601,3 +598,58 @@ def test_prompts_are_read_by_many_threads_at_once(command, tmp_path, monkeypatch
     finally:
         sys.setswitchinterval(interval)
     assert found == [number % 7 for number in range(20_000)] and len(source._prompt_cache) <= 2
+
+
+@pytest.mark.parametrize("layout", ["shards", "folders"])
+def test_a_machine_without_a_share_may_come_first(command, tmp_path, layout):
+    flags = ("--layout", layout, "--samples_per_file", "64")
+    assert "pieces are missing" in command.made(tmp_path / "set", *flags, "--shard", "1/2")
+    assert "10 samples" in command.made(tmp_path / "set", *flags, "--shard", "0/2")
+
+
+def test_what_another_machine_is_writing_stays(command, tmp_path):
+    command.made(tmp_path / "set")
+    young, old = tmp_path / "set" / ".young.part", tmp_path / "set" / ".old.part"
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    command.made(tmp_path / "set")
+    assert young.exists() and not old.exists()
+
+
+def test_lost_files_are_made_again_and_strangers_do_not_count(command, tmp_path):
+    output = tmp_path / "set"
+    command.made(output, "--layout", "folders")
+    before = records(output)
+    for name in (
+        "gt/0000003.png",
+        "latent_hr/0000004.pt",
+        "prompt_embeds/0000005.pt",
+        "lr_bicubic/0000006.png",
+    ):
+        (output / name).unlink()
+    (output / "lr_bicubic" / ".DS_Store").write_bytes(b"")
+    (output / "lr_bicubic" / "Thumbs.db").write_bytes(b"")
+    assert "10 samples" in command.made(output, "--layout", "folders")
+    for ours, theirs in zip(records(output), before, strict=True):
+        same(ours, theirs)
+
+
+def test_equal_sets_have_equal_fingerprints_whenever_they_were_made(command, tmp_path, monkeypatch):
+    import time
+
+    for name, moment in (("a", 1.7e9), ("b", 1.8e9)):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "localtime", lambda _=None, moment=moment: time.gmtime(moment))
+            command.made(tmp_path / name, "--layout", "folders")
+    assert open_sets([tmp_path / "a"]).fingerprint() == open_sets([tmp_path / "b"]).fingerprint()
+
+
+def test_a_set_of_nothing_is_refused(command, root, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    whole = (root / "photos" / "0" / "0.png").read_bytes()
+    (photos / "a.png").write_bytes(whole[: len(whole) // 2])
+    assert "none of the 1 samples could be made" in command.refused(tmp_path / "set", photos=photos)
+    with pytest.raises(UserError, match="holds no sample"):
+        open_sets([tmp_path / "set"])

@@ -362,7 +362,7 @@ def write_samples(
     manifest: Manifest,
 ) -> None:
     known_bad = manifest.problems()
-    pending = writer.pending()
+    pending = writer.pending(known_bad)
     if not pending:
         return
     manifest.begin()

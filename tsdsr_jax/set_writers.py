@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
@@ -37,6 +39,7 @@ TEXT_FOLDER = "prompt_txt"
 PROMPTS_PER_FILE = 1024
 # Neighbours of one machine, where several share the work in folders.
 _RUN = 64
+_STALE_SECONDS = 24 * 3600
 Embed = Callable[[Sequence[str]], list[PromptEmbeds]]
 
 
@@ -67,8 +70,10 @@ class SetPlan(NamedTuple):
 class Writer(Protocol):
     """One layout."""
 
-    def pending(self) -> list[int]:
-        """Positions of this part's samples that are still to be made, in the order in which `add` wants them."""
+    def pending(self, problems: Mapping[int, str]) -> list[int]:
+        """Positions of this part's samples that are still to be made, in the order in which `add` wants them; those that had
+        problems before are tried again.
+        """
         ...
 
     def write_prompts(self, embed: Embed, progress: Callable[[int], object]) -> None:
@@ -117,9 +122,10 @@ class ShardWriter:
     def _lacks(self, kind: str, number: int, total: int) -> bool:
         return not shard_path(self.root, kind, number, total).is_file()
 
-    def pending(self) -> list[int]:
-        lacking = [number for number in self._mine(self.files) if self._lacks("samples", number, self.files)]
-        return [position for number in lacking for position in self._positions(number)]
+    def pending(self, problems: Mapping[int, str]) -> list[int]:
+        files = {position // self.per_file for position in problems}
+        wanted = [n for n in self._mine(self.files) if n in files or self._lacks("samples", n, self.files)]
+        return [position for number in wanted for position in self._positions(number)]
 
     def write_prompts(self, embed: Embed, progress: Callable[[int], object]) -> None:
         for number in self._mine(self.prompt_files):
@@ -171,6 +177,8 @@ class FolderWriter:
 
     def __init__(self, root: Path, plan: SetPlan, part: Part):
         self.root, self.plan, self.part = root, plan, part
+        # Folders may hold other files, such as a desktop's.
+        self._planned = {f"{position + 1:07d}" for position in range(len(plan.names))}
         self._pool = ThreadPoolExecutor(4)
         self._writing: list[Future] = []
 
@@ -188,12 +196,19 @@ class FolderWriter:
             if position // _RUN % self.part.of == self.part.index
         ]
 
-    def pending(self) -> list[int]:
-        there = self._there(LR_FOLDER)
-        return [position for position in self._mine() if f"{position + 1:07d}" not in there]
+    def _made(self) -> set[str]:
+        """Names of the samples of which all images and latents are there."""
+        return set.intersection(*map(self._there, (LR_FOLDER, HR_FOLDER, LATENT_FOLDER))) & self._planned
+
+    def _prompted(self) -> set[str]:
+        return set.intersection(*map(self._there, (TORCH_PROMPT_FOLDER, TORCH_POOLED_FOLDER, TEXT_FOLDER)))
+
+    def pending(self, problems: Mapping[int, str]) -> list[int]:
+        made = self._made()
+        return [position for position in self._mine() if f"{position + 1:07d}" not in made]
 
     def write_prompts(self, embed: Embed, progress: Callable[[int], object]) -> None:
-        there = self._there(TORCH_POOLED_FOLDER)
+        there = self._prompted()
         by_text: dict[int, list[int]] = {}
         for position in self._mine():
             by_text.setdefault(self.plan.prompt_of[position], []).append(position)
@@ -236,7 +251,7 @@ class FolderWriter:
         self._pool.shutdown()
 
     def missing(self, problems: Mapping[int, str]) -> int:
-        there = self._there(LR_FOLDER) & self._there(TORCH_POOLED_FOLDER)
+        there = self._made() & self._prompted()
         return sum(
             f"{position + 1:07d}" not in there
             for position in range(len(self.plan.names))
@@ -245,7 +260,7 @@ class FolderWriter:
 
     def counts(self) -> dict[str, Any]:
         return {
-            "samples": [len(self._there(LR_FOLDER))],
+            "samples": [len(self._made())],
             "prompts": len(self.plan.prompts.texts),
             "files": {},
         }
@@ -357,14 +372,20 @@ class Manifest:
                 found[entry["sample"]] = entry["problem"]
         return {position: message for position, message in found.items() if message}
 
+    def _sweep(self) -> None:
+        """Removes what killed runs have left; what is younger than a day may be another machine's work."""
+        for path in self.root.rglob(".*.part"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+
     def finish(self, writer: Writer, more: Mapping[str, Any]) -> int:
         """Completes the manifest if nothing is missing; returns how much is."""
-        self._check(read_manifest(self.root))
+        self.begin()
         problems = self.problems()
         missing = writer.missing(problems)
         if not missing:
-            for left in self.root.rglob(".*.part"):  # by runs that were killed
-                left.unlink(missing_ok=True)
+            self._sweep()
             left_out = [problems[position] for position in sorted(problems)]
             self._write({"complete": True, **writer.counts(), "damaged": left_out, **more})
         return missing

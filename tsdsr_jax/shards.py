@@ -163,6 +163,8 @@ class PreparedShards:
         self.root, self.images = root, images
         self.manifest = read_manifest(root)
         check_complete(root, self.manifest)
+        if not sum(self.manifest["samples"]):
+            raise UserError(f"{root}: holds no sample; none of its photographs could be used")
         self._samples = self._open("samples", sum(self.manifest["samples"]))
         self._prompts = self._open("prompts", self.manifest["prompts"])
         self._prompt_cache: dict[int, PromptEmbeds] = {}

@@ -251,10 +251,15 @@ def write_tensor(path: Path, array: np.ndarray) -> None:
     array = np.asarray(array, order="C")
     strides = [stride // array.itemsize for stride in array.strides]
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", _pickled_tensor(storage, array.size, array.shape, strides))
-        archive.writestr("archive/byteorder", "little")
-        archive.writestr("archive/data/0", array.astype(array.dtype.newbyteorder("<")).tobytes())
-        archive.writestr("archive/version", "3\n")
+
+        def write(name: str, content: str | bytes) -> None:
+            # Without the time of writing, so that equal tensors make equal files.
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)
+
+        write("archive/data.pkl", _pickled_tensor(storage, array.size, array.shape, strides))
+        write("archive/byteorder", "little")
+        write("archive/data/0", array.astype(array.dtype.newbyteorder("<")).tobytes())
+        write("archive/version", "3\n")
 
 
 def _pickled_tensor(storage: str, elements: int, shape: Sequence[int], strides: Sequence[int]) -> bytes:

@@ -5,7 +5,7 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import tiny_checkpoint as tiny
 import tiny_training
+from commands import Command
 from train import distill
 from tsdsr_jax import checkpoint, cli, options, sharding
 from tsdsr_jax import lora as lora_lib
@@ -70,41 +71,14 @@ def one_device_and_own_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         signal.signal(number, handler)
 
 
-@dataclasses.dataclass
-class Outcome:
-    status: int
-    out: str
-    err: str
-
-
-class Command:
-    """Runs the command in this process."""
-
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-        self.root, self.monkeypatch, self.capsys = root, monkeypatch, capsys
-
-    def __call__(self, output: Path, *more: str, root: Path | None = None) -> Outcome:
-        flags = tiny_training.flags(root or self.root, output, *more)
-        self.monkeypatch.setattr(sys, "argv", ["train/distill.py", *flags])
-        self.capsys.readouterr()
-        status = 0
-        try:
-            cli.run(distill.main)
-        except SystemExit as stopped:
-            status = stopped.code
-        captured = self.capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Outcome(status, captured.out, captured.err)
-
-    def refused(self, output: Path, *more: str, root: Path | None = None) -> str:
-        outcome = self(output, *more, root=root)
-        assert outcome.status in (1, 2), outcome
-        return outcome.err
+class Distill(Command):
+    def flags(self, output: Path, *more: str, root: Path | None = None) -> Sequence[str]:
+        return tiny_training.flags(root or self.root, output, *more)
 
 
 @pytest.fixture
-def command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Command:
-    return Command(root, monkeypatch, capsys)
+def command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Distill:
+    return Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
 
 
 def state_of(output: Path) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -184,6 +185,32 @@ def tiny_batch(parts: int, batch: int, latents: bool = True) -> FlowBatch:
     return FlowBatch(None, generator.uniform(-1, 1, (parts, batch, 32, 32, 3)).astype(np.float32), text)
 
 
+def test_each_step_draws_anew():
+    """At learning rate 0 only the draws change from step to step, and they depend on the step's number."""
+    trainer, state, base = tiny_step(True)
+    batch, step = tiny_batch(1, 2), jax.jit(trainer.step)
+    still = state._replace(trained=jax.tree.map(jnp.zeros_like, state.trained))
+    losses = [
+        float(step(still._replace(step=jnp.int32(number)), base, batch, jax.random.key(0))[1]["flow"])
+        for number in (0, 1, 2, 1)
+    ]
+    assert len(set(losses)) == 3 and losses[1] == losses[3]
+
+
+def test_the_average_and_the_loss_scale_are_what_they_say():
+    """One step: the average by its formula; a scaled loss gives the same gradient, to rounding."""
+    trainer, state, base = tiny_step(True, ema_decay=0.75)
+    batch, key = tiny_batch(1, 2), jax.random.key(0)
+    after, metrics = jax.jit(trainer.step)(state, base, batch, key)
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.trained, after.trained)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.ema, expected)
+    scaled, scaled_state, _ = tiny_step(True, dynamic=True)
+    _, scaled_metrics = jax.jit(scaled.step)(scaled_state, base, batch, key)
+    assert float(scaled_state.loss_scale.value) == 65536
+    for name in ("flow", "gradient_norm"):
+        assert float(scaled_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-5)
+
+
 @pytest.mark.parametrize("adapter", [True, False])
 def test_training_on_one_batch_lowers_its_loss(adapter):
     trainer, state, base = tiny_step(adapter, ema_decay=0.5)
@@ -208,7 +235,7 @@ def test_training_on_one_batch_lowers_its_loss(adapter):
 
 
 def test_accumulated_parts_are_averaged():
-    """Two parts of the same sample, each with its own draws: the mean of what each alone gives."""
+    """The loss and the gradient are the mean of what each part gives alone, with its own draws."""
     trainer, state, base = tiny_step(True)
     batch = tiny_batch(2, 2)
     _, metrics = jax.jit(trainer.step)(state, base, batch, jax.random.key(3))
@@ -220,6 +247,8 @@ def test_accumulated_parts_are_averaged():
         for part in range(2)
     ]
     assert float(metrics["flow"]) == pytest.approx(np.mean([float(value) for value, _ in alone]), rel=1e-5)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(gradient for _, gradient in alone))
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.global_norm(mean)), rel=1e-5)
 
 
 def test_photographs_are_encoded_to_a_sample_of_the_posterior():

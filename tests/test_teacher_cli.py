@@ -1,6 +1,5 @@
 """The teacher's training command as a user meets it: what it writes, how it resumes, and what it refuses."""
 
-import dataclasses
 import shutil
 import signal
 import sys
@@ -15,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import tiny_checkpoint as tiny
 import tiny_training
+from commands import Command, Outcome
 from train import distill, teacher
-from tsdsr_jax import checkpoint, cli, options, sharding
+from tsdsr_jax import checkpoint, options, sharding
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.pretrained import load_lora, open_checkpoint
 from tsdsr_jax.run_log import read_rows
@@ -41,60 +41,37 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclasses.dataclass
-class Outcome:
-    status: int
-    out: str
-    err: str
+def teacher_flags(root: Path, output: Path, *more: str) -> list[str]:
+    """A short training run in float32 on `root`; later flags win."""
+    data = [] if "--hr_dir" in more else ["--data_dir", str(root / "set")]
+    return [
+        "--pretrained_model_name_or_path", str(root / "sd3"), *data, "--output_dir", str(output),
+        "--default_embedding_dir", str(root / "default"), "--null_embedding_dir", str(root / "null"),
+        "--rank", str(RANK), "--learning_rate", "1e-3", "--train_batch_size", "2", "--mixed_precision", "no",
+        "--max_train_steps", "4", "--checkpointing_steps", "2", "--validation_steps", "4", "--sampling_steps", "3",
+        "--num_validation_images", "2", *more,
+    ]  # fmt: skip
 
 
-class Command:
-    """Runs the command in this process, on one device unless told otherwise."""
+def on_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(options, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:count], fsdp))
 
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-        self.root, self.monkeypatch, self.capsys = root, monkeypatch, capsys
 
-    def prepare(self, output: Path, *more: str, devices: int = 1) -> None:
-        self.monkeypatch.setattr(
-            options, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:devices], fsdp)
-        )
-        data = [] if "--hr_dir" in more else ["--data_dir", str(self.root / "set")]
-        flags = [
-            "--pretrained_model_name_or_path", str(self.root / "sd3"), *data, "--output_dir", str(output),
-            "--default_embedding_dir", str(self.root / "default"), "--null_embedding_dir", str(self.root / "null"),
-            "--rank", str(RANK), "--learning_rate", "1e-3", "--train_batch_size", "2", "--mixed_precision", "no",
-            "--max_train_steps", "4", "--checkpointing_steps", "2", "--validation_steps", "4", "--sampling_steps", "3",
-            "--num_validation_images", "2", *more,
-        ]  # fmt: skip
-        self.monkeypatch.setattr(sys, "argv", ["train/teacher.py", *flags])
+class Teacher(Command):
+    """On one device unless told otherwise."""
+
+    def flags(self, output: Path, *more: str) -> list[str]:
+        return teacher_flags(self.root, output, *more)
 
     def __call__(self, output: Path, *more: str, devices: int = 1) -> Outcome:
-        self.prepare(output, *more, devices=devices)
-        self.capsys.readouterr()
-        status = 0
-        try:
-            cli.run(teacher.main)
-        except SystemExit as stopped:
-            status = stopped.code
-        captured = self.capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Outcome(status, captured.out, captured.err)
-
-    def done(self, output: Path, *more: str, **keywords) -> str:
-        outcome = self(output, *more, **keywords)
-        assert outcome.status == 0, outcome
-        return outcome.out
-
-    def refused(self, output: Path, *more: str) -> str:
-        outcome = self(output, *more)
-        assert outcome.status in (1, 2), outcome
-        return outcome.err
+        on_devices(self.monkeypatch, devices)
+        return super().__call__(output, *more)
 
 
 @pytest.fixture
-def command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iterator[Command]:
+def command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iterator[Teacher]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield Command(root, monkeypatch, capsys)
+    yield Teacher(teacher.main, "train/teacher.py", root, monkeypatch, capsys)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -131,9 +108,9 @@ def finished(root, tmp_path_factory) -> Path:
     """A LoRA trained for four steps, with an average. Not to be changed."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        command = Command(root, patch, None)
+        on_devices(patch, 1)
+        patch.setattr(sys, "argv", ["train/teacher.py", *teacher_flags(root, output, "--ema_decay", "0.9")])
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        command.prepare(output, "--ema_decay", "0.9")
         teacher.main()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -155,7 +132,7 @@ def test_a_lora_is_trained_and_serves_as_the_teacher(finished, root, tmp_path, m
     assert "checkpoint_0000004/lora" in teacher.how_to_use(
         options_like(root), finished / "checkpoint_0000004"
     )
-    monkeypatch.setattr(options, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:1], fsdp))
+    on_devices(monkeypatch, 1)
     flags = ("--use_teacher_lora", "--teacher_lora_path", str(folder), "--max_train_steps", "1")
     monkeypatch.setattr(
         sys, "argv", ["train/distill.py", *tiny_training.flags(root, tmp_path / "student", *flags)]
@@ -295,3 +272,32 @@ def test_validation_prompts_of_another_length_are_refused(command, root, tmp_pat
         write_tensor(path, np.zeros((1, 7, 12), np.float16))
     said = command.refused(tmp_path / "run", "--validation_dir", str(held_out))
     assert "with --validation_dir: its embedding has 5 tokens, the images' have 7" in said
+
+
+def test_another_noise_schedule_is_not_resumed(command, root, tmp_path):
+    command.done(tmp_path / "run", "--max_train_steps", "2")
+    other = shutil.copytree(root / "sd3", tmp_path / "sd3")
+    (other / "scheduler").mkdir()
+    (other / "scheduler" / "scheduler_config.json").write_text('{"shift": 1.0}')
+    flags = ("--pretrained_model_name_or_path", str(other), "--resume_from_checkpoint", "latest")
+    assert "schedule's shift: 3.0 there, 1.0 here" in command.refused(tmp_path / "run", *flags)
+
+
+def test_masters_are_float32_whatever_is_computed_in(command, root, tmp_path):
+    """At learning rate 0 the weights come out as they went in, bit for bit."""
+    command.done(
+        tmp_path / "run",
+        "--train",
+        "base",
+        "--mixed_precision",
+        "bf16",
+        "--learning_rate",
+        "0",
+        "--max_train_steps",
+        "1",
+    )
+    model = open_checkpoint(tmp_path / "run" / "checkpoint_0000001" / "model")
+    params = (
+        folder.network("transformer").load("float32") for folder in (model, open_checkpoint(root / "sd3"))
+    )
+    jax.tree.map(np.testing.assert_array_equal, *params)

@@ -43,30 +43,19 @@ from tsdsr_jax.degradation import degrade, to_bytes
 from tsdsr_jax.devices import DTYPES, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import read_photo
-from tsdsr_jax.networks import Networks, text_hash
+from tsdsr_jax.networks import Networks, load_text, text_hash
 from tsdsr_jax.options import CropOptions, at_least, check_writable
+from tsdsr_jax.pairs import Crops, Layout, Pairs, Planned, plan
 from tsdsr_jax.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
-from tsdsr_jax.preparation import (
-    Crops,
-    Embedder,
-    Encoder,
-    Layout,
-    Pairs,
-    Planned,
-    PromptChoice,
-    Prompts,
-    find_prompts,
-    finish,
-    open_encoders,
-    plan,
-)
+from tsdsr_jax.preparation import Embedder, Encoder, PromptChoice, Prompts, find_prompts, finish
 from tsdsr_jax.pretrained import Checkpoint, check_fit, open_checkpoint
-from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds, check_widths, load_prompt_embeds
+from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds
 from tsdsr_jax.session import versions
 from tsdsr_jax.set_writers import Manifest, Part, SetPlan, Writer, make_writer
 from tsdsr_jax.sharding import make_mesh
+from tsdsr_jax.shards import read_manifest
 from tsdsr_jax.sheet import comparison_sheet
-from tsdsr_jax.text_encoders import EncoderOptions
+from tsdsr_jax.text_encoders import EncoderOptions, find_encoders
 from tsdsr_jax.training_data import look_at
 
 PREVIEW_DRAWS = 3
@@ -273,8 +262,8 @@ def note_sizes(options: Options, samples: list[Planned]) -> None:
     sizes = {(sample.box.height, sample.box.width) for sample in samples if sample.box}
     if len(sizes) > 1:
         tqdm.write(
-            f"note: --crops {options.crops} gives {len(sizes)} different sizes; a training run takes samples of one size "
-            "and leaves the others out"
+            f"note: --crops {options.crops} gives {len(sizes)} different sizes; a training run takes samples of one size, "
+            "that of the first, and ends where more than --max_bad_samples have another"
         )
 
 
@@ -295,10 +284,8 @@ def known_prompts(options: Options, model: Checkpoint) -> dict[str, PromptEmbeds
     """The default prompt's embedding, where its folder is given."""
     if options.default_embedding_dir is None:
         return {}
-    embeds, config = load_prompt_embeds(options.default_embedding_dir), model.network("transformer").config
-    source = f"--default_embedding_dir {options.default_embedding_dir}"
-    check_widths(embeds, config.joint_attention_dim, config.pooled_projection_dim, source)
-    return {DEFAULT_PROMPT: embeds}
+    config = model.network("transformer").config
+    return {DEFAULT_PROMPT: load_text(options.default_embedding_dir, "--default_embedding_dir", config)}
 
 
 def describe(
@@ -339,7 +326,7 @@ def write_prompts(
 ) -> None:
     def encoders() -> Path:
         name = options.text_encoder_path or options.pretrained_model_name_or_path
-        return open_encoders(name, options.revision, options.encoder_options())
+        return find_encoders(name, options.revision, options.variant, not options.no_t5)
 
     embedder = Embedder(known, encoders, options.encoder_options())
 
@@ -396,7 +383,7 @@ def report(options: Options, found: Survey, writer: Writer, manifest: Manifest, 
         others = "run the same command again" if of == 1 else f"those of the {of - 1} other parts, perhaps"
         print(f"{options.output_dir}: this part is done; {missing} pieces are missing, {others}")
         return
-    made, problems = sum(writer.counts()["samples"]), manifest.problems()
+    made, problems = sum(read_manifest(options.output_dir)["samples"]), manifest.problems()
     size = sum(path.stat().st_size for path in options.output_dir.rglob("*") if path.is_file())
     if not made:
         raise UserError(f"{options.output_dir}: none of the {planned} samples could be made")

@@ -212,6 +212,7 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
         identity={
             "train": options.train,
             "rank": options.rank if options.adapter else None,
+            "schedule's shift": model.shift(),
             "ema": options.ema_decay is not None,
             "transformer": beginning.digest,
             "autoencoder": vae_hash,
@@ -284,7 +285,7 @@ class Beginning(NamedTuple):
 
 
 def load_transformer(options: Options, networks: Networks, adapter: Tree | None, new: bool) -> Beginning:
-    """Loads or makes the transformer; for a resumed run only what is frozen."""
+    """Loads or makes the transformer; of a resumed run's only the frozen part is kept."""
     config, whole = networks.transformer.config, replicated(networks.mesh)
     if options.adapter:
         ((frozen, digest),) = networks.load([networks.transformer])

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, with Orbax: written in the background, complete or absent, the latest few kept.
+"""Checkpoints of a training run, with Orbax: complete or absent, the state written in the background, the latest few kept.
 
     OUTPUT/checkpoint_0005000/state      every leaf of the training state, float32 or int32
     OUTPUT/checkpoint_0005000/meta       what the run was: step, place in the data, hashes, flags (JSON)
@@ -100,7 +100,7 @@ class Checkpoints:
         return self.folder / f"{PREFIX}_{step:0{DIGITS}d}"
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], files: Files) -> bool:
-        """Starts to save; returns before the files are written, but no longer needs `state`.
+        """Starts to save; returns before the state is written, though after `files` are, and no longer needs `state`.
 
         A failure, of this or of the save before, does not end the run: it is noted, and the checkpoints that there are
         stay. `failed` says so until a later save succeeds.

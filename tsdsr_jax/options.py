@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tsdsr_jax.degradation import DegradationConfig
 from tsdsr_jax.devices import DTYPES, join_processes
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.photos import CropConfig
+from tsdsr_jax.photos import CROP_STEP, CropConfig
 from tsdsr_jax.run_log import ReportTo, check_trackers
 from tsdsr_jax.schedules import ScheduleName
 from tsdsr_jax.sharding import make_mesh
@@ -22,8 +22,6 @@ from tsdsr_jax.training import OptimizerConfig
 
 # The original's `--mixed_precision` calls float32 "no".
 PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}
-# Crops must fit the autoencoder's factor times the transformer's patch.
-CROP_STEP = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class RunOptions:
     seed: int = 0
     """Of the data's order, of new parameters and of all noise."""
     fsdp: int = 1
-    """Devices that share one copy of the frozen weights; 1: each has its own."""
+    """Devices that share one copy of the base's weights; 1: each has its own."""
     max_bad_steps: int = 20
     """Stop after so many steps in a row whose gradients were not finite."""
     max_bad_samples: float = 0.01
@@ -73,7 +71,7 @@ class RunOptions:
     resume_from_checkpoint: str | None = None
     """latest, or a checkpoint folder; latest with nothing there starts new."""
     validation_steps: int = 5000
-    """Restore fixed samples every so many steps, at the start and at the end."""
+    """Try it on fixed samples every so many steps, at the start and at the end."""
     validation_dir: Path | None = None
     """Prepared set to validate on, of images of the training images' size; default: the first training samples."""
     num_validation_images: int = 4
@@ -145,7 +143,7 @@ class OptimizerOptions:
     """The flags of AdamW and of the learning rate's course; defaults are the original's."""
 
     lr_scheduler: ScheduleName = "constant"
-    """Course of both learning rates."""
+    """Course of the learning rate, or of both."""
     lr_warmup_steps: int = 500
     """Steps of linear rise; not with constant."""
     lr_num_cycles: int = 1
@@ -153,7 +151,7 @@ class OptimizerOptions:
     lr_power: float = 1.0
     """Of polynomial."""
     max_grad_norm: float = 1.0
-    """Global norm that the gradients of student and auxiliary network are each clipped to."""
+    """Global norm that the gradients are clipped to; each network's by itself."""
     adam_beta1: float = 0.9
     """AdamW's first decay."""
     adam_beta2: float = 0.999
@@ -243,7 +241,7 @@ class DataOptions(CropOptions):
     hr_dir: tuple[Path, ...] = ()
     """Instead: a folder of photographs, searched with its subfolders, to crop and degrade on the way; repeat for several."""
     default_embedding_dir: Path = Path("dataset/default")
-    """Embeddings of the default prompt: for photographs that have none beside them, and for --use_default_prompt."""
+    """Embeddings of the default prompt: for photographs that have none beside them, or for all where a flag says so."""
     null_embedding_dir: Path = Path("dataset/null")
     """Embeddings of the empty prompt, for guidance."""
 

@@ -19,11 +19,13 @@ from tsdsr_jax.degradation import DegradationConfig, degrade, target
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import IMAGE_SUFFIXES, read_photo, read_size
 from tsdsr_jax.prompts import PromptEmbeds, load_prompt_embeds
-from tsdsr_jax.record import Record
+from tsdsr_jax.record import Record, spread
+from tsdsr_jax.resize import reflect_pad
 
 # Half a gigabyte decoded: larger than any camera's picture, and a worker each holds one.
 MAX_PIXELS = 180_000_000
-_CONTENTS_LOOKED_AT = 16
+# Crops must fit the autoencoder's factor times the transformer's patch.
+CROP_STEP = 16
 _STREAM = 0x70686F74  # keeps the draws apart from those of the samples' order
 
 
@@ -92,6 +94,8 @@ def find_photographs(root: Path, output: Path | None = None) -> list[Path]:
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected one with photographs")
+    if output and output.resolve() == root.resolve():
+        raise UserError(f"{root}: is the output folder, too; results would mix with the photographs")
     found: list[Path] = []
     seen = {os.path.realpath(output)} if output else set()
 
@@ -130,14 +134,14 @@ def survey(
     """
 
     def look(file: tuple[Path, Path]) -> Photograph | str:
-        try:
-            size = (
-                read_size(file[0], MAX_PIXELS)
-                if _has_text_name(file[0])
-                else f"{str(file[0])!a}: its name is not UTF-8"
-            )
-        except UserError as error:
-            size = str(error)
+        size: tuple[int, int] | str
+        if not _has_text_name(file[0]):
+            size = f"{str(file[0])!a}: its name is not UTF-8"
+        else:
+            try:
+                size = read_size(file[0], MAX_PIXELS)
+            except UserError as error:
+                size = str(error)
         progress(1)
         return size if isinstance(size, str) else Photograph(*file, *size)
 
@@ -186,21 +190,20 @@ def random_crop(image: np.ndarray, config: CropConfig, generator: np.random.Gene
     """(H, W, 3) -> (height, width, 3): mirrored at random, enlarged by reflection where too small, cut out at random."""
     if generator.random() < config.flip:
         image = image[:, ::-1]
-    image = reflected(image, config.height, config.width)
+    image = enlarged(image, config.height, config.width)
     top = int(generator.integers(image.shape[0] - config.height + 1))
     left = int(generator.integers(image.shape[1] - config.width + 1))
     return image[top : top + config.height, left : left + config.width]
 
 
 def cut_out(image: np.ndarray, box: Box) -> np.ndarray:
-    image = reflected(image, box.top + box.height, box.left + box.width)
+    image = enlarged(image, box.top + box.height, box.left + box.width)
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def reflected(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """At least (height, width): mirrored at the bottom and the right, without repeating the edge."""
-    below, right = max(0, height - image.shape[0]), max(0, width - image.shape[1])
-    return np.pad(image, ((0, below), (0, right), (0, 0)), mode="reflect") if below or right else image
+def enlarged(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """At least (height, width), mirrored at the bottom and on the right."""
+    return reflect_pad(image, max(height, image.shape[0]), max(width, image.shape[1]))
 
 
 class Photographs:
@@ -269,8 +272,8 @@ class Photographs:
         digest = hashlib.sha256()
         for photo, prompt in zip(self.photographs, self.prompts, strict=True):
             digest.update(f"{photo.name} {photo.height} {photo.width} {prompt is not None}\n".encode())
-        for photo in self.photographs[:: -(-len(self) // _CONTENTS_LOOKED_AT)]:
-            digest.update(photo.path.read_bytes())
+        for index in spread(len(self)):
+            digest.update(self.photographs[index].path.read_bytes())
         return digest.hexdigest()
 
 

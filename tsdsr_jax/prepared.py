@@ -32,14 +32,14 @@ from tsdsr_jax.prompts import (
     load_prompt_embeds,
     read_torch_pair,
 )
-from tsdsr_jax.record import Record
+from tsdsr_jax.record import Record, spread
 from tsdsr_jax.shards import MANIFEST, check_complete, has_manifest, read_manifest
 from tsdsr_jax.torch_pickle import read_tensor
 
 LR_FOLDER, HR_FOLDER, LATENT_FOLDER = "lr_bicubic", "gt", "latent_hr"
 # Larger pictures are no training crops.
 MAX_PIXELS = 64_000_000
-_SIZES_LOOKED_AT, _CONTENTS_LOOKED_AT = 1000, 16
+_SIZES_LOOKED_AT = 1000
 
 
 class Files(NamedTuple):
@@ -92,9 +92,12 @@ class PreparedFolder:
         digest = hashlib.sha256()
         for files in self.files:
             digest.update(f"{files.lr.name}\n".encode())
-        for every, content in ((_SIZES_LOOKED_AT, _file_size), (_CONTENTS_LOOKED_AT, Path.read_bytes)):
-            for files in self.files[:: -(-len(self) // every)]:
-                for path in filter(None, files):
+        for indices, content in (
+            (spread(len(self), _SIZES_LOOKED_AT), _file_size),
+            (spread(len(self)), Path.read_bytes),
+        ):
+            for index in indices:
+                for path in filter(None, self.files[index]):
                     digest.update(content(path))
         return digest.hexdigest()
 

@@ -183,7 +183,8 @@ def read_text(file: Path) -> str:
         UserError: it cannot be read as UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8").strip()
+        # Some editors begin a file with a byte-order mark, which is no part of a prompt.
+        return file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as UTF-8 text ({error}).") from error
 

@@ -46,3 +46,8 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """A hash that tells the set from others, the same wherever it lies."""
         ...
+
+
+def spread(count: int, most: int = 16) -> range:
+    """At most so many of `count` indices, evenly: what a fingerprint looks at closely."""
+    return range(0, count, max(1, -(-count // most)))

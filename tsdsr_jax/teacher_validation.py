@@ -13,13 +13,14 @@ from PIL import Image
 
 from tsdsr_jax import flow
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.objective import Samples, decode, encode, repeated, to_samples, to_unit
+from tsdsr_jax.objective import Samples, decode
 from tsdsr_jax.record import Record
-from tsdsr_jax.sharding import batch_sharding, global_array, replicated
+from tsdsr_jax.sharding import replicated
 from tsdsr_jax.sheet import comparison_sheet
-from tsdsr_jax.teacher import FlowBase, FlowLoss
+from tsdsr_jax.teacher import FlowBase, FlowLoss, to_flow_batch
 from tsdsr_jax.torch_weights import Tree
 from tsdsr_jax.tsd import Text, guided
+from tsdsr_jax.validation import place_samples
 
 # Schedule indices of the loss, and the one whose estimate is shown: much noise to little; σ there is 0.96, 0.86, 0.67, 0.33.
 INDICES = (100, 330, 600, 860)
@@ -71,20 +72,12 @@ class TeacherValidation:
         steps: int,
         guidance: float,
     ):
-        self.base, self.records, self.mesh = base, records, mesh
-        self._batches = []
-        for first in range(0, len(records), mesh.size):
-            filled = [records[index % len(records)] for index in range(first, first + mesh.size)]
-            stacked = Record(
-                *(None if parts[0] is None else np.stack(parts) for parts in zip(*filled, strict=True))
-            )
-            placed = stacked.map(lambda part: global_array(part, batch_sharding(mesh)))
-            self._batches.append(to_samples(placed))
+        self.base, self.records = base, records
+        self._batches = place_samples(records, mesh)
 
         def look(trained: Tree, base: FlowBase, samples: Samples, key: jax.Array):
-            hr = to_unit(samples.hr)
-            clean = encode(loss.vae, base.vae, hr, None) if samples.latent_hr is None else samples.latent_hr
-            text = samples.text or repeated(base.default, hr.shape[:1])
+            batch = to_flow_batch(samples, base.default)
+            clean, text = loss.latents(base, batch, None), batch.text
             noise = jax.random.normal(key, clean.shape)
 
             def at(sigma: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -94,7 +87,7 @@ class TeacherValidation:
                 errors = jnp.square(velocity - (noise - clean)).mean((1, 2, 3))
                 return errors, noisy, flow.to_clean(noisy, velocity, sigma)
 
-            # One after the other: each network is compiled once, and one image's activations are there at a time.
+            # One after the other: each network is compiled once, and one level's activations are there at a time.
             levels = jnp.asarray(flow.sigmas(loss.config.shift))[np.array(INDICES)]
             errors, noisy, estimate = jax.lax.map(at, levels)
             made = sample(loss, trained, base, noise, text, steps, guidance)

@@ -63,7 +63,8 @@ def open_data(
         crop = options.crop()
         identity = {
             "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels",
-            "degradation": f"sharpen_gt {options.sharpen_gt}, jpeg {options.jpeg}",
+            # Without pairs nothing is degraded.
+            "degradation": f"sharpen_gt {options.sharpen_gt}" + f", jpeg {options.jpeg}" * (parts == "pairs"),
         }
     identity |= {"data set": f"{len(source)} samples", "data set's content": source.fingerprint()}
     return Data(source, Shapes.of_source(source), identity)

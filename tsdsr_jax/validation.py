@@ -32,16 +32,7 @@ class Validation:
 
     def __init__(self, losses: Losses, mesh: Mesh, base: Base, records: Sequence[Record]):
         self.base, self.records = base, records
-        # One sample per device at a time.
-        self._batches = []
-        for first in range(0, len(records), mesh.size):
-            filled = [records[index % len(records)] for index in range(first, first + mesh.size)]
-            stacked = Record(
-                *(None if leaves[0] is None else np.stack(leaves) for leaves in zip(*filled, strict=True))
-            )
-            self._batches.append(
-                to_samples(stacked.map(lambda part: global_array(part, batch_sharding(mesh))))
-            )
+        self._batches = place_samples(records, mesh)
 
         def restore(student: Student, base: Base, samples: Samples) -> tuple[jax.Array, jax.Array]:
             batch = losses.with_latents(base, to_batch(samples, base.default), None)
@@ -67,6 +58,18 @@ class Validation:
         ]
         values = {"validation_mse": float(errors.mean()), "validation_psnr": float(np.mean(psnr))}
         return values, comparison_sheet(rows, TITLES)
+
+
+def place_samples(records: Sequence[Record], mesh: Mesh) -> list[Samples]:
+    """The records as batches of one sample per device; the last is filled up with the first ones."""
+    batches = []
+    for first in range(0, len(records), mesh.size):
+        filled = [records[index % len(records)] for index in range(first, first + mesh.size)]
+        stacked = Record(
+            *(None if parts[0] is None else np.stack(parts) for parts in zip(*filled, strict=True))
+        )
+        batches.append(to_samples(stacked.map(lambda part: global_array(part, batch_sharding(mesh)))))
+    return batches
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,0 +1,127 @@
+"""Which crops a prepared set is made of, and the pairs that Grain's workers make of them. Nothing here uses jax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.photos import CROP_STEP, Box, CropConfig, Photograph, Photographs
+from tsdsr_jax.shards import pack_image
+
+Crops = Literal["random", "grid", "whole"]
+Layout = Literal["shards", "folders"]
+LONGEST_WEBP = 16383
+
+
+class Planned(NamedTuple):
+    """A sample to make.
+
+    Attributes:
+      photograph: index of the photograph.
+      number: which of its crops.
+      box: where it lies; None: at random.
+    """
+
+    photograph: int
+    number: int
+    box: Box | None
+
+
+def plan(
+    photographs: Sequence[Photograph], crops: Crops, config: CropConfig, per_photograph: int = 1
+) -> list[Planned]:
+    """All samples, in the photographs' order.
+
+    Args:
+      photographs: what there is.
+      crops: `random`: as many as `per_photograph`, the first of which is what training on the way sees in its first
+        epoch, and so on; `grid`: as many as fit side by side, around the centre; `whole`: the photograph, less what
+        exceeds multiples of 16 pixels.
+      config: the crops' size.
+    """
+    planned = []
+    for index, photograph in enumerate(photographs):
+        if crops == "random":
+            planned += [Planned(index, number, None) for number in range(per_photograph)]
+        else:
+            boxes = [_whole(photograph)] if crops == "whole" else _grid(photograph, config)
+            planned += [Planned(index, number, box) for number, box in enumerate(boxes)]
+    return planned
+
+
+def _whole(photograph: Photograph) -> Box:
+    sides = photograph.height, photograph.width
+    height, width = (max(CROP_STEP, side // CROP_STEP * CROP_STEP) for side in sides)
+    top, left = (max(0, side - kept) // 2 for side, kept in zip(sides, (height, width), strict=True))
+    return Box(top, left, height, width)
+
+
+def _grid(photograph: Photograph, config: CropConfig) -> list[Box]:
+    rows, columns = max(1, photograph.height // config.height), max(1, photograph.width // config.width)
+    top, left = (max(0, photograph.height - rows * config.height) // 2,
+                 max(0, photograph.width - columns * config.width) // 2)  # fmt: skip
+    return [
+        Box(top + row * config.height, left + column * config.width, config.height, config.width)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
+# --- made by Grain's workers ----------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """What a worker makes of a planned sample; of one that cannot be made only `problem` is not empty.
+
+    Attributes:
+      lr, hr: (bytes,) uint8, compressed without loss.
+      image: hr again, (H, W, 3) uint8.
+      problem: what is wrong.
+    """
+
+    lr: np.ndarray
+    hr: np.ndarray
+    image: np.ndarray
+    problem: str
+
+
+class Pairs:
+    """The pairs of some planned samples as a sequence for Grain.
+
+    Args:
+      source: the photographs.
+      samples: what to make.
+      layout: `shards` get WebP, `folders` PNG, which the original reads.
+    """
+
+    def __init__(self, source: Photographs, samples: Sequence[Planned], layout: Layout):
+        self.source, self.samples, self.layout = source, samples, layout
+        self.pack = pack_image if layout == "shards" else pack_png
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        sample = self.samples[int(index)]
+        try:
+            lr, hr = self.source.pair(sample.photograph, sample.number, sample.box)
+            if self.layout == "shards" and max(hr.shape) > LONGEST_WEBP:
+                name = self.source.name(sample.photograph)
+                raise UserError(
+                    f"{name}: a side exceeds {LONGEST_WEBP} pixels; cut it, or use --layout folders"
+                )
+        except UserError as error:
+            nothing = np.zeros(0, np.uint8)
+            return Pair(nothing, nothing, nothing, str(error))
+        return Pair(*(np.frombuffer(self.pack(image), np.uint8) for image in (lr, hr)), hr, "")
+
+
+def pack_png(image: np.ndarray) -> bytes:
+    _, file = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 3])
+    return file.tobytes()

@@ -19,9 +19,9 @@ PIP := $(VENV_PYTHON) -m pip -qq --disable-pip-version-check
 INTERPRETER := $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
 TORCH ?= $(shell $(INTERPRETER) -c 'import sys; print(int(sys.version_info[:2] == (3, 11)))' 2>/dev/null)
 ifeq ($(TORCH),1)
-TEST_PACKAGES := -e '.[test,convert]' peft -c tests/constraints.txt
+TEST_PACKAGES := -e '.[test,app,convert]' peft -c tests/constraints.txt
 else
-TEST_PACKAGES := -e '.[test]'
+TEST_PACKAGES := -e '.[test,app]'
 endif
 
 # A stamp is newer than what it was installed from, or the install is repeated.

@@ -12,102 +12,39 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
-import math
 import os
 import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 from tqdm import tqdm
 
 from tsdsr_jax import cli, folder
-from tsdsr_jax.devices import select_devices, select_dtype
+from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.pretrained import NetworkFiles, check_fit, check_rank, load_lora, open_checkpoint
-from tsdsr_jax.prompts import check_widths, load_prompt_embeds
-from tsdsr_jax.sizes import PATCH_SIZE
-from tsdsr_jax.torch_weights import Tree
-from tsdsr_jax.upscaler import Settings, Upscaler
+from tsdsr_jax.upscale_options import UpscaleOptions, check, load
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    pretrained_model_name_or_path: str
-    """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(UpscaleOptions):
     input_dir: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
     """A photograph, or a folder (with its subfolders)."""
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("outputs")
     """Folder for the results; the input's tree is kept."""
-    lora_dir: str = "checkpoint/tsdsr"
-    """Folder with transformer.safetensors and vae.safetensors, PEFT's layout or ours; "none": no LoRA."""
-    embedding_dir: Path = Path("dataset/default")
-    """Folder with the prompt's embeddings: prompt_embeds.pt and pool_embeds.pt, or prompt.safetensors."""
-    rank: int = 64
-    """Rank of the transformer's LoRA."""
-    rank_vae: int = 64
-    """Rank of the autoencoder's LoRA."""
-    lora_scale: float = 1.0
-    """Factor on both LoRAs; below 1 stays closer to plain SD3."""
-    upscale: float = 4.0
-    """Output side over input side, at least 1."""
-    process_size: int = 512
-    """Photographs whose short side would come out smaller are enlarged to it, and the result shrunk again."""
-    align_method: Literal["wavelet", "adain", "nofix"] = "wavelet"
-    """Colour fix: take low frequencies (wavelet) or mean and contrast (adain) from the input, or neither."""
-    seed: int = 42
-    """Seed of the latent noise, which depends on it and on each file's content only."""
-    latent: Literal["sample", "mode"] = "sample"
-    """Draw the latent from the encoder's posterior, or take its mean."""
-    latent_tiled_size: int = 64
-    """Transformer tile, in latent pixels (1/8 of the output's)."""
-    latent_tiled_overlap: int = 8
-    """Overlap of neighbouring tiles, in latent pixels."""
-    tile_batch_size: int | None = None
-    """Tiles per device and call; default: 8, on a CPU 1."""
-    is_use_tile: bool = False
-    """Run the autoencoder band by band: the same picture from less memory."""
-    vae_decoder_tiled_size: int = 64
-    """With --is_use_tile: side of the area decoded at a time, in latent pixels; changes memory and speed only."""
-    vae_encoder_tiled_size: int = 512
-    """With --is_use_tile: side of the area encoded at a time, in pixels; changes memory and speed only."""
-    mixed_precision: Literal["fp16", "bf16", "fp32"] | None = None
-    """Computation; default: fp16 on a GPU, bf16 on a TPU, fp32 on a CPU."""
-    device: str | None = None
-    """cuda, cuda:N, cpu or tpu; default: all devices of the best kind."""
     format: Literal["png", "jpg", "webp", "tiff", "bmp"] = "png"
     """File format of the results; all but jpg are lossless."""
     overwrite: bool = False
     """Compute results again that exist already."""
-    max_pixels: int = 100_000_000
-    """Refuse photographs whose input or output has more pixels."""
     shard: str = "0/1"
     """i/n: do only the i-th of n parts of the folder, so that n processes can share it."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    variant: str | None = None
-    """File-name variant of the weights, such as fp16."""
-
-    def settings(self, platform: str) -> Settings:
-        return Settings(
-            upscale=self.upscale,
-            process_size=self.process_size,
-            latent_tile=self.latent_tiled_size,
-            latent_overlap=self.latent_tiled_overlap,
-            tile_batch=self.tile_batch_size or (1 if platform == "cpu" else 8),
-            encoder_band=self.vae_encoder_tiled_size if self.is_use_tile else None,
-            decoder_band=self.vae_decoder_tiled_size if self.is_use_tile else None,
-            sample=self.latent == "sample",
-        )
 
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    part = check(options)
+    check(options)
+    part = shard_of(options)
     jobs = folder.find_jobs(
         options.input_dir, options.output_dir, f".{options.format}", overwrite=options.overwrite
     )
@@ -134,33 +71,8 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def check(options: Options) -> tuple[int, int]:
-    """Refuses flags that cannot work, before anything is loaded; returns the shard as (i, n)."""
-    if not 1 <= options.upscale <= 64:
-        raise UserError(f"--upscale {options.upscale:g}: expected 1 to 64")
-    if not math.isfinite(options.lora_scale):
-        raise UserError(f"--lora_scale {options.lora_scale:g}: expected a finite number")
-    if options.process_size < 16:
-        raise UserError(f"--process_size {options.process_size}: expected at least 16")
-    if options.latent_tiled_size < PATCH_SIZE or options.latent_tiled_size % PATCH_SIZE:
-        raise UserError(
-            f"--latent_tiled_size {options.latent_tiled_size}: expected an even number (patches are 2×2)"
-        )
-    if not 0 <= options.latent_tiled_overlap < options.latent_tiled_size:
-        raise UserError(
-            f"--latent_tiled_overlap {options.latent_tiled_overlap}: expected 0 or more, and less than "
-            f"--latent_tiled_size {options.latent_tiled_size}"
-        )
-    for flag in (
-        "tile_batch_size",
-        "vae_decoder_tiled_size",
-        "vae_encoder_tiled_size",
-        "max_pixels",
-        "rank",
-        "rank_vae",
-    ):
-        if (value := getattr(options, flag)) is not None and value < 1:
-            raise UserError(f"--{flag} {value}: expected at least 1")
+def shard_of(options: Options) -> tuple[int, int]:
+    """`--shard` as (i, n)."""
     match = re.fullmatch(r"(\d+)/(\d+)", options.shard)
     if match is None or int(match[1]) >= int(match[2]):
         raise UserError(f"--shard {options.shard}: expected i/n with i from 0 to n-1, such as 0/4")
@@ -176,68 +88,6 @@ def check_writable(output: Path) -> None:
         raise UserError(f"{output}: cannot make this folder ({error.strerror})") from None
     if not os.access(output, os.W_OK | os.X_OK):
         raise UserError(f"{output}: not writable; choose another --output_dir")
-
-
-def load(options: Options, settings: Settings, devices: list[jax.Device]) -> Upscaler:
-    """Opens and checks everything by its headers, then loads both networks, LoRAs merged."""
-    checkpoint = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
-    transformer, vae = checkpoint.network("transformer"), checkpoint.network("vae")
-    if (options.latent_tiled_size // 2) > transformer.config.pos_embed_max_size:
-        raise UserError(
-            f"--latent_tiled_size {options.latent_tiled_size}: this transformer's position table ends at "
-            f"{2 * transformer.config.pos_embed_max_size}"
-        )
-    check_fit(transformer, vae)
-    prompt = load_prompt_embeds(options.embedding_dir)
-    check_widths(
-        prompt,
-        transformer.config.joint_attention_dim,
-        transformer.config.pooled_projection_dim,
-        options.embedding_dir,
-    )
-    dtype = select_dtype(options.mixed_precision, devices)
-    loras = load_loras(options, transformer, vae)
-    names = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
-    print(f"{names}, {jnp.dtype(dtype)}")
-    params = []
-    total = sum(int(np.prod(spec.shape)) for network in (transformer, vae) for spec in network.specs.values())
-    with tqdm(total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=None) as bar:
-        for network, lora in zip((transformer, vae), loras, strict=True):
-            params.append(
-                network.load(
-                    dtype,
-                    lora,
-                    options.lora_scale,
-                    put=lambda path, array: jax.device_put(array, devices[0]),
-                    progress=bar.update,
-                )
-            )
-    return Upscaler(
-        (transformer.config, params[0]),
-        (vae.config, params[1]),
-        prompt,
-        settings,
-        dtype,
-        devices,
-    )
-
-
-def load_loras(
-    options: Options, transformer: NetworkFiles, vae: NetworkFiles
-) -> tuple[Tree | None, Tree | None]:
-    if options.lora_dir.lower() in ("none", ""):
-        print("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
-        return None, None
-    if Path(options.lora_dir).is_file():
-        raise UserError(
-            f"{options.lora_dir}: is a file; --lora_dir is the folder of transformer.safetensors and vae.safetensors"
-        )
-    loras = []
-    for network, rank, flag in ((transformer, options.rank, "--rank"), (vae, options.rank_vae, "--rank_vae")):
-        path = Path(options.lora_dir) / f"{network.part}.safetensors"
-        loras.append(load_lora(path, network.config))
-        check_rank(loras[-1], rank, path, flag)
-    return loras[0], loras[1]
 
 
 if __name__ == "__main__":

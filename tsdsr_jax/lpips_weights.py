@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from tsdsr_jax.errors import UserError
+from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.models.lpips import LPIPS, SLICES, Network, minimum_side
 from tsdsr_jax.tensor_files import TensorSpec, open_tensors, save_tensors
 from tsdsr_jax.torch_weights import Entry, Transform, Tree, check_names, to_tree
@@ -180,9 +180,8 @@ def open_torch_file(path: Path, network: Network) -> Tensors:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make torch raise almost anything
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(
-            f"{path}: not a readable file of torch.save ({reason}); it may be truncated, download it again"
+            f"{path}: not a readable file of torch.save ({first_line(error)}); it may be truncated, download it again"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(

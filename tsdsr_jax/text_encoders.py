@@ -31,7 +31,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 
-from tsdsr_jax.errors import UserError
+from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.prompts import PromptEmbeds
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _download(repository: str, revision: str | None, variant: str | None, use_t5
         ) from error
     except Exception as error:  # no network, not in the cache, refused: the kinds differ between hub clients
         raise UserError(
-            f"{where}: no such folder, and it cannot be downloaded ({_first_line(error)}). Give a folder, or"
+            f"{where}: no such folder, and it cannot be downloaded ({first_line(error)}). Give a folder, or"
             " connect to the network."
         ) from error
 
@@ -241,13 +241,13 @@ def _require_torch(device: str) -> None:
         import transformers  # noqa: F401 - only to see that it is there
     except ImportError as error:
         raise UserError(
-            f"encoding prompts needs torch and transformers ({_first_line(error)}): pip install"
+            f"encoding prompts needs torch and transformers ({first_line(error)}): pip install"
             " 'tsdsr_jax[convert]'"
         ) from error
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device}: torch cannot use it here ({_first_line(error)}).") from error
+        raise UserError(f"--device {device}: torch cannot use it here ({first_line(error)}).") from error
 
 
 def _declared_without_t5(folder: Path) -> bool:
@@ -319,7 +319,7 @@ def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
         return tokenizer_class.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions for malformed files
         raise UserError(
-            f"{folder} cannot be loaded as a tokenizer ({_first_line(error)}): download it again."
+            f"{folder} cannot be loaded as a tokenizer ({first_line(error)}): download it again."
         ) from error
 
 
@@ -373,7 +373,7 @@ def _load_encoder(model_class: Any, folder: Path, options: EncoderOptions) -> An
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{folder} cannot be loaded as {model_class.__name__} ({_first_line(error)})."
+            f"{folder} cannot be loaded as {model_class.__name__} ({first_line(error)})."
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
@@ -430,7 +430,3 @@ def _to_numpy(tensor: torch.Tensor, options: EncoderOptions) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:  # numpy has none of its own
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

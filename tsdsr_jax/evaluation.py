@@ -1,0 +1,274 @@
+"""A folder of results against a folder of references: which files go together, and what each metric says of each pair.
+
+What cannot be measured is named, and nothing is averaged over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.images import read_photo, read_size
+from tsdsr_jax.metric_set import Batch, Metric, Values
+from tsdsr_jax.photos import find_photographs
+from tsdsr_jax.sizes import Size, plan_buckets
+
+_BATCH_PIXELS = 2**21  # eight pictures of 512×512
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A result, and the reference of the same name.
+
+    Attributes:
+      name: path below the folder, without suffix, with forward slashes.
+      result, reference: files.
+    """
+
+    name: str
+    result: Path
+    reference: Path | None
+
+
+@dataclasses.dataclass
+class Measured:
+    """What is known of one folder of results.
+
+    Attributes:
+      pairs: those that were measured, in the order of their names.
+      values: pair's name -> metric's name -> value; a value that could not be computed is absent.
+      of_folder: metric's name -> value, for metrics of whole folders.
+      problems: one line per file or value that is missing, with the reason.
+      missing: metric's name -> why it was computed of nothing.
+    """
+
+    pairs: list[Pair] = dataclasses.field(default_factory=list)
+    values: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    of_folder: dict[str, float] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    missing: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def of(self, metric: str) -> list[float]:
+        """All values of one metric, in the order of the pairs."""
+        return [self.values[pair.name][metric] for pair in self.pairs if metric in self.values[pair.name]]
+
+
+def find_pairs(results: Path, references: Path | None) -> tuple[list[Pair], list[str]]:
+    """Pairs files of the same path and name, whatever their suffixes, in both folders and their subfolders.
+
+    Returns:
+      The pairs, sorted by name, and a line for every file that has no partner or more than one.
+
+    Raises:
+      UserError: a folder is missing or holds no images, or no file has a partner.
+    """
+    found, problems = by_name(results)
+    if references is None:
+        return [Pair(name, file, None) for name, file in found.items()], problems
+    wanted, more = by_name(references)
+    problems += more
+    problems += [
+        f"{found[name]}: no file of this name in {references}" for name in found.keys() - wanted.keys()
+    ]
+    problems += [
+        f"{wanted[name]}: no file of this name in {results}" for name in wanted.keys() - found.keys()
+    ]
+    common = sorted(found.keys() & wanted.keys())
+    if not common:
+        raise UserError(
+            f"{results} and {references}: no file has the same name in both (for example {_first(found)} and"
+            f" {_first(wanted)}); results are paired with references by name"
+        )
+    return [Pair(name, found[name], wanted[name]) for name in common], sorted(problems)
+
+
+def _first(files: Mapping[str, Path]) -> str:
+    return next(iter(files.values())).name
+
+
+def by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Name -> image file of a folder, subfolders included, and lines for names that several files have.
+
+    Raises:
+      UserError: no such folder, or no images in it.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; expected a folder of images")
+    together: dict[str, list[Path]] = {}
+    for file in find_photographs(folder):
+        together.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+    problems = [
+        f"{', '.join(map(str, files))}: several files of one name; keep one of them"
+        for files in together.values()
+        if len(files) > 1
+    ]
+    return {name: files[0] for name, files in together.items() if len(files) == 1}, problems
+
+
+def measure(
+    pairs: Sequence[Pair],
+    metrics: Sequence[Metric],
+    device: jax.Device,
+    max_pixels: int,
+    on_done: Callable[[int], object] = lambda count: None,
+) -> Measured:
+    """Computes all metrics for all pairs that can be read and agree in size.
+
+    Files are read in threads while the device computes. Pictures of like size share a batch and a compiled program.
+
+    Args:
+      pairs: what to measure.
+      metrics: of pictures and of folders.
+      device: for the metrics in JAX.
+      max_pixels: larger pictures are not read.
+      on_done: told how many more pairs are finished.
+    """
+    measured = Measured()
+    per_picture = [metric for metric in metrics if metric.start]
+    with ThreadPoolExecutor() as pool:
+        sizes = pool.map(lambda pair: _size(pair, max_pixels), pairs)
+        sized = list(zip(pairs, sizes, strict=True))
+        measured.problems += [size for _, size in sized if isinstance(size, str)]
+        on_done(len(measured.problems))
+        running: deque[tuple[_Read, list[Values]]] = deque()
+
+        def finish() -> None:
+            read, started = running.popleft()
+            _file(read, per_picture, started, measured)
+            on_done(len(read.pairs))
+
+        sound = [(pair, size) for pair, size in sized if not isinstance(size, str)]
+        for read in _batches(sound, device, max_pixels, pool):
+            measured.problems += read.unread
+            on_done(len(read.unread))
+            running.append((read, _start(read.batch, per_picture)))
+            if len(running) > 1:
+                finish()
+        while running:
+            finish()
+    measured.pairs.sort(key=lambda pair: pair.name)
+    for metric in metrics:
+        if metric.over_folders:
+            _of_folder(metric, measured)
+        elif not measured.of(metric.name):
+            measured.missing[metric.name] = "no picture could be measured"
+    return measured
+
+
+def _size(pair: Pair, max_pixels: int) -> Size | str:
+    """The pair's common size, or the line that says why there is none."""
+    try:
+        result = read_size(pair.result, max_pixels)
+        reference = read_size(pair.reference, max_pixels) if pair.reference else result
+    except UserError as error:
+        return str(error)
+    if result != reference:
+        return (
+            f"{pair.result}: {result[1]}×{result[0]} pixels, but {pair.reference} has {reference[1]}×{reference[0]};"
+            " not measured"
+        )
+    return result
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Read:
+    """Pairs with their pixels, and lines about those that could not be read."""
+
+    pairs: list[Pair]
+    batch: Batch
+    unread: list[str]
+
+
+def _batches(
+    sound: Sequence[tuple[Pair, Size]], device: jax.Device, max_pixels: int, pool: ThreadPoolExecutor
+) -> Iterator[_Read]:
+    """Reads batch after batch, one ahead."""
+    buckets = plan_buckets([size for _, size in sound])
+    together: dict[Size, list[Pair]] = {}
+    for (pair, _), bucket in zip(sound, buckets, strict=True):
+        together.setdefault(bucket, []).append(pair)
+    groups = []
+    for bucket, members in sorted(together.items()):
+        count = max(1, min(len(members), _BATCH_PIXELS // (bucket[0] * bucket[1])))
+        groups += [(bucket, count, members[start : start + count]) for start in range(0, len(members), count)]
+
+    def read(group: tuple[Size, int, list[Pair]]) -> list[Future]:
+        return [pool.submit(_pixels, pair, max_pixels) for pair in group[2]]
+
+    upcoming = read(groups[0]) if groups else []
+    for number, (bucket, count, members) in enumerate(groups):
+        files, upcoming = upcoming, read(groups[number + 1]) if number + 1 < len(groups) else []
+        yield _stack(members, [file.result() for file in files], bucket, count, device)
+
+
+def _pixels(pair: Pair, max_pixels: int) -> tuple[np.ndarray, np.ndarray | None] | str:
+    try:
+        result = read_photo(pair.result, max_pixels).rgb
+        return result, read_photo(pair.reference, max_pixels).rgb if pair.reference else None
+    except UserError as error:
+        return str(error)
+
+
+def _stack(
+    members: Sequence[Pair],
+    pixels: Sequence[tuple[np.ndarray, np.ndarray | None] | str],
+    bucket: Size,
+    count: int,
+    device: jax.Device,
+) -> _Read:
+    """Puts what was read into the corners of a batch of a fixed size."""
+    sound = [(pair, found) for pair, found in zip(members, pixels, strict=True) if not isinstance(found, str)]
+    results, references = np.zeros((2, count, *bucket, 3), np.uint8)
+    sizes = np.full((count, 2), bucket, np.int32)
+    for index, (_, (result, reference)) in enumerate(sound):
+        height, width = sizes[index] = result.shape[:2]
+        results[index, :height, :width] = result
+        if reference is not None:
+            references[index, :height, :width] = reference
+    compared = references if any(pair.reference for pair, _ in sound) else None
+    batch = Batch(results, compared, sizes, len(sound), device)
+    return _Read([pair for pair, _ in sound], batch, [found for found in pixels if isinstance(found, str)])
+
+
+def _start(batch: Batch, metrics: Sequence[Metric]) -> list[Values]:
+    """Starts every metric on a batch."""
+    sizes = batch.sizes[: batch.count].tolist()
+
+    def start(metric: Metric) -> Values:
+        if metric.start and any(metric.fits(*size) for size in sizes):
+            return metric.start(batch)
+        return lambda: [""] * batch.count
+
+    return [start(metric) for metric in metrics]
+
+
+def _file(read: _Read, metrics: Sequence[Metric], started: Sequence[Values], measured: Measured) -> None:
+    """Waits for a batch's values and puts them where they belong."""
+    measured.pairs += read.pairs
+    measured.values |= {pair.name: {} for pair in read.pairs}
+    for metric, wait in zip(metrics, started, strict=True):
+        for pair, size, value in zip(read.pairs, read.batch.sizes.tolist(), wait(), strict=False):
+            if not metric.fits(*size):
+                needed = "×".join(map(str, sorted(metric.smallest, reverse=True)))
+                value = f"{size[1]}×{size[0]} pixels are too few, it needs {needed}"
+            if isinstance(value, float) and math.isfinite(value):
+                measured.values[pair.name][metric.name] = value
+            else:
+                measured.problems.append(f"{pair.result}: no {metric.label} ({value})")
+
+
+def _of_folder(metric: Metric, measured: Measured) -> None:
+    try:
+        results = [pair.result for pair in measured.pairs]
+        references = [pair.reference for pair in measured.pairs if pair.reference]
+        measured.of_folder[metric.name] = metric.over_folders(results, references)  # pyright: ignore
+    except Exception as error:  # another package's, with its own files and downloads
+        measured.missing[metric.name] = f"failed on these files ({first_line(error)})"

@@ -1,0 +1,158 @@
+"""An evaluation as people read it: a table of means, one of differences, a CSV line per picture, JSON."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+
+from tsdsr_jax.evaluation import Measured
+from tsdsr_jax.metric_set import Metric
+from tsdsr_jax.statistics import Difference, Estimate, difference, estimate
+
+ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+Rows = list[list[str]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A folder of results that has been measured.
+
+    Attributes:
+      name: its row in tables.
+      measured: see `evaluation.measure`.
+    """
+
+    name: str
+    measured: Measured
+
+    def mean(self, metric: Metric) -> Estimate | None:
+        values = self.measured.of(metric.name)
+        return estimate(values) if values else None
+
+
+def means(methods: Sequence[Method], metrics: Sequence[Metric]) -> Rows:
+    """A header and a row per method: means to four decimals, and the number of pictures behind them."""
+    rows = [["", *(metric.label + ARROWS[metric.better] for metric in metrics), "images"]]
+    for method in methods:
+        count = len(method.measured.pairs)
+        rows.append([method.name, *(_mean_cell(method, metric, count) for metric in metrics), str(count)])
+    return rows
+
+
+def _mean_cell(method: Method, metric: Metric, count: int) -> str:
+    if metric.over_folders:
+        value = method.measured.of_folder.get(metric.name)
+        return "–" if value is None else f"{value:.4f}"
+    found = method.mean(metric)
+    if found is None:
+        return "–"
+    return f"{found.mean:.4f}" + (f" ({found.count})" if found.count != count else "")
+
+
+def compare(
+    first: Method, second: Method, metrics: Sequence[Metric]
+) -> dict[str, tuple[Difference, list[str]]]:
+    """Metric's name -> paired differences, second minus first, and the names of the pictures that both have."""
+    result = {}
+    for metric in metrics:
+        names = [
+            pair.name
+            for pair in first.measured.pairs
+            if metric.name in first.measured.values[pair.name]
+            and metric.name in second.measured.values.get(pair.name, {})
+        ]
+        if names:
+            values = ([m.measured.values[name][metric.name] for name in names] for m in (first, second))
+            result[metric.name] = difference(*values, metric.better), names
+    return result
+
+
+def differences(methods: Sequence[Method], metrics: Sequence[Metric]) -> Rows:
+    """A header and a row per method and metric: how it differs from the first method on the same pictures."""
+    rows = [["", "metric", "difference", "95 % interval", "better", "worse", "images"]]
+    for method in methods[1:]:
+        compared = compare(methods[0], method, metrics)
+        for metric in metrics:
+            if metric.name not in compared:
+                continue
+            found, names = compared[metric.name]
+            change = found.change
+            interval = "–" if change.low is None else f"{change.low:+.4f} to {change.high:+.4f}"
+            counts = ["–" if count is None else str(count) for count in (found.wins, found.losses)]
+            label = metric.label + ARROWS[metric.better]
+            rows.append([method.name, label, f"{change.mean:+.4f}", interval, *counts, str(len(names))])
+    return rows
+
+
+def layout(rows: Rows) -> str:
+    """Text in columns: the first ones to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def as_csv(methods: Sequence[Method], metrics: Sequence[Metric]) -> str:
+    """A line per picture; empty where a value is missing. Numbers in full, so that nothing has to be measured again."""
+    text = io.StringIO()
+    names = [metric.name for metric in metrics if not metric.over_folders]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "image", *names])
+    for method in methods:
+        for pair in method.measured.pairs:
+            values = method.measured.values[pair.name]
+            writer.writerow(
+                [method.name, pair.name, *(repr(values[n]) if n in values else "" for n in names)]
+            )
+    return text.getvalue()
+
+
+def as_json(
+    methods: Sequence[Method], metrics: Sequence[Metric], missing: Mapping[str, str], compared: bool
+) -> dict:
+    """Everything but the single pictures."""
+    found: dict = {
+        "metrics": {
+            metric.name: {"better": metric.better, "computed_by": metric.source} for metric in metrics
+        },
+        "not_computed": dict(missing),
+        "methods": {method.name: _method(method, metrics) for method in methods},
+    }
+    if compared:
+        found["differences"] = {
+            "to": methods[0].name,
+            **{method.name: _differences(methods[0], method, metrics) for method in methods[1:]},
+        }
+    return found
+
+
+def _method(method: Method, metrics: Sequence[Metric]) -> dict:
+    measured = method.measured
+    values = {metric.name: method.mean(metric) for metric in metrics}
+    figures = {name: _estimate(found) for name, found in values.items() if found}
+    figures |= {name: {"value": value} for name, value in measured.of_folder.items()}
+    return {
+        "images": len(measured.pairs),
+        "metrics": figures,
+        "not_computed": measured.missing,
+        "not_measured": measured.problems,
+    }
+
+
+def _differences(first: Method, second: Method, metrics: Sequence[Metric]) -> dict:
+    return {
+        name: _estimate(found.change) | {"better": found.wins, "worse": found.losses}
+        for name, (found, _) in compare(first, second, metrics).items()
+    }
+
+
+def _estimate(found: Estimate) -> dict:
+    interval = None if found.low is None else [found.low, found.high]
+    return {"mean": found.mean, "sd": found.deviation, "ci95": interval, "images": found.count}

@@ -1,0 +1,201 @@
+"""The metrics an evaluation computes: our own in JAX, all others through pyiqa.
+
+A metric that cannot be computed here, because a file of weights or a package is missing, is handed back with the reason,
+so that tables can say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from tsdsr_jax import metrics, niqe, pyiqa_metrics
+from tsdsr_jax.errors import first_line
+from tsdsr_jax.lpips_weights import load_lpips
+from tsdsr_jax.models.lpips import LPIPS, minimum_side
+
+OWN_FILES = {
+    "niqe": "--niqe_params (BasicSR's niqe_pris_params.npz, also in TSD-SR's repository, or pyiqa's .mat), or ",
+    "lpips": "--lpips_weights (python convert/lpips.py --help says how to make them), or ",
+}
+Better = Literal["higher", "lower"]
+
+PAPER = ("psnr", "ssim", "lpips", "dists", "fid", "niqe", "musiq", "maniqa-pipal", "clipiqa")
+"""The metrics of TSD-SR's tables, by pyiqa's names."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Pictures in the top left corners of one array.
+
+    Attributes:
+      results, references: (B, H, W, 3) uint8; no references, None.
+      sizes: (B, 2) int32, height and width of each; (H, W) where there is no picture.
+      count: the first so many are there.
+      device: where metrics in JAX compute.
+    """
+
+    results: np.ndarray
+    references: np.ndarray | None
+    sizes: np.ndarray
+    count: int
+    device: jax.Device
+
+    @cached_property
+    def on_device(self) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        return jax.device_put((self.results, self.references, self.sizes), self.device)
+
+    def picture(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """One result and its reference, in their own size."""
+        height, width = self.sizes[index]
+        reference = None if self.references is None else self.references[index, :height, :width]
+        return self.results[index, :height, :width], reference
+
+
+Values = Callable[[], Sequence[float | str]]
+"""Waits, and returns a number for each picture of a batch, or the reason why there is none."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Metric:
+    """A number per picture, or one per folder.
+
+    Attributes:
+      name: pyiqa's.
+      better: which values are; None: unknown.
+      needs_reference: full-reference.
+      source: what computes it, for the record.
+      start: begins a batch and returns at once.
+      over_folders: for a metric of whole folders instead: (results, references) -> value.
+      smallest: height and width that a picture needs at least, whichever way round.
+    """
+
+    name: str
+    better: Better | None
+    needs_reference: bool
+    source: str
+    start: Callable[[Batch], Values] | None = None
+    over_folders: Callable[[Sequence[Path], Sequence[Path]], float] | None = None
+    smallest: tuple[int, int] = (1, 1)
+
+    @property
+    def label(self) -> str:
+        """As papers write it."""
+        return {"maniqa-pipal": "MANIQA"}.get(self.name, self.name.upper())
+
+    def fits(self, height: int, width: int) -> bool:
+        return min(height, width) >= min(self.smallest) and max(height, width) >= max(self.smallest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where metrics get what they need.
+
+    Attributes:
+      references: whether there are any.
+      niqe_params, lpips_weights: files; None: pyiqa computes these, where it is installed.
+    """
+
+    references: bool
+    niqe_params: Path | None = None
+    lpips_weights: Path | None = None
+
+
+def load_metrics(names: Sequence[str], sources: Sources) -> tuple[list[Metric], dict[str, str]]:
+    """The metrics of these names, and for each that cannot be computed, the reason.
+
+    Raises:
+      UserError: a file of weights or parameters that was given is not one.
+    """
+    loaded, missing = [], {}
+    for name in dict.fromkeys(names):
+        found = _load(name, sources)
+        if isinstance(found, str):
+            missing[name] = found
+        elif found.needs_reference and not sources.references:
+            missing[name] = "compares with a reference: needs --gt_imgs"
+        else:
+            loaded.append(found)
+    return loaded, missing
+
+
+def _load(name: str, sources: Sources) -> Metric | str:
+    """A metric, or the reason why not."""
+    if name == "psnr":
+        return Metric(name, "higher", True, "tsdsr_jax", _start_psnr)
+    if name == "ssim":
+        return Metric(name, "higher", True, "tsdsr_jax", _start_ssim, smallest=(metrics.SSIM_SIDE,) * 2)
+    if name == "niqe" and sources.niqe_params:
+        return _niqe(sources.niqe_params)
+    if name == "lpips" and sources.lpips_weights:
+        return _lpips(sources.lpips_weights)
+    if not pyiqa_metrics.is_installed():
+        return f"needs {OWN_FILES.get(name, '')}pyiqa: pip install 'tsdsr_jax[metrics]'"
+    found = pyiqa_metrics.load(name)
+    if isinstance(found, str):
+        return found
+    needs_reference = found.needs_reference
+    better: Better = "lower" if found.lower_better else "higher"
+    if found.over_folders:
+        return Metric(name, better, needs_reference, found.source, over_folders=found.of_folders)
+
+    def value(batch: Batch, index: int) -> float | str:
+        try:
+            return found.of_pair(*batch.picture(index))
+        except Exception as error:  # what its networks make of a picture (too small a one, say) is theirs
+            return first_line(error)
+
+    def start(batch: Batch) -> Values:
+        return lambda: [value(batch, index) for index in range(batch.count)]
+
+    return Metric(name, better, needs_reference, found.source, start)
+
+
+def _start_psnr(batch: Batch) -> Values:
+    values = metrics.psnr_y(*batch.on_device)
+    return lambda: np.asarray(values, float).tolist()
+
+
+def _start_ssim(batch: Batch) -> Values:
+    values = metrics.ssim_y(*batch.on_device)
+    return lambda: np.asarray(values, float).tolist()
+
+
+def _niqe(path: Path) -> Metric:
+    model = niqe.load_pristine(path)
+
+    def start(batch: Batch) -> Values:
+        results, _, sizes = batch.on_device
+        moments = niqe.block_moments(results, sizes)
+        return lambda: [
+            "fewer than two of its blocks have any texture" if math.isnan(value) else value
+            for value in niqe.distances(moments, batch.sizes, model)
+        ]
+
+    smallest = niqe.BLOCK, 2 * niqe.BLOCK
+    return Metric("niqe", "lower", False, f"tsdsr_jax, {path.name}", start, smallest=smallest)
+
+
+def _lpips(path: Path) -> Metric:
+    network, params = load_lpips(path)
+    # One program per size: its convolutions see the borders, which padding to a common size would move.
+    compare = jax.jit(LPIPS(network).apply)
+
+    def start(batch: Batch) -> Values:
+        variables = {"params": jax.device_put(params, batch.device)}
+        values = []
+        with jax.default_matmul_precision("highest"):
+            for index in range(batch.count):
+                pair = jax.device_put(batch.picture(index), batch.device)
+                values.append(compare(variables, *(image[None] / 127.5 - 1 for image in pair))[0])
+        return lambda: [float(value) for value in values]
+
+    smallest = (minimum_side(network),) * 2
+    return Metric("lpips", "lower", True, f"tsdsr_jax, {path.name} ({network})", start, smallest=smallest)

@@ -15,6 +15,7 @@ import dataclasses
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +25,8 @@ from tqdm import tqdm
 from tsdsr_jax import cli, folder
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.images import read_size
+from tsdsr_jax.report import Entry, Layer, check_report_path, write_report
 from tsdsr_jax.upscale_options import UpscaleOptions, check, load
 
 
@@ -39,6 +42,8 @@ class Options(UpscaleOptions):
     """Compute results again that exist already."""
     shard: str = "0/1"
     """i/n: do only the i-th of n parts of the folder, so that n processes can share it."""
+    report: Path | None = None
+    """Write a web page here, one .html file, that compares each photograph with its result under a movable divider."""
 
 
 def main() -> None:
@@ -49,12 +54,15 @@ def main() -> None:
         options.input_dir, options.output_dir, f".{options.format}", overwrite=options.overwrite
     )
     check_writable(options.output_dir)
+    if options.report:
+        check_report_path(options.report)
 
     devices = select_devices(options.device)
     settings = options.settings(devices[0].platform)
     files = folder.FileOptions(options.align_method, options.format, options.seed, options.max_pixels)
     report = folder.Report(lambda line: tqdm.write(line, file=sys.stderr))
     groups = folder.plan_groups(jobs, settings.plan, len(devices), files, report, part)
+    mine = [job for group in groups for job, _ in group.jobs]
     if not options.overwrite:
         groups = folder.unfinished(groups, report)
     if groups:
@@ -67,6 +75,8 @@ def main() -> None:
     finished = f", {report.skipped} existed already{older} ({again})" if report.skipped else ""
     failed = f", {len(report.failures)} failed" if report.failures else ""
     print(f"{report.written} upscaled into {options.output_dir}{finished}{failed}")
+    if options.report:
+        write_page(options, mine, report.failures)
     if report.failures:
         raise SystemExit(1)
 
@@ -88,6 +98,30 @@ def check_writable(output: Path) -> None:
         raise UserError(f"{output}: cannot make this folder ({error.strerror})") from None
     if not os.access(output, os.W_OK | os.X_OK):
         raise UserError(f"{output}: not writable; choose another --output_dir")
+
+
+def write_page(options: Options, jobs: Sequence[folder.Job], failures: Sequence[str]) -> None:
+    """`--report`: of all photographs that have a result, whenever it was made."""
+    root = options.input_dir if options.input_dir.is_dir() else options.input_dir.parent
+    entries = []
+    for job in sorted(jobs, key=lambda job: job.source):
+        if job.target.exists():
+            layers = Layer("input", job.source), Layer("result", job.target)
+            name = job.source.relative_to(root).as_posix()
+            entries.append(Entry(name, layers, facts=sizes_of(job, options.max_pixels)))
+    title = f"{options.input_dir} → {options.output_dir}"
+    with tqdm(total=len(entries), desc="report", unit=" images", leave=False, disable=None) as bar:
+        write_report(options.report, title, entries, notes=failures, progress=bar.update)
+    print(f"{len(entries)} compared in {options.report}")
+
+
+def sizes_of(job: folder.Job, max_pixels: int) -> dict[str, str]:
+    """Of the files as they are: a result may be of an earlier run with other flags."""
+    try:
+        sizes = [read_size(path, max_pixels) for path in (job.source, job.target)]
+    except UserError:  # the report says it in the picture's place
+        return {}
+    return {"size": " → ".join(f"{width}×{height}" for height, width in sizes)}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,219 @@
+"""infer/evaluate.py as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import oracle_metrics
+from commands import Command
+from infer import evaluate
+from tsdsr_jax import evaluation_report
+
+
+class Evaluate(Command):
+    """`output` is the folder of the log."""
+
+    def flags(self, output: Path, *more: str) -> Sequence[str]:
+        usual = {"--inp_imgs": f"{self.root}/sr", "--gt_imgs": f"{self.root}/hr", "--log": str(output)}
+        # Flags that take several values add up when they are repeated.
+        return [*(part for flag in usual.items() if flag[0] not in more for part in flag), *more]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch, capsys) -> Evaluate:
+    generator = np.random.default_rng()
+    for name in ("a", "b", "c"):
+        hr = generator.integers(30, 226, (24, 30, 3), dtype=np.uint8)
+        for folder, strength in (("hr", 0), ("sr", 20), ("other", 9)):
+            noise = generator.integers(-strength, strength + 1, hr.shape)
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray((hr + noise).astype(np.uint8)).save(tmp_path / folder / f"{name}.png")
+    return Evaluate(evaluate.main, "infer/evaluate.py", tmp_path, monkeypatch, capsys)
+
+
+def expected(root: Path, folder: str) -> dict[str, tuple[float, float]]:
+    found = {}
+    for path in sorted((root / folder).glob("*.png")):
+        pair = [np.asarray(Image.open(file)) for file in (path, root / "hr" / path.name)]
+        found[path.stem] = oracle_metrics.psnr(*pair), oracle_metrics.ssim(*pair)
+    return found
+
+
+def row(text: str, start: str) -> list[str]:
+    return next(line.split() for line in text.splitlines() if line.startswith(start))
+
+
+def test_table_csv_and_json(command, tmp_path):
+    printed = command.done(tmp_path / "log", "--metrics", "psnr", "ssim")
+    figures = expected(tmp_path, "sr")
+    means = np.mean(list(figures.values()), axis=0)
+    assert printed.splitlines()[0].split() == ["PSNR", "↑", "SSIM", "↑", "images"]
+    assert [float(cell) for cell in row(printed, "sr")[1:]] == pytest.approx([*means, 3], abs=1.1e-4)
+    assert (tmp_path / "log/METRICS.txt").read_text() in printed
+    with (tmp_path / "log/METRICS.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["method"], r["image"]) for r in rows] == [("sr", name) for name in "abc"]
+    for line in rows:
+        assert (float(line["psnr"]), float(line["ssim"])) == pytest.approx(figures[line["image"]], abs=1e-4)
+    content = json.loads((tmp_path / "log/METRICS.json").read_text())
+    psnr = content["methods"]["sr"]["metrics"]["psnr"]
+    values = [value for value, _ in figures.values()]
+    assert psnr["mean"] == pytest.approx(means[0], abs=1e-4)
+    assert psnr["sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-3)
+    low, high = psnr["ci95"]
+    assert min(values) - 1e-4 <= low < psnr["mean"] < high <= max(values) + 1e-4
+    assert psnr["images"] == 3 and content["metrics"]["psnr"]["computed_by"] == "tsdsr_jax"
+    assert {"python", "jax", "tsdsr_jax"} <= content["versions"].keys()
+
+
+def test_methods_compared(command, tmp_path):
+    more = ("--inp_imgs", f"{tmp_path}/sr", f"{tmp_path}/other", "--names", "noisy", "better one")
+    printed = command.done(tmp_path / "log", "--metrics", "psnr", "--compare", *more)
+    first, second = expected(tmp_path, "sr"), expected(tmp_path, "other")
+    changes = [second[name][0] - first[name][0] for name in first]
+    line = next(x for x in printed.splitlines() if x.startswith("better one") and "PSNR" in x)
+    assert f"{np.mean(changes):+.3f}" in line
+    assert line.split()[-3:] == ["3", "0", "3"]  # better, worse, images
+    found = json.loads((tmp_path / "log/METRICS.json").read_text())["differences"]
+    assert found["to"] == "noisy"
+    assert found["better one"]["psnr"]["mean"] == pytest.approx(np.mean(changes), abs=1e-3)
+
+
+def test_what_is_missing_is_said(command, tmp_path):
+    """By default all of the paper's metrics are wanted; those that cannot be had do not fail the run."""
+    printed = command.done(tmp_path / "log")
+    assert "Not computed" in printed and "musiq" in printed and "pip install 'tsdsr_jax[metrics]'" in printed
+    content = json.loads((tmp_path / "log/METRICS.json").read_text())
+    assert set(content["not_computed"]) == {
+        "lpips",
+        "dists",
+        "fid",
+        "niqe",
+        "musiq",
+        "maniqa-pipal",
+        "clipiqa",
+    }
+    # Asked for by name, they do.
+    outcome = command(tmp_path / "log2", "--metrics", "psnr", "musiq")
+    assert outcome.status == 1 and "musiq: needs pyiqa" in outcome.out
+    assert "nothing to compute; musiq: needs pyiqa" in command.refused(
+        tmp_path / "log3", "--metrics", "musiq"
+    )
+    assert not (tmp_path / "log3").exists()
+
+
+def test_files_left_out_are_named_and_fail(command, tmp_path):
+    (tmp_path / "sr/a.png").write_bytes(b"")
+    (tmp_path / "sr/b.png").rename(tmp_path / "sr/bb.png")
+    outcome = command(tmp_path / "log", "--metrics", "psnr")
+    assert outcome.status == 1
+    assert f"{tmp_path / 'sr/a.png'}: is empty" in outcome.err
+    assert f"{tmp_path / 'sr/bb.png'}: no file of this name" in outcome.err
+    assert "3 of these; the means leave them out" in outcome.err
+    figures = expected_one(tmp_path, "c")
+    assert [float(cell) for cell in row(outcome.out, "sr")[1:]] == pytest.approx([figures, 1], abs=1.1e-4)
+    content = json.loads((tmp_path / "log/METRICS.json").read_text())
+    assert len(content["methods"]["sr"]["not_measured"]) == 3
+
+
+def expected_one(root: Path, name: str) -> float:
+    return oracle_metrics.psnr(
+        *(np.asarray(Image.open(root / folder / f"{name}.png")) for folder in ("sr", "hr"))
+    )
+
+
+def test_log_files_are_not_replaced(command, tmp_path):
+    command.done(tmp_path / "log", "--metrics", "psnr")
+    before = (tmp_path / "log/METRICS.csv").read_text()
+    assert "METRICS.txt: exists" in command.refused(tmp_path / "log", "--metrics", "ssim")
+    assert (tmp_path / "log/METRICS.csv").read_text() == before
+    command.done(tmp_path / "log", "--metrics", "ssim", "--overwrite")
+    command.done(tmp_path / "log", "--metrics", "ssim", "--log_name", "again")
+    assert (tmp_path / "log/again.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--inp_imgs", "nowhere"), "nowhere: no such folder"),
+        (("--inp_imgs", "{root}/sr/a.png"), "a.png: is a file; expected a folder"),
+        (("--gt_imgs", "{root}/empty"), "no images in it"),
+        (("--gt_imgs", "{root}/unpaired"), "no file has the same name in both"),
+        (("--gt_imgs", "a", "b"), "--gt_imgs: 2 folders for 1 of --inp_imgs"),
+        (("--names", "a", "b"), "--names: 2 names for 1 folders"),
+        (("--names", "x", "x", "--inp_imgs", "a", "b"), "x: stands for several folders"),
+        (("--compare",), "--compare: needs at least two folders"),
+        (("--compare", "--inp_imgs", "a", "b", "--gt_imgs", "c", "d"), "give one folder of --gt_imgs"),
+        (("--niqe_params", "{root}"), "is a folder"),
+        (("--niqe_params", "{root}/sr/a.png"), "not a file of NIQE's parameters"),
+        (("--lpips_weights", "{root}/sr/a.png"), "a.png"),
+        (("--log", "{root}/sr/a.png"), "is a file; --log is a folder"),
+        (("--log_name", "a/b"), "expected a file name"),
+        (("--max_pixels", "0"), "expected at least 1"),
+        (("--device", "abacus"), "--device abacus"),
+        (("--report", "{root}/sr/a.png"), "a.png"),
+        (("--metrics",), "--metrics needs"),
+    ],
+)
+def test_mistakes_are_one_line(command, tmp_path, flags, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unpaired").mkdir()
+    shutil.copy(tmp_path / "hr/a.png", tmp_path / "unpaired/z.png")
+    line = command.refused(tmp_path / "log", *(flag.format(root=tmp_path) for flag in flags))
+    assert message in line and len(line.splitlines()) == 1
+    assert not (tmp_path / "log").exists()
+
+
+def test_report(command, tmp_path, monkeypatch):
+    """Methods share an entry per picture: input, results, reference; every value and every gap is on the page."""
+    written = {}
+    monkeypatch.setattr(
+        evaluation_report, "write_report", lambda path, **page: written.update(page, path=path)
+    )
+    (tmp_path / "other/c.png").write_bytes(b"")
+    more = ("--inp_imgs", f"{tmp_path}/sr", f"{tmp_path}/other", "--lr_imgs", f"{tmp_path}/hr")
+    outcome = command(
+        tmp_path / "log", "--metrics", "psnr", "musiq", "--report", str(tmp_path / "page.html"), *more
+    )
+    assert outcome.status == 1 and written["path"] == tmp_path / "page.html"
+    assert [entry.name for entry in written["entries"]] == ["a", "b", "c"]
+    first = written["entries"][0]
+    assert [(layer.title, layer.path) for layer in first.layers] == [
+        ("input", tmp_path / "hr/a.png"),
+        ("sr", tmp_path / "sr/a.png"),
+        ("other", tmp_path / "other/a.png"),
+        ("reference", tmp_path / "hr/a.png"),
+    ]
+    for name in ("sr", "other"):
+        pair = [np.asarray(Image.open(tmp_path / folder / "a.png")) for folder in (name, "hr")]
+        assert first.values[f"{name} · PSNR"] == pytest.approx(oracle_metrics.psnr(*pair), abs=1e-4)
+    assert [column.name for column in written["columns"]] == ["sr · PSNR", "other · PSNR"]
+    assert [row[0] for row in written["summary"].rows] == ["sr", "other"]
+    assert any("musiq" in note for note in written["notes"])
+    assert any("other/c.png: is empty" in note for note in written["notes"])
+
+
+def test_report_of_different_references(command, tmp_path):
+    """Two test sets: each has its own entries, under its name; the page is a real one."""
+    shutil.copytree(tmp_path / "hr", tmp_path / "hr2")
+    more = (
+        "--inp_imgs",
+        f"{tmp_path}/sr",
+        f"{tmp_path}/other",
+        "--gt_imgs",
+        f"{tmp_path}/hr",
+        f"{tmp_path}/hr2",
+    )
+    page = tmp_path / "page.html"
+    printed = command.done(tmp_path / "log", "--metrics", "psnr", "--report", str(page), *more)
+    assert f"Look at {page}" in printed
+    text = page.read_text()
+    assert "other/a" in text and "sr/a" in text

@@ -1,0 +1,102 @@
+"""An evaluation as a page to look at: each picture's results beside its reference, with its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tsdsr_jax import evaluation_tables
+from tsdsr_jax.evaluation import Measured, Pair, by_name
+from tsdsr_jax.evaluation_tables import Method
+from tsdsr_jax.metric_set import Metric
+from tsdsr_jax.report import Column, Entry, Layer, Summary, write_report
+
+
+def write(
+    path: Path,
+    methods: Sequence[Method],
+    metrics: Sequence[Metric],
+    inputs: Path | None,
+    notes: Sequence[str],
+    progress: Callable[[], object],
+) -> None:
+    """Writes the page.
+
+    Methods measured against the same references share an entry per picture, with all their values; otherwise each has
+    entries of its own.
+
+    Args:
+      path: the HTML file.
+      methods, metrics: what was measured.
+      inputs: folder of the low-resolution pictures, shown first where one has the result's name.
+      notes: lines on top.
+      progress: called after each entry.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    per_picture = [metric for metric in metrics if not metric.over_folders]
+    sources = by_name(inputs)[0] if inputs else {}
+    together = len({_references(method.measured) for method in methods}) == 1
+    groups = [methods] if together else [[method] for method in methods]
+    entries = [entry for group in groups for entry in _entries(group, per_picture, sources, not together)]
+    header, *rows = evaluation_tables.means(methods, metrics)
+    write_report(
+        path,
+        title=" · ".join(method.name for method in methods),
+        entries=entries,
+        columns=_columns(methods if together else methods[:1], per_picture),
+        summary=Summary(tuple(header), tuple(map(tuple, rows))),
+        notes=notes,
+        progress=progress,
+    )
+
+
+def _references(measured: Measured) -> tuple[Path | None, ...]:
+    """The folders that references lie in; enough to tell one set from another."""
+    return tuple(sorted({pair.reference.parent for pair in measured.pairs if pair.reference}))
+
+
+def _columns(methods: Sequence[Method], metrics: Sequence[Metric]) -> list[Column]:
+    return [
+        Column(_column_name(method, metric, len(methods) > 1), metric.better)
+        for metric in metrics
+        for method in methods
+    ]
+
+
+def _column_name(method: Method, metric: Metric, several: bool) -> str:
+    return f"{method.name} · {metric.label}" if several else metric.label
+
+
+def _entries(
+    methods: Sequence[Method], metrics: Sequence[Metric], sources: dict[str, Path], prefix: bool
+) -> list[Entry]:
+    pairs: dict[str, list[tuple[Method, Pair]]] = {}
+    for method in methods:
+        for pair in method.measured.pairs:
+            pairs.setdefault(pair.name, []).append((method, pair))
+    return [
+        _entry(name, found, metrics, sources.get(name), len(methods) > 1, prefix)
+        for name, found in sorted(pairs.items())
+    ]
+
+
+def _entry(
+    name: str,
+    found: Sequence[tuple[Method, Pair]],
+    metrics: Sequence[Metric],
+    source: Path | None,
+    several: bool,
+    prefix: bool,
+) -> Entry:
+    layers = [Layer("input", source)] if source else []
+    layers += [Layer(method.name, pair.result) for method, pair in found]
+    if reference := found[0][1].reference:
+        layers.append(Layer("reference", reference))
+    values = {
+        _column_name(method, metric, several): method.measured.values[name].get(metric.name)
+        for method, _ in found
+        for metric in metrics
+    }
+    return Entry(f"{found[0][0].name}/{name}" if prefix else name, tuple(layers), values)

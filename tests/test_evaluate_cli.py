@@ -80,8 +80,9 @@ def test_methods_compared(command, tmp_path):
     first, second = expected(tmp_path, "sr"), expected(tmp_path, "other")
     changes = [second[name][0] - first[name][0] for name in first]
     line = next(x for x in printed.splitlines() if x.startswith("better one") and "PSNR" in x)
-    assert f"{np.mean(changes):+.3f}" in line
-    assert line.split()[-3:] == ["3", "0", "3"]  # better, worse, images
+    shown = line.split("↑")[1].split()
+    assert shown[0].startswith("+") and float(shown[0]) == pytest.approx(np.mean(changes), abs=2e-4)
+    assert shown[-3:] == ["3", "0", "3"]  # better, worse, images
     found = json.loads((tmp_path / "log/METRICS.json").read_text())["differences"]
     assert found["to"] == "noisy"
     assert found["better one"]["psnr"]["mean"] == pytest.approx(np.mean(changes), abs=1e-3)

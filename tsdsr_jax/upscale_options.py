@@ -114,17 +114,23 @@ def check(options: UpscaleOptions) -> None:
     ):
         if (value := getattr(options, flag)) is not None and value < 1:
             raise UserError(f"--{flag} {value}: expected at least 1")
+    if not -(2**127) <= options.seed < 2**127:
+        raise UserError(f"--seed {options.seed}: expected at most 127 bits")
+
+
+def check_tile(latent_tiled_size: int, largest: int) -> None:
+    """Refuses tiles longer than `largest`, the latent pixels that the transformer has positions for."""
+    if latent_tiled_size > largest:
+        raise UserError(
+            f"--latent_tiled_size {latent_tiled_size}: this transformer's position table ends at {largest}"
+        )
 
 
 def load(options: UpscaleOptions, settings: Settings, devices: list[jax.Device]) -> Upscaler:
     """Opens and checks everything by its headers, then loads both networks, LoRAs merged."""
     checkpoint = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     transformer, vae = checkpoint.network("transformer"), checkpoint.network("vae")
-    if (options.latent_tiled_size // 2) > transformer.config.pos_embed_max_size:
-        raise UserError(
-            f"--latent_tiled_size {options.latent_tiled_size}: this transformer's position table ends at "
-            f"{2 * transformer.config.pos_embed_max_size}"
-        )
+    check_tile(options.latent_tiled_size, PATCH_SIZE * transformer.config.pos_embed_max_size)
     check_fit(transformer, vae)
     prompt = load_prompt_embeds(options.embedding_dir)
     check_widths(

@@ -10,9 +10,10 @@ padding, tiles as index arrays, colour) happens on the host around them.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
 import jax
@@ -31,6 +32,9 @@ from tsdsr_jax.sizes import LATENT_FACTOR, Size, SizePlan, plan_size, token_leve
 from tsdsr_jax.torch_weights import Tree
 
 TIMESTEP = 1000.0
+
+Progress = Callable[[str, int, int], object]
+"""Told of each stage of a batch ("encode", "tiles", "decode") with the steps done and their number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +150,8 @@ class Upscaler:
         devices: Sequence[jax.Device],
     ):
         mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
+        self.progress: Progress | None = None
+        self._origin = self  # keeps what `with_settings` shares
         self.settings, self.dtype, self.devices = settings, jnp.dtype(dtype), list(devices)
         self._shared = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec("data"))
@@ -178,9 +184,32 @@ class Upscaler:
     def latent_channels(self) -> int:
         return self._configs[1].latent_channels
 
-    @cached_property
+    @property
+    def largest_tile(self) -> int:
+        """The longest side of a tile, in latent pixels, that the transformer has positions for."""
+        return self._configs[0].pos_embed_max_size * self._configs[0].patch_size
+
+    def with_settings(self, settings: Settings, progress: Progress | None = None) -> Upscaler:
+        """The same networks under other settings; parameters and compiled programs are shared.
+
+        Args:
+          settings: the autoencoder's bands are part of its programs and must stay as they are.
+          progress: called from `launch`, which then waits for every stage instead of returning at once.
+        """
+        bands = self.settings.encoder_band, self.settings.decoder_band
+        if (settings.encoder_band, settings.decoder_band) != bands:
+            raise ValueError("the autoencoder's bands cannot change")
+        other = copy.copy(self)
+        other.settings, other.progress = settings, progress
+        return other
+
+    @property
     def in_float32(self) -> Upscaler:
         """The same networks computing in float32, for results that overflow in half precision."""
+        return self._origin._in_float32.with_settings(self.settings, self.progress)
+
+    @cached_property
+    def _in_float32(self) -> Upscaler:
         transformer, vae = zip(self._configs, (self._transformer_params, self._vae_params), strict=True)
         return Upscaler(transformer, vae, self._prompt, self.settings, jnp.float32, self.devices)
 
@@ -200,7 +229,7 @@ class Upscaler:
         """
         plans = [photo.plan for photo in photos]
         filled = [photos[index] if index < len(photos) else photos[0] for index in range(self.batch)]
-        params = self._lying_vae_params if plans[0].portrait else self._vae_params
+        params = self._origin._lying_vae_params if plans[0].portrait else self._vae_params
         latent_bucket = bucket[0] // LATENT_FACTOR, bucket[1] // LATENT_FACTOR
         sizes = np.asarray([photo.plan.lying for photo in filled], np.int32)
         masked = masked or any(plan.lying != bucket for plan in plans)
@@ -210,13 +239,22 @@ class Upscaler:
         )
         valid = self._put(sizes) if masked else None
         with matmul_precision(self.dtype):
+            self._tell("encode", 0, 1)
             latents = self.encode(params, images, noise, valid)
             sums = self._denoise(latents, plans)
+            self._tell("decode", 0, 1)
             pictures, finite = self.decode(params, latents, sums, valid)
+            self._tell("decode", 1, 1, pictures)
         return Launched(plans, bucket, masked, pictures, finite)
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._split)
+
+    def _tell(self, stage: str, done: int, total: int, result: jax.Array | None = None) -> None:
+        """Reports progress, once `result` is there."""
+        if self.progress is not None:
+            jax.block_until_ready(result)
+            self.progress(stage, done, total)
 
     def _denoise(self, latents: jax.Array, plans: Sequence[SizePlan]) -> jax.Array:
         """Runs all tiles of a batch; returns what `_blend` accumulates."""
@@ -230,6 +268,8 @@ class Upscaler:
         ]
         largest = (settings.latent_tile // config.patch_size) ** 2
         sums = jnp.zeros((*latents.shape[:3], latents.shape[3] + 1), jnp.float32, device=self._shared)
+        done = 0
+        self._tell("tiles", done, len(tiles), latents)
         for tokens, members in self._by_tokens(tiles):
             for chunk, size in self._chunks(members):
                 packed = tiling.pack(chunk, size, tokens, latents.shape[1:3], config)
@@ -239,6 +279,8 @@ class Upscaler:
                 lengths = None if packed.full and tokens == largest else lengths
                 velocity = self.velocity(self._transformer_params, patches, positions, lengths, *self._text)
                 sums = self.blend(sums, velocity, packed.pixels, packed.weights)
+                done += len(chunk)
+                self._tell("tiles", done, len(tiles), sums)
         return sums
 
     def _by_tokens(self, tiles: Sequence[tiling.Tile]) -> list[tuple[int, list[tiling.Tile]]]:

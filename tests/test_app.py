@@ -1,0 +1,553 @@
+"""The page: its pieces by themselves, the server with clients, and what a visitor sees in Chromium."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+import tiny_checkpoint as tiny
+from browser import open_page
+from commands import Command
+from infer import app, upscale
+from tsdsr_jax import cli
+from tsdsr_jax.devices import select_devices
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.upscale_options import load
+from tsdsr_jax.upscaler import Launched, Upscaler
+
+gr = pytest.importorskip("gradio")
+from tsdsr_jax import page as page_lib  # noqa: E402 (needs Gradio)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RANK = 2
+SMALL = [
+    "--upscale", "2", "--process_size", "64", "--latent_tiled_size", "8", "--latent_tiled_overlap", "2",
+    "--device", "cpu:0", "--max_pixels", "40000", "--max_upload", "1",
+]  # fmt: skip
+
+
+# --- a server for all tests -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp() / "compiled"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(cache: Path) -> Iterator[None]:
+    with tiny.compiled_once(cache):
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_everything(folder, RANK)
+    return folder
+
+
+def flags(root: Path, *more: str) -> list[str]:
+    return [
+        "--pretrained_model_name_or_path", str(root / "sd3"), "--lora_dir", str(root / "lora"),
+        "--embedding_dir", str(root / "prompt"), "--rank", str(RANK), "--rank_vae", str(RANK), *SMALL, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def options(root: Path) -> app.Options:
+    return cli.parse(app.Options, description="", argv=flags(root))
+
+
+def networks(options: app.Options) -> Upscaler:
+    devices = select_devices(options.device)
+    return load(options, options.settings(devices[0].platform), devices)
+
+
+@pytest.fixture(scope="module")
+def upscaler(options: app.Options) -> Upscaler:
+    return networks(options)
+
+
+@dataclasses.dataclass
+class Served:
+    url: str
+    root: Path
+
+
+@pytest.fixture(scope="module")
+def served(upscaler: Upscaler, options: app.Options) -> Iterator[Served]:
+    with page_lib.private_folder() as folder:
+        blocks = page_lib.build(upscaler, options, folder, options.max_waiting)
+        url = page_lib.serve(blocks, options.host, free_port(), options.max_upload)
+        yield Served(url, folder)
+        blocks.close(verbose=False)
+    assert not folder.exists()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def handlers(upscaler: Upscaler, options: app.Options, tmp_path: Path) -> "page_lib.Handlers":
+    (tmp_path / "private").mkdir()
+    return page_lib.Handlers(upscaler, options, tmp_path / "private")
+
+
+def command_line(root: Path, source: Path, output: Path, *more: str) -> bytes:
+    """What infer/upscale.py writes for one file."""
+    own = flags(root, "-i", str(source), "-o", str(output), *more)
+    own = [word for index, word in enumerate(own) if "--max_upload" not in (word, own[index - 1])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["infer/upscale.py", *own])
+        cli.run(upscale.main)
+    (file,) = output.iterdir()
+    return file.read_bytes()
+
+
+def photo(height: int = 33, width: int = 52, seed: int = 0) -> Image.Image:
+    return Image.fromarray(tiny.synthetic_photo(height, width, seed))
+
+
+def save(path: Path, image: Image.Image | None = None, **how: object) -> Path:
+    (image or photo()).save(path, **how)
+    return path
+
+
+def profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def turned_jpeg(folder: Path) -> Path:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    return save(folder / "turned.jpg", exif=exif, icc_profile=profile(), quality=95)
+
+
+def see_through(folder: Path) -> Path:
+    image = photo(52, 33)
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return save(folder / "see-through.png", image)
+
+
+def sixteen_bits(folder: Path) -> Path:
+    values = np.asarray(photo(40, 40).convert("L")).astype(np.uint16) * 257
+    return save(folder / "deep.png", Image.fromarray(values))
+
+
+# --- one photograph -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [turned_jpeg, see_through, sixteen_bits])
+def test_the_file_is_the_command_lines_to_the_byte(upscaler, options, root, tmp_path, make):
+    source = make(tmp_path)
+    result = page_lib.upscale_photo(upscaler, options, "png", source, tmp_path / "page")
+    assert result.file.name == f"{source.stem}_x2.png"
+    assert result.file.read_bytes() == command_line(root, source, tmp_path / "shell")
+    before, after = Image.open(result.before), Image.open(result.after)
+    assert before.size == after.size == Image.open(result.file).size
+    np.testing.assert_array_equal(
+        np.asarray(after.convert("RGBA")), np.asarray(Image.open(result.file).convert("RGBA"))
+    )
+    assert result.notes == []
+
+
+def test_changed_settings_are_the_flags(upscaler, options, root, tmp_path):
+    source, stages = save(tmp_path / "a.png"), []
+    changed = dataclasses.replace(
+        options, upscale=2.5, seed=-7, align_method="adain", latent_tiled_size=12, latent_tiled_overlap=4
+    )
+    result = page_lib.upscale_photo(
+        upscaler, changed, "jpg", source, tmp_path / "page", lambda *stage: stages.append(stage)
+    )
+    shell = command_line(
+        root, source, tmp_path / "shell", "--upscale", "2.5", "--seed", "-7", "--align_method", "adain",
+        "--latent_tiled_size", "12", "--latent_tiled_overlap", "4", "--format", "jpg",
+    )  # fmt: skip
+    assert result.file.name == "a_x2.5.jpg" and result.file.read_bytes() == shell
+    tiles = stages[2][2]
+    assert tiles > 1 and stages == [
+        ("encode", 0, 1),
+        *(("tiles", done, tiles) for done in range(tiles + 1)),
+        ("decode", 0, 1),
+        ("decode", 1, 1),
+        ("write", 0, 1),
+    ]
+    # And the next visitor's are not.
+    again = page_lib.upscale_photo(upscaler, options, "png", source, tmp_path / "again")
+    assert again.file.read_bytes() == command_line(root, source, tmp_path / "plain")
+
+
+def test_other_settings_share_the_networks(upscaler):
+    other = upscaler.with_settings(dataclasses.replace(upscaler.settings, upscale=3, latent_tile=16))
+    assert other.velocity is upscaler.velocity and other.settings.upscale == 3
+    assert upscaler.settings.upscale == 2
+    assert other.in_float32.velocity is upscaler.in_float32.velocity
+    assert other.in_float32.settings == other.settings
+    with pytest.raises(ValueError, match="bands"):
+        upscaler.with_settings(dataclasses.replace(upscaler.settings, decoder_band=8))
+
+
+def test_large_results_are_shown_smaller(upscaler, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_lib, "PREVIEW_PIXELS", 2000)
+    result = page_lib.upscale_photo(upscaler, options, "png", save(tmp_path / "a.png"), tmp_path / "page")
+    assert Image.open(result.file).size == (104, 66)
+    assert Image.open(result.before).size == Image.open(result.after).size == (56, 36)
+    assert "Shown at 56×36; the file below has all of them." in result.summary
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((2000, 3000), (2000, 3000)),
+        ((4000, 8000), (2000, 4000)),
+        ((1, 100_000), (1, 8192)),
+    ],
+)
+def test_preview_sizes(size, expected):
+    assert page_lib.preview_size(size) == expected
+
+
+def test_results_that_are_not_finite_are_computed_again(options, tmp_path, monkeypatch):
+    half = networks(dataclasses.replace(options, mixed_precision="fp16"))
+    launch, tried = Upscaler.launch, []
+
+    def overflow(self: Upscaler, photos: list, bucket: tuple, **more: object) -> Launched:
+        tried.append(self.dtype)
+        if self.dtype == np.float32:
+            return launch(self, photos, bucket, **more)
+        return Launched(
+            [photos[0].plan], bucket, False, jnp.zeros((1, *bucket, 3), jnp.uint8), jnp.zeros(1, bool)
+        )
+
+    monkeypatch.setattr(Upscaler, "launch", overflow)
+    result = page_lib.upscale_photo(half, options, "png", save(tmp_path / "a.png"), tmp_path / "page")
+    assert result.notes == ["a.png: not finite in float16; computing again in float32"]
+    assert tried == [np.float16, np.float32]
+    monkeypatch.setattr(Launched, "results", lambda launched: [None])
+    with pytest.raises(UserError, match=r"^a\.png: the result is not finite, in float32 too"):
+        page_lib.upscale_photo(half, options, "png", tmp_path / "a.png", tmp_path / "again")
+
+
+# --- mistakes -------------------------------------------------------------------------------
+
+
+def refused(handlers: "page_lib.Handlers", source: Path | None, **changes: object) -> str:
+    """The message of a request; nobody learns from it where the server keeps its files."""
+    values = dict(scale=2.0, colours="wavelet", tile=8, seed=1, format="png") | changes
+    with pytest.raises(gr.Error) as error:
+        handlers.upscale(None if source is None else str(source), **values)
+    message = error.value.message
+    assert "\n" not in message and str(handlers.root.parent) not in message
+    return message
+
+
+def text(path: Path) -> None:
+    path.write_text("no picture")
+
+
+def empty(path: Path) -> None:
+    path.touch()
+
+
+def cut_short(path: Path) -> None:
+    data = io.BytesIO()
+    photo().save(data, "png")
+    path.write_bytes(data.getvalue()[:-500])
+
+
+def too_large(path: Path) -> None:
+    Image.new("RGB", (201, 200)).save(path)
+
+
+def too_large_result(path: Path) -> None:
+    Image.new("RGB", (150, 150)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (text, "not a readable"),
+        (empty, "is empty (0 bytes)"),
+        (cut_short, "damaged or cut short"),
+        (too_large, "has 201 x 200 = 40200 pixels, more than the limit of 40000; .* raise --max_pixels"),
+        (too_large_result, "would be processed at 304×304 pixels, more than --max_pixels 40000"),
+    ],
+)
+def test_files_that_cannot_be_used(handlers, tmp_path, make, expected):
+    make(tmp_path / "my photo.png")
+    message = refused(handlers, tmp_path / "my photo.png")
+    assert re.match(f"my photo.png: .*{expected.replace('(', '[(]').replace(')', '[)]')}", message), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(scale=0.5), "Scale 0.5: expected 1 to 64"),
+        (dict(scale=float("nan")), "Scale nan: expected 1 to 64"),
+        (dict(scale=None), "Scale: enter a number"),
+        (dict(seed="one"), "Seed: enter a number"),
+        (dict(tile=7), "Tile size 7: expected an even number"),
+        (dict(tile=2), "less than Tile size 2"),
+        (dict(tile=100_000), "Tile size 100000: this transformer's position table ends at"),
+        (dict(seed=2**200), "expected at most 127 bits"),
+    ],
+)
+def test_values_out_of_range(handlers, tmp_path, changes, expected):
+    assert expected in refused(handlers, save(tmp_path / "a.png"), **changes)
+
+
+def test_no_photo_and_failures_of_the_device(handlers, tmp_path, monkeypatch):
+    assert refused(handlers, None) == "Choose a photo first."
+    source = save(tmp_path / "a.png")
+
+    def fail(error: Exception) -> None:
+        def launch(*arguments: object, **more: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Upscaler, "launch", launch)
+
+    fail(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"))
+    assert refused(handlers, source).startswith("a.png: out of device memory at 104×72; --is_use_tile")
+    fail(RuntimeError(f"a bug in {handlers.root}"))
+    assert refused(handlers, source) == "Something went wrong; the server's terminal says what."
+    monkeypatch.undo()
+    assert handlers.upscale(str(source), 2.0, "wavelet", 8, 1, "png")[1].endswith("/a_x2.png")
+
+
+def test_lost_transparency_is_pointed_out(upscaler, options, tmp_path):
+    result = page_lib.upscale_photo(upscaler, options, "jpg", see_through(tmp_path), tmp_path / "page")
+    assert result.notes == ["see-through_x2.jpg: jpg holds no transparency; it is left out"]
+
+
+# --- the server -----------------------------------------------------------------------------
+
+
+def test_requests_are_done_one_after_the_other(served, root, tmp_path, monkeypatch):
+    client_lib = pytest.importorskip("gradio_client")
+    computing, most = [], []
+    real = page_lib.upscale_photo
+
+    def counted(*arguments: object, **more: object) -> object:
+        computing.append(1)
+        most.append(len(computing))
+        try:
+            return real(*arguments, **more)
+        finally:
+            computing.pop()
+
+    monkeypatch.setattr(page_lib, "upscale_photo", counted)
+    client = client_lib.Client(served.url, verbose=False, download_files=tmp_path)
+    sources = [save(tmp_path / f"{name}.png", photo(seed=index)) for index, name in enumerate("abc")]
+    jobs = [
+        client.submit(client_lib.handle_file(source), 2, "wavelet", 8, 42, "png", api_name="/upscale")
+        for source in sources
+    ]
+    for source, job in zip(sources, jobs, strict=True):
+        file = Path(job.result(timeout=60)[1])
+        assert file.read_bytes() == command_line(root, source, tmp_path / f"shell_{source.stem}")
+    assert most == [1, 1, 1]
+    with pytest.raises(Exception, match="Scale 65: expected 1 to 64"):
+        client.predict(client_lib.handle_file(sources[0]), 65, "wavelet", 8, 42, "png", api_name="/upscale")
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/upscale"]
+
+
+def test_only_the_private_folder_is_served(served, tmp_path):
+    def get(path: Path) -> int:
+        try:
+            return urllib.request.urlopen(f"{served.url}gradio_api/file={path}").status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    (served.root / "mine.txt").touch()
+    assert get(served.root / "mine.txt") == 200
+    assert served.root.stat().st_mode & 0o77 == 0
+    secret = save(tmp_path / "secret.png")
+    for path in (secret, REPOSITORY / "README.md", served.root / os.path.relpath(secret, served.root)):
+        assert get(path) in (403, 404), path
+    # Nor is such a file read, if somebody names it in place of an upload.
+    pretended = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [pretended, 2, "wavelet", 8, 42, "png"]}).encode()
+    call = f"{served.url}gradio_api/call/upscale"
+    request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    assert urllib.request.urlopen(f"{call}/{event}").read().startswith(b"event: error")
+
+
+# --- in the browser -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def visit(served: Served, **how: object) -> Iterator:
+    """The page, loaded; it asks nobody else for anything."""
+    with open_page(**how) as page:
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(served.url)
+        page.wait_for_selector("#upscale")
+        yield page
+    outside = [url for url in asked if not url.startswith((served.url, "data:", "blob:"))]
+    assert not outside, outside
+
+
+def upload(page, path: Path) -> None:
+    page.set_input_files("#photo input[type=file]", path)
+
+
+def message(page) -> str:
+    """The one message on the page, which is then closed."""
+    toast = page.get_by_test_id("toast-text")
+    toast.first.wait_for()
+    assert toast.count() == 1
+    words = toast.inner_text()
+    page.get_by_test_id("toast-close").click()
+    toast.wait_for(state="detached")
+    return words
+
+
+def test_a_visit(served, root, tmp_path):
+    source = turned_jpeg(tmp_path)
+    with visit(served) as page:
+        page.click("#upscale")
+        assert message(page) == "Choose a photo first."
+        upload(page, source)
+        page.wait_for_selector("#summary:has-text('turned.jpg: 33×52 pixels.')")
+        page.wait_for_selector("#result img")
+        page.fill("#scale input", "3")
+        page.click("#upscale")
+        page.wait_for_selector("#summary:has-text('33×52 → 99×156 pixels in')")
+
+        images = page.locator("#result img")
+        assert images.count() == 2
+        sizes = images.evaluate_all("all => all.map(image => [image.naturalWidth, image.naturalHeight])")
+        assert sizes == [[99, 156], [99, 156]]
+        covered = images.nth(1).get_attribute("style")
+        handle = page.get_by_test_id("slider").bounding_box()
+        x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x - 30, y, steps=3)
+        page.mouse.up()
+        assert images.nth(1).get_attribute("style") != covered
+
+        with page.expect_download() as download:
+            page.click("#file a")
+        assert download.value.suggested_filename == "turned_x3.png"
+        data = Path(download.value.path()).read_bytes()
+    assert data == command_line(root, source, tmp_path / "shell", "--upscale", "3")
+    assert Image.open(io.BytesIO(data)).info["icc_profile"] == Image.open(source).info["icc_profile"]
+
+
+def test_bad_uploads_on_a_phone(served, tmp_path):
+    cut_short(tmp_path / "a & b.png")
+    good = save(tmp_path / "good.png")
+    big = tmp_path / "big.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)).save(big)
+    with visit(served, phone=True) as page:
+        upload(page, tmp_path / "a & b.png")
+        assert message(page).startswith("a & b.png: the image is damaged or cut short")
+        page.click("#upscale")
+        assert message(page).startswith("a & b.png: the image is damaged or cut short")
+        page.click("#photo .icon-button-wrapper button[aria-label='Clear']")
+        upload(page, big)
+        assert "1" in message(page)
+        upload(page, good)
+        page.wait_for_selector("#summary:has-text('good.png: 52×33 pixels.')")
+        page.tap("#upscale")
+        page.wait_for_selector("#file a")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+class App(Command):
+    def flags(self, output: Path, *more: str) -> list[str]:
+        return flags(self.root, *more)
+
+
+@pytest.fixture
+def command(root, monkeypatch, capsys) -> App:
+    return App(app.main, "infer/app.py", root, monkeypatch, capsys)
+
+
+def test_help(command, tmp_path):
+    said = command.done(tmp_path, "--help")
+    assert all(flag in said for flag in ("--host", "--port", "--max_upload", "--max_waiting", "--upscale"))
+
+
+def test_mistakes_are_told_before_anything_starts(command, tmp_path, monkeypatch):
+    def line(*more: str) -> str:
+        said = command.refused(tmp_path, *more)
+        assert said.count("\n") == 1
+        return said
+
+    assert "nowhere" in line("--pretrained_model_name_or_path", str(tmp_path / "nowhere"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"--port {port}: in use; choose another" in line("--port", port)
+    assert "--port 0: expected 1 to 65535" in line("--port", "0")
+    assert "--max_upload 0: expected at least 1" in line("--max_upload", "0")
+    assert "--host no.such.name.invalid: no such address" in line("--host", "no.such.name.invalid")
+    assert "--host 192.0.2.1: cannot be listened at" in line("--host", "192.0.2.1")
+    assert "--upscale 0.5: expected 1 to 64" in line("--upscale", "0.5")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "tsdsr_jax.page")
+    monkeypatch.delattr("tsdsr_jax.page")
+    assert "pip install 'tsdsr_jax[app]'" in line()
+
+
+def start(root: Path, cache: Path, folder: Path, port: int) -> subprocess.Popen:
+    """The command in an empty folder, with its temporary files in `folder/tmp`."""
+    (folder / "tmp").mkdir(parents=True)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "TMPDIR": str(folder / "tmp"),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    return subprocess.Popen(
+        [sys.executable, REPOSITORY / "infer/app.py", *flags(root, "--port", str(port))],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_it_ends_at_once_and_leaves_nothing(root, cache, tmp_path):
+    kinds, servers = {signal.SIGINT: 130, signal.SIGTERM: 143}, {}
+    for kind in kinds:
+        port = free_port()
+        servers[kind] = (port, start(root, cache, tmp_path / kind.name, port))
+    for kind, status in kinds.items():
+        port, process = servers[kind]
+        folder = tmp_path / kind.name
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        first, ready = process.stdout.readline(), process.stdout.readline()
+        assert "float32" in first and f"http://127.0.0.1:{port}/" in ready
+        assert len(list((folder / "tmp").glob("tsdsr_page_*"))) == 1
+        process.send_signal(kind)
+        out, err = process.communicate()
+        watchdog.cancel()
+        assert process.returncode == status
+        assert out == "" and err == ("interrupted\n" if kind == signal.SIGINT else "")
+        assert not list((folder / "tmp").glob("tsdsr_page_*"))
+        assert [path.name for path in folder.iterdir()] == ["tmp"]

@@ -13,9 +13,11 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,10 +25,11 @@ from tqdm import tqdm
 from tsdsr_jax import cli, evaluation_report, evaluation_tables
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.devices import select_devices
-from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation import find_pairs, measure
+from tsdsr_jax.errors import UserError, printable
+from tsdsr_jax.evaluation import by_name, find_pairs, measure
 from tsdsr_jax.evaluation_tables import Method
 from tsdsr_jax.metric_set import PAPER, Metric, Sources, load_metrics
+from tsdsr_jax.options import check_writable
 from tsdsr_jax.report import check_report_path
 from tsdsr_jax.session import versions
 
@@ -36,13 +39,13 @@ LOGS = ("txt", "csv", "json")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     inp_imgs: tuple[Path, ...]
-    """Folders of results, subfolders included."""
+    """Folders of results, subfolders included; required."""
     gt_imgs: tuple[Path, ...] = ()
     """Folders of references: one for all results, or one each. Files are paired by name."""
     names: tuple[str, ...] = ()
     """What tables call each folder of results; default: the folder's name."""
-    metrics: tuple[str, ...] = PAPER
-    """psnr, ssim, niqe, lpips, or any other of pyiqa's by its name there."""
+    metrics: tuple[str, ...] = ()
+    """psnr, ssim, niqe, lpips, or any other of pyiqa's by its name there; default: the nine of the paper's tables."""
     niqe_params: Path | None = None
     """NIQE's parameters: niqe_pris_params.npz or niqe_modelparameters.mat."""
     lpips_weights: Path | None = None
@@ -64,21 +67,65 @@ class Options:
     max_pixels: int = 100_000_000
     """Leave out pictures with more pixels."""
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of metrics, however they were written: PSNR, or psnr,ssim."""
+        given = [name.strip().lower() for value in self.metrics for name in value.split(",")]
+        return tuple(name for name in given if name) or PAPER
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What has come of it.
+
+    Attributes:
+      methods: one per folder of results.
+      metrics: those that could be computed.
+      missing: the others -> why not.
+      compared: whether differences between methods are wanted.
+    """
+
+    methods: Sequence[Method]
+    metrics: Sequence[Metric]
+    missing: Mapping[str, str]
+    compared: bool
+
+    @property
+    def problems(self) -> list[str]:
+        return [line for method in self.methods for line in method.measured.problems]
+
+    def not_computed(self) -> list[str]:
+        """A line per reason why metrics are not there."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.missing.items():
+            names.setdefault(reason, []).append(name)
+        for method in self.methods:
+            for name, reason in method.measured.missing.items():
+                names.setdefault(reason, []).append(f"{name} of {method.name}")
+        return [f"{', '.join(found)}: {reason}" for reason, found in names.items()]
+
+    def tables(self) -> str:
+        text = evaluation_tables.layout(evaluation_tables.means(self.methods, self.metrics))
+        if self.compared:
+            rows = evaluation_tables.layout(evaluation_tables.differences(self.methods, self.metrics))
+            text += f"\n\nDifferences to {self.methods[0].name}, on the same pictures\n{rows}"
+        lines = self.not_computed()
+        return text + ("\n\nNot computed\n" + "\n".join(lines) if lines else "")
+
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     references, names = check(options)
     logs = log_files(options)
-    if options.report:
-        check_report_path(options.report)
+    inputs = by_name(options.lr_imgs)[0] if options.lr_imgs else {}
     found = [
         find_pairs(results, reference)
         for results, reference in zip(options.inp_imgs, references, strict=True)
     ]
     sources = Sources(bool(options.gt_imgs), options.niqe_params, options.lpips_weights)
-    metrics, missing = load_metrics(options.metrics, sources)
+    metrics, missing = load_metrics(options.wanted, sources)
     if not metrics:
-        raise UserError(f"nothing to compute; {'; '.join(not_computed([], missing))}")
+        raise UserError(f"nothing to compute; {'; '.join(Evaluation((), (), missing, False).not_computed())}")
     device = select_devices(options.device)[0]
     methods = []
     with tqdm(total=sum(len(pairs) for pairs, _ in found), unit=" images", disable=None, leave=False) as bar:
@@ -86,16 +133,15 @@ def main() -> None:
             measured = measure(pairs, metrics, device, options.max_pixels, bar.update)
             measured.problems[:0] = problems
             methods.append(Method(name, measured))
-    text = tables(methods, metrics, missing, options.compare)
-    print(text)
-    if options.log:
-        write_logs(options, logs, text, methods, metrics, missing)
+    evaluation = Evaluation(methods, metrics, missing, options.compare)
+    print(evaluation.tables(), flush=True)
+    complain(evaluation.problems)
+    if logs:
+        write_logs(options, logs, evaluation)
     if options.report:
-        write_report(options, methods, metrics, not_computed(methods, missing))
-    complain(methods)
-    if any(method.measured.problems or method.measured.missing for method in methods):
-        raise SystemExit(1)
-    if missing and options.metrics != PAPER:  # asked for by name
+        write_report(options, evaluation, inputs, together=len(set(references)) == 1)
+    asked = missing if options.metrics else {}  # of the default's, some may be missing
+    if evaluation.problems or asked or any(method.measured.missing for method in methods):
         raise SystemExit(1)
 
 
@@ -114,99 +160,81 @@ def check(options: Options) -> tuple[list[Path | None], list[str]]:
         raise UserError("--compare: methods are compared on the same pictures; give one folder of --gt_imgs")
     if options.max_pixels < 1:
         raise UserError(f"--max_pixels {options.max_pixels}: expected at least 1")
-    if not options.log_name or Path(options.log_name).name != options.log_name:
-        raise UserError(f"--log_name {options.log_name}: expected a file name, without folders")
+    if options.lr_imgs and not options.report:
+        raise UserError("--lr_imgs: is for the report; add --report report.html")
+    if options.report:
+        check_report_path(options.report)
+    references = list(options.gt_imgs) * (count if len(options.gt_imgs) == 1 else 1)
+    return references or [None] * count, method_names(options)
+
+
+def method_names(options: Options) -> list[str]:
+    """`--names`, or the folders' own names, or where those repeat their paths."""
     names = list(options.names) or [folder.resolve().name for folder in options.inp_imgs]
-    if not options.names and len(set(names)) < count:
+    if not options.names and len(set(names)) < len(names):
         names = [str(folder) for folder in options.inp_imgs]
+    names = [printable(name) for name in names]
     repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
         raise UserError(f"{repeated[0]}: stands for several folders; tell them apart with --names")
-    references = list(options.gt_imgs) * (count if len(options.gt_imgs) == 1 else 1)
-    return references or [None] * count, names
+    return names
 
 
 def log_files(options: Options) -> dict[str, Path]:
-    """Suffix -> file; refuses to replace any unless asked to."""
+    """Suffix -> file; refuses what cannot be written, and to replace anything unless asked to."""
+    name = options.log_name
+    if not name or name.startswith(".") or Path(name).name != name:
+        raise UserError(f"--log_name {name}: expected a file name, without folders")
     if options.log is None:
         return {}
-    if options.log.exists() and not options.log.is_dir():
-        raise UserError(f"{options.log}: is a file; --log is a folder")
-    files = {suffix: options.log / f"{options.log_name}.{suffix}" for suffix in LOGS}
-    there = [str(file) for file in files.values() if file.exists()]
-    if there and not options.overwrite:
-        raise UserError(f"{there[0]}: exists; choose another --log or --log_name, or pass --overwrite")
+    check_writable(options.log, "--log")
+    files = {suffix: options.log / f"{name}.{suffix}" for suffix in LOGS}
+    for file in files.values():
+        if os.path.isdir(file):
+            raise UserError(f"{file}: is a folder; choose another --log or --log_name")
+        if os.path.lexists(file) and not options.overwrite:
+            raise UserError(f"{file}: exists; choose another --log or --log_name, or pass --overwrite")
     return files
 
 
-def tables(
-    methods: Sequence[Method], metrics: Sequence[Metric], missing: Mapping[str, str], compared: bool
-) -> str:
-    text = evaluation_tables.layout(evaluation_tables.means(methods, metrics))
-    if compared:
-        rows = evaluation_tables.differences(methods, metrics)
-        text += (
-            f"\n\nDifferences to {methods[0].name}, on the same pictures\n{evaluation_tables.layout(rows)}"
-        )
-    lines = not_computed(methods, missing)
-    return text + ("\n\nNot computed\n" + "\n".join(lines) if lines else "")
+def complain(problems: Sequence[str]) -> None:
+    """Names on stderr everything that the averages leave out."""
+    for line in problems:
+        print(printable(line), file=sys.stderr)
+    if problems:
+        print(f"{cli.script_name()}: {len(problems)} of these; the means leave them out", file=sys.stderr)
 
 
-def not_computed(methods: Sequence[Method], missing: Mapping[str, str]) -> list[str]:
-    """A line per reason why metrics are not there."""
-    names: dict[str, list[str]] = {}
-    for name, reason in missing.items():
-        names.setdefault(reason, []).append(name)
-    for method in methods:
-        for name, reason in method.measured.missing.items():
-            names.setdefault(reason, []).append(f"{name} of {method.name}")
-    return [f"{', '.join(found)}: {reason}" for reason, found in names.items()]
-
-
-def write_logs(
-    options: Options,
-    files: Mapping[str, Path],
-    text: str,
-    methods: Sequence[Method],
-    metrics: Sequence[Metric],
-    missing: Mapping[str, str],
-) -> None:
-    content = evaluation_tables.as_json(methods, metrics, missing, options.compare)
+def write_logs(options: Options, files: Mapping[str, Path], evaluation: Evaluation) -> None:
+    """All three files, or none."""
+    methods, metrics = evaluation.methods, evaluation.metrics
+    content = evaluation_tables.as_json(methods, metrics, evaluation.missing, evaluation.compared)
     content["folders"] = {
-        "inp_imgs": [str(folder) for folder in options.inp_imgs],
-        "gt_imgs": [str(folder) for folder in options.gt_imgs],
+        "inp_imgs": [printable(str(folder)) for folder in options.inp_imgs],
+        "gt_imgs": [printable(str(folder)) for folder in options.gt_imgs],
     }
     content["versions"] = versions()
     written = {
-        "txt": text + "\n",
+        "txt": evaluation.tables() + "\n",
         "csv": evaluation_tables.as_csv(methods, metrics),
         "json": json.dumps(content, indent=2, ensure_ascii=False) + "\n",
     }
-    for suffix, file in files.items():
-        with replacing(file) as temporary:
-            temporary.write_text(written[suffix], encoding="utf-8")
+    with ExitStack() as stack:
+        for suffix, file in files.items():
+            temporary = stack.enter_context(replacing(file))
+            temporary.write_bytes(written[suffix].encode("utf-8", "backslashreplace"))
     print(f"\nin {options.log}: {', '.join(file.name for file in files.values())}")
 
 
 def write_report(
-    options: Options, methods: Sequence[Method], metrics: Sequence[Metric], missing: Sequence[str]
+    options: Options, evaluation: Evaluation, inputs: Mapping[str, Path], *, together: bool
 ) -> None:
-    notes = [f"not computed: {line}" for line in missing]
-    notes += [f"not measured: {line}" for method in methods for line in method.measured.problems]
-    count = len({pair.name for method in methods for pair in method.measured.pairs})
-    with tqdm(total=count, desc="report", unit=" images", disable=None, leave=False) as bar:
-        evaluation_report.write(options.report, methods, metrics, options.lr_imgs, notes, bar.update)
+    methods, metrics = evaluation.methods, evaluation.metrics
+    notes = [f"not computed: {line}" for line in evaluation.not_computed()]
+    notes += [f"not measured: {line}" for line in evaluation.problems]
+    with tqdm(desc="report", unit=" images", disable=None, leave=False) as bar:
+        evaluation_report.write(options.report, methods, metrics, inputs, together, notes, bar.update)
     print(f"Look at {options.report}")
-
-
-def complain(methods: Sequence[Method]) -> None:
-    """Names, last and on stderr, everything the averages leave out."""
-    for method in methods:
-        for line in method.measured.problems:
-            print(line, file=sys.stderr)
-    count = sum(len(method.measured.problems) for method in methods)
-    if count:
-        print(f"evaluate.py: {count} of these; the means leave them out", file=sys.stderr)
 
 
 if __name__ == "__main__":

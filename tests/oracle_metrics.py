@@ -70,6 +70,7 @@ GAMMAS = np.arange(200, 10001) / 1000
 RATIOS = special.gamma(2 / GAMMAS) ** 2 / (special.gamma(1 / GAMMAS) * special.gamma(3 / GAMMAS))
 
 
+@np.errstate(invalid="ignore", divide="ignore")
 def block_features(block: np.ndarray) -> list[float]:
     alpha, left, right = fit(block)
     features = [alpha, (left + right) / 2]
@@ -82,8 +83,9 @@ def block_features(block: np.ndarray) -> list[float]:
 
 def fit(values: np.ndarray) -> tuple[float, float, float]:
     """Shape and both scales of an asymmetric generalised Gaussian, by moments."""
-    left = np.sqrt(np.mean(values[values < 0] ** 2))
-    right = np.sqrt(np.mean(values[values > 0] ** 2))
+    left, right = (
+        np.sqrt(np.square(side).sum() / len(side)) for side in (values[values < 0], values[values > 0])
+    )
     gamma = left / right
     ratio = np.mean(np.abs(values)) ** 2 / np.mean(values**2)
     ratio *= (gamma**3 + 1) * (gamma + 1) / (gamma**2 + 1) ** 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ from PIL import Image
 import oracle_metrics
 from commands import Command
 from infer import evaluate
-from tsdsr_jax import evaluation_report
+from tsdsr_jax import evaluation_report, evaluation_tables, pyiqa_metrics
+from tsdsr_jax.errors import UserError
 
 
 class Evaluate(Command):
@@ -29,6 +32,8 @@ class Evaluate(Command):
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch, capsys) -> Evaluate:
+    """Three pairs, of which two methods' results; without pyiqa, whether it is there or not."""
+    monkeypatch.setattr(pyiqa_metrics, "is_installed", lambda: False)
     generator = np.random.default_rng()
     for name in ("a", "b", "c"):
         hr = generator.integers(30, 226, (24, 30, 3), dtype=np.uint8)
@@ -68,10 +73,79 @@ def test_table_csv_and_json(command, tmp_path):
     values = [value for value, _ in figures.values()]
     assert psnr["mean"] == pytest.approx(means[0], abs=1e-4)
     assert psnr["sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-3)
-    low, high = psnr["ci95"]
-    assert min(values) - 1e-4 <= low < psnr["mean"] < high <= max(values) + 1e-4
+    assert psnr["ci95"] is None  # three are too few
     assert psnr["images"] == 3 and content["metrics"]["psnr"]["computed_by"] == "tsdsr_jax"
     assert {"python", "jax", "tsdsr_jax"} <= content["versions"].keys()
+
+
+def test_intervals_of_many(command, tmp_path):
+    for index in range(12):
+        for folder in ("sr", "hr"):
+            shutil.copy(
+                tmp_path / folder / f"{'abc'[index % 3]}.png", tmp_path / folder / f"more {index}.png"
+            )
+    command.done(tmp_path / "log", "--metrics", "PSNR,ssim")
+    found = json.loads((tmp_path / "log/METRICS.json").read_text())["methods"]["sr"]["metrics"]
+    for name in ("psnr", "ssim"):
+        low, high = found[name]["ci95"]
+        assert low < found[name]["mean"] < high and found[name]["images"] == 15
+
+
+def test_values_that_are_missing(command, tmp_path):
+    """Empty in the CSV; the table says how many there are; the method without them is compared on the others."""
+    for folder in ("sr", "hr", "other"):
+        image = Image.open(tmp_path / folder / "a.png").crop((0, 0, 10, 10))
+        image.save(tmp_path / folder / "small.png")
+    (tmp_path / "other/b.png").unlink()
+    both = ("--inp_imgs", f"{tmp_path}/sr", f"{tmp_path}/other", "--compare")
+    outcome = command(tmp_path / "log", "--metrics", "psnr", "ssim", *both)
+    assert outcome.status == 1 and "no SSIM (10×10 pixels are too few" in outcome.err
+    assert row(outcome.out, "sr")[2:] == [row(outcome.out, "sr")[2], "(3)", "4"]
+    with (tmp_path / "log/METRICS.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["ssim"] for r in rows if r["image"] == "small"] == ["", ""]
+    compared = json.loads((tmp_path / "log/METRICS.json").read_text())["differences"]["methods"]["other"]
+    assert compared["psnr"]["images"] == 3 and compared["ssim"]["images"] == 2
+
+
+def test_folders_of_one_name_are_told_by_their_paths(command, tmp_path):
+    shutil.copytree(tmp_path / "sr", tmp_path / "deep/sr")
+    both = ("--inp_imgs", f"{tmp_path}/sr", f"{tmp_path}/deep/sr")
+    printed = command.done(tmp_path / "log", "--metrics", "psnr", *both)
+    assert f"\n{tmp_path}/sr " in printed and f"\n{tmp_path}/deep/sr " in printed
+
+
+def test_names_that_are_no_text(command, tmp_path):
+    try:
+        for folder in ("sr", "hr"):
+            shutil.copy(tmp_path / folder / "a.png", tmp_path / folder / os.fsdecode(b"odd\xff.png"))
+    except OSError as error:
+        if error.errno != errno.EILSEQ:
+            raise
+        pytest.skip("no right to mount a file system whose names may be any bytes")
+    command.done(tmp_path / "log", "--metrics", "psnr", "--names", "a\nb")
+    text = (tmp_path / "log/METRICS.csv").read_text()
+    assert "odd\\xff" in text and "a\\nb" in text and len(text.splitlines()) == 5
+    json.loads((tmp_path / "log/METRICS.json").read_text())
+
+
+def test_a_log_that_cannot_be_written_is_told_before_the_work(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure", None)
+    assert "is a file" in command.refused(tmp_path / "sr/a.png/log", "--metrics", "psnr")
+    (tmp_path / "log/METRICS.json").mkdir(parents=True)
+    assert "METRICS.json: is a folder" in command.refused(tmp_path / "log", "--overwrite")
+
+
+def test_what_was_left_out_is_named_even_if_the_log_fails(command, tmp_path, monkeypatch):
+    (tmp_path / "sr/a.png").write_bytes(b"")
+    monkeypatch.setattr(evaluation_tables, "as_csv", fails)
+    outcome = command(tmp_path / "log", "--metrics", "psnr")
+    assert outcome.status == 1 and "a.png: is empty" in outcome.err and "no space" in outcome.err
+    assert not list((tmp_path / "log").glob("*"))
+
+
+def fails(*_) -> str:
+    raise UserError("no space")
 
 
 def test_methods_compared(command, tmp_path):
@@ -85,7 +159,7 @@ def test_methods_compared(command, tmp_path):
     assert shown[-3:] == ["3", "0", "3"]  # better, worse, images
     found = json.loads((tmp_path / "log/METRICS.json").read_text())["differences"]
     assert found["to"] == "noisy"
-    assert found["better one"]["psnr"]["mean"] == pytest.approx(np.mean(changes), abs=1e-3)
+    assert found["methods"]["better one"]["psnr"]["mean"] == pytest.approx(np.mean(changes), abs=1e-3)
 
 
 def test_what_is_missing_is_said(command, tmp_path):
@@ -156,8 +230,13 @@ def test_log_files_are_not_replaced(command, tmp_path):
         (("--niqe_params", "{root}"), "is a folder"),
         (("--niqe_params", "{root}/sr/a.png"), "not a file of NIQE's parameters"),
         (("--lpips_weights", "{root}/sr/a.png"), "a.png"),
-        (("--log", "{root}/sr/a.png"), "is a file; --log is a folder"),
+        (("--log", "{root}/sr/a.png"), "a.png is a file"),
         (("--log_name", "a/b"), "expected a file name"),
+        (("--log_name", ".."), "expected a file name"),
+        (("--inp_imgs", "x" * 300), "no such folder"),
+        (("--lr_imgs", "{root}/sr"), "add --report"),
+        (("--lr_imgs", "{root}/none", "--report", "{root}/page.html"), "no such folder"),
+        (("--lpips_weights", "{root}/none"), "not found"),
         (("--max_pixels", "0"), "expected at least 1"),
         (("--device", "abacus"), "--device abacus"),
         (("--report", "{root}/sr/a.png"), "a.png"),

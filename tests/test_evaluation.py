@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import jax
@@ -113,7 +115,7 @@ def test_what_cannot_be_measured_is_named_and_left_out(tmp_path: Path, generator
     for name in ("size", "empty", "torn", "text"):
         image = write(tmp_path / f"hr/{name}.png", random_image(generator))
         write(tmp_path / f"sr/{name}.png", image)
-    write(tmp_path / "sr/size.png", random_image(generator, 10, 24))
+    write(tmp_path / "sr/size.png", random_image(generator, 20, 25))
     (tmp_path / "sr/empty.png").write_bytes(b"")
     torn = (tmp_path / "sr/torn.png").read_bytes()
     (tmp_path / "sr/torn.png").write_bytes(torn[: len(torn) // 2])
@@ -131,8 +133,68 @@ def test_what_cannot_be_measured_is_named_and_left_out(tmp_path: Path, generator
     assert lines[0].startswith(f"{tmp_path / 'hr/text.png'}: not a readable")
     assert lines[1].startswith(f"{tmp_path / 'sr/empty.png'}: is empty")
     size, reference = tmp_path / "sr/size.png", tmp_path / "hr/size.png"
-    assert lines[2] == f"{size}: 24×10 pixels, but {reference} has 24×20; not measured"
+    assert lines[2] == f"{size}: 25×20 pixels, but {reference} has 24×20; not measured"
     assert lines[3].startswith(f"{tmp_path / 'sr/torn.png'}: the image is damaged or cut short")
+
+
+def test_pictures_above_the_limit_are_left_out(tmp_path: Path, generator):
+    for name, size in {"a": (20, 20), "b": (20, 21)}.items():
+        write(tmp_path / f"{name}.png", random_image(generator, *size))
+    pairs, _ = find_pairs(tmp_path, tmp_path)
+    metrics, _ = load_metrics(("psnr",), Sources(references=True))
+    measured = measure_here(pairs, metrics, max_pixels=400)
+    assert [pair.name for pair in measured.pairs] == ["a"]
+    assert len(measured.problems) == 1 and "b.png" in measured.problems[0]
+
+
+def test_odd_names_and_files(tmp_path: Path, generator):
+    """Bytes that are no text, line ends; a pipe is not waited for, a broken link is named."""
+    names = ["täst", "line\nend", os.fsdecode(b"odd\xff")]
+    for name in names:
+        try:
+            write(tmp_path / f"{name}.png", random_image(generator))
+        except OSError:  # not on this file system
+            names.remove(name)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    pairs, _ = find_pairs(tmp_path, None)
+    assert {pair.name for pair in pairs} >= {"täst", "line\\nend", "gone"}
+    assert all(pair.name.isprintable() for pair in pairs) and "pipe" not in {pair.name for pair in pairs}
+    measured = measure_here(pairs, [constant("x", 1.0)])
+    assert len(measured.pairs) == len(names)
+    assert len(measured.problems) == 1 and "gone.png: does not exist" in measured.problems[0]
+
+
+def test_niqe_needs_two_blocks(tmp_path: Path, generator):
+    root = generator.normal(size=(36, 36)) / 6
+    np.savez(tmp_path / "model.npz", mu_pris_param=np.zeros(36), cov_pris_param=root @ root.T + np.eye(36))
+    for name, size in {"a": (96, 191), "b": (192, 96), "c": (96, 192)}.items():
+        write(tmp_path / f"images/{name}.png", random_image(generator, *size))
+    pairs, _ = find_pairs(tmp_path / "images", None)
+    (metric,), _ = load_metrics(("niqe",), Sources(False, niqe_params=tmp_path / "model.npz"))
+    assert metric.better == "lower" and not metric.needs_reference
+    measured = measure_here(pairs, [metric])
+    assert {name for name, values in measured.values.items() if values} == {"b", "c"}
+    assert "no NIQE (191×96 pixels are too few, it needs 192×96)" in measured.problems[0]
+
+
+def test_no_memory_costs_the_pictures_not_the_run(tmp_path: Path, generator):
+    write(tmp_path / "a.png", random_image(generator))
+    pairs, _ = find_pairs(tmp_path, None)
+
+    def exhausted(*_):
+        raise MemoryError
+
+    metrics = [
+        Metric("x", None, False, "test", lambda batch: exhausted),
+        Metric("y", None, False, "test", exhausted),
+        constant("z", 1.0),
+    ]
+    measured = measure_here(pairs, metrics)
+    assert measured.values == {"a": {"z": 1.0}}
+    assert len(measured.problems) == 2 and all("out of memory" in line for line in measured.problems)
+    with pytest.raises(ZeroDivisionError):  # a bug is no reason
+        measure_here(pairs, [Metric("x", None, False, "test", lambda batch: lambda: 1 / 0)])
 
 
 def test_too_small_for_one_metric(tmp_path: Path, generator):
@@ -180,10 +242,14 @@ def test_metrics_of_whole_folders(tmp_path: Path, generator):
     metrics = [
         Metric("fid", "lower", True, "test", over_folders=names),
         Metric("fid2", "lower", True, "test", over_folders=fails),
+        Metric("fid3", "lower", True, "test", over_folders=lambda *_: float("nan")),
     ]
     measured = measure_here(pairs, metrics)
     assert measured.of_folder == {"fid": 4.5}
-    assert measured.missing == {"fid2": "failed on these files (no network)"}
+    assert measured.missing == {
+        "fid2": "failed on these files (no network)",
+        "fid3": "is nan of these files",
+    }
 
 
 def test_metrics_that_are_missing(monkeypatch):
@@ -193,6 +259,8 @@ def test_metrics_that_are_missing(monkeypatch):
     assert missing["psnr"] == "compares with a reference: needs --gt_imgs"
     assert "--niqe_params" in missing["niqe"] and "--lpips_weights" in missing["lpips"]
     assert missing["musiq"] == "needs pyiqa: pip install 'tsdsr_jax[metrics]'"
+    _, missing = load_metrics(("pnsr",), Sources(references=True))
+    assert missing["pnsr"].endswith("did you mean psnr?")
 
 
 def test_lpips_sees_each_picture_in_its_own_size(tmp_path: Path, generator):
@@ -209,7 +277,7 @@ def test_lpips_sees_each_picture_in_its_own_size(tmp_path: Path, generator):
         expected[name] = float(model.apply({"params": params}, *unit)[0])
     write(tmp_path / "x/d.png", write(tmp_path / "y/d.png", random_image(generator, 30, 80)))
     metrics, missing = load_metrics(("lpips",), Sources(True, lpips_weights=tmp_path / "alex.safetensors"))
-    assert not missing
+    assert not missing and metrics[0].better == "lower"
     pairs, _ = find_pairs(tmp_path / "x", tmp_path / "y")
     measured = measure_here(pairs, metrics)
     assert {name: values["lpips"] for name, values in measured.values.items() if values} == pytest.approx(
@@ -250,6 +318,10 @@ class Model:
 def test_metrics_of_pyiqa(tmp_path: Path, generator, monkeypatch, capsys):
     pytest.importorskip("torch")
     (tmp_path / "pyiqa.py").write_text(STAND_IN)
+    monkeypatch.delitem(sys.modules, "pyiqa", raising=False)
+    # Gone afterwards, though an import puts it there.
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    monkeypatch.delitem(sys.modules, "pyiqa")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(pyiqa_metrics, "version", lambda package: "0.1.13")
     a = (

@@ -17,6 +17,11 @@ def test_estimate_of_many():
     half = 1.96 * values.std(ddof=1) / 20
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
     assert estimate(values.tolist()) == found
+    # Ten thousand resamples, and what 95 % of their means lie between.
+    means = values[np.random.default_rng(0).integers(400, size=(10_000, 400))].mean(axis=1)
+    means.sort()
+    inside = ((means >= found.low) & (means <= found.high)).mean()
+    assert inside == pytest.approx(0.95, abs=1e-4)
 
 
 def test_chunks_draw_what_one_round_draws(monkeypatch):
@@ -26,7 +31,9 @@ def test_chunks_draw_what_one_round_draws(monkeypatch):
     assert estimate(values) == whole
 
 
-def test_one_value_has_no_interval():
+def test_few_values_have_no_interval():
+    assert estimate([3.0, 5.0] * 4).low is None and estimate([3.0, 5.0] * 5).low is not None
+    assert estimate([3.0, 5.0]).deviation == pytest.approx(2**0.5)
     assert estimate([3.0]) == statistics.Estimate(3.0, None, None, None, 1)
     with pytest.raises(ValueError, match="no values"):
         estimate([])
@@ -42,6 +49,7 @@ def test_paired_difference():
     assert (lower.wins, lower.losses) == (1, 2)
     assert difference(first, second, None).wins is None
     # A constant shift is certain, however much the pictures differ.
+    first = [*range(12)]
     sure = difference(first, [value + 0.5 for value in first], "higher").change
     assert (sure.low, sure.high) == pytest.approx((0.5, 0.5))
     with pytest.raises(ValueError, match="pairs"):

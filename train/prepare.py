@@ -44,7 +44,7 @@ from tsdsr_jax.devices import DTYPES, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import read_photo
 from tsdsr_jax.networks import Networks, load_text, text_hash
-from tsdsr_jax.options import CropOptions, at_least, check_writable
+from tsdsr_jax.options import PairOptions, at_least, check_writable
 from tsdsr_jax.pairs import Crops, Layout, Pairs, Planned, plan
 from tsdsr_jax.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
 from tsdsr_jax.preparation import Embedder, Encoder, PromptChoice, Prompts, find_prompts, finish
@@ -63,7 +63,7 @@ SHEET_MARK = ("Comment", "degraded samples by tsdsr_jax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(CropOptions):
+class Options(PairOptions):
     hr_dir: tuple[Path, ...]
     """Folder of photographs, searched with its subfolders; repeat for several."""
     output_dir: Path | None = None

@@ -118,6 +118,10 @@ def run(main: Callable[[], object]) -> None:
     A `UserError` becomes one line on stderr and status 1; Ctrl-C says `interrupted` and gives 130; a reader that
     closes the pipe early (`... | head`) is not worth a message. Anything else is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character, or a file name's odd byte, is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with contextlib.suppress(ValueError):  # not in the main thread: handlers stay as they are
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -12,3 +12,9 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What another library's error says, for use inside a message of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    """A name as it can be printed and stored: odd bytes of file names, line ends and other control characters escaped."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.errors import UserError, first_line, printable
 from tsdsr_jax.images import read_photo, read_size
 from tsdsr_jax.metric_set import Batch, Metric, Values
 from tsdsr_jax.photos import find_photographs
@@ -100,11 +102,12 @@ def by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
     Raises:
       UserError: no such folder, or no images in it.
     """
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise UserError(f"{folder}: is a file; expected a folder of images")
     together: dict[str, list[Path]] = {}
     for file in find_photographs(folder):
-        together.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+        name = printable(file.relative_to(folder).with_suffix("").as_posix())
+        together.setdefault(name, []).append(file)
     problems = [
         f"{', '.join(map(str, files))}: several files of one name; keep one of them"
         for files in together.values()
@@ -142,14 +145,14 @@ def measure(
 
         def finish() -> None:
             read, started = running.popleft()
-            _file(read, per_picture, started, measured)
+            _record(read, per_picture, started, measured)
             on_done(len(read.pairs))
 
         sound = [(pair, size) for pair, size in sized if not isinstance(size, str)]
         for read in _batches(sound, device, max_pixels, pool):
             measured.problems += read.unread
             on_done(len(read.unread))
-            running.append((read, _start(read.batch, per_picture)))
+            running.append((read, [_start(metric, read.batch) for metric in per_picture]))
             if len(running) > 1:
                 finish()
         while running:
@@ -215,6 +218,8 @@ def _pixels(pair: Pair, max_pixels: int) -> tuple[np.ndarray, np.ndarray | None]
         return result, read_photo(pair.reference, max_pixels).rgb if pair.reference else None
     except UserError as error:
         return str(error)
+    except MemoryError:
+        return f"{pair.result}: no memory to read it; lower --max_pixels leaves such pictures out"
 
 
 def _stack(
@@ -238,19 +243,33 @@ def _stack(
     return _Read([pair for pair, _ in sound], batch, [found for found in pixels if isinstance(found, str)])
 
 
-def _start(batch: Batch, metrics: Sequence[Metric]) -> list[Values]:
-    """Starts every metric on a batch."""
-    sizes = batch.sizes[: batch.count].tolist()
-
-    def start(metric: Metric) -> Values:
-        if metric.start and any(metric.fits(*size) for size in sizes):
-            return metric.start(batch)
+def _start(metric: Metric, batch: Batch) -> Values:
+    """Starts a metric on a batch; what goes wrong for want of memory becomes the pictures' reason."""
+    if not any(metric.fits(*size) for size in batch.sizes[: batch.count].tolist()):
         return lambda: [""] * batch.count
+    try:
+        wait = metric.start(batch)  # pyright: ignore
+    except Exception as error:
+        return partial(_no_memory, error, batch.count)
 
-    return [start(metric) for metric in metrics]
+    def values() -> Sequence[float | str]:
+        try:
+            return wait()
+        except Exception as error:
+            return _no_memory(error, batch.count)
+
+    return values
 
 
-def _file(read: _Read, metrics: Sequence[Metric], started: Sequence[Values], measured: Measured) -> None:
+def _no_memory(error: Exception, count: int) -> list[str]:
+    """The reason for each picture, where it is one; any other error is a bug and goes up."""
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if not exhausted and not isinstance(error, MemoryError):
+        raise error
+    return ["out of memory; --device cpu has more, perhaps"] * count
+
+
+def _record(read: _Read, metrics: Sequence[Metric], started: Sequence[Values], measured: Measured) -> None:
     """Waits for a batch's values and puts them where they belong."""
     measured.pairs += read.pairs
     measured.values |= {pair.name: {} for pair in read.pairs}
@@ -269,6 +288,10 @@ def _of_folder(metric: Metric, measured: Measured) -> None:
     try:
         results = [pair.result for pair in measured.pairs]
         references = [pair.reference for pair in measured.pairs if pair.reference]
-        measured.of_folder[metric.name] = metric.over_folders(results, references)  # pyright: ignore
+        value = metric.over_folders(results, references)  # pyright: ignore
+        if math.isfinite(value):
+            measured.of_folder[metric.name] = value
+        else:
+            measured.missing[metric.name] = f"is {value} of these files"
     except Exception as error:  # another package's, with its own files and downloads
         measured.missing[metric.name] = f"failed on these files ({first_line(error)})"

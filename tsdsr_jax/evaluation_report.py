@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tsdsr_jax import evaluation_tables
-from tsdsr_jax.evaluation import Measured, Pair, by_name
+from tsdsr_jax.evaluation import Pair
 from tsdsr_jax.evaluation_tables import Method
 from tsdsr_jax.metric_set import Metric
 from tsdsr_jax.report import Column, Entry, Layer, Summary, write_report
@@ -16,19 +16,19 @@ def write(
     path: Path,
     methods: Sequence[Method],
     metrics: Sequence[Metric],
-    inputs: Path | None,
+    inputs: Mapping[str, Path],
+    together: bool,
     notes: Sequence[str],
     progress: Callable[[], object],
 ) -> None:
     """Writes the page.
 
-    Methods measured against the same references share an entry per picture, with all their values; otherwise each has
-    entries of its own.
-
     Args:
       path: the HTML file.
       methods, metrics: what was measured.
-      inputs: folder of the low-resolution pictures, shown first where one has the result's name.
+      inputs: low-resolution pictures by the results' names, to be shown first.
+      together: whether all methods were measured against the same references. Then they share an entry per picture, with
+        all their values; otherwise each has entries of its own.
       notes: lines on top.
       progress: called after each entry.
 
@@ -36,10 +36,8 @@ def write(
       UserError: the file cannot be written.
     """
     per_picture = [metric for metric in metrics if not metric.over_folders]
-    sources = by_name(inputs)[0] if inputs else {}
-    together = len({_references(method.measured) for method in methods}) == 1
     groups = [methods] if together else [[method] for method in methods]
-    entries = [entry for group in groups for entry in _entries(group, per_picture, sources, not together)]
+    entries = [entry for group in groups for entry in _entries(group, per_picture, inputs, not together)]
     header, *rows = evaluation_tables.means(methods, metrics)
     write_report(
         path,
@@ -50,11 +48,6 @@ def write(
         notes=notes,
         progress=progress,
     )
-
-
-def _references(measured: Measured) -> tuple[Path | None, ...]:
-    """The folders that references lie in; enough to tell one set from another."""
-    return tuple(sorted({pair.reference.parent for pair in measured.pairs if pair.reference}))
 
 
 def _columns(methods: Sequence[Method], metrics: Sequence[Metric]) -> list[Column]:
@@ -70,7 +63,7 @@ def _column_name(method: Method, metric: Metric, several: bool) -> str:
 
 
 def _entries(
-    methods: Sequence[Method], metrics: Sequence[Metric], sources: dict[str, Path], prefix: bool
+    methods: Sequence[Method], metrics: Sequence[Metric], sources: Mapping[str, Path], prefix: bool
 ) -> list[Entry]:
     pairs: dict[str, list[tuple[Method, Pair]]] = {}
     for method in methods:

@@ -128,7 +128,7 @@ def as_json(
     if compared:
         found["differences"] = {
             "to": methods[0].name,
-            **{method.name: _differences(methods[0], method, metrics) for method in methods[1:]},
+            "methods": {method.name: _differences(methods[0], method, metrics) for method in methods[1:]},
         }
     return found
 

@@ -7,7 +7,9 @@ so that tables can say so.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +19,10 @@ import jax
 import numpy as np
 
 from tsdsr_jax import metrics, niqe, pyiqa_metrics
-from tsdsr_jax.errors import first_line
+from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.lpips_weights import load_lpips
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
+from tsdsr_jax.niqe_model import load_pristine
 
 OWN_FILES = {
     "niqe": "--niqe_params (BasicSR's niqe_pris_params.npz, also in TSD-SR's repository, or pyiqa's .mat), or ",
@@ -87,8 +90,8 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """As papers write it."""
-        return {"maniqa-pipal": "MANIQA"}.get(self.name, self.name.upper())
+        """For tables."""
+        return self.name.upper()
 
     def fits(self, height: int, width: int) -> bool:
         return min(height, width) >= min(self.smallest) and max(height, width) >= max(self.smallest)
@@ -129,15 +132,18 @@ def load_metrics(names: Sequence[str], sources: Sources) -> tuple[list[Metric], 
 def _load(name: str, sources: Sources) -> Metric | str:
     """A metric, or the reason why not."""
     if name == "psnr":
-        return Metric(name, "higher", True, "tsdsr_jax", _start_psnr)
+        return Metric(name, "higher", True, "tsdsr_jax", _starting(metrics.psnr_y))
     if name == "ssim":
-        return Metric(name, "higher", True, "tsdsr_jax", _start_ssim, smallest=(metrics.SSIM_SIDE,) * 2)
+        smallest = (metrics.SSIM_SIDE,) * 2
+        return Metric(name, "higher", True, "tsdsr_jax", _starting(metrics.ssim_y), smallest=smallest)
     if name == "niqe" and sources.niqe_params:
         return _niqe(sources.niqe_params)
     if name == "lpips" and sources.lpips_weights:
         return _lpips(sources.lpips_weights)
     if not pyiqa_metrics.is_installed():
-        return f"needs {OWN_FILES.get(name, '')}pyiqa: pip install 'tsdsr_jax[metrics]'"
+        similar = [] if name in PAPER else difflib.get_close_matches(name, PAPER, 1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        return f"needs {OWN_FILES.get(name, '')}pyiqa: pip install 'tsdsr_jax[metrics]'{hint}"
     found = pyiqa_metrics.load(name)
     if isinstance(found, str):
         return found
@@ -158,18 +164,16 @@ def _load(name: str, sources: Sources) -> Metric | str:
     return Metric(name, better, needs_reference, found.source, start)
 
 
-def _start_psnr(batch: Batch) -> Values:
-    values = metrics.psnr_y(*batch.on_device)
-    return lambda: np.asarray(values, float).tolist()
+def _starting(function: Callable[..., jax.Array]) -> Callable[[Batch], Values]:
+    def start(batch: Batch) -> Values:
+        values = function(*batch.on_device)
+        return lambda: np.asarray(values, float).tolist()
 
-
-def _start_ssim(batch: Batch) -> Values:
-    values = metrics.ssim_y(*batch.on_device)
-    return lambda: np.asarray(values, float).tolist()
+    return start
 
 
 def _niqe(path: Path) -> Metric:
-    model = niqe.load_pristine(path)
+    model = load_pristine(path)
 
     def start(batch: Batch) -> Values:
         results, _, sizes = batch.on_device
@@ -184,6 +188,10 @@ def _niqe(path: Path) -> Metric:
 
 
 def _lpips(path: Path) -> Metric:
+    if not os.path.isfile(path):
+        raise UserError(
+            f"--lpips_weights {path}: not found; python convert/lpips.py --help says how to make them"
+        )
     network, params = load_lpips(path)
     # One program per size: its convolutions see the borders, which padding to a common size would move.
     compare = jax.jit(LPIPS(network).apply)

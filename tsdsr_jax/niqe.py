@@ -6,22 +6,19 @@ the features with the pristine model, which comes as a file. Lower is better.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from scipy import io, special
+from scipy import special
 
-from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.metrics import filter_valid, gaussian_taps
+from tsdsr_jax.niqe_model import FEATURES, PristineModel
 
 BLOCK = 96
-_FEATURES = 36  # 18 at each of two scales
 _TAPS = gaussian_taps(7, 7 / 6)
 _REACH = len(_TAPS) // 2
 # MATLAB's `imresize` by one half: its cubic (a = -0.5) stretched to eight taps, at distances 0.5, 1.5, 2.5 and 3.5.
@@ -33,70 +30,6 @@ _SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
 # The table in which Mittal et al. look the shape parameter up, and the ratio of moments that belongs to each.
 _SHAPES = np.arange(200, 10001) / 1000
 _RATIOS = special.gamma(2 / _SHAPES) ** 2 / (special.gamma(1 / _SHAPES) * special.gamma(3 / _SHAPES))
-
-# What BasicSR and the MATLAB release call them.
-_NAMES = {"mean": ("mu_pris_param", "mu_prisparam"), "covariance": ("cov_pris_param", "cov_prisparam")}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PristineModel:
-    """Features of natural photographs.
-
-    Attributes:
-      mean: (36,) float64.
-      covariance: (36, 36) float64.
-    """
-
-    mean: np.ndarray
-    covariance: np.ndarray
-
-
-def load_pristine(path: Path) -> PristineModel:
-    """Reads BasicSR's `niqe_pris_params.npz`, or `niqe_modelparameters.mat` of pyiqa and of the MATLAB release.
-
-    Raises:
-      UserError: missing, damaged, or another kind of file.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get()}")
-    try:
-        stored = io.loadmat(path) if path.suffix == ".mat" else _load_archive(path)
-    except Exception as error:  # the readers have no common error for files that are something else
-        raise UserError(
-            f"{path}: not a file of NIQE's parameters ({first_line(error)}); {how_to_get()}"
-        ) from None
-    arrays = {}
-    for key, names in _NAMES.items():
-        name = next((name for name in names if name in stored), None)
-        if name is None:
-            raise UserError(
-                f"{path}: not a file of NIQE's parameters (no {' or '.join(names)}); {how_to_get()}"
-            )
-        arrays[key] = np.asarray(stored[name], np.float64)
-    shapes = arrays["mean"].size, arrays["covariance"].shape
-    if shapes != (_FEATURES, (_FEATURES, _FEATURES)):
-        raise UserError(
-            f"{path}: {shapes[0]} means and a covariance of {shapes[1]}; expected 36 and (36, 36)"
-        )
-    return PristineModel(arrays["mean"].ravel(), arrays["covariance"])
-
-
-def _load_archive(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive)
-
-
-def how_to_get() -> str:
-    """Where the parameters come from."""
-    return (
-        "--niqe_params takes niqe_pris_params.npz of BasicSR (in TSD-SR's repository as basicsr/metrics/), or"
-        " niqe_modelparameters.mat of pyiqa"
-    )
-
-
-def is_large_enough(height: int, width: int) -> bool:
-    """NIQE compares the spread of blocks, so it needs two of them."""
-    return (height // BLOCK) * (width // BLOCK) >= 2
 
 
 def niqe(images: jax.Array, sizes: np.ndarray, model: PristineModel) -> list[float]:
@@ -124,7 +57,7 @@ def distances(moments: Sequence[jax.Array], sizes: np.ndarray, model: PristineMo
         axis=-1,
     )
     return [
-        _distance(grid[: height // BLOCK, : width // BLOCK].reshape(-1, _FEATURES), model)
+        _distance(grid[: height // BLOCK, : width // BLOCK].reshape(-1, FEATURES), model)
         for grid, (height, width) in zip(features, np.asarray(sizes), strict=False)
     ]
 

@@ -202,7 +202,7 @@ class OptimizerOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CropOptions:
-    """How photographs become training pairs; the same flags for preparing and for training."""
+    """How photographs are cut up; the same flags for preparing and for training."""
 
     crop_size: tuple[int, ...] = (512,)
     """Side of the crops, or their height and width; multiples of 16."""
@@ -210,8 +210,6 @@ class CropOptions:
     """Leave photographs out that have fewer than this many pixels squared. Default: 3/4 of the crops' shorter side."""
     sharpen_gt: bool = True
     """Unsharp-mask the photographs before they serve as target and as source, as the published pipeline does by default."""
-    jpeg: Literal["model", "codec"] = "model"
-    """Compress with the published pipeline's model of JPEG, or with a real codec."""
 
     def crop(self) -> CropConfig:
         height, width = self.crop_size if len(self.crop_size) == 2 else self.crop_size * 2
@@ -219,7 +217,7 @@ class CropOptions:
         return CropConfig(height, width, minimum)
 
     def degradation(self) -> DegradationConfig:
-        return DegradationConfig(sharpen=self.sharpen_gt, codec=self.jpeg == "codec")
+        return DegradationConfig(sharpen=self.sharpen_gt)
 
     def check_crop(self) -> None:
         if len(self.crop_size) not in (1, 2) or any(side < 1 or side % CROP_STEP for side in self.crop_size):
@@ -232,7 +230,18 @@ class CropOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(CropOptions):
+class PairOptions(CropOptions):
+    """How photographs become training pairs."""
+
+    jpeg: Literal["model", "codec"] = "model"
+    """Compress with the published pipeline's model of JPEG, or with a real codec."""
+
+    def degradation(self) -> DegradationConfig:
+        return dataclasses.replace(super().degradation(), codec=self.jpeg == "codec")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(PairOptions):
     """Where a training script's samples and prompts come from."""
 
     data_dir: tuple[Path, ...] = ()
@@ -261,15 +270,15 @@ def at_least(options: Any, bound: int, *names: str) -> None:
             raise UserError(f"--{name} {value:g}: expected at least {bound}")
 
 
-def check_writable(folder: Path) -> None:
-    """Raises UserError where a folder cannot be made or written, without making it."""
+def check_writable(folder: Path, flag: str = "--output_dir") -> None:
+    """Raises UserError where a flag's folder cannot be made or written, without making it."""
     place = folder.resolve()
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise UserError(f"--output_dir {folder}: {place} is a file; expected a folder")
+        raise UserError(f"{flag} {folder}: {place} is a file; expected a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: {place} is not writable")
+        raise UserError(f"{flag} {folder}: {place} is not writable")
 
 
 def finite(options: Any, *names: str) -> None:

@@ -92,7 +92,7 @@ def find_photographs(root: Path, output: Path | None = None) -> list[Path]:
     Raises:
       UserError: no such folder, or no images in it.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder; expected one with photographs")
     if output and output.resolve() == root.resolve():
         raise UserError(f"{root}: is the output folder, too; results would mix with the photographs")
@@ -110,13 +110,21 @@ def find_photographs(root: Path, output: Path | None = None) -> list[Path]:
         below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
         if real not in seen:
             images = (name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
-            found += [Path(folder, name) for name in images if not name.startswith(".")]
+            # A broken link is kept, to be named as unreadable; a pipe or device would be waited for.
+            found += [
+                Path(folder, name) for name in images
+                if not name.startswith(".") and not _is_special(os.path.join(folder, name))
+            ]  # fmt: skip
         seen.add(real)
     if not found:
         raise UserError(
             f"{root}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)}, in subfolders too)"
         )
     return sorted(found)
+
+
+def _is_special(path: str) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def survey(

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 10_000
+# Of fewer values the interval is too narrow: for normal ones it covers the mean in 85 % of cases with 5, 90 % with 10.
+FEWEST = 10
 _CHUNK = 2_000_000  # numbers drawn at a time
 
 
@@ -18,7 +20,7 @@ class Estimate:
     Attributes:
       mean: arithmetic.
       deviation: standard deviation between pictures (n - 1); None for a single one.
-      low, high: 95 % percentile bootstrap interval of the mean, over pictures; None for a single one.
+      low, high: 95 % percentile bootstrap interval of the mean, over pictures; None for fewer than ten.
       count: pictures measured.
     """
 
@@ -40,10 +42,11 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     array = np.asarray(values, np.float64)
     if not len(array):
         raise ValueError("no values to average")
-    if len(array) == 1:
-        return Estimate(float(array[0]), None, None, None, 1)
+    deviation = float(array.std(ddof=1)) if len(array) > 1 else None
+    if len(array) < FEWEST:
+        return Estimate(float(array.mean()), deviation, None, None, len(array))
     low, high = np.percentile(_resampled_means(array, seed), [2.5, 97.5])
-    return Estimate(float(array.mean()), float(array.std(ddof=1)), float(low), float(high), len(array))
+    return Estimate(float(array.mean()), deviation, float(low), float(high), len(array))
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:

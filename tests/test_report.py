@@ -21,6 +21,7 @@ import tiny_checkpoint as tiny
 from browser import open_page
 from commands import Command
 from infer import upscale
+from tsdsr_jax import report
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.report import Column, Entry, Layer, Summary, check_report_path, write_report
 
@@ -107,6 +108,30 @@ def test_large_pictures_say_what_was_done_to_them(tmp_path, size, stored_size, e
     assert np.abs(np.asarray(image.convert("RGB"), int) - GREEN).max() <= 3
     layer = data_of(text)["entries"][0]["layers"][0]
     assert (tuple(layer["size"]), layer["encoding"]) == (size, encoding)
+
+
+def test_noise_in_a_large_picture(tmp_path):
+    """Incompressible: more than a byte per pixel, even as JPEG."""
+    noise(tmp_path / "noise.png", 800, 800, 3)
+    write_report(tmp_path / "r.html", "title", [Entry("x", (Layer("input", tmp_path / "noise.png"),))])
+    text = (tmp_path / "r.html").read_text("utf-8")
+    assert stored(text)["picture-0-0"].size == (800, 800)
+    assert data_of(text)["entries"][0]["layers"][0]["encoding"] == "JPEG quality 92"
+
+
+def test_a_picture_that_cannot_be_encoded_costs_no_other(tmp_path, monkeypatch):
+    good, bad = picture(tmp_path, "good", RED), picture(tmp_path, "bad", GREEN, (31, 31))
+    encode = report._encode
+
+    def refuse(image, photo):
+        if image.size == (31, 31):
+            raise OSError("broken data stream")
+        return encode(image, photo)
+
+    monkeypatch.setattr(report, "_encode", refuse)
+    write_report(tmp_path / "r.html", "t", [Entry("x", (Layer("input", good), Layer("result", bad)))])
+    layers = data_of((tmp_path / "r.html").read_text("utf-8"))["entries"][0]["layers"]
+    assert layers[0]["encoding"] == "lossless" and "bad.png: broken data stream" in layers[1]["error"]
 
 
 def test_transparency_and_profile_stay_and_exif_does_not(tmp_path):

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.errors import UserError
+from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.images import Photo, read_photo
 
 # By this an older report is known as ours, and may be replaced.
@@ -43,7 +43,8 @@ _PICTURES = "<!-- pictures -->\n"
 # WebP with loss halves the colours' resolution: at coloured edges single values are off by 80, by 24 in a JPEG of equal
 # size without subsampling. So results of 512 x 512 are stored exactly, and larger ones as such a JPEG.
 _LOSSLESS = {"format": "WEBP", "lossless": True, "method": 1, "quality": 20}
-_LOSSY = {"format": "JPEG", "quality": 92, "subsampling": 0, "optimize": True}
+# Not `optimize`: Pillow then gives the encoder a byte per pixel, which noise does not fit into.
+_LOSSY = {"format": "JPEG", "quality": 92, "subsampling": 0}
 _LOSSLESS_PIXELS = 2**19
 _SHOWN_PIXELS = 2**22
 _SHOWN_SIDE = 16383  # WebP's limit
@@ -232,11 +233,13 @@ def _encode_entry(entry: Entry) -> _Encoded:
     for layer in entry.layers:
         try:
             photo = read_photo(layer.path, _MAX_PIXELS)
-        except (UserError, OSError) as error:
-            layers.append(str(error))
+            image = _image(photo)
+            layers.append(_encode(image, photo))
+        except Exception as error:  # whatever one picture provokes, the others are shown
+            layers.append(
+                str(error) if isinstance(error, UserError) else f"{layer.path}: {first_line(error)}"
+            )
             continue
-        image = _image(photo)
-        layers.append(_encode(image, photo))
         if image.width * image.height > largest:
             thumbnail, largest = _thumbnail(image, photo), image.width * image.height
     return _Encoded(layers, thumbnail)
@@ -433,7 +436,7 @@ def _shown(number: float | None, decimals: int) -> str:
         return "–"
     if math.isinf(number):
         return "∞" if number > 0 else "−∞"
-    return f"{number:.{decimals}f}"
+    return f"{number:.{decimals}f}" if abs(number) < 1e9 else f"{number:.{decimals}e}"
 
 
 def _entry_data(entry: Entry, encoded: _Encoded, columns: Sequence[Column]) -> dict[str, object]:

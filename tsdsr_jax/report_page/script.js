@@ -270,6 +270,7 @@ function layout() {
   }
   stage.classList.toggle("zoomed", isZoomed());
   const [from, to] = reach();
+  for (const tag of [$("left-tag"), $("right-tag")]) tag.style.maxWidth = `${Math.max(0, (to - from) / 2 - 24)}px`;
   $("left-tag").style.left = `${from}px`;
   $("right-tag").style.right = `${wide - to}px`;
   for (const id of ["left-tag", "right-tag"]) $(id).style.bottom = `${Math.max(0, high - view.y - height)}px`;
@@ -308,7 +309,7 @@ function divideBy(part) {
 // The pixel below (x, y) stays there.
 function zoomTo(wanted, x = stage.clientWidth / 2, y = stage.clientHeight / 2) {
   const before = view.scale ?? fitting();
-  const scale = clamp(wanted, Math.min(fitting(), 1 / devicePixelRatio), LARGEST_SCALE);
+  const scale = clamp(wanted, Math.min(fitting(), 1 / devicePixelRatio), Math.max(fitting(), LARGEST_SCALE));
   view.x = x - ((x - view.x) * scale) / before;
   view.y = y - ((y - view.y) * scale) / before;
   view.scale = scale;

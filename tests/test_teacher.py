@@ -19,7 +19,6 @@ from tsdsr_jax.teacher import (
     FlowConfig,
     FlowDraws,
     FlowLoss,
-    FlowTrainer,
     draw,
     joined,
     new_adapter,
@@ -28,6 +27,7 @@ from tsdsr_jax.teacher import (
     to_flow_batch,
 )
 from tsdsr_jax.torch_weights import abstract_params, write_base, write_lora
+from tsdsr_jax.trainer import Trainer
 from tsdsr_jax.training import OptimizerConfig
 from tsdsr_jax.tsd import Text
 
@@ -163,7 +163,7 @@ def tiny_step(adapter: bool, dynamic: bool = False, **config):
     params, vae = tiny.random_params(mmdit_config, 1), tiny.random_params(vae_config, 2)
     loss = FlowLoss(MMDiT(mmdit_config), AutoencoderKL(vae_config), FlowConfig(), adapter)
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", **config)
-    trainer = FlowTrainer(loss, optimizer, dynamic_scale=dynamic)
+    trainer = Trainer(loss.objective, optimizer, dynamic_scale=dynamic)
     trained, frozen = (
         (new_adapter(abstract_params(mmdit_config), 2, jax.random.key(0)), params)
         if adapter
@@ -246,7 +246,9 @@ def test_accumulated_parts_are_averaged():
         )
         for part in range(2)
     ]
-    assert float(metrics["flow"]) == pytest.approx(np.mean([float(value) for value, _ in alone]), rel=1e-5)
+    assert float(metrics["flow"]) == pytest.approx(
+        np.mean([float(each["flow"]) for each, _ in alone]), rel=1e-5
+    )
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *(gradient for _, gradient in alone))
     assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.global_norm(mean)), rel=1e-5)
 

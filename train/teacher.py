@@ -57,14 +57,12 @@ from tsdsr_jax.pretrained import (
 from tsdsr_jax.record import Source
 from tsdsr_jax.run_log import Curve
 from tsdsr_jax.session import say
-from tsdsr_jax.sharding import base_shardings, global_array, replicated
+from tsdsr_jax.sharding import global_array, replicated
 from tsdsr_jax.stepping import Step, jitted
 from tsdsr_jax.teacher import (
     FlowBase,
     FlowConfig,
     FlowLoss,
-    FlowState,
-    FlowTrainer,
     fixed_params,
     joined,
     new_adapter,
@@ -74,6 +72,7 @@ from tsdsr_jax.teacher import (
 )
 from tsdsr_jax.teacher_validation import TeacherValidation
 from tsdsr_jax.torch_weights import Tree, abstract_params, to_tree, write_base, write_lora
+from tsdsr_jax.trainer import Trainer, TrainState
 from tsdsr_jax.training import with_new_scale
 from tsdsr_jax.training_data import Data, open_data, open_sets
 from tsdsr_jax.validation import pick
@@ -194,8 +193,9 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
     network = networks.mmdit(options.gradient_checkpointing)
     loss = FlowLoss(network, networks.autoencoder(), options.config(model.shift()), options.adapter)
     config = options.optimizer_config(steps, options.learning_rate)
-    trainer = FlowTrainer(loss, config, dynamic_scale=options.mixed_precision == "fp16")
-    new_state, shardings = initial_state(options, trainer, mesh, beginning)
+    trainer = Trainer(loss.objective, config, dynamic_scale=options.mixed_precision == "fp16")
+    split = not options.adapter
+    new_state, shardings = trainer.prepared(beginning.create, beginning.loaded, mesh, split=split)
     step = Step(jit_step(trainer, mesh, shardings), mesh, base, jax.random.key(options.seed), shardings)
     validation = TeacherValidation(
         loss, mesh, base, records, options.sampling_steps, options.sampling_guidance
@@ -306,23 +306,8 @@ def load_transformer(options: Options, networks: Networks, adapter: Tree | None,
     )
 
 
-def initial_state(
-    options: Options, trainer: FlowTrainer, mesh: Mesh, beginning: Beginning
-) -> tuple[Callable[[], FlowState], Any]:
-    """What makes the state before the first step, once, and where its leaves go: whole networks are split like the base."""
-
-    def make(loaded: Tree) -> FlowState:
-        return trainer.init(beginning.create(loaded))
-
-    shapes = jax.eval_shape(make, beginning.loaded)
-    whole = jax.tree.map(lambda leaf: replicated(mesh), shapes)
-    shardings = whole if options.adapter else base_shardings(shapes, mesh)
-    # Donated: a whole network would otherwise be there twice.
-    return partial(jax.jit(make, out_shardings=shardings, donate_argnums=0), beginning.loaded), shardings
-
-
-def jit_step(trainer: FlowTrainer, mesh: Mesh, shardings: Any) -> Any:
-    def step(state: FlowState, base: FlowBase, samples: Samples, key: jax.Array):
+def jit_step(trainer: Trainer, mesh: Mesh, shardings: Any) -> Any:
+    def step(state: TrainState, base: FlowBase, samples: Samples, key: jax.Array):
         return trainer.step(state, base, to_flow_batch(samples, base.default), key)
 
     return jitted(step, mesh, shardings)
@@ -331,7 +316,7 @@ def jit_step(trainer: FlowTrainer, mesh: Mesh, shardings: Any) -> Any:
 # --- what is written ------------------------------------------------------------------------------
 
 
-def adapter_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: FlowState) -> Files:
+def adapter_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: TrainState) -> Files:
     """The LoRA in PEFT's layout; with an average, it too, in a folder of its own."""
     trees = {"": state.trained} | ({"ema/": state.ema} if state.ema else {})
     return {
@@ -340,7 +325,7 @@ def adapter_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: F
     }
 
 
-def model_files(networks: Networks, model: Checkpoint, fixed: Tree, state: FlowState) -> Files:
+def model_files(networks: Networks, model: Checkpoint, fixed: Tree, state: TrainState) -> Files:
     """A checkpoint folder in diffusers' layout, with the autoencoder as it was; with an average, another of that."""
     trees = {"": state.trained} | ({"ema/": state.ema} if state.ema else {})
     vae = dict(write_base(to_tree(networks.vae.leaves()), networks.vae.config))

@@ -7,12 +7,10 @@ not released that training. Noise levels follow SD3 (Esser et al. 2024, §3.1): 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tsdsr_jax import flow, lora
@@ -20,7 +18,6 @@ from tsdsr_jax.models.mmdit import MMDiT, sincos_table
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.objective import Metrics, Samples, encode, repeated, to_unit
 from tsdsr_jax.torch_weights import Config, Tree, init_params
-from tsdsr_jax.training import LossScale, OptimizerConfig, accumulated, average, updates_done
 from tsdsr_jax.tsd import Text
 
 # The schedule's positions are no weight: checkpoints store them, but nobody trains them.
@@ -153,6 +150,15 @@ class FlowLoss:
         velocity = self.velocity(trained, base, noisy, flow.timesteps(sigma), text)
         return flow.matching_loss(velocity, latents, draws.noise)
 
+    def objective(
+        self, trained: Tree, base: FlowBase, batch: FlowBatch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss at random noise levels, for `trainer.Trainer`."""
+        keys = jax.random.split(key)
+        latents = self.latents(base, batch, keys[0])
+        value = self(trained, base, latents, batch.text, draw(keys[1], latents.shape, self.config))
+        return value, {"flow": value}
+
 
 # --- what is trained ------------------------------------------------------------------------------
 
@@ -193,111 +199,3 @@ def fixed_params(config: Config) -> Tree:
 
 def joined(trained: Tree, fixed: Tree) -> Tree:
     return unflatten_dict(flatten_dict(trained) | flatten_dict(fixed))
-
-
-# --- the step -------------------------------------------------------------------------------------
-
-
-class FlowState(NamedTuple):
-    """Everything that changes while training, all of it float32 or int32.
-
-    Attributes:
-      step: steps taken, skipped ones included.
-      bad_steps: skipped steps in a row.
-      trained: an adapter, or a transformer's parameters.
-      optimizer: optax state.
-      ema: moving average of what is trained, or {}.
-      loss_scale: see `LossScale`.
-    """
-
-    step: jax.Array
-    bad_steps: jax.Array
-    trained: Tree
-    optimizer: Any
-    ema: Tree
-    loss_scale: LossScale
-
-
-class FlowTrainer:
-    """The step for the flow-matching loss; `step` is pure and meant to be jitted with its state donated.
-
-    Args:
-      loss: the objective.
-      config: of the optimiser.
-      dynamic_scale: scale the loss, for float16.
-    """
-
-    def __init__(self, loss: FlowLoss, config: OptimizerConfig, *, dynamic_scale: bool = False):
-        self.loss, self.config, self.dynamic_scale = loss, config, dynamic_scale
-        self._rate = config.rate(config.learning_rate)
-        self._optimizer = config.optimizer(config.learning_rate)
-
-    def init(self, trained: Tree) -> FlowState:
-        """The state before the first step; what is trained becomes float32 masters."""
-        trained = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), trained)
-        return FlowState(
-            step=jnp.int32(0),
-            bad_steps=jnp.int32(0),
-            trained=trained,
-            optimizer=self._optimizer.init(trained),
-            # A copy: a buffer may be donated only once.
-            ema=jax.tree.map(jnp.copy, trained) if self.config.ema_decay is not None else {},
-            loss_scale=LossScale.first(self.dynamic_scale),
-        )
-
-    def step(
-        self, state: FlowState, base: FlowBase, batches: FlowBatch, key: jax.Array
-    ) -> tuple[FlowState, Metrics]:
-        """One optimiser step.
-
-        Args:
-          state: donate it.
-          base: what is frozen.
-          batches: with a leading axis of gradient-accumulation parts, (A, B, ...) on every leaf.
-          key: the run's key; the step number and the part are folded in.
-
-        Returns:
-          The new state and scalar metrics. Where the gradient or the update is not finite only the counters change.
-        """
-        rate = self._rate(updates_done(state.optimizer))
-        key = jax.random.fold_in(key, state.step)
-        parts = jax.tree.leaves(batches)[0].shape[0]
-
-        def of_part(part: jax.Array) -> tuple[jax.Array, Tree]:
-            batch = jax.tree.map(lambda leaf: leaf[part], batches)
-            return self._gradient(state, base, batch, jax.random.fold_in(key, part))
-
-        value, gradient = accumulated(of_part, parts)
-        updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
-        gradient_norm, update_norm = optax.global_norm(gradient), optax.global_norm(updates)
-        finite = jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
-        trained = optax.apply_updates(state.trained, updates)
-        moved = trained, optimizer, average(self.config.ema_decay, state.ema, trained)
-        stayed = state.trained, state.optimizer, state.ema
-        trained, optimizer, ema = jax.tree.map(partial(jnp.where, finite), moved, stayed)
-        scale = state.loss_scale.after(finite) if self.dynamic_scale else state.loss_scale
-        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-        metrics = {
-            "flow": value,
-            "gradient_norm": gradient_norm,
-            "update_norm": jnp.where(finite, update_norm, 0),
-            "norm": optax.global_norm(trained),
-            "learning_rate": rate,
-            "bad_steps": bad_steps,
-            "loss_scale": state.loss_scale.value,
-        }
-        return FlowState(state.step + 1, bad_steps, trained, optimizer, ema, scale), metrics
-
-    def _gradient(
-        self, state: FlowState, base: FlowBase, batch: FlowBatch, key: jax.Array
-    ) -> tuple[jax.Array, Tree]:
-        keys = jax.random.split(key)
-        latents = self.loss.latents(base, batch, keys[0])
-        draws = draw(keys[1], latents.shape, self.loss.config)
-        scale = state.loss_scale.value
-
-        def scaled(trained: Tree) -> jax.Array:
-            return self.loss(trained, base, latents, batch.text, draws) * scale
-
-        value, gradient = jax.value_and_grad(scaled)(state.trained)
-        return value / scale, jax.tree.map(lambda leaf: leaf / scale, gradient)

@@ -54,7 +54,7 @@ print("imported")
 
 def test_importing_the_library_starts_no_backend():
     code = (
-        "import tsdsr_jax.upscaler, tsdsr_jax.folder, tsdsr_jax.pretrained, train.distill, infer.evaluate; "
+        "import tsdsr_jax.upscaler, tsdsr_jax.folder, tsdsr_jax.pretrained, train.distill, train.autoencoder, infer.evaluate; "
         "from jax._src import xla_bridge; "
         "print(xla_bridge.backends_are_initialized())"
     )
@@ -64,7 +64,7 @@ def test_importing_the_library_starts_no_backend():
 
 def test_upscaling_needs_no_torch():
     result = run(
-        "import sys; sys.modules['torch'] = None; import infer.upscale, infer.evaluate, train.distill, "
+        "import sys; sys.modules['torch'] = None; import infer.upscale, infer.evaluate, train.distill, train.autoencoder, "
         "convert.sd3, convert.lora, convert.lpips; "
         "print('fine')"
     )

@@ -223,7 +223,7 @@ def test_what_a_run_must_agree_in(folder):
         ).identity
         for sharpen in (True, False)
     )
-    assert {name for name in one if one[name] != other[name]} == {"degradation"}
+    assert {name for name in one if one[name] != other[name]} == {"sharpening"}
 
 
 def test_real_photographs(tmp_path):

@@ -61,23 +61,31 @@ class Networks:
         """Loads networks' parameters onto the mesh, with a progress bar; also a hash each of what is stored, whatever the
         layout.
         """
-        parts = list(parts)
-        total = sum(int(np.prod(spec.shape)) for part in parts for spec in part.specs.values())
-        quiet = True if jax.process_index() else None
-        with tqdm(
-            total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=quiet
-        ) as bar:
-            return [self._load(part, bar.update) for part in parts]
+        return load_networks(parts, self.mesh, self.dtype)
 
-    def _load(self, network: NetworkFiles, progress: Callable[[int], object]) -> tuple[Tree, str]:
-        shardings = flatten_dict(base_shardings(abstract_params(network.config), self.mesh), sep="/")
-        digest = Hash()
 
-        def put(path: str, array: np.ndarray) -> jax.Array:
-            digest.add(path, array)
-            return global_array(array, shardings[path])
+def load_networks(parts: Iterable[NetworkFiles], mesh: Mesh, dtype: DTypeLike) -> list[tuple[Tree, str]]:
+    """Parameters of any networks; see `Networks.load`."""
+    parts = list(parts)
+    total = sum(int(np.prod(spec.shape)) for part in parts for spec in part.specs.values())
+    quiet = True if jax.process_index() else None
+    with tqdm(
+        total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=quiet
+    ) as bar:
+        return [_load(part, mesh, dtype, bar.update) for part in parts]
 
-        return network.load(self.dtype, put=put, progress=progress), digest.value()
+
+def _load(
+    network: NetworkFiles, mesh: Mesh, dtype: DTypeLike, progress: Callable[[int], object]
+) -> tuple[Tree, str]:
+    shardings = flatten_dict(base_shardings(abstract_params(network.config), mesh), sep="/")
+    digest = Hash()
+
+    def put(path: str, array: np.ndarray) -> jax.Array:
+        digest.add(path, array)
+        return global_array(array, shardings[path])
+
+    return network.load(dtype, put=put, progress=progress), digest.value()
 
 
 def load_text(folder: Path, flag: str, config: MMDiTConfig) -> PromptEmbeds:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.options import DataOptions
+from tsdsr_jax.options import CropOptions, DataOptions
 from tsdsr_jax.photos import Photographs, Survey, find_photographs, left_out, survey
 from tsdsr_jax.prepared import PreparedFolder
 from tsdsr_jax.prompts import load_prompt_embeds
@@ -60,14 +60,38 @@ def open_data(
         identity = {}
     else:
         source = _open_photographs(options, seed, parts, note, output)
-        crop = options.crop()
-        identity = {
-            "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels",
-            # Without pairs nothing is degraded.
-            "degradation": f"sharpen_gt {options.sharpen_gt}" + f", jpeg {options.jpeg}" * (parts == "pairs"),
-        }
-    identity |= {"data set": f"{len(source)} samples", "data set's content": source.fingerprint()}
+        # Without pairs nothing is degraded.
+        identity = crop_identity(options) | ({"jpeg": options.jpeg} if parts == "pairs" else {})
+    return Data(source, Shapes.of_source(source), identity | content_identity(source))
+
+
+def open_images(
+    roots: Sequence[Path],
+    options: CropOptions,
+    seed: int,
+    note: Callable[[str], object],
+    output: Path | None = None,
+) -> Data:
+    """Crops of photographs, without anything else; arguments and errors as of `open_data`."""
+    found = look_at(roots, options.crop().minimum, note, output)
+    degradation = options.degradation()
+    source = Photographs(
+        found.photographs, options.crop(), degradation, seed, with_lr=False, own_prompts=False
+    )
+    identity = crop_identity(options) | content_identity(source)
     return Data(source, Shapes.of_source(source), identity)
+
+
+def crop_identity(options: CropOptions) -> dict[str, str]:
+    crop = options.crop()
+    return {
+        "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels",
+        "sharpening": str(options.sharpen_gt),
+    }
+
+
+def content_identity(source: Source) -> dict[str, str]:
+    return {"data set": f"{len(source)} samples", "data set's content": source.fingerprint()}
 
 
 def open_sets(roots: Sequence[Path], parts: Parts = "pairs") -> Source:

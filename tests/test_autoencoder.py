@@ -1,0 +1,214 @@
+"""The autoencoder's loss and its gradients against PyTorch, and the training command."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import tiny_checkpoint as tiny
+import tiny_training
+from commands import Command
+from parity import error, nhwc, params_of
+from train import autoencoder
+from tsdsr_jax import checkpoint, options, sharding
+from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, gradient_distance
+from tsdsr_jax.models.lpips import LPIPS
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.pretrained import NetworkFiles, torch_config
+from tsdsr_jax.run_log import read_rows
+from tsdsr_jax.torch_weights import write_base
+
+pytest_plugins = "parity"
+
+
+def test_loss_and_gradients_are_pytorchs(oracle, size=(16, 24), batch=3):
+    """Every gradient ≤ 1e-4 of its tensor's largest."""
+    torch = pytest.importorskip("torch")
+    from torch.nn import functional
+
+    vae = oracle.tiny_vae(2)
+    config = VAEConfig.from_dict(dict(vae.config))
+    weights = AutoencoderConfig(gradient=0.7, kl=0.05)
+    # Always the same: where a difference is 0 but for rounding, its sign is anybody's, and with it the gradient.
+    images = np.random.default_rng(batch).uniform(-1, 1, (batch, 3, *size)).astype(np.float32)
+    loss = AutoencoderLoss(AutoencoderKL(config), weights)
+    params, key = params_of(vae), jax.random.key(4)
+    value_and_grad = jax.jit(jax.value_and_grad(loss.objective, has_aux=True))
+    (value, metrics), gradient = value_and_grad(params, Frozen(), nhwc(images), key)
+
+    x = torch.from_numpy(images)
+    for parameter in vae.parameters():
+        parameter.requires_grad_(True)
+    posterior = vae.encode(x).latent_dist
+    noise = jax.random.normal(key, nhwc(posterior.mean.detach().numpy()).shape)
+    latents = posterior.mean + posterior.std * torch.from_numpy(
+        np.asarray(noise).transpose(0, 3, 1, 2).copy()
+    )
+    difference = vae.decode(latents).sample - x
+    edges = 0.0
+    for scale in (1, 2, 4):
+        coarse = functional.avg_pool2d(difference, scale)
+        edges += coarse.diff(dim=2).abs().mean() + coarse.diff(dim=3).abs().mean()
+    # torch sums the divergence over everything but the batch.
+    divergence = posterior.kl().mean() / latents[0].numel()
+    total = difference.abs().mean() + 0.7 * edges / 3 + 0.05 * divergence
+    total.backward()
+
+    expected = {"autoencoder": total, "l1": difference.abs().mean(), "gradient": edges / 3, "kl": divergence}
+    assert {name: float(metrics[name]) for name in expected} == pytest.approx(
+        {name: part.item() for name, part in expected.items()}, rel=1e-5
+    )
+    assert float(value) == float(metrics["autoencoder"])
+    ours = dict(write_base(jax.tree.map(np.asarray, gradient), config))
+    theirs = {name: parameter.grad.numpy() for name, parameter in vae.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    largest = max(np.abs(part).max() for part in theirs.values())
+    for name, part in theirs.items():
+        # A bias before a norm has no gradient but rounding.
+        assert error(ours[name], part) <= 1e-4 or np.abs(ours[name] - part).max() <= 1e-6 * largest, name
+
+
+def test_gradients_are_compared_at_three_scales():
+    """A ramp differs from nothing by its slope, at every scale; a checkerboard only at the finest."""
+    ramp = np.broadcast_to(np.arange(16.0)[None, :, None, None], (1, 16, 16, 1))
+    assert float(gradient_distance(ramp, 0 * ramp)) == pytest.approx((1 + 2 + 4) / 3)
+    board = (np.indices((16, 16)).sum(0) % 2).astype(np.float32)[None, ..., None]
+    assert float(gradient_distance(board, 0 * board)) == pytest.approx(2 / 3)
+
+
+def test_lpips_counts():
+    config = tiny.tiny_vae_config()
+    params = tiny.random_params(config, 2)
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
+    lpips = LPIPS("alex")
+    weights = lpips.init(jax.random.key(1), images, images)["params"]
+    loss = AutoencoderLoss(AutoencoderKL(config), AutoencoderConfig(0, 0, lpips=0.3), lpips)
+    value, metrics = loss.objective(params, Frozen(weights), images, jax.random.key(0))
+    assert metrics["lpips"] > 0
+    assert float(value) == pytest.approx(float(metrics["l1"] + 0.3 * metrics["lpips"]), rel=1e-5)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+class Autoencoder(Command):
+    """Four steps of a tiny one, on one device unless told otherwise."""
+
+    def flags(self, output: Path, *more: str) -> list[str]:
+        # A size given twice would be a height and a width.
+        crop = () if "--crop_size" in more else ("--crop_size", "32")
+        return [
+            "--vae_dir", str(self.root / "vae"), "--hr_dir", str(self.root / "photos"), "--output_dir", str(output),
+            "--from_scratch", "--train_batch_size", "2", "--mixed_precision", "no", "--learning_rate", "1e-3",
+            "--max_train_steps", "4", "--checkpointing_steps", "2", "--validation_steps", "4",
+            "--num_validation_images", "2", *crop, *more,
+        ]  # fmt: skip
+
+    def __call__(self, output: Path, *more: str, devices: int = 1):
+        chosen = jax.devices()[:devices]
+        self.monkeypatch.setattr(options, "make_mesh", lambda fsdp: sharding.make_mesh(chosen, fsdp))
+        return super().__call__(output, *more)
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch, capsys) -> Iterator[Autoencoder]:
+    (tmp_path / "vae").mkdir()
+    # An odd factor, to show that it is measured.
+    config = torch_config(tiny.tiny_vae_config(scaling_factor=123.0))
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    tiny_training.save_photos(tmp_path / "photos", 6)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield Autoencoder(autoencoder.main, "train/autoencoder.py", tmp_path, monkeypatch, capsys)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def exported(output: Path, part: str = "vae") -> NetworkFiles:
+    return NetworkFiles(checkpoint.find(output, "latest") / "model" / part, "vae")
+
+
+def tensors(output: Path, part: str = "vae") -> dict[str, np.ndarray]:
+    return load_file(exported(output, part).folder / "diffusion_pytorch_model.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    return [row["autoencoder"] for row in read_rows(output / "log.jsonl") if "autoencoder" in row]
+
+
+def test_trained_exported_and_resumed(command, tmp_path):
+    said = command.done(tmp_path / "whole", "--ema_decay", "0.9")
+    assert "checkpoint_0000004/model/vae" in said and len(losses(tmp_path / "whole")) == 4
+    files = exported(tmp_path / "whole")
+    params = files.load(jnp.float32)
+    # The scaling factor brings the latents of the photographs to a deviation of 1.
+    average = exported(tmp_path / "whole", "ema/vae")
+    assert 0 < files.config.scaling_factor != average.config.scaling_factor != 123
+    network = AutoencoderKL(files.config)
+    rows = read_rows(tmp_path / "whole" / "log.jsonl")
+    deviation = next(
+        row["latent_deviation"] for row in rows if row["step"] == 4 and "latent_deviation" in row
+    )
+    assert average.config.scaling_factor == pytest.approx(1 / deviation, rel=1e-5)
+    assert network.apply({"params": params}, np.zeros((1, 32, 32, 3))).shape == (1, 32, 32, 3)
+    assert (tmp_path / "whole" / "validation" / "step_0000004.png").is_file()
+
+    middle = str(tmp_path / "whole" / "checkpoint_0000002")
+    command.done(tmp_path / "rest", "--ema_decay", "0.9", "--resume_from_checkpoint", middle)
+    for part in ("vae", "ema/vae"):
+        whole, rest = tensors(tmp_path / "whole", part), tensors(tmp_path / "rest", part)
+        assert all(np.array_equal(whole[name], rest[name]) for name in whole)
+
+
+def test_all_weights_are_trained_from_those_given(command, tmp_path):
+    """At a rate of 0 the weights come out as they went in; otherwise each of them moves."""
+    config = tiny.tiny_vae_config()
+    given = tiny.random_params(config, 3)
+    folder = tmp_path / "given"
+    tiny.save_network(folder, config, given)
+    start = ("--vae_dir", str(folder), "--no_from_scratch", "--max_train_steps", "1")
+    command.done(tmp_path / "still", *start, "--learning_rate", "0")
+    for name, tensor in write_base(given, config):
+        np.testing.assert_array_equal(tensors(tmp_path / "still")[name], tensor)
+    command.done(tmp_path / "moved", *start)
+    moved = tensors(tmp_path / "moved")
+    assert all((moved[name] != tensor).any() for name, tensor in write_base(given, config))
+
+
+def test_devices_share_the_work(command, tmp_path):
+    """Two devices of one photograph each, with the weights split between them, train as one device of two photographs."""
+    command.done(tmp_path / "one", "--max_train_steps", "2")
+    split = ("--max_train_steps", "2", "--train_batch_size", "1", "--fsdp", "2")
+    command.done(tmp_path / "split", *split, devices=2)
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--vae_dir", "{root}"), "config.json: not found"),
+        (("--no_from_scratch",), "diffusion_pytorch_model.safetensors"),
+        (("--crop_size", "20"), "--crop_size 20: expected"),
+        (("--hr_dir", "{root}/none"), "no such folder"),
+        (("--lambda_kl", "-1"), "--lambda_kl -1"),
+        (("--lambda_lpips", "1", "--lpips_path", "{root}/none"), "not found"),
+        (("--lambda_lpips", "1", "--crop_size", "16"), "too small for LPIPS"),
+    ],
+)
+def test_mistakes_are_told(command, tmp_path, flags, message):
+    said = command.refused(tmp_path / "out", *(flag.format(root=tmp_path) for flag in flags))
+    assert message in said
+    assert not list(tmp_path.glob("out/checkpoint*"))

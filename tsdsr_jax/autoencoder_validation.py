@@ -1,0 +1,71 @@
+"""What an autoencoder makes of a few fixed photographs: figures, and pictures to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from tsdsr_jax.autoencoder import AutoencoderLoss, divergence, latent_deviation
+from tsdsr_jax.models.vae import Posterior
+from tsdsr_jax.objective import Samples, to_unit
+from tsdsr_jax.record import Record
+from tsdsr_jax.sharding import replicated
+from tsdsr_jax.sheet import comparison_sheet
+from tsdsr_jax.torch_weights import Tree
+from tsdsr_jax.validation import place_samples, psnr
+
+TITLES = ("photograph", "rebuilt", "four times the difference")
+
+
+class AutoencoderValidation:
+    """Rebuilds fixed photographs at the posterior's mean.
+
+    Args:
+      loss: for the networks.
+      mesh: the devices; each takes its share of the samples.
+      records: samples with `hr`; all are measured.
+      shown: the first so many go onto the sheet.
+    """
+
+    def __init__(self, loss: AutoencoderLoss, mesh: Mesh, records: Sequence[Record], shown: int):
+        self.records, self.shown = records, shown
+        self._batches = place_samples(records, mesh)
+
+        def look(params: Tree, samples: Samples) -> tuple[jax.Array, Posterior]:
+            posterior = loss.posterior(params, to_unit(samples.hr))
+            rebuilt = jnp.clip(loss.decode(params, posterior.mean), -1, 1)
+            return jnp.round((rebuilt + 1) * 127.5).astype(jnp.uint8), posterior
+
+        self._look = jax.jit(look, out_shardings=replicated(mesh))
+
+    def _posteriors(self, params: Tree) -> tuple[np.ndarray, Posterior]:
+        count = len(self.records)
+        looks = [self._look(params, batch) for batch in self._batches]
+        rebuilt = np.concatenate([np.asarray(images) for images, _ in looks])[:count]
+        parts = zip(*(posterior for _, posterior in looks), strict=True)
+        return rebuilt, Posterior(*(np.concatenate([np.asarray(x) for x in part])[:count] for part in parts))
+
+    def __call__(self, params: Tree) -> tuple[dict[str, float], Image.Image]:
+        """Mean PSNR (RGB, dB), divergence and deviation of the latents; and the comparison sheet."""
+        rebuilt, posterior = self._posteriors(params)
+        ratios = [psnr(image, record.hr) for image, record in zip(rebuilt, self.records, strict=True)]
+        rows = []
+        for image, record in zip(rebuilt[: self.shown], self.records, strict=False):
+            apart = np.abs(image.astype(int) - record.hr) * 4
+            pictures = record.hr, image, np.minimum(apart, 255).astype(np.uint8)
+            rows.append([Image.fromarray(picture) for picture in pictures])
+        values = {
+            "validation_psnr": float(np.mean(ratios)),
+            "validation_kl": float(divergence(posterior)),
+            "latent_deviation": float(latent_deviation(posterior)),
+        }
+        return values, comparison_sheet(rows, TITLES)
+
+    def scaling_factor(self, params: Tree) -> float:
+        """What brings these photographs' latents to a deviation of 1."""
+        return 1 / float(latent_deviation(self._posteriors(params)[1]))

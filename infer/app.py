@@ -11,14 +11,18 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 import socket
-import sys
+import tempfile
 import time
 import types
+from collections.abc import Iterator
+from pathlib import Path
 
 from tsdsr_jax import cli
 from tsdsr_jax.devices import select_devices
@@ -42,37 +46,93 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
     check_server(options)
+    with private_folder() as root, ended_by_signals(root):
+        run(options, root)
+
+
+def run(options: Options, root: Path) -> None:
+    """Loads the networks and serves the page until a signal comes.
+
+    Args:
+      root: from `private_folder`.
+
+    Raises:
+      UserError: Gradio is not installed, a flag is out of its range, or the networks cannot be loaded.
+    """
     page = import_page()
+    if abs(options.seed) > page.LARGEST_WHOLE:
+        raise UserError(
+            f"--seed {options.seed}: expected at most 2**53, up or down; browsers round beyond it"
+        )
     devices = select_devices(options.device)
     upscaler = load(options, options.settings(devices[0].platform), devices)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    blocks = page.build(upscaler, options, root, options.max_waiting)
+    page.serve(blocks, options.host, options.port, options.max_upload)
+    print(f"ready: {addresses(options.host, options.port)} (Ctrl-C ends it)", flush=True)
+    while True:
+        time.sleep(3600)
+
+
+def addresses(host: str, port: int) -> str:
+    """Where a browser finds the page, in words; 0.0.0.0 and :: are addresses to listen at, not to go to."""
+    *_, (meant, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if meant in ("0.0.0.0", "::"):
+        return f"http://localhost:{port}/, from other machines http://{socket.gethostname()}:{port}/"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path]:
+    """A temporary folder for uploads and results, the only one that Gradio serves files of; removed at the end.
+
+    Gradio reads the variable while it is imported and makes folders in it when it starts, so this comes before both.
+
+    Raises:
+      UserError: no temporary folder can be made.
+    """
+    try:
+        root = Path(tempfile.mkdtemp(prefix="tsdsr_page_")).resolve()
+    except OSError as error:
+        raise UserError(f"no temporary folder can be made ({error.strerror}); set TMPDIR") from None
+    os.environ["GRADIO_TEMP_DIR"] = str(root)
+    try:
+        yield root
+    finally:
+        remove(root)
+
+
+@contextlib.contextmanager
+def ended_by_signals(root: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once, without the folder `root`.
+
+    Not by an exception: while libraries load, one may be raised where Python only prints and ignores it.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        for each in before:  # further signals do not disturb the removal
+            signal.signal(each, signal.SIG_IGN)
+        remove(root)
+        if number == signal.SIGINT:
+            os.write(2, b"interrupted\n")  # a print may have been interrupted
+        # A photograph under way cannot be stopped, and leaving should not wait for it.
+        os._exit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
         signal.signal(number, leave)
     try:
-        with page.private_folder() as root:
-            blocks = page.build(upscaler, options, root, options.max_waiting)
-            url = page.serve(blocks, options.host, options.port, options.max_upload)
-            print(f"ready: {url} (Ctrl-C ends it)", flush=True)
-            while True:
-                time.sleep(3600)
-    except _Left as left:
-        if left.number == signal.SIGINT:
-            print("interrupted", file=sys.stderr, flush=True)
-        # A photograph under way cannot be stopped, and leaving should not wait for it.
-        os._exit(128 + left.number)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class _Left(BaseException):
-    """A signal has asked the server to end."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
-def leave(number: int, frame: object) -> None:
-    """Ends the server; further signals do not disturb the removal of its temporary folder."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise _Left(number)
+def remove(folder: Path) -> None:
+    """Removes a folder, again where a thread has put another file into it meanwhile."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
 
 
 def check_server(options: Options) -> None:

@@ -36,7 +36,7 @@ gr = pytest.importorskip("gradio")
 from tsdsr_jax import page as page_lib  # noqa: E402 (needs Gradio)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RANK = 2
+RANK, WAITING = 2, 3
 SMALL = [
     "--upscale", "2", "--process_size", "64", "--latent_tiled_size", "8", "--latent_tiled_overlap", "2",
     "--device", "cpu:0", "--max_pixels", "40000", "--max_upload", "1",
@@ -94,10 +94,13 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(upscaler: Upscaler, options: app.Options) -> Iterator[Served]:
-    with page_lib.private_folder() as folder:
-        blocks = page_lib.build(upscaler, options, folder, options.max_waiting)
-        url = page_lib.serve(blocks, options.host, free_port(), options.max_upload)
-        yield Served(url, folder)
+    with app.private_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        # Here it was imported before there was the folder.
+        patch.setattr("gradio.routes.DEFAULT_TEMP_DIR", str(folder))
+        blocks = page_lib.build(upscaler, options, folder, WAITING)
+        port = free_port()
+        page_lib.serve(blocks, options.host, port, options.max_upload)
+        yield Served(app.addresses(options.host, port), folder)
         blocks.close(verbose=False)
     assert not folder.exists()
 
@@ -173,6 +176,7 @@ def test_the_file_is_the_command_lines_to_the_byte(upscaler, options, root, tmp_
 
 def test_changed_settings_are_the_flags(upscaler, options, root, tmp_path):
     source, stages = save(tmp_path / "a.png"), []
+    plain = page_lib.upscale_photo(upscaler, options, "png", source, tmp_path / "plain").file.read_bytes()
     changed = dataclasses.replace(
         options, upscale=2.5, seed=-7, align_method="adain", latent_tiled_size=12, latent_tiled_overlap=4
     )
@@ -194,7 +198,7 @@ def test_changed_settings_are_the_flags(upscaler, options, root, tmp_path):
     ]
     # And the next visitor's are not.
     again = page_lib.upscale_photo(upscaler, options, "png", source, tmp_path / "again")
-    assert again.file.read_bytes() == command_line(root, source, tmp_path / "plain")
+    assert again.file.read_bytes() == plain
 
 
 def test_other_settings_share_the_networks(upscaler):
@@ -253,7 +257,8 @@ def test_results_that_are_not_finite_are_computed_again(options, tmp_path, monke
 
 def refused(handlers: "page_lib.Handlers", source: Path | None, **changes: object) -> str:
     """The message of a request; nobody learns from it where the server keeps its files."""
-    values = dict(scale=2.0, colours="wavelet", tile=8, seed=1, format="png") | changes
+    values = dict(scale=2.0, colours="wavelet", tile=8, seed=1, format="png", choice=page_lib.Choice())
+    values |= changes
     with pytest.raises(gr.Error) as error:
         handlers.upscale(None if source is None else str(source), **values)
     message = error.value.message
@@ -307,9 +312,19 @@ def test_files_that_cannot_be_used(handlers, tmp_path, make, expected):
         (dict(scale=None), "Scale: enter a number"),
         (dict(seed="one"), "Seed: enter a number"),
         (dict(tile=7), "Tile size 7: expected an even number"),
-        (dict(tile=2), "less than Tile size 2"),
+        (dict(scale=10**400), "Scale inf: expected 1 to 64"),
+        (dict(scale=True), "Scale: enter a number"),
+        (dict(tile=2), "Tile size 2: expected larger than 2, by which tiles overlap"),
+        (dict(tile=8.5), "Tile size 8.5: expected a whole number"),
+        (dict(tile=[8]), "Tile size: enter a number"),
+        (dict(seed=float("inf")), "Seed inf: expected a whole number"),
+        (dict(seed=None), "Seed: enter a number"),
+        (dict(seed=-(2**53) - 1), "Seed -9.0072e+15: expected at most 2**53, up or down"),
+        (dict(colours=None), "Colours: expected one of wavelet, adain, nofix"),
+        (dict(format="gif"), "Format: expected one of png, jpg, webp, tiff, bmp"),
+        (dict(format=["png"]), "Format: expected one of png, jpg, webp, tiff, bmp"),
         (dict(tile=100_000), "Tile size 100000: this transformer's position table ends at"),
-        (dict(seed=2**200), "expected at most 127 bits"),
+        (dict(seed=2**200), "Seed 1.60694e+60: expected at most 2**53"),
     ],
 )
 def test_values_out_of_range(handlers, tmp_path, changes, expected):
@@ -331,18 +346,93 @@ def test_no_photo_and_failures_of_the_device(handlers, tmp_path, monkeypatch):
     fail(RuntimeError(f"a bug in {handlers.root}"))
     assert refused(handlers, source) == "Something went wrong; the server's terminal says what."
     monkeypatch.undo()
-    assert handlers.upscale(str(source), 2.0, "wavelet", 8, 1, "png")[1].endswith("/a_x2.png")
+    # Whole numbers may come with a point, and the largest seed is one.
+    done = handlers.upscale(str(source), 2, "wavelet", 8.0, 2**53, "png", page_lib.Choice())
+    assert done[1].endswith("/a_x2.png")
 
 
-def test_lost_transparency_is_pointed_out(upscaler, options, tmp_path):
-    result = page_lib.upscale_photo(upscaler, options, "jpg", see_through(tmp_path), tmp_path / "page")
-    assert result.notes == ["see-through_x2.jpg: jpg holds no transparency; it is left out"]
+def test_words_at_the_bar():
+    shown, stages = [], [("tiles", 0, 2), ("tiles", 1, 2), ("tiles", 2, 2), ("decode", 0, 1), ("write", 0, 1)]
+    for new in ([("compile", 0, 1)], []):
+        bar = page_lib._Bar(lambda share, desc: shown.append((round(share, 3), desc)), lambda: None)
+        for stage in [*new, ("encode", 0, 1), *stages]:
+            bar(*stage)
+    assert shown == [
+        (0, "Encoding, compiling for this size"),
+        (0.1, "Tile 1 of 2, compiling for this size"),
+        (0.475, "Tile 2 of 2"),
+        (0.85, "Tile 2 of 2"),
+        (0.85, "Decoding, compiling for this size"),
+        (0.95, "Writing"),
+        (0, "Encoding"),
+        (0.1, "Tile 1 of 2"),
+        (0.475, "Tile 2 of 2"),
+        (0.85, "Tile 2 of 2"),
+        (0.85, "Decoding"),
+        (0.95, "Writing"),
+    ]
+
+
+def test_a_photo_that_was_exchanged_is_given_up(handlers, tmp_path, monkeypatch):
+    first, second = (str(save(tmp_path / f"{name}.png")) for name in "ab")
+    choice = page_lib.Choice()
+    assert handlers.choose(first, choice) == (None, None, "", "")
+    assert handlers.show(first, choice)[1] == "a.png: 52×33 pixels."
+    launch, launched = Upscaler.launch, []
+
+    def exchange(self: Upscaler, *arguments: object, **more: object) -> Launched:
+        handlers.choose(second, choice)
+        launched.append(launch(self, *arguments, **more))
+        return launched[-1]
+
+    monkeypatch.setattr(Upscaler, "launch", exchange)
+    with handlers._device:  # it does not wait for its turn either
+        handlers.choose(first, choice)
+        threading.Timer(0.1, handlers.choose, (second, choice)).start()
+        assert refused(handlers, first, choice=choice) == "Another photo was chosen meanwhile."
+    handlers.choose(first, choice)
+    assert refused(handlers, first, choice=choice) == "Another photo was chosen meanwhile."
+    assert not launched  # it did not go on to its end
+    assert handlers.show(first, choice) == (gr.skip(), gr.skip())
+    monkeypatch.undo()
+    assert handlers.upscale(second, 2, "wavelet", 8, 1, "png", choice)[2].startswith("b.png: 52×33 → 104×66")
+    handlers.choose(None, choice)
+    assert refused(handlers, second, choice=choice) == "Another photo was chosen meanwhile."
+
+
+def test_a_photo_is_shown_or_why_not(handlers, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_lib, "PREVIEW_PIXELS", 500)
+    choice, source = page_lib.Choice(), tmp_path / "<i>&.png"
+    text(source)
+    assert handlers.show(None, choice) == (None, "")
+    assert handlers.show(str(source), choice)[1].startswith("&lt;i&gt;&amp;.png: not a readable")
+    pair, words = handlers.show(str(save(source)), choice)
+    assert words == "&lt;i&gt;&amp;.png: 52×33 pixels."
+    assert pair[0] == pair[1] and Image.open(pair[0]).size == (28, 18)
+    monkeypatch.setattr(page_lib, "write_preview", lambda *arguments: 1 / 0)
+    assert handlers.show(str(source), choice) == (
+        None,
+        "Something went wrong; the server's terminal says what.",
+    )
+
+
+def test_lost_transparency_is_pointed_out_and_names_are_no_markup(handlers, tmp_path, monkeypatch):
+    source, notes = see_through(tmp_path).rename(tmp_path / "<i>&.png"), []
+    monkeypatch.setattr(gr, "Info", lambda note, duration: notes.append(note))
+    words = []
+    handlers.upscale(
+        str(source), 2, "wavelet", 8, 1, "jpg", page_lib.Choice(), lambda share, desc: words.append(desc)
+    )
+    assert words[:3] == ["Waiting", "Reading", "Encoding, compiling for this size"] and words[-1] == "Writing"
+    assert notes == ["&lt;i&gt;&amp;_x2.jpg: jpg holds no transparency; it is left out"]
+    cut_short(source)
+    assert refused(handlers, source).startswith("&lt;i&gt;&amp;.png: the image is damaged")
 
 
 # --- the server -----------------------------------------------------------------------------
 
 
-def test_requests_are_done_one_after_the_other(served, root, tmp_path, monkeypatch):
+def test_requests_are_done_one_after_the_other(served, upscaler, options, tmp_path, monkeypatch):
     client_lib = pytest.importorskip("gradio_client")
     computing, most = [], []
     real = page_lib.upscale_photo
@@ -364,10 +454,18 @@ def test_requests_are_done_one_after_the_other(served, root, tmp_path, monkeypat
     ]
     for source, job in zip(sources, jobs, strict=True):
         file = Path(job.result(timeout=60)[1])
-        assert file.read_bytes() == command_line(root, source, tmp_path / f"shell_{source.stem}")
+        expected = real(upscaler, options, "png", source, tmp_path / f"own_{source.stem}").file
+        assert file.name == expected.name and file.read_bytes() == expected.read_bytes()
     assert most == [1, 1, 1]
-    with pytest.raises(Exception, match="Scale 65: expected 1 to 64"):
-        client.predict(client_lib.handle_file(sources[0]), 65, "wavelet", 8, 42, "png", api_name="/upscale")
+    for values, said in (
+        ((65, "wavelet", 8, 42, "png"), "Scale 65: expected 1 to 64"),
+        (("x", "wavelet", 8, 42, "png"), "Scale: enter a number"),
+        ((2, "wavelet", 8.5, 42, "png"), "Tile size 8.5: expected a whole number"),
+        ((2, "sepia", 8, 42, "png"), "Colours: expected one of"),
+        ((2, "wavelet", 8, 42, None), "Format: expected one of"),
+    ):
+        with pytest.raises(Exception, match=said):
+            client.predict(client_lib.handle_file(sources[0]), *values, api_name="/upscale")
     assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/upscale"]
 
 
@@ -413,6 +511,10 @@ def upload(page, path: Path) -> None:
     page.set_input_files("#photo input[type=file]", path)
 
 
+def clear(page) -> None:
+    page.click("#photo .icon-button-wrapper button[aria-label='Clear']")
+
+
 def message(page) -> str:
     """The one message on the page, which is then closed."""
     toast = page.get_by_test_id("toast-text")
@@ -430,11 +532,11 @@ def test_a_visit(served, root, tmp_path):
         page.click("#upscale")
         assert message(page) == "Choose a photo first."
         upload(page, source)
-        page.wait_for_selector("#summary:has-text('turned.jpg: 33×52 pixels.')")
+        page.wait_for_selector("#about:has-text('turned.jpg: 33×52 pixels.')")
         page.wait_for_selector("#result img")
         page.fill("#scale input", "3")
         page.click("#upscale")
-        page.wait_for_selector("#summary:has-text('33×52 → 99×156 pixels in')")
+        page.wait_for_selector("#summary:has-text('turned.jpg: 33×52 → 99×156 pixels in')")
 
         images = page.locator("#result img")
         assert images.count() == 2
@@ -459,22 +561,84 @@ def test_a_visit(served, root, tmp_path):
 
 def test_bad_uploads_on_a_phone(served, tmp_path):
     cut_short(tmp_path / "a & b.png")
-    good = save(tmp_path / "good.png")
+    good = save(tmp_path / "good.png").rename(tmp_path / "good")
     big = tmp_path / "big.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)).save(big)
     with visit(served, phone=True) as page:
         upload(page, tmp_path / "a & b.png")
-        assert message(page).startswith("a & b.png: the image is damaged or cut short")
+        page.wait_for_selector("#about:has-text('a & b.png: the image is damaged or cut short')")
         page.click("#upscale")
         assert message(page).startswith("a & b.png: the image is damaged or cut short")
-        page.click("#photo .icon-button-wrapper button[aria-label='Clear']")
+        clear(page)
+        page.wait_for_selector("#about:has-text('damaged')", state="detached")
         upload(page, big)
         assert "1" in message(page)
         upload(page, good)
-        page.wait_for_selector("#summary:has-text('good.png: 52×33 pixels.')")
+        page.wait_for_selector("#about:has-text('good: 52×33 pixels.')")
         page.tap("#upscale")
         page.wait_for_selector("#file a")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@contextlib.contextmanager
+def slow_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Semaphore, threading.Semaphore]]:
+    """Photographs are computed one for each release of the first semaphore; the second counts those begun."""
+    go, begun, real = threading.Semaphore(0), threading.Semaphore(0), page_lib.upscale_photo
+
+    def wait(*arguments: object) -> object:
+        begun.release()
+        assert go.acquire(timeout=30)
+        return real(*arguments)
+
+    monkeypatch.setattr(page_lib, "upscale_photo", wait)
+    try:
+        yield go, begun
+    finally:
+        go.release(100)
+
+
+def ask(served: Served) -> int:
+    """The status of a request that waits for its turn, and will then be refused for want of a photograph."""
+    body = json.dumps({"data": [None, 2, "wavelet", 8, 42, "png"]}).encode()
+    call = f"{served.url}gradio_api/call/upscale"
+    request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
+    try:
+        return urllib.request.urlopen(request).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_another_photo_while_one_is_computed(served, tmp_path, monkeypatch):
+    name = "# [l](x) & <b>.png"
+    first, second = save(tmp_path / "first.png"), save(tmp_path / name, photo(40, 40))
+    with slow_device(monkeypatch) as (go, begun), visit(served) as page:
+        upload(page, first)
+        page.wait_for_selector("#about:has-text('first.png')")
+        page.click("#upscale")
+        assert begun.acquire(timeout=10)
+
+        # Other visitors see their photographs even while the queue is full.
+        assert [ask(served) for _ in range(WAITING)] == [200] * WAITING
+        assert ask(served) == 503
+        other = page.context.new_page()
+        other.goto(served.url)
+        other.wait_for_selector("#upscale")
+        upload(other, first)
+        other.wait_for_selector("#about:has-text('first.png: 52×33 pixels.')")
+        other.close()
+
+        clear(page)
+        upload(page, second)
+        page.wait_for_selector("#about:has-text('40×40 pixels.')")
+        words = page.inner_text("#about").strip()
+        assert words.startswith("# [l](x)")  # what else is in the name Gradio leaves out
+        page.click("#upscale")
+        assert not begun.acquire(timeout=0.5)  # the first one is still on the device
+        go.release(2)
+        page.wait_for_selector("#summary:has-text('40×40 → 80×80 pixels in')")
+        assert page.inner_text("#summary").startswith(words.removesuffix("40×40 pixels."))
+        assert page.get_by_test_id("toast-text").count() == 0
+        assert page.locator("#result img").first.evaluate("image => image.naturalWidth") == 80
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -510,19 +674,40 @@ def test_mistakes_are_told_before_anything_starts(command, tmp_path, monkeypatch
     assert "--host no.such.name.invalid: no such address" in line("--host", "no.such.name.invalid")
     assert "--host 192.0.2.1: cannot be listened at" in line("--host", "192.0.2.1")
     assert "--upscale 0.5: expected 1 to 64" in line("--upscale", "0.5")
+    assert f"--seed {2**53 + 1}: expected at most 2**53" in line("--seed", str(2**53 + 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+        assert "no temporary folder can be made (No such file or directory); set TMPDIR" in line()
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "tsdsr_jax.page")
     monkeypatch.delattr("tsdsr_jax.page")
     assert "pip install 'tsdsr_jax[app]'" in line()
 
 
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80/"),
+        ("::1", "http://[::1]:80/"),
+        ("0", "http://localhost:80/, from other machines http://box:80/"),
+        ("0.0.0.0", "http://localhost:80/, from other machines http://box:80/"),
+        ("::", "http://localhost:80/, from other machines http://box:80/"),
+    ],
+)
+def test_addresses_can_be_gone_to(host, expected, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "box")
+    assert app.addresses(host, 80) == expected
+
+
 def start(root: Path, cache: Path, folder: Path, port: int) -> subprocess.Popen:
-    """The command in an empty folder, with its temporary files in `folder/tmp`."""
-    (folder / "tmp").mkdir(parents=True)
+    """The command in an empty folder, with its temporary files in `folder/tmp` and its user's in `folder/home`."""
+    for name in ("tmp", "home"):
+        (folder / name).mkdir(parents=True)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "TMPDIR": str(folder / "tmp"),
+        "HOME": str(folder / "home"),
         "PYTHONPATH": str(REPOSITORY),
     }
     return subprocess.Popen(
@@ -543,11 +728,39 @@ def test_it_ends_at_once_and_leaves_nothing(root, cache, tmp_path):
         watchdog.start()
         first, ready = process.stdout.readline(), process.stdout.readline()
         assert "float32" in first and f"http://127.0.0.1:{port}/" in ready
-        assert len(list((folder / "tmp").glob("tsdsr_page_*"))) == 1
+        (private,) = (folder / "tmp").iterdir()
+        assert private.name.startswith("tsdsr_page_")
         process.send_signal(kind)
         out, err = process.communicate()
         watchdog.cancel()
         assert process.returncode == status
         assert out == "" and err == ("interrupted\n" if kind == signal.SIGINT else "")
-        assert not list((folder / "tmp").glob("tsdsr_page_*"))
-        assert [path.name for path in folder.iterdir()] == ["tmp"]
+        left = {path.name: [str(each) for each in path.rglob("*")] for path in folder.iterdir()}
+        assert left == {"tmp": [], "home": []}
+
+
+# --- memory; last, because the other tests share what is compiled ------------------------------
+
+
+def test_programs_are_dropped_after_many_sizes(upscaler, options, tmp_path, monkeypatch):
+    clear, cleared = jax.clear_caches, []
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(clear()))
+    shapes, files = page_lib.Shapes(most=2), []
+
+    def new(height: int, width: int) -> bool:
+        stages, source = [], save(tmp_path / "a.png", photo(height, width))
+        output = tmp_path / f"{len(files)}"
+        result = page_lib.upscale_photo(
+            upscaler, options, "png", source, output, lambda *stage: stages.append(stage), shapes
+        )
+        files.append(result.file.read_bytes())
+        assert stages[-1] == ("write", 0, 1)
+        return stages[0] == ("compile", 0, 1)
+
+    # A portrait, and a size that is padded to the same, are nothing new.
+    assert [new(33, 52), new(52, 33)] == [True, False]
+    assert [shapes.enter(each) for each in ("other", "other")] == [True, False] and not cleared
+    assert shapes.enter("third") and len(cleared) == 1
+    assert new(33, 52) and len(cleared) == 1
+    assert files[2] == files[0]
+    assert page_lib.Shapes().most == 16

@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
+import math
 import os
 import secrets
-import shutil
-import tempfile
+import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import get_args
 
 import gradio as gr
+import jax
 
 from tsdsr_jax import color, folder
-from tsdsr_jax.errors import UserError
+from tsdsr_jax.errors import UserError, printable
 from tsdsr_jax.images import FORMATS, Photo, read_photo, write_photo
 from tsdsr_jax.resize import pillow_bicubic
 from tsdsr_jax.sizes import Size
@@ -33,6 +35,15 @@ PREVIEW_PIXELS, PREVIEW_SIDE = 8_000_000, 8192
 # Photographs may wait in the queue for hours where a CPU computes.
 _SWEEP_EVERY, _KEEP = 600, 6 * 3600
 _MESSAGE_SECONDS = 20
+_UNKNOWN = "Something went wrong; the server's terminal says what."
+# While a photograph waits for the device.
+_CHECK_EVERY = 0.5
+# Photographs that are made ready to be shown at a time; each is held in memory.
+_PREVIEWS = 2
+# Each size that is computed has its own compiled programs; what they take is given back after so many.
+_MOST_SHAPES = 16
+# Browsers round whole numbers beyond it.
+LARGEST_WHOLE = 2**53
 _LABELS = {"upscale": "Scale", "latent_tiled_size": "Tile size", "seed": "Seed"}
 # Where the bar starts and ends, and what stands above it.
 _STAGES = {
@@ -73,6 +84,28 @@ class Result:
     notes: list[str]
 
 
+class Shapes:
+    """Which shapes the device's programs are compiled for.
+
+    Args:
+      most: before one more than these, all programs are dropped: JAX keeps them for ever, and cannot drop a few.
+    """
+
+    def __init__(self, most: int = _MOST_SHAPES):
+        self.most = most
+        self._known: set[tuple] = set()
+
+    def enter(self, shape: tuple) -> bool:
+        """Notes that a shape, of whatever kind, is about to be computed; returns whether it is new."""
+        if shape in self._known:
+            return False
+        if len(self._known) >= self.most:
+            jax.clear_caches()
+            self._known.clear()
+        self._known.add(shape)
+        return True
+
+
 def upscale_photo(
     upscaler: Upscaler,
     options: UpscaleOptions,
@@ -80,6 +113,7 @@ def upscale_photo(
     source: Path,
     output: Path,
     progress: Progress | None = None,
+    shapes: Shapes | None = None,
 ) -> Result:
     """Upscales one file into the folder `output`.
 
@@ -87,7 +121,8 @@ def upscale_photo(
       upscaler: from `load`, with any settings.
       options: those of `load`; scale, colours, tile size and seed may differ, within `check` and `check_tile`.
       format: of the result, one of `images.FORMATS`.
-      progress: see `Upscaler.with_settings`; "write" follows its stages.
+      progress: see `Upscaler.with_settings`; "compile" precedes its stages where a size is new, "write" follows them.
+      shapes: those computed so far; without them nothing is forgotten and every size passes for known.
 
     Raises:
       UserError: the photograph cannot be read, computed or written; named without its folder.
@@ -99,6 +134,8 @@ def upscale_photo(
     lines: list[str] = []
     report = folder.Report(lines.append)
     groups = folder.plan_groups([folder.Job(source, target)], settings.plan, upscaler.batch, files, report)
+    if shapes and groups and shapes.enter((groups[0].bucket, settings.latent_tile)) and progress:
+        progress("compile", 0, 1)
     folder.upscale(upscaler.with_settings(settings, progress), groups, files, report)
     if report.failures:
         raise UserError(_without_folders(report.failures[0], source, target))
@@ -111,7 +148,8 @@ def upscale_photo(
     size = result.rgb.shape[:2]
     write_preview(before, photo, size)
     write_preview(after, result, size)
-    summary = f"{_pixels(photo.rgb.shape)} → {_pixels(size)} pixels in {seconds:.1f} s."
+    summary = f"{source.name}: {_pixels(photo.rgb.shape)} → {_pixels(size)} pixels in {seconds:.1f} s."
+    summary += " Left: the photo, enlarged bicubically; right: the result."
     if preview_size(size) != size:
         summary += f" Shown at {_pixels(preview_size(size))}; the file below has all of them."
     return Result(target, before, after, summary, [_without_folders(line, source, target) for line in lines])
@@ -152,15 +190,45 @@ def write_preview(path: Path, photo: Photo, size: Size) -> None:
 # ---- the page ----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def private_folder() -> Iterator[Path]:
-    """A temporary folder for uploads and results, the only one that Gradio serves files of; removed at the end."""
-    root = Path(tempfile.mkdtemp(prefix="tsdsr_page_")).resolve()
-    os.environ["GRADIO_TEMP_DIR"] = str(root)  # read when components are made
-    try:
-        yield root
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+@dataclasses.dataclass
+class Choice:
+    """The photograph that a visitor has chosen; one object for each visit.
+
+    Attributes:
+      made: whether the page has told of a choice at all; programs that call the API do not.
+      path: the file, None after it was removed.
+    """
+
+    made: bool = False
+    path: str | None = None
+
+    def check(self, path: str) -> None:
+        """Refuses to go on with a photograph that has been exchanged for another one since."""
+        if self.made and self.path != path:
+            raise UserError("Another photo was chosen meanwhile.")
+
+
+class _Bar:
+    """What stands on the page while a photograph is computed; see `Progress`.
+
+    Args:
+      show: Gradio's, called with a fraction and words.
+      check: called at every step; may raise.
+    """
+
+    def __init__(self, show: gr.Progress, check: Callable[[], object]):
+        self.show, self.check, self.compiles = show, check, False
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.check()
+        if stage == "compile":
+            self.compiles = True
+            return
+        start, end, words = _STAGES[stage]
+        words = words.format(min(done + 1, total), total)
+        if self.compiles and done == 0 and stage != "write":
+            words += ", compiling for this size"
+        self.show(start + (end - start) * done / total, desc=words)
 
 
 class Handlers:
@@ -168,56 +236,110 @@ class Handlers:
 
     Args:
       upscaler, options: the networks, and the flags that the page starts from.
-      root: from `private_folder`.
+      root: the private folder.
     """
 
     def __init__(self, upscaler: Upscaler, options: UpscaleOptions, root: Path):
         self.upscaler, self.options, self.root = upscaler, options, root
+        self.shapes = Shapes()
+        # A cancelled photograph leaves Gradio's queue at once, but the device only at its next step.
+        self._device = threading.Lock()
+        self._previews = threading.Semaphore(_PREVIEWS)
 
-    def show(self, source: str | None) -> Iterator[tuple]:
-        """A new photograph, or none: empties the page, then shows it on both sides of the slider."""
-        yield None, None, ""
+    def choose(self, source: str | None, choice: Choice) -> tuple:
+        """A new photograph, or none: empties slider, file, summary and the words about the photograph."""
+        choice.made, choice.path = True, source
+        return None, None, "", ""
+
+    def show(self, source: str | None, choice: Choice) -> tuple:
+        """The photograph on both sides of the slider, and its name and size, or why it cannot be used, in words.
+
+        Nothing is raised: outside the queue an error would be a failed request to the browser.
+        """
         if source is None:
-            return
-        with _told():
-            photo = _read(Path(source), self.options.max_pixels)
-            path = self._new_folder() / "photo.webp"
-            write_preview(path, photo, photo.rgb.shape[:2])
-        yield (str(path), str(path)), None, f"{Path(source).name}: {_pixels(photo.rgb.shape)} pixels."
+            return None, ""
+        pair, words = None, ""
+        try:
+            with self._previews:
+                choice.check(source)
+                photo = _read(Path(source), self.options.max_pixels)
+                path = self._new_folder() / "photo.webp"
+                write_preview(path, photo, photo.rgb.shape[:2])
+            pair, words = (str(path), str(path)), f"{Path(source).name}: {_pixels(photo.rgb.shape)} pixels."
+        except UserError as error:
+            words = str(error)
+        except Exception:
+            traceback.print_exc()
+            words = _UNKNOWN
+        if choice.made and choice.path != source:
+            return gr.skip(), gr.skip()
+        return pair, _html(words)
 
     def upscale(
         self,
         photo: str | None,
-        scale: float | None,
-        colours: str,
-        tile: int | None,
-        seed: int | None,
-        format: str,
+        scale: object,
+        colours: object,
+        tile: object,
+        seed: object,
+        format: object,
+        choice: Choice,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio finds it)
     ) -> tuple:
-        """Upscales a photograph; returns the slider's two pictures, the result's file and its sizes in words."""
+        """Upscales a photograph; returns the slider's two pictures, the result's file and its sizes in words.
 
-        def tell(stage: str, done: int, total: int) -> None:
-            start, end, words = _STAGES[stage]
-            progress(start + (end - start) * done / total, desc=words.format(min(done + 1, total), total))
-
+        The settings come as they were sent, of any type.
+        """
         with _told():
             if photo is None:
                 raise UserError("Choose a photo first.")
+            _check_choice("Format", format, FORMATS)
             options = self._options(upscale=scale, align_method=colours, latent_tiled_size=tile, seed=seed)
-            progress(0, desc="Reading")
-            result = upscale_photo(
-                self.upscaler, options, format, Path(photo), self._new_folder(), progress=tell
-            )
+            result = self._upscale(options, format, photo, choice, progress)
         for note in result.notes:
             gr.Info(html.escape(note, quote=False), duration=_MESSAGE_SECONDS)
-        return (str(result.before), str(result.after)), str(result.file), result.summary
+        return (str(result.before), str(result.after)), str(result.file), _html(result.summary)
+
+    def _upscale(
+        self, options: UpscaleOptions, format: str, photo: str, choice: Choice, progress: gr.Progress
+    ) -> Result:
+        """`upscale_photo`, when its turn has come, and while the photograph is the one that is wanted."""
+
+        def check() -> None:
+            choice.check(photo)
+
+        progress(0, desc="Waiting")
+        with self._turn(check):
+            progress(0, desc="Reading")
+            bar, output = _Bar(progress, check), self._new_folder()
+            result = upscale_photo(self.upscaler, options, format, Path(photo), output, bar, self.shapes)
+            check()
+        return result
+
+    @contextlib.contextmanager
+    def _turn(self, check: Callable[[], object]) -> Iterator[None]:
+        """Holds the device; `check` may raise meanwhile, so that nobody's thread waits for what is given up."""
+        while not self._device.acquire(timeout=_CHECK_EVERY):
+            check()
+        try:
+            check()
+            yield
+        finally:
+            self._device.release()
 
     def _options(self, **values: object) -> UpscaleOptions:
-        """The flags with the page's values in their place."""
-        for name, label in _LABELS.items():
-            if not isinstance(values[name], int | float):
-                raise UserError(f"{label}: enter a number")
+        """The flags with the page's values in their place.
+
+        Raises:
+          UserError: a value is of another type than the flag, or out of its range; named by the page's label.
+        """
+        values["upscale"] = _number("Scale", values["upscale"])
+        for name in ("latent_tiled_size", "seed"):
+            values[name] = _whole(_LABELS[name], values[name])
+        _check_choice("Colours", values["align_method"], get_args(color.Method))
+        tile, overlap = values["latent_tiled_size"], self.options.latent_tiled_overlap
+        if tile <= overlap:
+            raise UserError(f"Tile size {tile}: expected larger than {overlap}, by which tiles overlap")
         options = dataclasses.replace(self.options, **values)
         try:
             check(options)
@@ -236,6 +358,36 @@ class Handlers:
         return path
 
 
+def _number(label: str, value: object) -> float:
+    """What was sent for a number, which may be anything that JSON holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{label}: enter a number")
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
+
+
+def _whole(label: str, value: object) -> int:
+    """The same for a whole number."""
+    number = _number(label, value)
+    if not number.is_integer():  # NaN and infinities are none
+        raise UserError(f"{label} {number:g}: expected a whole number")
+    if abs(value) > LARGEST_WHOLE:
+        raise UserError(f"{label} {number:g}: expected at most 2**53, up or down; browsers round beyond it")
+    return int(value)
+
+
+def _check_choice(label: str, value: object, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{label}: expected one of {', '.join(choices)}")
+
+
+def _html(words: str) -> str:
+    """Words, of which a file's name may be any, as the page's HTML."""
+    return html.escape(printable(words), quote=False)
+
+
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """Turns errors into a message on the page; those that are no user's mistake keep their traceback in the terminal."""
@@ -245,7 +397,7 @@ def _told() -> Iterator[None]:
         message = html.escape(str(error), quote=False)
         raise gr.Error(message, duration=_MESSAGE_SECONDS, print_exception=False) from None
     except Exception as error:
-        raise gr.Error("Something went wrong; the server's terminal says what.") from error
+        raise gr.Error(_UNKNOWN) from error
 
 
 def build(upscaler: Upscaler, options: UpscaleOptions, root: Path, max_waiting: int) -> gr.Blocks:
@@ -259,59 +411,104 @@ def build(upscaler: Upscaler, options: UpscaleOptions, root: Path, max_waiting: 
     page = gr.Blocks(title="TSD-SR", analytics_enabled=False, delete_cache=(_SWEEP_EVERY, _KEEP))
     with page:
         gr.Markdown(_HEAD)
+        choice = gr.State(Choice())
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                photo, settings = _controls(options)
+                photo, about, settings = _controls(options)
                 button = gr.Button("Upscale", variant="primary", elem_id="upscale")
             with gr.Column(scale=3, min_width=340):
                 outputs = _results()
-        photo.change(
-            handlers.show,
-            photo,
-            outputs,
-            show_progress_on=outputs[0],
-            concurrency_limit=2,
-            trigger_mode="always_last",
-            api_visibility="private",
-        )
-        button.click(
+        click = button.click(
             handlers.upscale,
-            [photo, *settings],
+            [photo, *settings, choice],
             outputs,
             scroll_to_output=True,
             show_progress_on=outputs[0],
             api_name="upscale",
         )
+        _show_choices(handlers, photo, choice, click, [*outputs, about])
     return page.queue(max_size=max_waiting, default_concurrency_limit=1)
 
 
-def _controls(options: UpscaleOptions) -> tuple[gr.File, list[gr.components.Component]]:
-    """The photograph, and the settings in the order of `Handlers.upscale`."""
+def _show_choices(
+    handlers: Handlers,
+    photo: gr.File,
+    choice: gr.State,
+    click: gr.events.Dependency,
+    outputs: list[gr.components.Component],
+) -> None:
+    """Has a new photograph shown at once, and what was to become of the last one cancelled.
+
+    Outside the queue: that may be full of photographs to compute.
+
+    Args:
+      outputs: slider, file, summary and the words about the photograph.
+    """
+    chosen = photo.change(
+        handlers.choose,
+        [photo, choice],
+        outputs,
+        queue=False,
+        show_progress="hidden",
+        cancels=[click],
+        trigger_mode="always_last",
+        api_visibility="private",
+    )
+    chosen.then(
+        handlers.show,
+        [photo, choice],
+        [outputs[0], outputs[-1]],
+        queue=False,
+        show_progress_on=outputs[0],
+        trigger_mode="multiple",
+        api_visibility="private",
+    )
+
+
+class _Number(gr.Number):
+    """A number that is checked by `Handlers`, with messages that name it; Gradio would round or stumble."""
+
+    is_template = True  # to the browser it is Gradio's own
+
+    def preprocess(self, payload: object) -> object:
+        return payload
+
+
+class _Dropdown(gr.Dropdown):
+    """The same for a choice."""
+
+    is_template = True
+
+    def preprocess(self, payload: object) -> object:
+        return payload
+
+
+def _controls(options: UpscaleOptions) -> tuple[gr.File, gr.HTML, list[gr.components.Component]]:
+    """The photograph, words about it, and the settings in the order of `Handlers.upscale`."""
     # A plain file: Gradio's image component would drop the profile, the EXIF and all but 8 bits.
-    photo = gr.File(label="Photo", file_types=["image"], height=140, elem_id="photo")
+    # Of any name: what it holds is looked at, and a photograph may lack a suffix.
+    photo = gr.File(label="Photo", height=140, elem_id="photo")
+    about = gr.HTML(elem_id="about")
     with gr.Row():
-        scale = gr.Number(options.upscale, label="Scale", step=0.5, min_width=120, elem_id="scale")
-        format = gr.Dropdown(list(FORMATS), value="png", label="Format", min_width=120, elem_id="format")
+        scale = _Number(options.upscale, label="Scale", step=0.5, min_width=120, elem_id="scale")
+        format = _Dropdown(list(FORMATS), value="png", label="Format", min_width=120, elem_id="format")
     with gr.Accordion("More settings", open=False):
-        colours = gr.Dropdown(
+        colours = _Dropdown(
             list(get_args(color.Method)),
             value=options.align_method,
             label="Colours",
             info="From the photo its low frequencies (wavelet), its mean and contrast (adain), or neither.",
             elem_id="colours",
         )
-        seed = gr.Number(
-            options.seed, precision=0, label="Seed", info="Another seed gives other details.", elem_id="seed"
-        )
-        tile = gr.Number(
+        seed = _Number(options.seed, label="Seed", info="Another seed gives other details.", elem_id="seed")
+        tile = _Number(
             options.latent_tiled_size,
-            precision=0,
             step=8,
             label="Tile size",
             info="One is 8 pixels of the result. Smaller tiles need less memory, larger ones see more at once.",
             elem_id="tile",
         )
-    return photo, [scale, colours, tile, seed, format]
+    return photo, about, [scale, colours, tile, seed, format]
 
 
 def _results() -> list[gr.components.Component]:
@@ -319,18 +516,18 @@ def _results() -> list[gr.components.Component]:
     slider = gr.ImageSlider(
         type="filepath",
         interactive=False,
-        label="Photo, enlarged bicubically | Result",
+        label="Preview",
         buttons=["fullscreen"],
         max_height=560,
         elem_id="result",
     )
-    words = gr.Markdown(elem_id="summary")
+    words = gr.HTML(elem_id="summary")
     file = gr.File(label="Result, full size and quality", interactive=False, height=100, elem_id="file")
     return [slider, file, words]
 
 
-def serve(page: gr.Blocks, host: str, port: int, max_upload: int) -> str:
-    """Starts the server in a thread; returns its address.
+def serve(page: gr.Blocks, host: str, port: int, max_upload: int) -> None:
+    """Starts the server in a thread.
 
     Args:
       max_upload: megabytes.
@@ -341,7 +538,7 @@ def serve(page: gr.Blocks, host: str, port: int, max_upload: int) -> str:
     for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own server whether it is there
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), host, "localhost")))
     try:
-        _, url, _ = page.launch(
+        page.launch(
             server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             max_file_size=f"{max_upload}mb",
@@ -362,4 +559,3 @@ def serve(page: gr.Blocks, host: str, port: int, max_upload: int) -> str:
         )
     except OSError:
         raise UserError(f"--port {port}: cannot be listened at; choose another") from None
-    return url

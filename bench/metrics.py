@@ -28,7 +28,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import Pair, find_pairs, measure
 from tsdsr_jax.images import read_photo
 from tsdsr_jax.metric_set import Sources, load_metrics
-from tsdsr_jax.niqe import PristineModel, load_pristine
+from tsdsr_jax.niqe_model import PristineModel, load_pristine
 
 NAMES = "psnr", "ssim", "niqe"
 MAX_PIXELS = 100_000_000

@@ -465,22 +465,12 @@ def _show_choices(
     )
 
 
-class _Number(gr.Number):
-    """A number that is checked by `Handlers`, with messages that name it; Gradio would round or stumble."""
-
-    is_template = True  # to the browser it is Gradio's own
-
-    def preprocess(self, payload: object) -> object:
-        return payload
-
-
-class _Dropdown(gr.Dropdown):
-    """The same for a choice."""
-
-    is_template = True
-
-    def preprocess(self, payload: object) -> object:
-        return payload
+def _raw(component: gr.components.Component) -> gr.components.Component:
+    """Hands on what the browser or an API caller sent: `Handlers` checks it, with messages that name the field, where
+    Gradio would round or stumble. Not by a subclass: Gradio writes a .pyi file beside the source of each.
+    """
+    component.preprocess = lambda payload: payload
+    return component
 
 
 def _controls(options: UpscaleOptions) -> tuple[gr.File, gr.HTML, list[gr.components.Component]]:
@@ -490,23 +480,31 @@ def _controls(options: UpscaleOptions) -> tuple[gr.File, gr.HTML, list[gr.compon
     photo = gr.File(label="Photo", height=140, elem_id="photo")
     about = gr.HTML(elem_id="about")
     with gr.Row():
-        scale = _Number(options.upscale, label="Scale", step=0.5, min_width=120, elem_id="scale")
-        format = _Dropdown(list(FORMATS), value="png", label="Format", min_width=120, elem_id="format")
-    with gr.Accordion("More settings", open=False):
-        colours = _Dropdown(
-            list(get_args(color.Method)),
-            value=options.align_method,
-            label="Colours",
-            info="From the photo its low frequencies (wavelet), its mean and contrast (adain), or neither.",
-            elem_id="colours",
+        scale = _raw(gr.Number(options.upscale, label="Scale", step=0.5, min_width=120, elem_id="scale"))
+        format = _raw(
+            gr.Dropdown(list(FORMATS), value="png", label="Format", min_width=120, elem_id="format")
         )
-        seed = _Number(options.seed, label="Seed", info="Another seed gives other details.", elem_id="seed")
-        tile = _Number(
-            options.latent_tiled_size,
-            step=8,
-            label="Tile size",
-            info="One is 8 pixels of the result. Smaller tiles need less memory, larger ones see more at once.",
-            elem_id="tile",
+    with gr.Accordion("More settings", open=False):
+        colours = _raw(
+            gr.Dropdown(
+                list(get_args(color.Method)),
+                value=options.align_method,
+                label="Colours",
+                info="From the photo its low frequencies (wavelet), its mean and contrast (adain), or neither.",
+                elem_id="colours",
+            )
+        )
+        seed = _raw(
+            gr.Number(options.seed, label="Seed", info="Another seed gives other details.", elem_id="seed")
+        )
+        tile = _raw(
+            gr.Number(
+                options.latent_tiled_size,
+                step=8,
+                label="Tile size",
+                info="One is 8 pixels of the result. Smaller tiles need less memory, larger ones see more at once.",
+                elem_id="tile",
+            )
         )
     return photo, about, [scale, colours, tile, seed, format]
 

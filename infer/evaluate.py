@@ -45,7 +45,8 @@ class Options:
     names: tuple[str, ...] = ()
     """What tables call each folder of results; default: the folder's name."""
     metrics: tuple[str, ...] = ()
-    """psnr, ssim, niqe, lpips, or any other of pyiqa's by its name there; default: the nine of the paper's tables."""
+    """psnr, ssim, niqe, lpips, detail (correlation of the finest wavelet bands), or any other of pyiqa's by its name there;
+    default: the nine of the paper's tables."""
     niqe_params: Path | None = None
     """NIQE's parameters: niqe_pris_params.npz or niqe_modelparameters.mat."""
     lpips_weights: Path | None = None

@@ -36,6 +36,36 @@ def ssim(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.mean(structure * (2 * mx * my + c1) / (mx**2 + my**2 + c1)))
 
 
+def detail(first: np.ndarray, second: np.ndarray) -> float:
+    """Cosine of the Haar coefficients, level by level, from the wavelet's matrices."""
+    levels = []
+    x, y = luma_601(first), luma_601(second)
+    for _ in range(2):
+        coefficients = []
+        for image in (x, y):
+            rows, columns = (haar_matrix(side) for side in image.shape)
+            coefficients.append(rows @ image @ columns.T)
+        height, width = (side // 2 for side in x.shape)
+        bands = []
+        for whole in coefficients:
+            kept = whole.copy()
+            kept[:height, :width] = 0
+            bands.append(kept.ravel())
+        levels.append(bands[0] @ bands[1] / np.linalg.norm(bands[0]) / np.linalg.norm(bands[1]))
+        x, y = (whole[:height, :width] for whole in coefficients)
+    return float(np.mean(levels))
+
+
+def haar_matrix(side: int) -> np.ndarray:
+    """(side // 2 * 2, side): means of neighbours, then their differences; an odd last one is dropped."""
+    half = side // 2
+    matrix = np.zeros((2 * half, side))
+    for index in range(half):
+        matrix[index, 2 * index : 2 * index + 2] = 0.5
+        matrix[half + index, 2 * index : 2 * index + 2] = 0.5, -0.5
+    return matrix
+
+
 def niqe(rgb: np.ndarray, mean: np.ndarray, covariance: np.ndarray, block: int = 96) -> float:
     # Integers divided once: halves are exact, and rounded to even.
     image = np.round(rgb.astype(np.int64) @ np.array([299, 587, 114]) / 1000)

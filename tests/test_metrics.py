@@ -71,6 +71,11 @@ def test_psnr_and_ssim(generator, sizes):
     np.testing.assert_allclose(
         metrics.ssim_y(*batches, sizes), [oracle_metrics.ssim(*pair) for pair in pairs], atol=SSIM
     )
+    np.testing.assert_allclose(
+        metrics.detail_correlation(*batches, sizes),
+        [oracle_metrics.detail(*pair) for pair in pairs],
+        atol=1e-5,
+    )
 
 
 def test_equal_and_opposite_pictures(generator):
@@ -82,6 +87,18 @@ def test_equal_and_opposite_pictures(generator):
     assert metrics.ssim_y(image, 255 - image, sizes)[0] == pytest.approx(
         oracle_metrics.ssim(image[0], 255 - image[0]), abs=SSIM
     )
+
+
+def test_detail_is_not_won_by_noise():
+    """Enlarging loses detail; noise on top makes NIQE think better of it, and the correlation worse."""
+    image = np.asarray(photos(1)[0])[:320, :320]
+    enlarged = pillow_bicubic(pillow_bicubic(image, 80, 80), 320, 320)
+    noisy = disturbed(np.random.default_rng(0), enlarged)
+    sizes = np.array([[320, 320]] * 3, np.int32)
+    same, plain, noise = metrics.detail_correlation(
+        np.stack([image, enlarged, noisy]), np.stack([image] * 3), sizes
+    )
+    assert same == pytest.approx(1, abs=1e-5) and 1 > plain > noise > 0
 
 
 def test_published_figures_on_drealsr():

@@ -136,6 +136,10 @@ def _load(name: str, sources: Sources) -> Metric | str:
     if name == "ssim":
         smallest = (metrics.SSIM_SIDE,) * 2
         return Metric(name, "higher", True, "tsdsr_jax", _starting(metrics.ssim_y), smallest=smallest)
+    if name == "detail":
+        return Metric(
+            name, "higher", True, "tsdsr_jax", _starting(metrics.detail_correlation), smallest=(4, 4)
+        )
     if name == "niqe" and sources.niqe_params:
         return _niqe(sources.niqe_params)
     if name == "lpips" and sources.lpips_weights:

@@ -7,10 +7,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 import tiny_checkpoint as tiny
@@ -19,8 +21,7 @@ from commands import Command
 from parity import error, nhwc, params_of
 from train import autoencoder
 from tsdsr_jax import checkpoint, options, sharding
-from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, gradient_distance
-from tsdsr_jax.models.lpips import LPIPS
+from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, gradient_distance, new_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.pretrained import NetworkFiles, torch_config
 from tsdsr_jax.run_log import read_rows
@@ -84,15 +85,33 @@ def test_gradients_are_compared_at_three_scales():
     assert float(gradient_distance(board, 0 * board)) == pytest.approx(2 / 3)
 
 
-def test_lpips_counts():
+def test_a_new_one_begins_with_narrow_posteriors():
+    config = tiny.tiny_vae_config()
+    network, params = AutoencoderKL(config), new_params(config, jax.random.key(0))
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    posterior = jax.jit(lambda images: network.apply({"params": params}, images, method="encode"))(images)
+    assert posterior.mean.std() > 0.1 > np.exp(posterior.logvar / 2).mean() > 0.01
+
+
+class Distance(nn.Module):
+    """Takes LPIPS's place: the same call, a parameter, another figure for each image."""
+
+    @nn.compact
+    def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.ones, ())
+        return weight * jnp.square(first - second).mean((1, 2, 3))
+
+
+def test_a_perceptual_distance_counts():
     config = tiny.tiny_vae_config()
     params = tiny.random_params(config, 2)
-    images = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
-    lpips = LPIPS("alex")
-    weights = lpips.init(jax.random.key(1), images, images)["params"]
-    loss = AutoencoderLoss(AutoencoderKL(config), AutoencoderConfig(0, 0, lpips=0.3), lpips)
-    value, metrics = loss.objective(params, Frozen(weights), images, jax.random.key(0))
-    assert metrics["lpips"] > 0
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    loss = AutoencoderLoss(AutoencoderKL(config), AutoencoderConfig(0, 0, lpips=0.3), Distance())
+    key = jax.random.key(0)
+    posterior = loss.posterior(params, images)
+    rebuilt = loss.decode(params, posterior.sample(jax.random.normal(key, posterior.mean.shape)))
+    value, metrics = loss.objective(params, Frozen({"weight": jnp.float32(2)}), images, key)
+    assert float(metrics["lpips"]) == pytest.approx(2 * float(np.square(rebuilt - images).mean()), rel=1e-4)
     assert float(value) == pytest.approx(float(metrics["l1"] + 0.3 * metrics["lpips"]), rel=1e-5)
 
 
@@ -154,6 +173,9 @@ def test_trained_exported_and_resumed(command, tmp_path):
     assert "checkpoint_0000004/model/vae" in said and len(losses(tmp_path / "whole")) == 4
     files = exported(tmp_path / "whole")
     params = files.load(jnp.float32)
+    # Every weight has been trained.
+    first = flatten_dict(new_params(files.config, jax.random.key(0)))
+    assert all((leaf != first[path]).any() for path, leaf in flatten_dict(params).items())
     # The scaling factor brings the latents of the photographs to a deviation of 1.
     average = exported(tmp_path / "whole", "ema/vae")
     assert 0 < files.config.scaling_factor != average.config.scaling_factor != 123
@@ -173,21 +195,20 @@ def test_trained_exported_and_resumed(command, tmp_path):
         assert all(np.array_equal(whole[name], rest[name]) for name in whole)
 
 
-def test_all_weights_are_trained_from_those_given(command, tmp_path):
-    """At a rate of 0 the weights come out as they went in; otherwise each of them moves."""
+def test_training_goes_on_from_weights_that_are_given(command, tmp_path):
+    """At a rate of 0 they come out as they went in."""
     config = tiny.tiny_vae_config()
     given = tiny.random_params(config, 3)
-    folder = tmp_path / "given"
-    tiny.save_network(folder, config, given)
-    start = ("--vae_dir", str(folder), "--no_from_scratch", "--max_train_steps", "1")
+    tiny.save_network(tmp_path / "given", config, given)
+    start = ("--vae_dir", str(tmp_path / "given"), "--no_from_scratch", "--max_train_steps", "1")
     command.done(tmp_path / "still", *start, "--learning_rate", "0")
+    found = tensors(tmp_path / "still")
     for name, tensor in write_base(given, config):
-        np.testing.assert_array_equal(tensors(tmp_path / "still")[name], tensor)
-    command.done(tmp_path / "moved", *start)
-    moved = tensors(tmp_path / "moved")
-    assert all((moved[name] != tensor).any() for name, tensor in write_base(given, config))
+        np.testing.assert_array_equal(found[name], tensor)
 
 
+# Passed on 2026-11-25 (2 cores, jax 0.10.2, 47 s).
+@pytest.mark.slow
 def test_devices_share_the_work(command, tmp_path):
     """Two devices of one photograph each, with the weights split between them, train as one device of two photographs."""
     command.done(tmp_path / "one", "--max_train_steps", "2")

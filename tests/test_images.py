@@ -330,9 +330,23 @@ def test_floating_point_colour_tiff_is_refused_clearly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["tiff", "jpg"])
 def test_ycbcr_becomes_rgb(tmp_path: Path, suffix: str) -> None:
     flat = Image.new("RGB", (16, 16), (200, 100, 50)).convert("YCbCr")
-    photo = read_photo(_saved(tmp_path / f"a.{suffix}", flat), LIMIT)
+    path = _saved(tmp_path / f"a.{suffix}", flat)
+    if suffix == "tiff" and not _pillow_reads(path):  # 12.3 cannot read back what it has written
+        with pytest.raises(UserError, match="damaged or cut short"):
+            read_photo(path, LIMIT)
+        return
+    photo = read_photo(path, LIMIT)
     assert np.abs(photo.rgb.astype(int) - (200, 100, 50)).max() <= 3
     assert not photo.grey
+
+
+def _pillow_reads(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("suffix", ["tiff", "jpg"])

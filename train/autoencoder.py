@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, session
-from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen
+from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, new_params
 from tsdsr_jax.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.checkpoint import MODEL, Files, on_host
 from tsdsr_jax.dataset import Shapes
@@ -43,7 +43,7 @@ from tsdsr_jax.run_log import Curve
 from tsdsr_jax.session import say
 from tsdsr_jax.sharding import global_array, placement, replicated
 from tsdsr_jax.stepping import Step, jitted
-from tsdsr_jax.torch_weights import Tree, init_params, write_base
+from tsdsr_jax.torch_weights import Tree, write_base
 from tsdsr_jax.trainer import Trainer, TrainState
 from tsdsr_jax.training import with_new_scale
 from tsdsr_jax.training_data import Data, open_images
@@ -77,7 +77,7 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
     """Folder of photographs to validate on; default: the first training photographs."""
     lambda_gradient: float = 1.0
     """Weight of the differences of gradients, at three scales."""
-    lambda_kl: float = 1e-4
+    lambda_kl: float = 1e-6
     """Weight of the latents' divergence from the standard normal."""
     lambda_lpips: float = 0.0
     """Weight of LPIPS; needs --lpips_path."""
@@ -186,7 +186,7 @@ def starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool
     described = json.dumps(dataclasses.asdict(config), sort_keys=True)
     if options.from_scratch:
         key = jax.random.key(options.seed)
-        return Beginning(lambda _: init_params(files.config, key), {}, f"new, {described}")
+        return Beginning(lambda _: new_params(files.config, key), {}, f"new, {described}")
     ((params, digest),) = load_networks([files], mesh, jnp.float32)
     loaded = params if new else jax.eval_shape(lambda: params)
     return Beginning(lambda loaded: loaded, loaded, f"{digest}, {described}")

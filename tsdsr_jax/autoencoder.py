@@ -9,14 +9,17 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tsdsr_jax.models.lpips import LPIPS
-from tsdsr_jax.models.vae import AutoencoderKL, Posterior
+from tsdsr_jax.models.vae import AutoencoderKL, Posterior, VAEConfig
 from tsdsr_jax.objective import Metrics
-from tsdsr_jax.torch_weights import Tree
+from tsdsr_jax.torch_weights import Tree, init_params
 
 # Pixels that the gradients are taken over; edges and texture of these widths count by themselves.
 GRADIENT_SCALES = (1, 2, 4)
+# Of a new autoencoder's posteriors: a deviation of 0.05.
+FIRST_LOGVAR = -6.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +33,19 @@ class AutoencoderConfig:
     """
 
     gradient: float = 1.0
-    kl: float = 1e-4
+    kl: float = 1e-6
     lpips: float = 0.0
+
+
+def new_params(config: VAEConfig, key: jax.Array) -> Tree:
+    """An autoencoder's parameters to begin from nothing with: as its layers initialise them, but with narrow posteriors.
+
+    At first a posterior of deviation 1 would bury what little the decoder can read.
+    """
+    leaves = flatten_dict(init_params(config, key), sep="/")
+    bias = leaves["encoder/conv_out/bias"]
+    leaves["encoder/conv_out/bias"] = bias.at[config.latent_channels :].set(FIRST_LOGVAR)
+    return unflatten_dict(leaves, sep="/")
 
 
 class Frozen(NamedTuple):

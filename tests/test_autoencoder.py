@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -87,7 +88,7 @@ def test_gradients_are_compared_at_three_scales():
 
 def test_a_new_one_begins_with_narrow_posteriors():
     config = tiny.tiny_vae_config()
-    network, params = AutoencoderKL(config), new_params(config, jax.random.key(0))
+    network, params = AutoencoderKL(config), jax.jit(partial(new_params, config))(jax.random.key(0))
     images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
     posterior = jax.jit(lambda images: network.apply({"params": params}, images, method="encode"))(images)
     assert posterior.mean.std() > 0.1 > np.exp(posterior.logvar / 2).mean() > 0.01
@@ -174,7 +175,7 @@ def test_trained_exported_and_resumed(command, tmp_path):
     files = exported(tmp_path / "whole")
     params = files.load(jnp.float32)
     # Every weight has been trained.
-    first = flatten_dict(new_params(files.config, jax.random.key(0)))
+    first = flatten_dict(jax.jit(partial(new_params, files.config))(jax.random.key(0)))
     assert all((leaf != first[path]).any() for path, leaf in flatten_dict(params).items())
     # The scaling factor brings the latents of the photographs to a deviation of 1.
     average = exported(tmp_path / "whole", "ema/vae")

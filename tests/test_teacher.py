@@ -240,10 +240,9 @@ def test_accumulated_parts_are_averaged():
     batch = tiny_batch(2, 2)
     _, metrics = jax.jit(trainer.step)(state, base, batch, jax.random.key(3))
     key = jax.random.fold_in(jax.random.key(3), 0)
+    of_part = jax.jit(trainer._gradient)
     alone = [
-        trainer._gradient(
-            state, base, jax.tree.map(lambda leaf, p=part: leaf[p], batch), jax.random.fold_in(key, part)
-        )
+        of_part(state, base, jax.tree.map(lambda leaf, p=part: leaf[p], batch), jax.random.fold_in(key, part))
         for part in range(2)
     ]
     assert float(metrics["flow"]) == pytest.approx(

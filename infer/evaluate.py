@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 from tqdm import tqdm
@@ -105,7 +106,9 @@ class Evaluation:
                 names.setdefault(reason, []).append(f"{name} of {method.name}")
         return [f"{', '.join(found)}: {reason}" for reason, found in names.items()]
 
+    @cached_property
     def tables(self) -> str:
+        """The text that is printed."""
         text = evaluation_tables.layout(evaluation_tables.means(self.methods, self.metrics))
         if self.compared:
             rows = evaluation_tables.layout(evaluation_tables.differences(self.methods, self.metrics))
@@ -135,7 +138,7 @@ def main() -> None:
             measured.problems[:0] = problems
             methods.append(Method(name, measured))
     evaluation = Evaluation(methods, metrics, missing, options.compare)
-    print(evaluation.tables(), flush=True)
+    print(evaluation.tables, flush=True)
     complain(evaluation.problems)
     if logs:
         write_logs(options, logs, evaluation)
@@ -216,7 +219,7 @@ def write_logs(options: Options, files: Mapping[str, Path], evaluation: Evaluati
     }
     content["versions"] = versions()
     written = {
-        "txt": evaluation.tables() + "\n",
+        "txt": evaluation.tables + "\n",
         "csv": evaluation_tables.as_csv(methods, metrics),
         "json": json.dumps(content, indent=2, ensure_ascii=False) + "\n",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -150,10 +151,12 @@ def test_pictures_above_the_limit_are_left_out(tmp_path: Path, generator):
 def test_odd_names_and_files(tmp_path: Path, generator):
     """Bytes that are no text, line ends; a pipe is not waited for, a broken link is named."""
     names = ["täst", "line\nend", os.fsdecode(b"odd\xff")]
-    for name in names:
+    for name in tuple(names):
         try:
             write(tmp_path / f"{name}.png", random_image(generator))
-        except OSError:  # not on this file system
+        except OSError as error:
+            if error.errno != errno.EILSEQ:  # a file system whose names are UTF-8
+                raise
             names.remove(name)
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")

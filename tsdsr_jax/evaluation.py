@@ -231,15 +231,15 @@ def _stack(
 ) -> _Read:
     """Puts what was read into the corners of a batch of a fixed size."""
     sound = [(pair, found) for pair, found in zip(members, pixels, strict=True) if not isinstance(found, str)]
-    results, references = np.zeros((2, count, *bucket, 3), np.uint8)
+    results = np.zeros((count, *bucket, 3), np.uint8)
+    references = np.zeros_like(results) if any(pair.reference for pair, _ in sound) else None
     sizes = np.full((count, 2), bucket, np.int32)
     for index, (_, (result, reference)) in enumerate(sound):
         height, width = sizes[index] = result.shape[:2]
         results[index, :height, :width] = result
-        if reference is not None:
+        if reference is not None and references is not None:
             references[index, :height, :width] = reference
-    compared = references if any(pair.reference for pair, _ in sound) else None
-    batch = Batch(results, compared, sizes, len(sound), device)
+    batch = Batch(results, references, sizes, len(sound), device)
     return _Read([pair for pair, _ in sound], batch, [found for found in pixels if isinstance(found, str)])
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from tsdsr_jax.evaluation import Measured
 from tsdsr_jax.metric_set import Metric
@@ -27,9 +28,11 @@ class Method:
     name: str
     measured: Measured
 
-    def mean(self, metric: Metric) -> Estimate | None:
-        values = self.measured.of(metric.name)
-        return estimate(values) if values else None
+    @cached_property
+    def means(self) -> dict[str, Estimate]:
+        """Metric's name -> its mean over the pictures that have it; made once, because of the intervals."""
+        names = dict.fromkeys(name for values in self.measured.values.values() for name in values)
+        return {name: estimate(self.measured.of(name)) for name in names}
 
 
 def means(methods: Sequence[Method], metrics: Sequence[Metric]) -> Rows:
@@ -45,7 +48,7 @@ def _mean_cell(method: Method, metric: Metric, count: int) -> str:
     if metric.over_folders:
         value = method.measured.of_folder.get(metric.name)
         return "–" if value is None else f"{value:.4f}"
-    found = method.mean(metric)
+    found = method.means.get(metric.name)
     if found is None:
         return "–"
     return f"{found.mean:.4f}" + (f" ({found.count})" if found.count != count else "")
@@ -135,8 +138,7 @@ def as_json(
 
 def _method(method: Method, metrics: Sequence[Metric]) -> dict:
     measured = method.measured
-    values = {metric.name: method.mean(metric) for metric in metrics}
-    figures = {name: _estimate(found) for name, found in values.items() if found}
+    figures = {m.name: _estimate(method.means[m.name]) for m in metrics if m.name in method.means}
     figures |= {name: {"value": value} for name, value in measured.of_folder.items()}
     return {
         "images": len(measured.pairs),

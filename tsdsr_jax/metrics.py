@@ -48,7 +48,7 @@ def ssim_y(result: jax.Array, reference: jax.Array, sizes: jax.Array) -> jax.Arr
     """Structural similarity of the luma rounded to integers (Wang et al. 2004).
 
     11×11 Gaussian window, σ = 1.5, only where it lies inside; K = 0.01, 0.03; the contrast-structure term is clipped at
-    0, as pyiqa does. Three programs: within one, XLA computes each filter again for every tap of the next, thirty times
+    0, as pyiqa does. Three programs: within one, XLA computes each filter again for every tap of the next, twenty times
     slower on a CPU.
 
     Args:

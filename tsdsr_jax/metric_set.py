@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.lpips_weights import load_lpips
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.niqe_model import load_pristine
+from tsdsr_jax.torch_weights import Tree
 
 OWN_FILES = {
     "niqe": "--niqe_params (BasicSR's niqe_pris_params.npz, also in TSD-SR's repository, or pyiqa's .mat), or ",
@@ -200,8 +201,12 @@ def _lpips(path: Path) -> Metric:
     # One program per size: its convolutions see the borders, which padding to a common size would move.
     compare = jax.jit(LPIPS(network).apply)
 
+    @cache
+    def placed(device: jax.Device) -> dict[str, Tree]:
+        return {"params": jax.device_put(params, device)}
+
     def start(batch: Batch) -> Values:
-        variables = {"params": jax.device_put(params, batch.device)}
+        variables = placed(batch.device)
         values = []
         with jax.default_matmul_precision("highest"):
             for index in range(batch.count):

@@ -2,7 +2,8 @@
 
     python convert/sd3.py --input stable-diffusion-3-medium-diffusers --output sd3
 
-Tensors are streamed, so memory stays far below the checkpoint's size.
+Tensors are streamed, so memory stays far below the checkpoint's size. With --lora_dir the result is a model of its own:
+TSD-SR's LoRAs are merged into it, in float32, and it is used with infer/upscale.py --lora_dir none.
 """
 
 from __future__ import annotations
@@ -20,18 +21,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tyro
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 import tsdsr_jax
 from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.pretrained import PARAMS_FILE, PARTS, TORCH_STEM, NetworkFiles, open_checkpoint, read_json
+from tsdsr_jax.lora import merge_kernel
+from tsdsr_jax.pretrained import (
+    PARAMS_FILE,
+    PARTS,
+    TORCH_STEM,
+    NetworkFiles,
+    load_lora,
+    open_checkpoint,
+    read_json,
+)
 from tsdsr_jax.tensor_files import TensorSpec, write_tensors
-from tsdsr_jax.torch_weights import base_entries
+from tsdsr_jax.torch_weights import Tree, base_entries
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -46,6 +58,8 @@ class Options:
     """A diffusers SD3 folder or hub id (with --to_diffusers: a folder that this script wrote)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write."""
+    lora_dir: Path | None = None
+    """Folder with transformer.safetensors and vae.safetensors to merge into the weights, PEFT's layout or ours."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -76,17 +90,25 @@ def main() -> None:
         if network.is_converted and not options.to_diffusers:
             raise UserError(f"{network.folder}: converted already; --to_diffusers would convert it back")
         network.specs  # noqa: B018 (both networks are checked before a byte is written)
-    for network in networks:
-        convert(network, options.output / network.part / name, options)
+    loras = [load_part(options.lora_dir, network) for network in networks]
+    for network, lora in zip(networks, loras, strict=True):
+        convert(network, lora, options.output / network.part / name, options)
     copy_small_files(checkpoint.folder, options.output)
     print(
         f"wrote {options.output}: {', '.join(f'{n.part} {count_values(n) / 1e6:,.1f} M' for n in networks)} parameters"
     )
 
 
-def convert(network: NetworkFiles, target: Path, options: Options) -> None:
+def load_part(lora_dir: Path | None, network: NetworkFiles) -> Tree:
+    """The network's adapter; empty without --lora_dir."""
+    return load_lora(lora_dir / f"{network.part}.safetensors", network.config) if lora_dir else {}
+
+
+def convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) -> None:
     """Streams one network's tensors into `target`, then its config beside it."""
-    specs, tensors = torch_tensors(network) if options.to_diffusers else (network.specs, network.leaves())
+    # Where the type changes, the sum is not rounded to the old one first.
+    leaves = merged(network.leaves(), lora, None if options.dtype == "keep" else np.dtype(np.float32))
+    specs, tensors = torch_tensors(network, leaves) if options.to_diffusers else (network.specs, leaves)
     if options.dtype != "keep":
         dtype = DTYPES[options.dtype]
         specs = {name: TensorSpec(spec.shape, dtype) for name, spec in specs.items()}
@@ -103,8 +125,23 @@ def convert(network: NetworkFiles, target: Path, options: Options) -> None:
         shutil.copyfile(network.folder / "config.json", temporary)
 
 
-def torch_tensors(network: NetworkFiles) -> tuple[dict[str, TensorSpec], Iterator[tuple[str, np.ndarray]]]:
-    """The specs and tensors of a converted network under their torch names."""
+def merged(
+    leaves: Iterator[tuple[str, np.ndarray]], lora: Tree, dtype: np.dtype | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves with an adapter merged in; those it changes in `dtype`, or in their own."""
+    pairs = flatten_dict(lora, sep="/")
+    for path, array in leaves:
+        module = path.removesuffix("/kernel")
+        if path.endswith("/kernel") and f"{module}/a" in pairs:
+            kernel, a, b = (jnp.asarray(part) for part in (array, pairs[f"{module}/a"], pairs[f"{module}/b"]))
+            array = np.asarray(merge_kernel(kernel, a, b, dtype=dtype))
+        yield path, array
+
+
+def torch_tensors(
+    network: NetworkFiles, leaves: Iterator[tuple[str, np.ndarray]]
+) -> tuple[dict[str, TensorSpec], Iterator[tuple[str, np.ndarray]]]:
+    """A converted network's specs and leaves under their torch names."""
     entries = base_entries(network.config)
     specs = {
         name: TensorSpec(entry.torch_shape, network.specs[entry.path].dtype)
@@ -112,9 +149,7 @@ def torch_tensors(network: NetworkFiles) -> tuple[dict[str, TensorSpec], Iterato
         for name in entry.names
     }
     return specs, (
-        pair
-        for entry, (_, leaf) in zip(entries, network.leaves(), strict=True)
-        for pair in entry.scatter(leaf)
+        pair for entry, (_, leaf) in zip(entries, leaves, strict=True) for pair in entry.scatter(leaf)
     )
 
 

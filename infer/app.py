@@ -27,7 +27,7 @@ from pathlib import Path
 from tsdsr_jax import cli
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.upscale_options import UpscaleOptions, check, load
+from tsdsr_jax.upscale_options import UpscaleOptions, check, completed, load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Options(UpscaleOptions):
 
 
 def main() -> None:
-    options = cli.parse(Options, description=__doc__)
+    options = completed(cli.parse(Options, description=__doc__))
     check(options)
     check_server(options)
     with private_folder() as root, ended_by_signals(root):

@@ -1,4 +1,5 @@
-"""Upscales a photograph, or a folder of them, with SD3 and TSD-SR's LoRAs.
+"""Upscales a photograph, or a folder of them, with SD3 and TSD-SR's LoRAs; or, where no model is named, with a small one
+that lies in the repository.
 
 python infer/upscale.py --pretrained_model_name_or_path sd3 -i photos -o outputs
 """
@@ -27,7 +28,7 @@ from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import read_size
 from tsdsr_jax.report import Entry, Layer, check_report_path, write_report
-from tsdsr_jax.upscale_options import UpscaleOptions, check, load
+from tsdsr_jax.upscale_options import UpscaleOptions, check, completed, load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Options(UpscaleOptions):
 
 
 def main() -> None:
-    options = cli.parse(Options, description=__doc__)
+    options = completed(cli.parse(Options, description=__doc__))
     check(options)
     part = shard_of(options)
     jobs = folder.find_jobs(

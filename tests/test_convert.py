@@ -22,6 +22,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import convert.lora
 import convert.sd3
@@ -149,6 +150,45 @@ def test_dtype_is_converted(tmp_path: Path, dtype: str, sd3: Callable[..., None]
         for path, leaf in stored_leaves(tmp_path / "diffusers").items()
     }
     assert_identical(stored_leaves(tmp_path / "ours"), expected)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_adapters_are_merged(tmp_path: Path, back: bool, sd3: Callable[..., None]) -> None:
+    """In float32, before the cast; into all that they adapt and nothing else, whichever way is converted."""
+    write_folder(tmp_path / "diffusers", CONFIGS, np.float16)
+    source, adapters = tmp_path / "diffusers", {}
+    for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):
+        adapter = random_lora(CONFIGS[part], targets, 2)
+        save_lora(tmp_path / "lora" / f"{part}.safetensors", adapter, part)
+        adapters |= {
+            f"{part}/{path}": np.asarray(leaf) for path, leaf in flatten_dict(adapter, sep="/").items()
+        }
+    plain = stored_leaves(source)
+    if back:
+        sd3("-i", source, "-o", tmp_path / "ours")
+        source = tmp_path / "ours"
+    flags = ["--to_diffusers"] if back else []
+    sd3(
+        "-i", source, "-o", tmp_path / "merged", "--lora_dir", tmp_path / "lora", "--dtype", "float32", *flags
+    )
+    merged = stored_leaves(tmp_path / "merged")
+    for name, leaf in plain.items():
+        module, expected = name.removesuffix("/kernel"), leaf.astype(np.float32)
+        if f"{module}/a" in adapters and name.endswith("/kernel"):
+            delta = np.matmul(*(adapters[f"{module}/{half}"].astype(np.float64) for half in "ab"))
+            assert np.abs(delta).max() > 1e-3
+            np.testing.assert_allclose(merged[name], expected + delta, rtol=0, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(merged[name], expected)
+
+
+def test_adapters_that_are_not_there(tmp_path: Path) -> None:
+    write_folder(tmp_path / "diffusers", CONFIGS)
+    result = run_script(
+        "sd3.py", "-i", tmp_path / "diffusers", "-o", tmp_path / "ours", "--lora_dir", tmp_path / "lora"
+    )
+    assert result.returncode == 1 and "transformer.safetensors: not found" in result.stderr
+    assert not (tmp_path / "ours").exists()
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path, sd3: Callable[..., None]) -> None:

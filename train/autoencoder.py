@@ -144,7 +144,7 @@ def prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new: 
         new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
         files=partial(exported, files.config, validation),
         export=MODEL,
-        identity={"ema": options.ema_decay is not None, "autoencoder": beginning.digest},
+        identity=options.kept() | {"autoencoder": beginning.digest},
         losses=("autoencoder", "l1"),
         counts={},
         curves=CURVES,

@@ -267,7 +267,7 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
         new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
         files=partial(adapter_files, networks),
         export=LORA,
-        identity=identity | options.ranks()._asdict() | {"ema": options.ema_decay is not None},
+        identity=identity | options.ranks()._asdict() | options.kept(),
         losses=LOSSES,
         counts=COUNTS,
         curves=CURVES,

@@ -213,7 +213,7 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
             "train": options.train,
             "rank": options.rank if options.adapter else None,
             "schedule's shift": model.shift(),
-            "ema": options.ema_decay is not None,
+            **options.kept(),
             "transformer": beginning.digest,
             "autoencoder": vae_hash,
             "null prompt": text_hash(null),

@@ -20,6 +20,8 @@ from tsdsr_jax.torch_weights import Tree, init_params
 GRADIENT_SCALES = (1, 2, 4)
 # Of a new autoencoder's posteriors: a deviation of 0.05.
 FIRST_LOGVAR = -6.0
+# Kernels that a residual branch ends with.
+LAST_OF_BRANCH = ("conv2/kernel", "to_out_0/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,15 @@ class AutoencoderConfig:
 
 
 def new_params(config: VAEConfig, key: jax.Array) -> Tree:
-    """An autoencoder's parameters to begin from nothing with: as its layers initialise them, but with narrow posteriors.
+    """An autoencoder's parameters to begin from nothing with: as its layers initialise them, but for two things.
 
-    At first a posterior of deviation 1 would bury what little the decoder can read.
+    Every residual branch begins at zero, so that depth is no hindrance (Goyal et al. 2017, §5.1), and posteriors begin
+    narrow: a deviation of 1 would bury what little the decoder can read at first.
     """
     leaves = flatten_dict(init_params(config, key), sep="/")
+    for name, leaf in leaves.items():
+        if name.endswith(LAST_OF_BRANCH):
+            leaves[name] = jnp.zeros_like(leaf)
     bias = leaves["encoder/conv_out/bias"]
     leaves["encoder/conv_out/bias"] = bias.at[config.latent_channels :].set(FIRST_LOGVAR)
     return unflatten_dict(leaves, sep="/")

@@ -18,7 +18,7 @@ from tsdsr_jax.photos import CROP_STEP, CropConfig
 from tsdsr_jax.run_log import ReportTo, check_trackers
 from tsdsr_jax.schedules import ScheduleName
 from tsdsr_jax.sharding import make_mesh
-from tsdsr_jax.training import OptimizerConfig
+from tsdsr_jax.training import Optimizer, OptimizerConfig
 
 # The original's `--mixed_precision` calls float32 "no".
 PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}
@@ -86,8 +86,6 @@ class RunOptions:
     multi_host: bool = False
     """Several machines, started by SLURM or mpirun."""
 
-    optimizer: str = "adamw"
-    """Without effect; the optimiser is AdamW."""
     local_rank: int = -1
     """Without effect; one process uses all its GPUs."""
     set_grads_to_none: bool = False
@@ -115,7 +113,7 @@ class RunOptions:
         """Flags that do nothing."""
         found = []
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ("optimizer", "local_rank", "set_grads_to_none"):
+        for name in ("local_rank", "set_grads_to_none"):
             if getattr(self, name) != defaults[name]:
                 found.append(f"--{name} has no effect here")
         if self.log_code and self.report_to not in ("wandb", "all"):
@@ -140,8 +138,10 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """The flags of AdamW and of the learning rate's course; defaults are the original's."""
+    """The flags of the optimiser and of the learning rate's course; defaults are the original's."""
 
+    optimizer: Optimizer = "adamw"
+    """adamw; or muon, which a network from nothing needs far fewer steps with (AdamW still moves biases and norms)."""
     lr_scheduler: ScheduleName = "constant"
     """Course of the learning rate, or of both."""
     lr_warmup_steps: int = 500
@@ -174,8 +174,13 @@ class OptimizerOptions:
             if (value := getattr(self, name)) is not None and not 0 <= value < 1:
                 raise UserError(f"--{name} {value:g}: expected at least 0 and less than 1")
 
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the optimiser, so that training goes on with the same only."""
+        return {"optimizer": self.optimizer, "ema": self.ema_decay is not None}
+
     def optimizer_config(self, steps: int, rate: float, rate_auxiliary: float = 0.0) -> OptimizerConfig:
         return OptimizerConfig(
+            optimizer=self.optimizer,
             learning_rate=rate,
             learning_rate_auxiliary=rate_auxiliary,
             schedule=self.lr_scheduler,

@@ -52,7 +52,7 @@ class Trainer:
     def __init__(self, objective: Objective, config: OptimizerConfig, *, dynamic_scale: bool = False):
         self.objective, self.config, self.dynamic_scale = objective, config, dynamic_scale
         self._rate = config.rate(config.learning_rate)
-        self._optimizer = config.optimizer(config.learning_rate)
+        self._optimizer = config.transformation(config.learning_rate)
 
     def init(self, trained: Tree) -> TrainState:
         """The state before the first step; what is trained becomes float32 masters."""

@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
 
 from tsdsr_jax.objective import Base, Batch, Losses, Metrics, Student, draw
 from tsdsr_jax.schedules import Schedule, ScheduleName, learning_rate
 from tsdsr_jax.torch_weights import Tree
 
+Optimizer = Literal["adamw", "muon"]
+
+# Root mean square of Muon's updates over the learning rate: AdamW's is about this, so that the same rates suit both
+# (Liu et al. 2025, "Muon is Scalable for LLM Training", §2.2).
+MUON_RMS = 0.2
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Two AdamW optimisers, each with a gradient clip of its own; defaults of the published run.
+    """Two optimisers, each with a gradient clip of its own; defaults of the published run.
 
     Attributes:
+      optimizer: AdamW, or Muon for every matrix and kernel and AdamW for the rest.
       learning_rate, learning_rate_auxiliary: peaks of the student's and the auxiliary network's schedules.
       schedule, warmup, steps, cycles, power: see `schedules.learning_rate`; steps are optimiser steps.
       max_grad_norm: global norm that gradients are clipped to; the student's is over both of its adapters.
@@ -30,6 +39,7 @@ class OptimizerConfig:
       ema_decay: of an exponential moving average of the student; None: none is kept.
     """
 
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 5e-6
     learning_rate_auxiliary: float = 1e-6
     schedule: ScheduleName = "cosine_with_restarts"
@@ -49,13 +59,37 @@ class OptimizerConfig:
             self.schedule, peak, warmup=self.warmup, steps=self.steps, cycles=self.cycles, power=self.power
         )
 
-    def optimizer(self, peak: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(self.max_grad_norm),
-            optax.adamw(
-                self.rate(peak), self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay
-            ),
-        )
+    def transformation(self, peak: float) -> optax.GradientTransformation:
+        rate = self.rate(peak)
+        if self.optimizer == "adamw":
+            update = optax.adamw(rate, self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay)
+        else:
+            update = optax.contrib.muon(
+                rate,
+                weight_decay=self.weight_decay,
+                adam_b1=self.beta1,
+                adam_b2=self.beta2,
+                adam_weight_decay=self.weight_decay,
+                adam_learning_rate=rate,
+                muon_weight_dimension_numbers=matrices,
+                consistent_rms=MUON_RMS,
+            )
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), update)
+
+
+def matrices(params: Tree) -> Tree:
+    """Which axes Muon takes each kernel's matrix from; None, AdamW's, for vectors.
+
+    A dense kernel is (in, out), a stack of layers' (layers, in, out), a convolution's (h, w, in, out): its taps are inputs.
+    """
+
+    def axes(leaf: jax.Array) -> MuonDimensionNumbers | None:
+        if leaf.ndim < 2:
+            return None
+        inputs = (leaf.ndim - 2,) if leaf.ndim < 4 else tuple(range(leaf.ndim - 1))
+        return MuonDimensionNumbers(inputs, leaf.ndim - 1)
+
+    return jax.tree.map(axes, params)
 
 
 class LossScale(NamedTuple):
@@ -117,8 +151,8 @@ class Trainer:
     def __init__(self, losses: Losses, config: OptimizerConfig, *, dynamic_scale: bool = False):
         self.losses, self.config, self.dynamic_scale = losses, config, dynamic_scale
         self._rate = config.rate(config.learning_rate)
-        self._student_optimizer = config.optimizer(config.learning_rate)
-        self._auxiliary_optimizer = config.optimizer(config.learning_rate_auxiliary)
+        self._student_optimizer = config.transformation(config.learning_rate)
+        self._auxiliary_optimizer = config.transformation(config.learning_rate_auxiliary)
 
     def init(self, student: Student, auxiliary: Tree) -> TrainState:
         """The state before the first step; adapters become float32 masters."""

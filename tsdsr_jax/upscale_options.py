@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from tsdsr_jax.bundled import FOLDER, PROMPT, bundled_model
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.pretrained import NetworkFiles, check_fit, check_rank, load_lora, open_checkpoint
@@ -20,17 +21,22 @@ from tsdsr_jax.sizes import PATCH_SIZE
 from tsdsr_jax.torch_weights import Tree
 from tsdsr_jax.upscaler import Settings, Upscaler
 
+LARGEST_TILE = 64
+Options = TypeVar("Options", bound="UpscaleOptions")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
     """The model, and how photographs go through it."""
 
-    pretrained_model_name_or_path: str
-    """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
-    lora_dir: str = "checkpoint/tsdsr"
-    """Folder with transformer.safetensors and vae.safetensors, PEFT's layout or ours; "none": no LoRA."""
-    embedding_dir: Path = Path("dataset/default")
-    """Folder with the prompt's embeddings: prompt_embeds.pt and pool_embeds.pt, or prompt.safetensors."""
+    pretrained_model_name_or_path: str | None = None
+    """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py. Default: the small model in weights/tiny."""
+    lora_dir: str | None = None
+    """Folder with transformer.safetensors and vae.safetensors, PEFT's layout or ours; "none": no LoRA. Default:
+    checkpoint/tsdsr; weights/tiny has its LoRAs merged in."""
+    embedding_dir: Path | None = None
+    """Folder with the prompt's embeddings: prompt_embeds.pt and pool_embeds.pt, or prompt.safetensors. Default:
+    dataset/default, or weights/tiny's."""
     rank: int = 64
     """Rank of the transformer's LoRA."""
     rank_vae: int = 64
@@ -47,8 +53,9 @@ class UpscaleOptions:
     """Seed of the latent noise, which depends on it and on each file's content only."""
     latent: Literal["sample", "mode"] = "sample"
     """Draw the latent from the encoder's posterior, or take its mean."""
-    latent_tiled_size: int = 64
-    """Transformer tile, in latent pixels (1/8 of the output's)."""
+    latent_tiled_size: int | None = None
+    """Transformer tile, in latent pixels (1/8 of the output's). Default: 64, or all that a smaller model has positions
+    for."""
     latent_tiled_overlap: int = 8
     """Overlap of neighbouring tiles, in latent pixels."""
     tile_batch_size: int | None = None
@@ -81,6 +88,39 @@ class UpscaleOptions:
             decoder_band=self.vae_decoder_tiled_size if self.is_use_tile else None,
             sample=self.latent == "sample",
         )
+
+
+def completed(options: Options) -> Options:
+    """The options with every default that depends on the model filled in; `check` and `load` expect them so.
+
+    Raises:
+      UserError: a LoRA without its model, or no model at all.
+    """
+    bundled = options.pretrained_model_name_or_path is None
+    if bundled:
+        if options.lora_dir and options.lora_dir.lower() != "none":
+            raise UserError(
+                f"--lora_dir {options.lora_dir}: give the model it belongs to with --pretrained_model_name_or_path; "
+                "the small one that is used without it has its LoRAs merged in"
+            )
+        folder = bundled_model()
+        print(f"no --pretrained_model_name_or_path: using the small model in {folder}; SD3's is far better")
+        options = dataclasses.replace(options, pretrained_model_name_or_path=str(folder), lora_dir="none")
+    tile = options.latent_tiled_size
+    return dataclasses.replace(
+        options,
+        lora_dir="checkpoint/tsdsr" if options.lora_dir is None else options.lora_dir,
+        embedding_dir=options.embedding_dir or (PROMPT if bundled else Path("dataset/default")),
+        latent_tiled_size=largest_tile(options.pretrained_model_name_or_path) if tile is None else tile,
+    )
+
+
+def largest_tile(model: str) -> int:
+    """SD3's tile, or as much of it as a model that lies here has positions for."""
+    files = NetworkFiles(Path(model).expanduser() / "transformer", "transformer")
+    if not (files.folder / "config.json").is_file():  # a hub id, or a mistake that `load` tells
+        return LARGEST_TILE
+    return min(LARGEST_TILE, PATCH_SIZE * files.config.pos_embed_max_size)
 
 
 def check(options: UpscaleOptions) -> None:
@@ -170,7 +210,8 @@ def load_loras(
     options: UpscaleOptions, transformer: NetworkFiles, vae: NetworkFiles
 ) -> tuple[Tree | None, Tree | None]:
     if options.lora_dir.lower() in ("none", ""):
-        print("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
+        if Path(options.pretrained_model_name_or_path) != FOLDER:
+            print("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
         return None, None
     if Path(options.lora_dir).is_file():
         raise UserError(

@@ -1,0 +1,239 @@
+"""Measures the models that train/recipes/tiny.sh makes, beside what they have to beat.
+
+python bench/tiny_model.py --runs runs/tiny --hr_dir drealsr/test_HR --lr_dir drealsr/test_LR
+    --niqe_params niqe_pris_params.npz --output_dir runs/tiny/table
+
+Bicubic; the autoencoder alone on the HR pictures, the ceiling of any student; bicubic with blurred noise at the first
+student's PSNR, which NIQE alone takes for detail; and every student, RUNS/model-NAME-SEED, its seeds together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tsdsr_jax import cli
+from tsdsr_jax.bundled import PROMPT
+from tsdsr_jax.degradation import DegradationConfig, low_resolution, to_bytes
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.evaluation import by_name, find_pairs, measure
+from tsdsr_jax.metric_set import Metric, Sources, load_metrics
+from tsdsr_jax.metrics import psnr_y
+from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.pretrained import open_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = ("psnr", "ssim", "niqe", "detail")
+MAX_PIXELS = 100_000_000
+FACTOR = 16
+# Pixels; of the control's noise.
+BLUR = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    runs: Path
+    """The recipe's --output, or a folder of several models called model-NAME-SEED."""
+    hr_dir: Path
+    """Photographs that were not trained on."""
+    lr_dir: Path | None = None
+    """Their low-resolution versions. Default: photographs are cut to multiples of 16 and degraded here."""
+    niqe_params: Path
+    """NIQE's pristine model."""
+    output_dir: Path
+    """Folder for all pictures and for table.json."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One method.
+
+    Attributes:
+      name: as printed.
+      values: metric -> its mean over the pictures, one per seed.
+    """
+
+    name: str
+    values: dict[str, list[float]]
+
+    def cells(self) -> list[str]:
+        return [self.name, *(_cell(self.values[metric]) for metric in METRICS)]
+
+
+def _cell(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    models = find_models(options.runs)
+    lr, hr = pairs_of(options)
+    metrics, missing = load_metrics(METRICS, Sources(True, options.niqe_params))
+    if missing:
+        raise UserError("; ".join(missing.values()))
+
+    def row(name: str, *folders: Path) -> Row:
+        found = [of_folder(folder, hr, metrics) for folder in folders]
+        return Row(name, {metric: [values[metric] for values in found] for metric in METRICS})
+
+    output = options.output_dir
+    rows = [row("bicubic", each(lr, output / "bicubic", enlarged))]
+    first = next(iter(models.values()))[0]
+    rows.append(row("autoencoder alone (ceiling)", each(hr, output / "autoencoder", rebuilt(first))))
+    students = [
+        row(f"student, {name}", *(upscaled(model, lr, output / model.name) for model in found))
+        for name, found in models.items()
+    ]
+    wanted = statistics.fmean(students[-1].values["psnr"])
+    rows.append(row("bicubic + blurred noise (control)", control(lr, hr, output / "control", wanted)))
+    rows += students
+    table = [["", *METRICS], *(row.cells() for row in rows)]
+    print(
+        "\n".join(
+            "| " + " | ".join(cells) + " |" for cells in (table[0], ["---"] * len(table[0]), *table[1:])
+        )
+    )
+    (output / "table.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+
+
+def find_models(runs: Path) -> dict[str, list[Path]]:
+    """Student's name -> its models, one per seed."""
+    models: dict[str, list[Path]] = {}
+    for folder in sorted(runs.glob("model-*-*")):
+        if found := re.fullmatch(r"model-(.+)-(\d+)", folder.name):
+            models.setdefault(found[1], []).append(folder)
+    if not models:
+        raise UserError(f"{runs}: no folder called model-NAME-SEED, as train/recipes/tiny.sh makes them")
+    order = {name: place for place, name in enumerate(("mse", "tsd", "dasm"))}
+    return dict(sorted(models.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def pairs_of(options: Options) -> tuple[Path, Path]:
+    """Folders of low- and high-resolution pictures with the same names."""
+    if options.lr_dir:
+        find_pairs(options.lr_dir, options.hr_dir)
+        return options.lr_dir, options.hr_dir
+    lr, hr = options.output_dir / "lr", options.output_dir / "hr"
+    for folder in (lr, hr):
+        folder.mkdir(parents=True, exist_ok=True)
+    config = DegradationConfig(sharpen=False)
+    for index, (name, path) in enumerate(tqdm(by_name(options.hr_dir)[0].items(), desc="degraded")):
+        with Image.open(path) as image:
+            photo = np.asarray(image.convert("RGB"))
+        height, width = (side // FACTOR * FACTOR for side in photo.shape[:2])
+        photo = photo[:height, :width]
+        small = low_resolution(photo.astype(np.float32) / 255, np.random.default_rng(index), config)
+        Image.fromarray(to_bytes(small)).save(lr / f"{name}.png")
+        Image.fromarray(photo).save(hr / f"{name}.png")
+    return lr, hr
+
+
+def of_folder(results: Path, hr: Path, metrics: Sequence[Metric]) -> dict[str, float]:
+    pairs, problems = find_pairs(results, hr)
+    measured = measure(pairs, metrics, jax.devices()[0], MAX_PIXELS)
+    if problems + measured.problems:
+        raise UserError((problems + measured.problems)[0])
+    return {metric: statistics.fmean(measured.of(metric)) for metric in METRICS}
+
+
+def each(source: Path, target: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    """Every picture changed, (H, W, 3) uint8 -> the same."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name, path in tqdm(by_name(source)[0].items(), desc=target.name):
+        with Image.open(path) as image:
+            result = change(np.asarray(image.convert("RGB")))
+        Image.fromarray(result).save(target / f"{name}.png")
+    return target
+
+
+def enlarged(picture: np.ndarray) -> np.ndarray:
+    size = 4 * picture.shape[1], 4 * picture.shape[0]
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+
+
+def rebuilt(model: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Encodes and decodes; the student's LoRA on the encoder is left out where the recipe's own autoencoder is there."""
+    plain = model.parent / "new"
+    files = open_checkpoint(plain if plain.is_dir() else model).network("vae")
+    network, params = AutoencoderKL(files.config), files.load(jnp.float32)
+    run = jax.jit(lambda params, images: network.apply({"params": params}, images))
+
+    def change(picture: np.ndarray) -> np.ndarray:
+        images = picture[None].astype(np.float32) / 127.5 - 1
+        return np.asarray(jnp.clip(jnp.round((run(params, images)[0] + 1) * 127.5), 0, 255), np.uint8)
+
+    return change
+
+
+def upscaled(model: Path, lr: Path, output: Path) -> Path:
+    command = [
+        *(
+            sys.executable,
+            "infer/upscale.py",
+            "--pretrained_model_name_or_path",
+            model.resolve(),
+            "--lora_dir",
+            "none",
+        ),
+        *("--embedding_dir", PROMPT, "--process_size", "16", "-i", lr.resolve(), "-o", output.resolve()),
+    ]
+    if subprocess.run([str(word) for word in command], cwd=ROOT).returncode:
+        raise UserError(f"{model}: infer/upscale.py failed")
+    return output
+
+
+def control(lr: Path, hr: Path, output: Path, wanted: float) -> Path:
+    """Bicubic plus blurred Gaussian noise, as strong as brings its mean PSNR to `wanted`."""
+    pairs, _ = find_pairs(lr, hr)
+    bicubic, noise, truth = [], [], []
+    for index, pair in enumerate(pairs):
+        with Image.open(pair.result) as small, Image.open(pair.reference) as large:
+            bicubic.append(enlarged(np.asarray(small.convert("RGB"))))
+            truth.append(np.asarray(large.convert("RGB")))
+        noise.append(blurred_noise(bicubic[-1].shape[:2], index))
+
+    def noisy(strength: float) -> list[np.ndarray]:
+        sums = (base + strength * grain for base, grain in zip(bicubic, noise, strict=True))
+        return [np.clip(np.round(each), 0, 255).astype(np.uint8) for each in sums]
+
+    def reached(strength: float) -> float:
+        return statistics.fmean(
+            float(measured(made[None], true[None], np.array([made.shape[:2]]))[0])
+            for made, true in zip(noisy(strength), truth, strict=True)
+        )
+
+    measured, low, high = jax.jit(psnr_y), 0.0, 64.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) > wanted else (low, middle)
+    output.mkdir(parents=True, exist_ok=True)
+    for pair, picture in zip(pairs, noisy(low), strict=True):
+        Image.fromarray(picture).save(output / f"{pair.name}.png")
+    return output
+
+
+def blurred_noise(size: tuple[int, int], seed: int) -> np.ndarray:
+    """(H, W, 1) of deviation 1."""
+    distances = np.arange(-4, 5)
+    kernel = np.exp(-0.5 * np.square(distances / BLUR))
+    grain = np.random.default_rng(seed).standard_normal(size)
+    for axis in (0, 1):
+        grain = np.apply_along_axis(lambda line: np.convolve(line, kernel, "same"), axis, grain)
+    return (grain / grain.std())[..., None]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Trains the model of weights/tiny from nothing, on photographs alone: autoencoder, teacher, student, merged model.
+#
+#   train/recipes/tiny.sh --photos PHOTOS --validation OTHERS --output runs/tiny --budget cpu
+#
+#   --photos      folder of photographs; repeat for several
+#   --validation  folder of photographs to look at while training; not trained on
+#   --output      folder for everything; what is there already is not done again, and an interrupted stage goes on
+#   --budget      cpu: about two hours on two cores; gpu: a hundred times the samples; minimal: to see it run.
+#                 It changes numbers of steps and batch sizes, nothing else.
+#   --seed        of everything random (default 0)
+#   --student     what the student trains for after its start with MSE: mse, tsd or dasm (default)
+#
+# The result, OUTPUT/model-STUDENT-SEED, has the LoRAs merged in and is used as weights/tiny is:
+#
+#   python infer/upscale.py --pretrained_model_name_or_path OUTPUT/model-dasm-0 --lora_dir none
+#       --embedding_dir weights/tiny/prompt/default -i PHOTOS -o RESULTS
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+photos=() validation="" output="" budget=cpu seed=0 student=dasm
+while (($#)); do
+  case "$1" in
+    --photos) photos+=(--hr_dir "$2") ;;
+    --validation) validation=$2 ;;
+    --output) output=$2 ;;
+    --budget) budget=$2 ;;
+    --seed) seed=$2 ;;
+    --student) student=$2 ;;
+    *) echo "tiny.sh: $1: no such flag; the head of this file explains them" >&2; exit 2 ;;
+  esac
+  shift 2 || { echo "tiny.sh: $1: needs a value" >&2; exit 2; }
+done
+if ((${#photos[@]} == 0)) || [[ -z $validation || -z $output ]]; then
+  echo "tiny.sh: give --photos, --validation and --output" >&2; exit 2
+fi
+
+case "$budget" in #          autoencoder    crops   teacher       its LoRA    start of the student, its end
+  cpu)     ae=(8000 4)       crops=8  base=(4000 32)   lora=(200 32)   start=(1200 8)  end=(150 8) ;;
+  gpu)     ae=(100000 32)    crops=64 base=(100000 256) lora=(2000 256) start=(20000 64) end=(5000 64) ;;
+  minimal) ae=(2 2)          crops=1  base=(2 2)       lora=(2 2)      start=(2 2)     end=(2 2) ;;
+  *) echo "tiny.sh: --budget $budget: expected cpu, gpu or minimal" >&2; exit 2 ;;
+esac
+case "$student" in
+  mse)  losses=(--lambda_tsd 0 --lambda_mse 1) ;;
+  tsd)  losses=(--lambda_tsd 1 --lambda_mse 1) ;;
+  dasm) losses=(--lambda_tsd 1 --lambda_mse 1 --use_dasm --use_random_bias) ;;
+  *) echo "tiny.sh: --student $student: expected mse, tsd or dasm" >&2; exit 2 ;;
+esac
+
+python=${PYTHON:-python}
+weights=weights/tiny
+prompts=(--default_embedding_dir "$weights/prompt/default" --null_embedding_dir "$weights/prompt/null")
+crop=(--crop_size 128 --min_size 128)
+common=(--seed "$seed" --mixed_precision no --resume_from_checkpoint latest --checkpoints_total_limit 2)
+
+say() { printf '\n== %s\n' "$*"; }
+steps() { printf '%07d' "$1"; }
+# train SCRIPT STEPS BATCH FLAG...: with a checkpoint and pictures ten times on the way.
+train() {
+  local script=$1 count=$2 batch=$3; shift 3
+  local every=$(((count + 9) / 10))
+  "$python" "train/$script.py" "${common[@]}" --max_train_steps "$count" --train_batch_size "$batch" \
+    --checkpointing_steps "$every" --validation_steps "$every" "$@"
+}
+
+say "autoencoder: ${ae[0]} steps of ${ae[1]} crops"
+made=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
+[[ -d $made ]] || train autoencoder "${ae[@]}" --vae_dir "$weights/vae" --from_scratch "${photos[@]}" \
+  --validation_dir "$validation" --crop_size 96 --min_size 96 --num_validation_images 16 \
+  --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 0 \
+  --ema_decay 0.998 --output_dir "$output/autoencoder"
+
+# The scaling factor was measured with it. The transformer is only a config as yet.
+mkdir -p "$output/new"
+cp -r "$made" "$weights/transformer" "$weights/scheduler" "$output/new"
+rm -f "$output"/new/transformer/*.safetensors
+
+say "training set: $crops crops of each photograph, degraded and encoded"
+"$python" train/prepare.py "${photos[@]}" --output_dir "$output/pairs" --pretrained_model_name_or_path "$output/new" \
+  --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$crops" "${crop[@]}" --seed "$seed"
+
+say "teacher, from nothing: ${base[0]} steps of ${base[1]}"
+made=$output/base/checkpoint_$(steps "${base[0]}")/model/ema
+[[ -d $made ]] || train teacher "${base[@]}" --train base --from_scratch --pretrained_model_name_or_path "$output/new" \
+  --data_dir "$output/pairs" "${prompts[@]}" --optimizer muon --learning_rate 1e-3 --lr_scheduler cosine \
+  --lr_warmup_steps 100 --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/base"
+base=$made
+
+say "teacher's LoRA: ${lora[0]} steps of ${lora[1]}"
+teacher=$output/teacher/checkpoint_$(steps "${lora[0]}")/lora
+[[ -d $teacher ]] || train teacher "${lora[@]}" --pretrained_model_name_or_path "$base" --data_dir "$output/pairs" \
+  "${prompts[@]}" --rank 16 --learning_rate 1e-4 --output_dir "$output/teacher"
+
+distil=(distill)
+distil_flags=(--pretrained_model_name_or_path "$base" --data_dir "$output/pairs" "${prompts[@]}" --use_default_prompt
+  --use_teacher_lora --teacher_lora_path "$teacher" --lambda_lpips 0 --guidance_scale 1)
+
+say "student, MSE only: ${start[0]} steps of ${start[1]}"
+begun=$output/start-$seed/checkpoint_$(steps "${start[0]}")/lora
+[[ -d $begun ]] || train "${distil[@]}" "${start[@]}" "${distil_flags[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
+  --lr_scheduler cosine --lr_warmup_steps 50 --output_dir "$output/start-$seed"
+
+say "student, $student: ${end[0]} steps of ${end[1]}"
+student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora
+[[ -d $student_lora ]] || train "${distil[@]}" "${end[@]}" "${distil_flags[@]}" "${losses[@]}" \
+  --checkpoint_path "$begun" --learning_rate 2e-4 --learning_rate_reg 2e-4 --output_dir "$output/student-$student-$seed"
+
+say "merging"
+rm -rf "$output/merged"
+"$python" convert/sd3.py --input "$base" --lora_dir "$student_lora" --output "$output/merged"
+"$python" convert/sd3.py --input "$output/merged" --to_diffusers --dtype float16 --overwrite \
+  --output "$output/model-$student-$seed"
+rm -rf "$output/merged"
+echo "made $output/model-$student-$seed"

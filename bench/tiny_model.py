@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from tsdsr_jax import cli
 from tsdsr_jax.bundled import PROMPT
-from tsdsr_jax.degradation import DegradationConfig, low_resolution, to_bytes
+from tsdsr_jax.degradation import DegradationConfig, light, low_resolution, to_bytes
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import by_name, find_pairs, measure
 from tsdsr_jax.metric_set import Metric, Sources, load_metrics
@@ -49,7 +49,7 @@ class Options:
     hr_dir: Path
     """Photographs that were not trained on."""
     lr_dir: Path | None = None
-    """Their low-resolution versions. Default: photographs are cut to multiples of 16 and degraded here."""
+    """Their low-resolution versions. Default: photographs are cut to multiples of 16 and degraded here, lightly."""
     niqe_params: Path
     """NIQE's pristine model."""
     output_dir: Path
@@ -129,7 +129,7 @@ def pairs_of(options: Options) -> tuple[Path, Path]:
     lr, hr = options.output_dir / "lr", options.output_dir / "hr"
     for folder in (lr, hr):
         folder.mkdir(parents=True, exist_ok=True)
-    config = DegradationConfig(sharpen=False)
+    config = light(DegradationConfig(sharpen=False))
     for index, (name, path) in enumerate(tqdm(by_name(options.hr_dir)[0].items(), desc="degraded")):
         with Image.open(path) as image:
             photo = np.asarray(image.convert("RGB"))

@@ -12,7 +12,7 @@ from scipy import ndimage
 import tiny_checkpoint as tiny
 from tsdsr_jax import degradation
 from tsdsr_jax.blur_kernels import blur_kernel, pulse, sinc_kernel
-from tsdsr_jax.degradation import DegradationConfig, Order, degrade
+from tsdsr_jax.degradation import DegradationConfig, Order, degrade, light
 from tsdsr_jax.jpeg_model import CHROMA, LUMA, jpeg, jpeg_codec
 
 CONFIG = DegradationConfig()
@@ -298,3 +298,13 @@ def test_the_published_values_are_the_defaults():
     assert sum(chance for _, _, chance in CONFIG.mixture) == pytest.approx(1)
     assert CONFIG.first.shrink == (0.15, 1.0) and CONFIG.second.shrink == (0.3, 1.0)
     assert CONFIG.first.quality == CONFIG.second.quality == (30, 95) and CONFIG.second.blur == 0.8
+
+
+def test_light_degradation_leaves_more_of_the_photograph():
+    config = DegradationConfig(sharpen=False)
+
+    def error(config: DegradationConfig) -> float:
+        pairs = [degrade(photo(96, 128), np.random.default_rng(seed), config) for seed in range(12)]
+        return np.mean([np.square(pair.lr.astype(float) - pair.hr).mean() for pair in pairs])
+
+    assert error(light(config)) < 0.6 * error(config)

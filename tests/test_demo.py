@@ -1,21 +1,45 @@
-"""`make demo`'s script, into a temporary folder."""
+"""`make demo`'s script, into a temporary folder, and the bundled model it shows."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from examples import demo
+from tsdsr_jax import bundled
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.images import IMAGE_SUFFIXES
+
+MEGABYTE = 1_000_000
 
 
-def test_the_demo_runs_the_real_scripts_and_draws_its_sheet(tmp_path, monkeypatch, capsys):
+def test_the_demo_restores_the_example_photographs(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
     demo.main()
-    assert "RANDOM weights" in capsys.readouterr().out
-    names = {path.stem for path in demo.PHOTOS.iterdir() if path.suffix != ".md"}
-    assert {path.stem for path in (tmp_path / "results").iterdir()} == names
-    for path in (tmp_path / "results").iterdir():
-        source = next(demo.PHOTOS.glob(f"{path.stem}.*"))
-        with Image.open(path) as result, Image.open(source) as photo:
+    assert "using the small model in" in capfd.readouterr().out
+    photos = {path.stem: path for path in demo.PHOTOS.iterdir() if path.suffix in IMAGE_SUFFIXES}
+    assert {path.stem for path in (tmp_path / "results").iterdir()} == set(photos)
+    for name, source in photos.items():
+        with Image.open(tmp_path / "results" / f"{name}.png") as result, Image.open(source) as photo:
             assert result.size == (4 * photo.width, 4 * photo.height)
-            assert np.asarray(result).std() > 10
+            back = np.asarray(result.convert("RGB").resize(photo.size, Image.Resampling.BOX), np.float64)
+            photo = np.asarray(photo.convert("RGB"), np.float64)
+            sharpness = np.abs(np.diff(np.asarray(result.convert("L"), np.float64))).mean()
+        # The same picture, its colours included; and not one that a mere enlargement gives.
+        assert np.abs(back - photo).mean() < 8 and np.abs((back - photo).mean((0, 1))).max() < 2
+        bicubic = Image.open(source).convert("L").resize(result.size, Image.Resampling.BICUBIC)
+        assert sharpness > np.abs(np.diff(np.asarray(bicubic, np.float64))).mean()
+    assert (tmp_path / "report.html").stat().st_size > 100_000
     with Image.open(tmp_path / "comparison.png") as sheet:
         assert min(sheet.size) > 1000
+
+
+def test_the_bundled_model_is_small_and_has_a_card():
+    files = [path for path in bundled.FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16 * MEGABYTE
+    assert (bundled.FOLDER / "README.md").is_file()
+
+
+def test_without_the_repository_a_model_has_to_be_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundled, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path"):
+        bundled.bundled_model()

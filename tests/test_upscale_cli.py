@@ -23,6 +23,7 @@ from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.folder import find_jobs
 from tsdsr_jax.prompts import PromptEmbeds, save_prompt_embeds
+from tsdsr_jax.upscale_options import completed
 from tsdsr_jax.upscaler import Settings, Upscaler
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -647,8 +648,38 @@ def test_flags_that_cannot_work(command, tmp_path, more, status, words):
 
 
 def test_required_flags(command):
-    outcome = command.plain("-i", "photos")
-    assert outcome.status == 2 and "--pretrained_model_name_or_path" in outcome.line
+    outcome = command.plain("-o", "results")
+    assert outcome.status == 2 and "--input_dir" in outcome.line
+
+
+# --- without a model ------------------------------------------------------------------------
+
+
+def test_the_bundled_model_is_used_where_none_is_named(command, tmp_path):
+    source = save(tmp_path / "in", a=SQUARE)
+    outcome = command.plain("-i", str(source), "-o", str(tmp_path / "out"), "--process_size", "16")
+    assert outcome.status == 0 and "using the small model in" in outcome.out and "no LoRA" not in outcome.out
+    assert Image.open(tmp_path / "out" / "a.png").size == (4 * SQUARE[1], 4 * SQUARE[0])
+
+
+def test_a_lora_needs_its_model(command, root):
+    outcome = command.plain("-i", "photos", "--lora_dir", str(root / "lora"))
+    assert outcome.status == 1 and f"--lora_dir {root / 'lora'}" in outcome.line
+    assert "--pretrained_model_name_or_path" in outcome.line
+
+
+def test_tiles_are_as_large_as_the_model_has_positions_for(root, monkeypatch):
+    def tile(largest: int, *given: str) -> int:
+        config = json.loads((root / "sd3/transformer/config.json").read_text())
+        folder = root / f"table {largest}"
+        (folder / "transformer").mkdir(parents=True, exist_ok=True)
+        (folder / "transformer/config.json").write_text(json.dumps(config | {"pos_embed_max_size": largest}))
+        monkeypatch.setattr(
+            sys, "argv", [SCRIPT, "-i", "photos", "--pretrained_model_name_or_path", str(folder), *given]
+        )
+        return completed(cli.parse(upscale.Options, description="")).latent_tiled_size
+
+    assert (tile(8), tile(192), tile(8, "--latent_tiled_size", "4")) == (16, 64, 4)
 
 
 # --- interruptions --------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from tsdsr_jax.degradation import DegradationConfig
+from tsdsr_jax.degradation import DegradationConfig, light
 from tsdsr_jax.devices import DTYPES, join_processes
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.photos import CROP_STEP, CropConfig
@@ -240,9 +240,12 @@ class PairOptions(CropOptions):
 
     jpeg: Literal["model", "codec"] = "model"
     """Compress with the published pipeline's model of JPEG, or with a real codec."""
+    degradation_strength: Literal["published", "light"] = "published"
+    """How much the photographs are degraded: as published, or as by a decent camera, for small crops and small models."""
 
     def degradation(self) -> DegradationConfig:
-        return dataclasses.replace(super().degradation(), codec=self.jpeg == "codec")
+        config = dataclasses.replace(super().degradation(), codec=self.jpeg == "codec")
+        return light(config) if self.degradation_strength == "light" else config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

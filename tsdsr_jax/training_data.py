@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.options import CropOptions, DataOptions
+from tsdsr_jax.options import CropOptions, DataOptions, PairOptions
 from tsdsr_jax.photos import Photographs, Survey, find_photographs, left_out, survey
 from tsdsr_jax.prepared import PreparedFolder
 from tsdsr_jax.prompts import load_prompt_embeds
@@ -61,7 +61,7 @@ def open_data(
     else:
         source = _open_photographs(options, seed, parts, note, output)
         # Without pairs nothing is degraded.
-        identity = crop_identity(options) | ({"jpeg": options.jpeg} if parts == "pairs" else {})
+        identity = crop_identity(options) | (pair_identity(options) if parts == "pairs" else {})
     return Data(source, Shapes.of_source(source), identity | content_identity(source))
 
 
@@ -88,6 +88,10 @@ def crop_identity(options: CropOptions) -> dict[str, str]:
         "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels",
         "sharpening": str(options.sharpen_gt),
     }
+
+
+def pair_identity(options: PairOptions) -> dict[str, str]:
+    return {"jpeg": options.jpeg, "degradation": options.degradation_strength}
 
 
 def content_identity(source: Source) -> dict[str, str]:

@@ -20,6 +20,7 @@ cd "$(dirname "$0")/../.."
 
 photos=() validation="" output="" budget=cpu seed=0 student=dasm
 while (($#)); do
+  (($# > 1)) || { echo "tiny.sh: $1: needs a value" >&2; exit 2; }
   case "$1" in
     --photos) photos+=(--hr_dir "$2") ;;
     --validation) validation=$2 ;;
@@ -29,7 +30,7 @@ while (($#)); do
     --student) student=$2 ;;
     *) echo "tiny.sh: $1: no such flag; the head of this file explains them" >&2; exit 2 ;;
   esac
-  shift 2 || { echo "tiny.sh: $1: needs a value" >&2; exit 2; }
+  shift 2
 done
 if ((${#photos[@]} == 0)) || [[ -z $validation || -z $output ]]; then
   echo "tiny.sh: give --photos, --validation and --output" >&2; exit 2
@@ -78,7 +79,8 @@ rm -f "$output"/new/transformer/*.safetensors
 
 say "training set: $crops crops of each photograph, degraded and encoded"
 "$python" train/prepare.py "${photos[@]}" --output_dir "$output/pairs" --pretrained_model_name_or_path "$output/new" \
-  --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$crops" "${crop[@]}" --seed "$seed"
+  --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$crops" \
+  --degradation_strength light "${crop[@]}" --seed "$seed"
 
 say "teacher, from nothing: ${base[0]} steps of ${base[1]}"
 made=$output/base/checkpoint_$(steps "${base[0]}")/model/ema

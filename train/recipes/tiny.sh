@@ -8,7 +8,7 @@
 #   --output      folder for everything; what is there already is not done again, and an interrupted stage goes on
 #   --budget      cpu: about two hours on two cores; gpu: a hundred times the samples; minimal: to see it run.
 #                 It changes numbers of steps and batch sizes, nothing else.
-#   --seed        of everything random (default 0)
+#   --seed        of the student (default 0); students of several seeds share what comes before them
 #   --student     what the student trains for after its start with MSE: mse, tsd or dasm (default)
 #
 # The result, OUTPUT/model-STUDENT-SEED, has the LoRAs merged in and is used as weights/tiny is:
@@ -37,7 +37,7 @@ if ((${#photos[@]} == 0)) || [[ -z $validation || -z $output ]]; then
 fi
 
 case "$budget" in #          autoencoder    crops   teacher       its LoRA    start of the student, its end
-  cpu)     ae=(8000 4)       crops=8  base=(4000 32)   lora=(200 32)   start=(1200 8)  end=(150 8) ;;
+  cpu)     ae=(6200 4)       crops=6  base=(2000 32)   lora=(100 32)   start=(600 8)   end=(150 8) ;;
   gpu)     ae=(100000 32)    crops=64 base=(100000 256) lora=(2000 256) start=(20000 64) end=(5000 64) ;;
   minimal) ae=(2 2)          crops=1  base=(2 2)       lora=(2 2)      start=(2 2)     end=(2 2) ;;
   *) echo "tiny.sh: --budget $budget: expected cpu, gpu or minimal" >&2; exit 2 ;;
@@ -53,7 +53,7 @@ python=${PYTHON:-python}
 weights=weights/tiny
 prompts=(--default_embedding_dir "$weights/prompt/default" --null_embedding_dir "$weights/prompt/null")
 crop=(--crop_size 128 --min_size 128)
-common=(--seed "$seed" --mixed_precision no --resume_from_checkpoint latest --checkpoints_total_limit 2)
+common=(--mixed_precision no --resume_from_checkpoint latest --checkpoints_total_limit 2)
 
 say() { printf '\n== %s\n' "$*"; }
 steps() { printf '%07d' "$1"; }
@@ -80,12 +80,12 @@ rm -f "$output"/new/transformer/*.safetensors
 say "training set: $crops crops of each photograph, degraded and encoded"
 "$python" train/prepare.py "${photos[@]}" --output_dir "$output/pairs" --pretrained_model_name_or_path "$output/new" \
   --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$crops" \
-  --degradation_strength light "${crop[@]}" --seed "$seed"
+  --degradation_strength light "${crop[@]}"
 
 say "teacher, from nothing: ${base[0]} steps of ${base[1]}"
 made=$output/base/checkpoint_$(steps "${base[0]}")/model/ema
 [[ -d $made ]] || train teacher "${base[@]}" --train base --from_scratch --pretrained_model_name_or_path "$output/new" \
-  --data_dir "$output/pairs" "${prompts[@]}" --optimizer muon --learning_rate 1e-3 --lr_scheduler cosine \
+  --data_dir "$output/pairs" "${prompts[@]}" --optimizer muon --learning_rate 4e-3 --lr_scheduler cosine \
   --lr_warmup_steps 100 --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/base"
 base=$made
 
@@ -94,19 +94,19 @@ teacher=$output/teacher/checkpoint_$(steps "${lora[0]}")/lora
 [[ -d $teacher ]] || train teacher "${lora[@]}" --pretrained_model_name_or_path "$base" --data_dir "$output/pairs" \
   "${prompts[@]}" --rank 16 --learning_rate 1e-4 --output_dir "$output/teacher"
 
-distil=(distill)
-distil_flags=(--pretrained_model_name_or_path "$base" --data_dir "$output/pairs" "${prompts[@]}" --use_default_prompt
-  --use_teacher_lora --teacher_lora_path "$teacher" --lambda_lpips 0 --guidance_scale 1)
+distil=(--pretrained_model_name_or_path "$base" --data_dir "$output/pairs" "${prompts[@]}" --use_default_prompt
+  --use_teacher_lora --teacher_lora_path "$teacher" --lambda_lpips 0 --guidance_scale 1 --rank_lora 64
+  --learning_rate_reg 1e-3 --num_validation_images 8 --seed "$seed")
 
 say "student, MSE only: ${start[0]} steps of ${start[1]}"
 begun=$output/start-$seed/checkpoint_$(steps "${start[0]}")/lora
-[[ -d $begun ]] || train "${distil[@]}" "${start[@]}" "${distil_flags[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
+[[ -d $begun ]] || train distill "${start[@]}" "${distil[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
   --lr_scheduler cosine --lr_warmup_steps 50 --output_dir "$output/start-$seed"
 
 say "student, $student: ${end[0]} steps of ${end[1]}"
 student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora
-[[ -d $student_lora ]] || train "${distil[@]}" "${end[@]}" "${distil_flags[@]}" "${losses[@]}" \
-  --checkpoint_path "$begun" --learning_rate 2e-4 --learning_rate_reg 2e-4 --output_dir "$output/student-$student-$seed"
+[[ -d $student_lora ]] || train distill "${end[@]}" "${distil[@]}" "${losses[@]}" \
+  --checkpoint_path "$begun" --learning_rate 2e-4 --output_dir "$output/student-$student-$seed"
 
 say "merging"
 rm -rf "$output/merged"

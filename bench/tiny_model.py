@@ -3,7 +3,7 @@
 python bench/tiny_model.py --runs runs/tiny --hr_dir drealsr/test_HR --lr_dir drealsr/test_LR
     --niqe_params niqe_pris_params.npz --output_dir runs/tiny/table
 
-Bicubic; the autoencoder alone on the HR pictures, the ceiling of any student; bicubic with blurred noise at the first
+Bicubic; the autoencoder alone on the HR pictures, the ceiling of any student; bicubic with blurred noise at the last
 student's PSNR, which NIQE alone takes for detail; and every student, RUNS/model-NAME-SEED, its seeds together.
 """
 
@@ -29,6 +29,7 @@ from tsdsr_jax.bundled import PROMPT
 from tsdsr_jax.degradation import DegradationConfig, light, low_resolution, to_bytes
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import by_name, find_pairs, measure
+from tsdsr_jax.images import read_size
 from tsdsr_jax.metric_set import Metric, Sources, load_metrics
 from tsdsr_jax.metrics import psnr_y
 from tsdsr_jax.models.vae import AutoencoderKL
@@ -124,11 +125,19 @@ def find_models(runs: Path) -> dict[str, list[Path]]:
 def pairs_of(options: Options) -> tuple[Path, Path]:
     """Folders of low- and high-resolution pictures with the same names."""
     if options.lr_dir:
-        find_pairs(options.lr_dir, options.hr_dir)
+        pairs, problems = find_pairs(options.lr_dir, options.hr_dir)
+        for pair in pairs:
+            small, large = (read_size(path, MAX_PIXELS) for path in (pair.result, pair.reference))
+            if large != (4 * small[0], 4 * small[1]) or large[0] % 8 or large[1] % 8:
+                problems.append(f"{pair.reference}: expected four times {pair.result}, sides multiples of 8")
+        if problems:
+            raise UserError(problems[0])
         return options.lr_dir, options.hr_dir
     lr, hr = options.output_dir / "lr", options.output_dir / "hr"
     for folder in (lr, hr):
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            raise UserError(f"{folder}: exists already; choose another --output_dir, or remove it")
+        folder.mkdir(parents=True)
     config = light(DegradationConfig(sharpen=False))
     for index, (name, path) in enumerate(tqdm(by_name(options.hr_dir)[0].items(), desc="degraded")):
         with Image.open(path) as image:
@@ -188,7 +197,17 @@ def upscaled(model: Path, lr: Path, output: Path) -> Path:
             "--lora_dir",
             "none",
         ),
-        *("--embedding_dir", PROMPT, "--process_size", "16", "-i", lr.resolve(), "-o", output.resolve()),
+        *(
+            "--embedding_dir",
+            PROMPT,
+            "--process_size",
+            "16",
+            "--overwrite",
+            "-i",
+            lr.resolve(),
+            "-o",
+            output.resolve(),
+        ),
     ]
     if subprocess.run([str(word) for word in command], cwd=ROOT).returncode:
         raise UserError(f"{model}: infer/upscale.py failed")
@@ -216,6 +235,8 @@ def control(lr: Path, hr: Path, output: Path, wanted: float) -> Path:
         )
 
     measured, low, high = jax.jit(psnr_y), 0.0, 64.0
+    if reached(0) <= wanted:
+        print("the student's PSNR is not below bicubic's: the control is bicubic itself")
     for _ in range(10):
         middle = (low + high) / 2
         low, high = (middle, high) if reached(middle) > wanted else (low, middle)

@@ -17,11 +17,10 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tyro
@@ -32,7 +31,7 @@ import tsdsr_jax
 from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.lora import merge_kernel
+from tsdsr_jax.lora import pair_of
 from tsdsr_jax.pretrained import (
     PARAMS_FILE,
     PARTS,
@@ -87,7 +86,7 @@ def main() -> None:
             raise UserError(f"{target}: exists already; pass --overwrite to replace it")
         if options.to_diffusers and not network.is_converted:
             raise UserError(f"{network.folder}: not a folder written by this script; nothing to convert back")
-        if network.is_converted and not options.to_diffusers:
+        if network.is_converted and not options.to_diffusers and not options.lora_dir:
             raise UserError(f"{network.folder}: converted already; --to_diffusers would convert it back")
         network.specs  # noqa: B018 (both networks are checked before a byte is written)
     loras = [load_part(options.lora_dir, network) for network in networks]
@@ -106,13 +105,10 @@ def load_part(lora_dir: Path | None, network: NetworkFiles) -> Tree:
 
 def convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) -> None:
     """Streams one network's tensors into `target`, then its config beside it."""
-    # Where the type changes, the sum is not rounded to the old one first.
-    leaves = merged(network.leaves(), lora, None if options.dtype == "keep" else np.dtype(np.float32))
+    leaves = merged(network.leaves(), lora)
     specs, tensors = torch_tensors(network, leaves) if options.to_diffusers else (network.specs, leaves)
     if options.dtype != "keep":
-        dtype = DTYPES[options.dtype]
-        specs = {name: TensorSpec(spec.shape, dtype) for name, spec in specs.items()}
-        tensors = cast(tensors, dtype)
+        specs = {name: TensorSpec(spec.shape, DTYPES[options.dtype]) for name, spec in specs.items()}
     # diffusers looks for this entry; ours says what made the file.
     metadata = (
         {"format": "pt"}
@@ -120,21 +116,18 @@ def convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) -
         else {"format": "tsdsr_jax", "version": tsdsr_jax.__version__}
     )
     with tqdm(total=count_values(network), desc=network.part, unit=" values", unit_scale=True) as bar:
-        write_tensors(target, specs, counted(tensors, bar), metadata)
+        write_tensors(target, specs, counted(cast(tensors, specs), bar), metadata)
     with replacing(target.parent / "config.json") as temporary:
         shutil.copyfile(network.folder / "config.json", temporary)
 
 
-def merged(
-    leaves: Iterator[tuple[str, np.ndarray]], lora: Tree, dtype: np.dtype | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves with an adapter merged in; those it changes in `dtype`, or in their own."""
+def merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves with an adapter merged in; those that it changes in float32."""
     pairs = flatten_dict(lora, sep="/")
     for path, array in leaves:
-        module = path.removesuffix("/kernel")
-        if path.endswith("/kernel") and f"{module}/a" in pairs:
-            kernel, a, b = (jnp.asarray(part) for part in (array, pairs[f"{module}/a"], pairs[f"{module}/b"]))
-            array = np.asarray(merge_kernel(kernel, a, b, dtype=dtype))
+        if pair := pair_of(pairs, path):
+            a, b = (np.asarray(half, np.float32) for half in pair)
+            array = array.astype(np.float32) + a @ b
         yield path, array
 
 
@@ -153,9 +146,15 @@ def torch_tensors(
     )
 
 
-def cast(tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Casts each tensor; a finite value that the new type cannot hold is refused."""
+def cast(
+    tensors: Iterator[tuple[str, np.ndarray]], specs: Mapping[str, TensorSpec]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Casts each tensor to its spec's type; a finite value that the type cannot hold is refused."""
     for name, array in tensors:
+        dtype = specs[name].dtype
+        if array.dtype == dtype:
+            yield name, array
+            continue
         result = np.empty(array.shape, dtype)
         # One layer at a time, and through float32: NumPy has no cast between float16 and bfloat16.
         for target, source in zip(np.atleast_2d(result), np.atleast_2d(array), strict=True):

@@ -1,4 +1,5 @@
-"""Serves a page in the browser that upscales photographs with SD3 and TSD-SR's LoRAs.
+"""Serves a page in the browser that upscales photographs with SD3 and TSD-SR's LoRAs; or, where no model is named, with a
+small one that lies in the repository.
 
 python infer/app.py --pretrained_model_name_or_path sd3
 """

@@ -86,12 +86,17 @@ def test_gradients_are_compared_at_three_scales():
     assert float(gradient_distance(board, 0 * board)) == pytest.approx(2 / 3)
 
 
-def test_a_new_one_begins_with_narrow_posteriors():
+def test_a_new_one_begins_with_narrow_posteriors_and_no_residuals():
     config = tiny.tiny_vae_config()
     network, params = AutoencoderKL(config), jax.jit(partial(new_params, config))(jax.random.key(0))
     images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
     posterior = jax.jit(lambda images: network.apply({"params": params}, images, method="encode"))(images)
     assert posterior.mean.std() > 0.1 > np.exp(posterior.logvar / 2).mean() > 0.01
+    zero = [
+        path for path, leaf in flatten_dict(params, sep="/").items() if "kernel" in path and not leaf.any()
+    ]
+    blocks = [path for path in flatten_dict(params, sep="/") if path.endswith("conv1/kernel")]
+    assert len(zero) == len(blocks) + 2 and all("conv2" in path or "to_out" in path for path in zero)
 
 
 class Distance(nn.Module):

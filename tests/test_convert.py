@@ -182,6 +182,16 @@ def test_adapters_are_merged(tmp_path: Path, back: bool, sd3: Callable[..., None
             np.testing.assert_array_equal(merged[name], expected)
 
 
+def test_sums_beyond_float16_are_refused(tmp_path: Path, sd3: Callable[..., None]) -> None:
+    write_folder(tmp_path / "diffusers", CONFIGS, np.float16)
+    for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):
+        adapter = random_lora(CONFIGS[part], targets, 2)
+        large = jax.tree.map(lambda leaf: 1e4 * leaf, adapter)
+        save_lora(tmp_path / "lora" / f"{part}.safetensors", large, part)
+    with pytest.raises(UserError, match="beyond the range of float16"):
+        sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "merged", "--lora_dir", tmp_path / "lora")
+
+
 def test_adapters_that_are_not_there(tmp_path: Path) -> None:
     write_folder(tmp_path / "diffusers", CONFIGS)
     result = run_script(

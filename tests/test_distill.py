@@ -688,6 +688,12 @@ def test_the_published_command_is_understood():
     assert any("--use_random_bias has no effect without --use_dasm" in note for note in notes)
 
 
+@pytest.mark.parametrize(("given", "used"), [("AdamW", "adamw"), ("adamw", "adamw"), ("muon", "muon")])
+def test_optimisers_by_name(given, used):
+    options = cli.parse(distill.Options, description="", argv=[*PUBLISHED.split(), "--optimizer", given])
+    assert options.optimizer_config(1, 1e-3).optimizer == used == options.kept()["optimizer"]
+
+
 def test_unknown_trackers_are_refused_before_the_work(command, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):

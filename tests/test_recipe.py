@@ -28,8 +28,7 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
     assert made.returncode == 0, made.stderr
     model = tmp_path / "runs" / "model-dasm-0"
     assert {path.name for path in model.iterdir()} == {"transformer", "vae", "scheduler"}
-    stages = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert stages == {
+    stages = {
         "autoencoder",
         "new",
         "pairs",
@@ -38,12 +37,18 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
         "start-0",
         "student-dasm-0",
         "model-dasm-0",
+        "recipe",
     }
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == stages
 
     again = recipe(
         "--photos", photos, "--validation", photos, "--output", tmp_path / "runs", "--budget", "minimal"
     )
-    assert again.returncode == 0 and "step 1/" not in again.stdout  # nothing is trained twice
+    assert again.returncode == 0 and "step 2/2" in made.stdout and "step 2/2" not in again.stdout
+    other = recipe(
+        "--photos", photos, "--validation", photos, "--output", tmp_path / "runs", "--budget", "cpu"
+    )
+    assert other.returncode == 2 and "choose another --output" in other.stderr
 
     command = [
         sys.executable,
@@ -70,6 +75,7 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
             "--budget tpu: expected",
         ),
         (("--photos", "a", "--validation", "a", "--output", "b", "--student", "x"), "--student x: expected"),
+        (("--photos", "a", "--validation", "a", "--output", "b", "--seed", "x"), "--seed x: expected"),
     ],
 )
 def test_mistakes_are_told(arguments, message):

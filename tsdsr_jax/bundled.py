@@ -8,7 +8,6 @@ from tsdsr_jax.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "weights" / "tiny"
 PROMPT = FOLDER / "prompt" / "default"
-NULL_PROMPT = FOLDER / "prompt" / "null"
 
 
 def bundled_model() -> Path:

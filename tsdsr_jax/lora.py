@@ -12,7 +12,7 @@ and a leading layer axis on all three where blocks are scanned. It is applied by
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -102,6 +102,14 @@ def merge_kernel(
     # Highest precision: GPUs would otherwise round these float32 products to TF32.
     delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(jnp.float32) + factor * delta).astype(dtype or kernel.dtype)
+
+
+def pair_of(leaves: Mapping[str, Any], path: str) -> tuple[Any, Any] | None:
+    """The two halves that adapt the kernel at this path, of an adapter flattened with "/"; None where nothing does."""
+    module = path.removesuffix("/kernel")
+    if module == path or f"{module}/a" not in leaves:
+        return None
+    return leaves[f"{module}/a"], leaves[f"{module}/b"]
 
 
 def modules(lora: Tree) -> dict[str, int]:

@@ -18,7 +18,7 @@ from tsdsr_jax.photos import CROP_STEP, CropConfig
 from tsdsr_jax.run_log import ReportTo, check_trackers
 from tsdsr_jax.schedules import ScheduleName
 from tsdsr_jax.sharding import make_mesh
-from tsdsr_jax.training import Optimizer, OptimizerConfig
+from tsdsr_jax.training import OptimizerConfig
 
 # The original's `--mixed_precision` calls float32 "no".
 PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}
@@ -140,8 +140,8 @@ class RunOptions:
 class OptimizerOptions:
     """The flags of the optimiser and of the learning rate's course; defaults are the original's."""
 
-    optimizer: Optimizer = "adamw"
-    """adamw; or muon, which a network from nothing needs far fewer steps with (AdamW still moves biases and norms)."""
+    optimizer: Literal["AdamW", "adamw", "muon"] = "AdamW"
+    """AdamW; or muon, with which a network from nothing needs far fewer steps (biases and norms stay with AdamW)."""
     lr_scheduler: ScheduleName = "constant"
     """Course of the learning rate, or of both."""
     lr_warmup_steps: int = 500
@@ -153,13 +153,13 @@ class OptimizerOptions:
     max_grad_norm: float = 1.0
     """Global norm that the gradients are clipped to; each network's by itself."""
     adam_beta1: float = 0.9
-    """AdamW's first decay."""
+    """AdamW's first decay; Muon's own is 0.95."""
     adam_beta2: float = 0.999
     """AdamW's second decay."""
     adam_weight_decay: float = 1e-4
-    """AdamW's weight decay."""
+    """Weight decay, of Muon too."""
     adam_epsilon: float = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon; 1e-8 in any case with muon."""
     ema_decay: float | None = None
     """Keep a moving average of what is trained with this decay, such as 0.999; exported beside it."""
 
@@ -176,11 +176,11 @@ class OptimizerOptions:
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint keeps of the optimiser, so that training goes on with the same only."""
-        return {"optimizer": self.optimizer, "ema": self.ema_decay is not None}
+        return {"optimizer": self.optimizer.lower(), "ema": self.ema_decay is not None}
 
     def optimizer_config(self, steps: int, rate: float, rate_auxiliary: float = 0.0) -> OptimizerConfig:
         return OptimizerConfig(
-            optimizer=self.optimizer,
+            optimizer="muon" if self.optimizer == "muon" else "adamw",
             learning_rate=rate,
             learning_rate_auxiliary=rate_auxiliary,
             schedule=self.lr_scheduler,

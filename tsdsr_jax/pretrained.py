@@ -119,13 +119,9 @@ class NetworkFiles:
         loaded = []
         for path, array in self.leaves():
             leaf = put(path, array)
-            module = path.removesuffix("/kernel")
-            if f"{module}/a" in pairs and path.endswith("/kernel"):
-                pair = (
-                    put(f"{module}/{half}", np.asarray(pairs[f"{module}/{half}"], np.float32))
-                    for half in ("a", "b")
-                )
-                leaf = lora_lib.merge_kernel(leaf, *pair, factor=lora_scale, dtype=jnp.dtype(dtype))
+            if pair := lora_lib.pair_of(pairs, path):
+                halves = (put(path, np.asarray(half, np.float32)) for half in pair)
+                leaf = lora_lib.merge_kernel(leaf, *halves, factor=lora_scale, dtype=jnp.dtype(dtype))
             loaded.append((path, leaf.astype(dtype)))
             progress(array.size)
         return torch_weights.to_tree(loaded)

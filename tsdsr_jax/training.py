@@ -24,6 +24,7 @@ Optimizer = Literal["adamw", "muon"]
 # Root mean square of Muon's updates over the learning rate: AdamW's is about this, so that the same rates suit both
 # (Liu et al. 2025, "Muon is Scalable for LLM Training", §2.2).
 MUON_RMS = 0.2
+MATRICES = ("kernel", "a", "b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class OptimizerConfig:
     """Two optimisers, each with a gradient clip of its own; defaults of the published run.
 
     Attributes:
-      optimizer: AdamW, or Muon for every matrix and kernel and AdamW for the rest.
+      optimizer: AdamW; or Muon, of momentum 0.95, for all kernels, and AdamW with Nesterov's momentum for the rest.
       learning_rate, learning_rate_auxiliary: peaks of the student's and the auxiliary network's schedules.
       schedule, warmup, steps, cycles, power: see `schedules.learning_rate`; steps are optimiser steps.
       max_grad_norm: global norm that gradients are clipped to; the student's is over both of its adapters.
@@ -78,18 +79,20 @@ class OptimizerConfig:
 
 
 def matrices(params: Tree) -> Tree:
-    """Which axes Muon takes each kernel's matrix from; None, AdamW's, for vectors.
+    """Which axes Muon takes each kernel's matrix from; None, AdamW's, for biases, scales and tables.
 
     A dense kernel is (in, out), a stack of layers' (layers, in, out), a convolution's (h, w, in, out): its taps are inputs.
+    An adapter's halves are like the kernels they adapt.
     """
 
-    def axes(leaf: jax.Array) -> MuonDimensionNumbers | None:
-        if leaf.ndim < 2:
+    def axes(path: jax.tree_util.KeyPath, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        # By name: a stack of biases, (layers, features), looks like a matrix.
+        if path[-1].key not in MATRICES:
             return None
         inputs = (leaf.ndim - 2,) if leaf.ndim < 4 else tuple(range(leaf.ndim - 1))
         return MuonDimensionNumbers(inputs, leaf.ndim - 1)
 
-    return jax.tree.map(axes, params)
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 class LossScale(NamedTuple):

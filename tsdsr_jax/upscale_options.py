@@ -56,8 +56,8 @@ class UpscaleOptions:
     latent_tiled_size: int | None = None
     """Transformer tile, in latent pixels (1/8 of the output's). Default: 64, or all that a smaller model has positions
     for."""
-    latent_tiled_overlap: int = 8
-    """Overlap of neighbouring tiles, in latent pixels."""
+    latent_tiled_overlap: int | None = None
+    """Overlap of neighbouring tiles, in latent pixels. Default: 8, or half of a smaller tile."""
     tile_batch_size: int | None = None
     """Tiles per device and call; default: 8, on a CPU 1."""
     is_use_tile: bool = False
@@ -96,23 +96,34 @@ def completed(options: Options) -> Options:
     Raises:
       UserError: a LoRA without its model, or no model at all.
     """
-    bundled = options.pretrained_model_name_or_path is None
-    if bundled:
-        if options.lora_dir and options.lora_dir.lower() != "none":
-            raise UserError(
-                f"--lora_dir {options.lora_dir}: give the model it belongs to with --pretrained_model_name_or_path; "
-                "the small one that is used without it has its LoRAs merged in"
-            )
+    if options.pretrained_model_name_or_path is None:
         folder = bundled_model()
         print(f"no --pretrained_model_name_or_path: using the small model in {folder}; SD3's is far better")
-        options = dataclasses.replace(options, pretrained_model_name_or_path=str(folder), lora_dir="none")
-    tile = options.latent_tiled_size
+        options = dataclasses.replace(options, pretrained_model_name_or_path=str(folder))
+    lora_dir, prompt = options.lora_dir, Path("dataset/default")
+    if is_bundled(options.pretrained_model_name_or_path):
+        if lora_dir not in (None, "", "none"):
+            raise UserError(
+                f"--lora_dir {lora_dir}: give the model it belongs to with --pretrained_model_name_or_path; "
+                "the small one in weights/tiny has its LoRAs merged in"
+            )
+        if options.lora_scale != 1:
+            print("--lora_scale has no effect: the small model has its LoRAs merged in")
+        lora_dir, prompt = "none", PROMPT
+    tile, overlap = options.latent_tiled_size, options.latent_tiled_overlap
+    if tile is None:
+        tile = largest_tile(options.pretrained_model_name_or_path)
     return dataclasses.replace(
         options,
-        lora_dir="checkpoint/tsdsr" if options.lora_dir is None else options.lora_dir,
-        embedding_dir=options.embedding_dir or (PROMPT if bundled else Path("dataset/default")),
-        latent_tiled_size=largest_tile(options.pretrained_model_name_or_path) if tile is None else tile,
+        lora_dir="checkpoint/tsdsr" if lora_dir is None else lora_dir,
+        embedding_dir=options.embedding_dir or prompt,
+        latent_tiled_size=tile,
+        latent_tiled_overlap=min(8, tile // 2) if overlap is None else overlap,
     )
+
+
+def is_bundled(model: str) -> bool:
+    return Path(model).expanduser().resolve() == FOLDER
 
 
 def largest_tile(model: str) -> int:
@@ -210,7 +221,7 @@ def load_loras(
     options: UpscaleOptions, transformer: NetworkFiles, vae: NetworkFiles
 ) -> tuple[Tree | None, Tree | None]:
     if options.lora_dir.lower() in ("none", ""):
-        if Path(options.pretrained_model_name_or_path) != FOLDER:
+        if not is_bundled(options.pretrained_model_name_or_path):
             print("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
         return None, None
     if Path(options.lora_dir).is_file():

@@ -4,52 +4,77 @@
 #   train/recipes/tiny.sh --photos PHOTOS --validation OTHERS --output runs/tiny --budget cpu
 #
 #   --photos      folder of photographs; repeat for several
-#   --validation  folder of photographs to look at while training; not trained on
+#   --validation  folder of other photographs, which the autoencoder is tried on while it trains
 #   --output      folder for everything; what is there already is not done again, and an interrupted stage goes on
-#   --budget      cpu: about two hours on two cores; gpu: a hundred times the samples; minimal: to see it run.
-#                 It changes numbers of steps and batch sizes, nothing else.
+#   --budget      cpu: about an hour on two idle cores; gpu: over a hundred times that; minimal: to see it run. It changes
+#                 numbers of steps, crops and batch sizes, nothing else.
 #   --seed        of the student (default 0); students of several seeds share what comes before them
 #   --student     what the student trains for after its start with MSE: mse, tsd or dasm (default)
+#
+# PYTHON names the interpreter; by default that of .venv, where `make` has made one.
 #
 # The result, OUTPUT/model-STUDENT-SEED, has the LoRAs merged in and is used as weights/tiny is:
 #
 #   python infer/upscale.py --pretrained_model_name_or_path OUTPUT/model-dasm-0 --lora_dir none
 #       --embedding_dir weights/tiny/prompt/default -i PHOTOS -o RESULTS
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+here=$PWD
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
+
+fail() { echo "tiny.sh: $*" >&2; exit 2; }
+absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$here/$1" ;; esac; }
 
 photos=() validation="" output="" budget=cpu seed=0 student=dasm
 while (($#)); do
-  (($# > 1)) || { echo "tiny.sh: $1: needs a value" >&2; exit 2; }
+  case "$1" in -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0"; exit 0 ;; esac
+  (($# > 1)) || fail "$1: needs a value"
   case "$1" in
-    --photos) photos+=(--hr_dir "$2") ;;
-    --validation) validation=$2 ;;
-    --output) output=$2 ;;
+    --photos) photos+=(--hr_dir "$(absolute "$2")") ;;
+    --validation) validation=$(absolute "$2") ;;
+    --output) output=$(absolute "$2") ;;
     --budget) budget=$2 ;;
     --seed) seed=$2 ;;
     --student) student=$2 ;;
-    *) echo "tiny.sh: $1: no such flag; the head of this file explains them" >&2; exit 2 ;;
+    *) fail "$1: no such flag; --help explains them" ;;
   esac
   shift 2
 done
-if ((${#photos[@]} == 0)) || [[ -z $validation || -z $output ]]; then
-  echo "tiny.sh: give --photos, --validation and --output" >&2; exit 2
-fi
+((${#photos[@]})) && [[ $validation && $output ]] || fail "give --photos, --validation and --output"
+[[ $seed =~ ^[0-9]{1,9}$ ]] || fail "--seed $seed: expected a whole number"
 
-case "$budget" in #          autoencoder    crops   teacher       its LoRA    start of the student, its end
-  cpu)     ae=(6200 4)       crops=6  base=(2000 32)   lora=(100 32)   start=(600 8)   end=(150 8) ;;
-  gpu)     ae=(100000 32)    crops=64 base=(100000 256) lora=(2000 256) start=(20000 64) end=(5000 64) ;;
-  minimal) ae=(2 2)          crops=1  base=(2 2)       lora=(2 2)      start=(2 2)     end=(2 2) ;;
-  *) echo "tiny.sh: --budget $budget: expected cpu, gpu or minimal" >&2; exit 2 ;;
+# steps and batch size of each stage
+case "$budget" in
+  cpu)     ae=(6200 4)     crops=6  base=(2000 32)    lora=(100 32)   start=(600 8)    end=(150 8) ;;
+  gpu)     ae=(100000 32)  crops=64 base=(100000 256) lora=(2000 256) start=(20000 64) end=(5000 64) ;;
+  minimal) ae=(2 2)        crops=1  base=(2 2)        lora=(2 2)      start=(2 2)      end=(2 2) ;;
+  *) fail "--budget $budget: expected cpu, gpu or minimal" ;;
 esac
 case "$student" in
   mse)  losses=(--lambda_tsd 0 --lambda_mse 1) ;;
   tsd)  losses=(--lambda_tsd 1 --lambda_mse 1) ;;
   dasm) losses=(--lambda_tsd 1 --lambda_mse 1 --use_dasm --use_random_bias) ;;
-  *) echo "tiny.sh: --student $student: expected mse, tsd or dasm" >&2; exit 2 ;;
+  *) fail "--student $student: expected mse, tsd or dasm" ;;
 esac
 
-python=${PYTHON:-python}
+python=${PYTHON:-}
+if [[ -z $python ]]; then
+  if [[ -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; else python=python3; fi
+elif [[ $python == */* ]]; then
+  python=$(absolute "$python")
+fi
+cd -- "$root"
+"$python" -c 'import tsdsr_jax' || fail "$python: has no tsdsr_jax; install it, or name another interpreter with PYTHON"
+
+# Another budget would go on in these folders, and delete what the first one made.
+mkdir -p -- "$output"
+described="$budget ${photos[*]}"
+if [[ -f $output/recipe ]]; then
+  [[ $(<"$output/recipe") == "$described" ]] ||
+    fail "$output: belongs to --budget and --photos $(<"$output/recipe"); choose another --output"
+else
+  printf '%s\n' "$described" >"$output/recipe"
+fi
+
 weights=weights/tiny
 prompts=(--default_embedding_dir "$weights/prompt/default" --null_embedding_dir "$weights/prompt/null")
 crop=(--crop_size 128 --min_size 128)
@@ -83,18 +108,17 @@ say "training set: $crops crops of each photograph, degraded and encoded"
   --degradation_strength light "${crop[@]}"
 
 say "teacher, from nothing: ${base[0]} steps of ${base[1]}"
-made=$output/base/checkpoint_$(steps "${base[0]}")/model/ema
-[[ -d $made ]] || train teacher "${base[@]}" --train base --from_scratch --pretrained_model_name_or_path "$output/new" \
+model=$output/base/checkpoint_$(steps "${base[0]}")/model/ema
+[[ -d $model ]] || train teacher "${base[@]}" --train base --from_scratch --pretrained_model_name_or_path "$output/new" \
   --data_dir "$output/pairs" "${prompts[@]}" --optimizer muon --learning_rate 4e-3 --lr_scheduler cosine \
   --lr_warmup_steps 100 --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/base"
-base=$made
 
 say "teacher's LoRA: ${lora[0]} steps of ${lora[1]}"
 teacher=$output/teacher/checkpoint_$(steps "${lora[0]}")/lora
-[[ -d $teacher ]] || train teacher "${lora[@]}" --pretrained_model_name_or_path "$base" --data_dir "$output/pairs" \
+[[ -d $teacher ]] || train teacher "${lora[@]}" --pretrained_model_name_or_path "$model" --data_dir "$output/pairs" \
   "${prompts[@]}" --rank 16 --learning_rate 1e-4 --output_dir "$output/teacher"
 
-distil=(--pretrained_model_name_or_path "$base" --data_dir "$output/pairs" "${prompts[@]}" --use_default_prompt
+distil=(--pretrained_model_name_or_path "$model" --data_dir "$output/pairs" "${prompts[@]}" --use_default_prompt
   --use_teacher_lora --teacher_lora_path "$teacher" --lambda_lpips 0 --guidance_scale 1 --rank_lora 64
   --learning_rate_reg 1e-3 --num_validation_images 8 --seed "$seed")
 
@@ -109,9 +133,9 @@ student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora
   --checkpoint_path "$begun" --learning_rate 2e-4 --output_dir "$output/student-$student-$seed"
 
 say "merging"
-rm -rf "$output/merged"
-"$python" convert/sd3.py --input "$base" --lora_dir "$student_lora" --output "$output/merged"
-"$python" convert/sd3.py --input "$output/merged" --to_diffusers --dtype float16 --overwrite \
-  --output "$output/model-$student-$seed"
-rm -rf "$output/merged"
+merged=$output/merged-$student-$seed
+rm -rf -- "$merged"
+"$python" convert/sd3.py --input "$model" --lora_dir "$student_lora" --output "$merged"
+"$python" convert/sd3.py --input "$merged" --to_diffusers --dtype float16 --overwrite --output "$output/model-$student-$seed"
+rm -rf -- "$merged"
 echo "made $output/model-$student-$seed"

@@ -34,7 +34,7 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
         "pairs",
         "base",
         "teacher",
-        "start-0",
+        "start",
         "student-dasm-0",
         "model-dasm-0",
         "recipe",

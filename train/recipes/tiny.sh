@@ -8,7 +8,7 @@
 #   --output      folder for everything; what is there already is not done again, and an interrupted stage goes on
 #   --budget      cpu: about an hour on two idle cores; gpu: over a hundred times that; minimal: to see it run. It changes
 #                 numbers of steps, crops and batch sizes, nothing else.
-#   --seed        of the student (default 0); students of several seeds share what comes before them
+#   --seed        of the student's last stage (default 0); students share what comes before it
 #   --student     what the student trains for after its start with MSE: mse, tsd or dasm (default)
 #
 # PYTHON names the interpreter; by default that of .venv, where `make` has made one.
@@ -49,10 +49,13 @@ case "$budget" in
   minimal) ae=(2 2)        crops=1  base=(2 2)        lora=(2 2)      start=(2 2)      end=(2 2) ;;
   *) fail "--budget $budget: expected cpu, gpu or minimal" ;;
 esac
+# More weight on the MSE only smooths; less leaves the small teacher's ground, and at 0 the student runs away. It oscillates
+# as the auxiliary network lags behind, so its average is taken.
+tsd=(--lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 case "$student" in
   mse)  losses=(--lambda_tsd 0 --lambda_mse 1) ;;
-  tsd)  losses=(--lambda_tsd 1 --lambda_mse 1) ;;
-  dasm) losses=(--lambda_tsd 1 --lambda_mse 1 --use_dasm --use_random_bias) ;;
+  tsd)  losses=("${tsd[@]}") ;;
+  dasm) losses=("${tsd[@]}" --use_dasm --use_random_bias) ;;
   *) fail "--student $student: expected mse, tsd or dasm" ;;
 esac
 
@@ -120,17 +123,18 @@ teacher=$output/teacher/checkpoint_$(steps "${lora[0]}")/lora
 
 distil=(--pretrained_model_name_or_path "$model" --data_dir "$output/pairs" "${prompts[@]}" --use_default_prompt
   --use_teacher_lora --teacher_lora_path "$teacher" --lambda_lpips 0 --guidance_scale 1 --rank_lora 64
-  --learning_rate_reg 1e-3 --num_validation_images 8 --seed "$seed")
+  --learning_rate_reg 1e-3 --num_validation_images 8)
 
 say "student, MSE only: ${start[0]} steps of ${start[1]}"
-begun=$output/start-$seed/checkpoint_$(steps "${start[0]}")/lora
+begun=$output/start/checkpoint_$(steps "${start[0]}")/lora
 [[ -d $begun ]] || train distill "${start[@]}" "${distil[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
-  --lr_scheduler cosine --lr_warmup_steps 50 --output_dir "$output/start-$seed"
+  --lr_scheduler cosine --lr_warmup_steps 50 --output_dir "$output/start"
 
 say "student, $student: ${end[0]} steps of ${end[1]}"
-student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora
+student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora/ema
 [[ -d $student_lora ]] || train distill "${end[@]}" "${distil[@]}" "${losses[@]}" \
-  --checkpoint_path "$begun" --learning_rate 2e-4 --output_dir "$output/student-$student-$seed"
+  --checkpoint_path "$begun" --learning_rate 2e-4 --ema_decay 0.98 --seed "$seed" \
+  --output_dir "$output/student-$student-$seed"
 
 say "merging"
 merged=$output/merged-$student-$seed

@@ -201,6 +201,7 @@ def test_trained_exported_and_resumed(command, tmp_path):
         assert all(np.array_equal(whole[name], rest[name]) for name in whole)
 
 
+@pytest.mark.slow  # 2026-11: passed
 def test_training_goes_on_from_weights_that_are_given(command, tmp_path):
     """At a rate of 0 they come out as they went in."""
     config = tiny.tiny_vae_config()

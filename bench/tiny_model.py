@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 from tqdm import tqdm
 
 from tsdsr_jax import cli
@@ -29,7 +30,8 @@ from tsdsr_jax.bundled import PROMPT
 from tsdsr_jax.degradation import DegradationConfig, light, low_resolution, to_bytes
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import by_name, find_pairs, measure
-from tsdsr_jax.images import read_size
+from tsdsr_jax.evaluation_tables import layout
+from tsdsr_jax.images import read_photo, read_size
 from tsdsr_jax.metric_set import Metric, Sources, load_metrics
 from tsdsr_jax.metrics import psnr_y
 from tsdsr_jax.models.vae import AutoencoderKL
@@ -101,12 +103,7 @@ def main() -> None:
     wanted = statistics.fmean(students[-1].values["psnr"])
     rows.append(row("bicubic + blurred noise (control)", control(lr, hr, output / "control", wanted)))
     rows += students
-    table = [["", *METRICS], *(row.cells() for row in rows)]
-    print(
-        "\n".join(
-            "| " + " | ".join(cells) + " |" for cells in (table[0], ["---"] * len(table[0]), *table[1:])
-        )
-    )
+    print(layout([("", *METRICS), *(row.cells() for row in rows)]))
     (output / "table.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
 
 
@@ -137,16 +134,14 @@ def pairs_of(options: Options) -> tuple[Path, Path]:
     for folder in (lr, hr):
         if folder.exists():
             raise UserError(f"{folder}: exists already; choose another --output_dir, or remove it")
-        folder.mkdir(parents=True)
     config = light(DegradationConfig(sharpen=False))
     for index, (name, path) in enumerate(tqdm(by_name(options.hr_dir)[0].items(), desc="degraded")):
-        with Image.open(path) as image:
-            photo = np.asarray(image.convert("RGB"))
+        photo = read_photo(path, MAX_PIXELS).rgb
         height, width = (side // FACTOR * FACTOR for side in photo.shape[:2])
         photo = photo[:height, :width]
         small = low_resolution(photo.astype(np.float32) / 255, np.random.default_rng(index), config)
-        Image.fromarray(to_bytes(small)).save(lr / f"{name}.png")
-        Image.fromarray(photo).save(hr / f"{name}.png")
+        save(to_bytes(small), lr / f"{name}.png")
+        save(photo, hr / f"{name}.png")
     return lr, hr
 
 
@@ -160,12 +155,15 @@ def of_folder(results: Path, hr: Path, metrics: Sequence[Metric]) -> dict[str, f
 
 def each(source: Path, target: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
     """Every picture changed, (H, W, 3) uint8 -> the same."""
-    target.mkdir(parents=True, exist_ok=True)
     for name, path in tqdm(by_name(source)[0].items(), desc=target.name):
-        with Image.open(path) as image:
-            result = change(np.asarray(image.convert("RGB")))
-        Image.fromarray(result).save(target / f"{name}.png")
+        result = change(read_photo(path, MAX_PIXELS).rgb)
+        save(result, target / f"{name}.png")
     return target
+
+
+def save(picture: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)  # names may have folders in them
+    Image.fromarray(picture).save(path)
 
 
 def enlarged(picture: np.ndarray) -> np.ndarray:
@@ -189,26 +187,9 @@ def rebuilt(model: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def upscaled(model: Path, lr: Path, output: Path) -> Path:
     command = [
-        *(
-            sys.executable,
-            "infer/upscale.py",
-            "--pretrained_model_name_or_path",
-            model.resolve(),
-            "--lora_dir",
-            "none",
-        ),
-        *(
-            "--embedding_dir",
-            PROMPT,
-            "--process_size",
-            "16",
-            "--overwrite",
-            "-i",
-            lr.resolve(),
-            "-o",
-            output.resolve(),
-        ),
-    ]
+        sys.executable, "infer/upscale.py", "--pretrained_model_name_or_path", model.resolve(), "--lora_dir", "none",
+        "--embedding_dir", PROMPT, "--process_size", "16", "--overwrite", "-i", lr.resolve(), "-o", output.resolve(),
+    ]  # fmt: skip
     if subprocess.run([str(word) for word in command], cwd=ROOT).returncode:
         raise UserError(f"{model}: infer/upscale.py failed")
     return output
@@ -219,9 +200,8 @@ def control(lr: Path, hr: Path, output: Path, wanted: float) -> Path:
     pairs, _ = find_pairs(lr, hr)
     bicubic, noise, truth = [], [], []
     for index, pair in enumerate(pairs):
-        with Image.open(pair.result) as small, Image.open(pair.reference) as large:
-            bicubic.append(enlarged(np.asarray(small.convert("RGB"))))
-            truth.append(np.asarray(large.convert("RGB")))
+        bicubic.append(enlarged(read_photo(pair.result, MAX_PIXELS).rgb))
+        truth.append(read_photo(pair.reference, MAX_PIXELS).rgb)
         noise.append(blurred_noise(bicubic[-1].shape[:2], index))
 
     def noisy(strength: float) -> list[np.ndarray]:
@@ -240,19 +220,15 @@ def control(lr: Path, hr: Path, output: Path, wanted: float) -> Path:
     for _ in range(10):
         middle = (low + high) / 2
         low, high = (middle, high) if reached(middle) > wanted else (low, middle)
-    output.mkdir(parents=True, exist_ok=True)
     for pair, picture in zip(pairs, noisy(low), strict=True):
-        Image.fromarray(picture).save(output / f"{pair.name}.png")
+        save(picture, output / f"{pair.name}.png")
     return output
 
 
 def blurred_noise(size: tuple[int, int], seed: int) -> np.ndarray:
     """(H, W, 1) of deviation 1."""
-    distances = np.arange(-4, 5)
-    kernel = np.exp(-0.5 * np.square(distances / BLUR))
     grain = np.random.default_rng(seed).standard_normal(size)
-    for axis in (0, 1):
-        grain = np.apply_along_axis(lambda line: np.convolve(line, kernel, "same"), axis, grain)
+    grain = ndimage.gaussian_filter(grain, BLUR, mode="constant")
     return (grain / grain.std())[..., None]
 
 

@@ -127,6 +127,7 @@ def merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tup
     for path, array in leaves:
         if pair := pair_of(pairs, path):
             a, b = (np.asarray(half, np.float32) for half in pair)
+            # Not `lora.merge_kernel`: JAX would take a GPU's memory for it.
             array = array.astype(np.float32) + a @ b
         yield path, array
 

@@ -95,10 +95,9 @@ class DegradationConfig:
 
 
 def light(config: DegradationConfig) -> DegradationConfig:
-    """The same steps, weaker: about what a decent camera and careful saving do to a photograph.
+    """The same steps, weaker; the values are this project's own.
 
-    The published values leave little of a small crop (32×32 pixels of 128×128), and a small network that is trained on
-    them only smooths.
+    The published ones leave little of a small crop (32×32 pixels of 128×128).
     """
     return dataclasses.replace(
         config,

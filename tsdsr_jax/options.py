@@ -141,7 +141,7 @@ class OptimizerOptions:
     """The flags of the optimiser and of the learning rate's course; defaults are the original's."""
 
     optimizer: Literal["AdamW", "adamw", "muon"] = "AdamW"
-    """AdamW; or muon, with which a network from nothing needs far fewer steps (biases and norms stay with AdamW)."""
+    """AdamW; or muon, which networks were trained from nothing with here (biases and norms stay with AdamW)."""
     lr_scheduler: ScheduleName = "constant"
     """Course of the learning rate, or of both."""
     lr_warmup_steps: int = 500
@@ -180,7 +180,7 @@ class OptimizerOptions:
 
     def optimizer_config(self, steps: int, rate: float, rate_auxiliary: float = 0.0) -> OptimizerConfig:
         return OptimizerConfig(
-            optimizer="muon" if self.optimizer == "muon" else "adamw",
+            optimizer=self.optimizer.lower(),
             learning_rate=rate,
             learning_rate_auxiliary=rate_auxiliary,
             schedule=self.lr_scheduler,
@@ -241,7 +241,7 @@ class PairOptions(CropOptions):
     jpeg: Literal["model", "codec"] = "model"
     """Compress with the published pipeline's model of JPEG, or with a real codec."""
     degradation_strength: Literal["published", "light"] = "published"
-    """How much the photographs are degraded: as published, or as by a decent camera, for small crops and small models."""
+    """How much the photographs are degraded: as published, or with less blur, noise and JPEG, for small crops."""
 
     def degradation(self) -> DegradationConfig:
         config = dataclasses.replace(super().degradation(), codec=self.jpeg == "codec")

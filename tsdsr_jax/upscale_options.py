@@ -98,11 +98,11 @@ def completed(options: Options) -> Options:
     """
     if options.pretrained_model_name_or_path is None:
         folder = bundled_model()
-        print(f"no --pretrained_model_name_or_path: using the small model in {folder}; SD3's is far better")
+        print(f"no --pretrained_model_name_or_path: using the small model in {folder}")
         options = dataclasses.replace(options, pretrained_model_name_or_path=str(folder))
     lora_dir, prompt = options.lora_dir, Path("dataset/default")
     if is_bundled(options.pretrained_model_name_or_path):
-        if lora_dir not in (None, "", "none"):
+        if (lora_dir or "none").lower() != "none":
             raise UserError(
                 f"--lora_dir {lora_dir}: give the model it belongs to with --pretrained_model_name_or_path; "
                 "the small one in weights/tiny has its LoRAs merged in"

@@ -49,8 +49,8 @@ case "$budget" in
   minimal) ae=(2 2)        crops=1  base=(2 2)        lora=(2 2)      start=(2 2)      end=(2 2) ;;
   *) fail "--budget $budget: expected cpu, gpu or minimal" ;;
 esac
-# More weight on the MSE only smooths; less leaves the small teacher's ground, and at 0 the student runs away. It oscillates
-# as the auxiliary network lags behind, so its average is taken.
+# With an MSE weight of 1 TSD is too weak to be seen, at 0 the student runs away, and near this value small changes matter
+# (docs/tiny.md), so the student's average is taken.
 tsd=(--lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 case "$student" in
   mse)  losses=(--lambda_tsd 0 --lambda_mse 1) ;;
@@ -101,9 +101,9 @@ made=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
   --ema_decay 0.998 --output_dir "$output/autoencoder"
 
 # The scaling factor was measured with it. The transformer is only a config as yet.
-mkdir -p "$output/new"
-cp -r "$made" "$weights/transformer" "$weights/scheduler" "$output/new"
-rm -f "$output"/new/transformer/*.safetensors
+mkdir -p "$output/new/transformer"
+cp -r "$made" "$weights/scheduler" "$output/new"
+cp "$weights/transformer/config.json" "$output/new/transformer"
 
 say "training set: $crops crops of each photograph, degraded and encoded"
 "$python" train/prepare.py "${photos[@]}" --output_dir "$output/pairs" --pretrained_model_name_or_path "$output/new" \

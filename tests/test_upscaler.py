@@ -23,6 +23,7 @@ from tiny_checkpoint import (
 from tsdsr_jax import tiling
 from tsdsr_jax.folder import FileOptions, Report, find_jobs, plan_groups, upscale
 from tsdsr_jax.models import layers
+from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.sizes import SizePlan, plan_buckets
 from tsdsr_jax.upscaler import Prepared, Settings, Upscaler, latent_noise, prepare
 
@@ -204,12 +205,11 @@ def test_a_picture_is_what_the_plain_networks_give(upscaler: Upscaler, size):
 def tile_by_tile(latent: np.ndarray, plan: SizePlan, upscaler: Upscaler) -> np.ndarray:
     """The blended velocity of an (h, w, C) latent, one plain call of the transformer per tile."""
     settings, sums, total = upscaler.settings, np.zeros(latent.shape), np.zeros((*plan.latent, 1))
-    predict = jax.jit(upscaler._mmdit.apply)
+    predict, prompt = jax.jit(MMDiT(NETWORKS[0]).apply), random_prompt(NETWORKS[0])
+    text = jnp.asarray(prompt.prompt)[None], jnp.asarray(prompt.pooled)[None]
     for tile in tiling.cut(0, *plan.latent, settings.latent_tile, settings.latent_overlap):
         window = np.s_[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
-        velocity = predict(
-            {"params": PARAMS[0]}, latent[window][None], jnp.full((1,), 1000.0), *upscaler._text
-        )
+        velocity = predict({"params": PARAMS[0]}, latent[window][None], jnp.full((1,), 1000.0), *text)
         weights = tiling.weights(tile.height, tile.width)[..., None].astype(float)
         sums[window] += weights * np.asarray(velocity[0], float)
         total[window] += weights

@@ -24,7 +24,8 @@ from jax.typing import DTypeLike
 
 from tsdsr_jax import color, tiling
 from tsdsr_jax.devices import matmul_precision
-from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
+from tsdsr_jax.models.folded import EightBits, FoldedMMDiT, fold
+from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask
 from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.resize import bicubic, pillow_bicubic, reflect_pad
@@ -133,11 +134,13 @@ class Upscaler:
     """The two networks on their devices.
 
     Args:
-      transformer, vae: configs and parameters; the adapters merged, kept in any dtype.
+      transformer, vae: configs and parameters; the adapters merged, kept in any dtype. Of the transformer only what is left
+        at t = 1000 and for this prompt stays on the devices (`models.folded`).
       prompt: text embeddings, of the widths that the transformer's config asks for.
       settings: see `Settings`.
       dtype: computation dtype.
       devices: a batch is one photograph per device; tiles are spread over all of them.
+      weights: keep the transformer's blocks in eight bits; None: in `dtype`.
     """
 
     def __init__(
@@ -148,26 +151,31 @@ class Upscaler:
         settings: Settings,
         dtype: DTypeLike,
         devices: Sequence[jax.Device],
+        weights: EightBits | None = None,
     ):
         mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
         self.progress: Progress | None = None
         self._origin = self  # keeps what `with_settings` shares
-        self.settings, self.dtype, self.devices = settings, jnp.dtype(dtype), list(devices)
+        self.settings, self.devices = settings, list(devices)
         self._shared = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec("data"))
         self._configs = transformer[0], vae[0]
-        self._prompt = prompt
-        self._transformer_params = jax.device_put(transformer[1], self._shared)
+        folding = jax.jit(
+            partial(fold, transformer[0], timestep=TIMESTEP, dtype=dtype, eight_bits=weights),
+            out_shardings=self._shared,
+        )
+        whole = jax.device_put((transformer[1], prompt.prompt, prompt.pooled), self._shared)
+        self._transformer_params = folding(*whole)
         self._vae_params = jax.device_put(vae[1], self._shared)
+        self._compute_in(dtype)
+
+    def _compute_in(self, dtype: DTypeLike) -> None:
+        self.dtype = jnp.dtype(dtype)
         # "auto" looks at the default devices; these may be others.
         default = self.devices[0].platform == jax.default_backend()
         implementation = "auto" if default else "xla"
-        self._mmdit = MMDiT(transformer[0], self.dtype, implementation=implementation)
-        self._vae = AutoencoderKL(vae[0], self.dtype)
-        self._text = [
-            jax.device_put(jnp.asarray(array, self.dtype)[None], self._shared)
-            for array in (prompt.prompt, prompt.pooled)
-        ]
+        self._transformer = FoldedMMDiT(self._configs[0], self.dtype, implementation=implementation)
+        self._vae = AutoencoderKL(self._configs[1], self.dtype)
         jit = partial(jax.jit, out_shardings=self._shared)
         self.encode = jit(self._encode)
         self.gather = jax.jit(_gather, out_shardings=self._split)
@@ -210,8 +218,10 @@ class Upscaler:
 
     @cached_property
     def _in_float32(self) -> Upscaler:
-        transformer, vae = zip(self._configs, (self._transformer_params, self._vae_params), strict=True)
-        return Upscaler(transformer, vae, self._prompt, self.settings, jnp.float32, self.devices)
+        other = copy.copy(self)
+        other._origin = other
+        other._compute_in(jnp.float32)
+        return other
 
     @cached_property
     def _lying_vae_params(self) -> Tree:
@@ -277,7 +287,7 @@ class Upscaler:
                 patches = self.gather(latents, pixels)
                 # Lengths or none are two programs; at all but the largest size the cheaper one is not worth it.
                 lengths = None if packed.full and tokens == largest else lengths
-                velocity = self.velocity(self._transformer_params, patches, positions, lengths, *self._text)
+                velocity = self.velocity(self._transformer_params, patches, positions, lengths)
                 sums = self.blend(sums, velocity, packed.pixels, packed.weights)
                 done += len(chunk)
                 self._tell("tiles", done, len(tiles), sums)
@@ -320,17 +330,9 @@ class Upscaler:
         patches: jax.Array,
         positions: jax.Array,
         lengths: jax.Array | None,
-        context: jax.Array,
-        pooled: jax.Array,
     ) -> jax.Array:
         """(n, T, p·p·C) -> (n, T, p·p·C) float32 velocities at t = 1000."""
-        tiles = patches.shape[0]
-        timestep = jnp.full((tiles,), TIMESTEP)
-        context, pooled = (jnp.broadcast_to(text, (tiles, *text.shape[1:])) for text in (context, pooled))
-        velocity = self._mmdit.apply(
-            {"params": params}, patches, positions, timestep, context, pooled, lengths, method="tokens"
-        )
-        return velocity.astype(jnp.float32)
+        return self._transformer.apply({"params": params}, patches, positions, lengths).astype(jnp.float32)
 
     def _decode(
         self, params: Tree, latents: jax.Array, sums: jax.Array, valid: jax.Array | None

@@ -75,7 +75,10 @@ def gathered(module: type[nn.Module], placement: Placement | None) -> type[nn.Mo
 
 
 class Dense(nn.Module):
-    """y = x W + b, plus x A B where the `lora` collection has `a` (in, r) and `b` (r, out)."""
+    """y = x W + b, plus x A B where the `lora` collection has `a` (in, r) and `b` (r, out).
+
+    Where the parameters have a `scale` (out,) beside it the kernel is stored in eight bits, and W = kernel·scale.
+    """
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -85,8 +88,10 @@ class Dense(nn.Module):
         """(..., in) -> (..., features)."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.has_variable("params", "scale"):
+            kernel = kernel * self.get_variable("params", "scale").astype(self.dtype)
+        y = x @ kernel
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
             y = y + (x @ a) @ b

@@ -1,0 +1,330 @@
+"""SD3's transformer at one timestep and for one prompt, with all that these two fix computed beforehand.
+
+Upscaling always runs at t = 1000 and with the same prompt. So every AdaLN modulation is a constant, and the linear layers
+beside it absorb it:
+
+    (LN(x)·(1 + s) + t) W + b = LN(x) W' + b'       W' = diag(1 + s) W      b' = b + t W
+    g·(x W + b)               = x W″ + b″           W″ = W diag(g)          b″ = g·b
+
+The text stream begins as a constant, too, and with it the first block's queries, keys and values of the text. Left over
+of SD3-medium are 1.33 of its 2.03 billion parameters (without the position table), and no elementwise passes but norms,
+GELU and residuals. Queries, keys and values come from one product.
+
+Axes as in `mmdit.py`: B batch, T image tokens, S text tokens, N heads, H head dim, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+
+from tsdsr_jax.models.attention import Implementation, attention
+from tsdsr_jax.models.layers import Dense, RMSNorm, layer_norm
+from tsdsr_jax.models.mmdit import (
+    BlockKind,
+    FeedForward,
+    MMDiTConfig,
+    PatchEmbedding,
+    Streams,
+    TimeTextEmbedding,
+)
+
+Tree = Mapping[str, Any]
+EightBits = Literal["int8", "fp8"]
+
+
+class FoldedAttention(nn.Module):
+    """Attention over the image tokens, or over text and image tokens together.
+
+    Attributes:
+      text: what the text gives: "queries" too, only "keys" and values (the last block), or nothing ("none").
+      constant: the text's part consists of parameters, (S, N, H) each.
+    """
+
+    config: MMDiTConfig
+    text: Literal["queries", "keys", "none"]
+    constant: bool
+    dtype: DTypeLike
+    implementation: Implementation
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, text: jax.Array | None, lengths: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Normed (B, T, D) and (B, S, D) -> what is added to each stream; None for a text that queries nothing.
+
+        Keys are ordered [text, image], so that with a packed batch's padding at the end the valid ones are a prefix.
+        """
+        batch, tokens = image.shape[:2]
+        q, k, v = self._projected("qkv", image, ("norm_q", "norm_k", None))
+        text_tokens = text_queries = 0
+        if self.text != "none":
+            *q_text, k_text, v_text = self._text(text, batch)
+            text_tokens, text_queries = k_text.shape[1], k_text.shape[1] if q_text else 0
+            q = jnp.concatenate([*q_text, q], axis=1)
+            k, v = jnp.concatenate([k_text, k], axis=1), jnp.concatenate([v_text, v], axis=1)
+        lengths = None if lengths is None else lengths + text_tokens
+        out = attention(q, k, v, lengths=lengths, implementation=self.implementation)
+        out = out.reshape(batch, -1, self.config.width)
+        image_out = Dense(self.config.width, self.dtype, name="to_out")(out[:, text_queries:])
+        if not text_queries:
+            return image_out, None
+        return image_out, Dense(self.config.width, self.dtype, name="to_add_out")(out[:, :text_queries])
+
+    def _text(self, text: jax.Array | None, batch: int) -> list[jax.Array]:
+        """The text's (queries,) keys and values, (B, S, N, H) each."""
+        wanted = ("q", "k", "v") if self.text == "queries" else ("k", "v")
+        if not self.constant:
+            norms = {"q": "norm_added_q", "k": "norm_added_k", "v": None}
+            return self._projected("add_" + "".join(wanted), text, [norms[part] for part in wanted])
+        shape = (self.config.num_attention_heads, self.config.attention_head_dim)
+        # Parameters of any number of tokens: the tree decides, not the module.
+        parts = [self.get_variable("params", f"text_{part}").astype(self.dtype) for part in wanted]
+        return [jnp.broadcast_to(part, (batch, part.shape[0], *shape)) for part in parts]
+
+    def _projected(self, name: str, x: jax.Array, norms: Any) -> list[jax.Array]:
+        """One product for several projections; queries and keys normalised where the checkpoint does so."""
+        config = self.config
+        y = Dense(len(norms) * config.width, self.dtype, name=name)(x)
+        y = y.reshape(*x.shape[:2], len(norms), config.num_attention_heads, config.attention_head_dim)
+        parts = [y[:, :, index] for index in range(len(norms))]
+        return [
+            RMSNorm(name=norm)(part) if norm and config.qk_norm else part
+            for part, norm in zip(parts, norms, strict=True)
+        ]
+
+
+class FoldedBlock(nn.Module):
+    """A block without modulations; the first one's text is a constant."""
+
+    config: MMDiTConfig
+    kind: BlockKind
+    first: bool
+    dtype: DTypeLike
+    implementation: Implementation
+
+    @nn.compact
+    def __call__(self, streams: Streams, lengths: jax.Array | None) -> tuple[Streams, None]:
+        config, dtype = self.config, self.dtype
+        image, text = streams
+        normed = layer_norm(image)
+        attend = partial(FoldedAttention, config, dtype=dtype, implementation=self.implementation)
+        kind = "keys" if self.kind.context_pre_only else "queries"
+        from_image, from_text = attend(text=kind, constant=self.first, name="attn")(
+            normed, None if self.first else layer_norm(text), lengths
+        )
+        image = image + from_image
+        if self.kind.dual_attention:
+            image += attend(text="none", constant=False, name="attn2")(normed, None, lengths)[0]
+        image += FeedForward(config.width, dtype, name="ff")(layer_norm(image))
+        if not self.kind.context_pre_only:
+            text = text + from_text
+            text += FeedForward(config.width, dtype, name="ff_context")(layer_norm(text))
+        return Streams(image, text), None
+
+
+class FoldedMMDiT(nn.Module):
+    """v(z, t = 1000, prompt) for packed tokens; its parameters are made by `fold`.
+
+    Attributes:
+      config: sizes, from the checkpoint.
+      dtype: computation dtype.
+      implementation: see `attention`.
+    """
+
+    config: MMDiTConfig
+    dtype: DTypeLike = jnp.float32
+    implementation: Implementation = "auto"
+
+    def setup(self):
+        config = self.config
+        self.pos_embed = PatchEmbedding(config, self.dtype)
+        (_, _, kind), *_ = config.runs()
+        self.first = FoldedBlock(config, kind, True, self.dtype, self.implementation)
+        self.blocks = [
+            nn.scan(
+                FoldedBlock,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,),
+                length=length,
+            )(config, kind, False, self.dtype, self.implementation)
+            for length, kind in remaining_runs(config)
+        ]
+        self.proj_out = Dense(config.patch_size**2 * config.out_channels, self.dtype)
+
+    def __call__(
+        self, patches: jax.Array, positions: jax.Array, lengths: jax.Array | None = None
+    ) -> jax.Array:
+        """(B, T, p·p·C) -> (B, T, p·p·out_channels) velocity patches; arguments as of `MMDiT.tokens`."""
+        image = self.pos_embed(patches, positions)
+        text = self.get_variable("params", "text").astype(self.dtype)
+        streams = Streams(image, jnp.broadcast_to(text, (image.shape[0], *text.shape)))
+        streams, _ = self.first(streams, lengths)
+        for run in self.blocks:
+            streams, _ = run(streams, lengths)
+        return self.proj_out(layer_norm(streams.image))
+
+
+def remaining_runs(config: MMDiTConfig) -> list[tuple[int, BlockKind]]:
+    """Length and kind of the runs of identical blocks after the first block."""
+    lengths = [(length - (first == 0), kind) for first, length, kind in config.runs()]
+    return [(length, kind) for length, kind in lengths if length]
+
+
+# --- folding --------------------------------------------------------------------------------------
+
+
+def fold(
+    config: MMDiTConfig,
+    params: Tree,
+    context: jax.Array,
+    pooled: jax.Array,
+    timestep: float,
+    dtype: DTypeLike,
+    eight_bits: EightBits | None = None,
+) -> Tree:
+    """The parameters of `FoldedMMDiT`, computed in float32 from those of `MMDiT`, LoRA merged; to be jitted.
+
+    Args:
+      config: sizes.
+      params: of `MMDiT`, in any dtype.
+      context, pooled: the prompt, (S, joint_attention_dim) and (pooled_projection_dim,).
+      timestep: in 0...1000.
+      dtype: of the result.
+      eight_bits: store the blocks' kernels like this instead, see `quantized`; not the first and the last layer, which are
+        small and see the latents themselves.
+    """
+
+    def stored(tree: Tree) -> Tree:
+        tree = quantized(tree, eight_bits) if eight_bits else tree
+        keep = (jnp.int8, jnp.float8_e4m3fn)
+        return jax.tree.map(lambda leaf: leaf if leaf.dtype in keep else leaf.astype(dtype), tree)
+
+    with jax.default_matmul_precision("highest"):
+        embed = TimeTextEmbedding(config.width, jnp.float32)
+        conditioning = nn.silu(
+            embed.apply(
+                {"params": _float32(params["time_text_embed"])},
+                jnp.full((1,), timestep),
+                pooled[None].astype(jnp.float32),
+            )
+        )[0]
+        text = _linear(_float32(params["context_embedder"]), context.astype(jnp.float32))
+        (_, _, kind), *_ = config.runs()
+        first = jax.tree.map(lambda leaf: leaf[0], params["blocks_0"])
+        folded = {"first": stored(_fold_block(config, kind, conditioning, first, text))}
+        for index, (length, kind) in enumerate(remaining_runs(config)):
+            run = index + len(config.runs()) - len(remaining_runs(config))
+            stack = jax.tree.map(lambda leaf, length=length: leaf[-length:], params[f"blocks_{run}"])
+            # One layer after the other: all of them in float32 would be 5 GB.
+            folded[f"blocks_{index}"] = jax.lax.map(
+                lambda block, kind=kind: stored(_fold_block(config, kind, conditioning, block)), stack
+            )
+        scale, shift = jnp.split(_linear(_float32(params["norm_out"]["linear"]), conditioning), 2)
+        ends = {
+            "pos_embed": params["pos_embed"],
+            "text": text,
+            "proj_out": _before(_float32(params["proj_out"]), shift, scale),
+        }
+    return folded | jax.tree.map(lambda leaf: leaf.astype(dtype), ends)
+
+
+def _fold_block(
+    config: MMDiTConfig, kind: BlockKind, conditioning: jax.Array, block: Tree, text: jax.Array | None = None
+) -> dict[str, Any]:
+    """One block, float32; with a text (S, D) the first, whose text's projections become constants."""
+    block = _float32(block)
+
+    def vectors(name: str) -> list[jax.Array]:
+        vector = _linear(block[name]["linear"], conditioning)
+        return jnp.split(vector, vector.size // config.width)
+
+    # Modulations are stored as (shift, scale, gate), those without a gate as (scale, shift).
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *second = vectors("norm1")
+    if kind.context_pre_only:
+        text_scale, text_shift = vectors("norm1_context")
+    else:
+        text_shift, text_scale, text_gate, *text_mlp = vectors("norm1_context")
+    attn = block["attn"]
+    parts = ("k", "v") if kind.context_pre_only else ("q", "k", "v")
+    added = {part: _before(attn[f"add_{part}_proj"], text_shift, text_scale) for part in parts}
+    folded_attn = _image_attention(attn, shift, scale, gate)
+    if text is None:
+        folded_attn["add_" + "".join(parts)] = _joined(*added.values())
+        folded_attn |= {name: attn[name] for name in ("norm_added_q", "norm_added_k") if name in attn}
+        if kind.context_pre_only:
+            folded_attn.pop("norm_added_q", None)
+    else:
+        normed = layer_norm(text)
+        for part, dense in added.items():
+            heads = _linear(dense, normed).reshape(-1, config.num_attention_heads, config.attention_head_dim)
+            norm = attn.get(f"norm_added_{part}")
+            folded_attn[f"text_{part}"] = heads if norm is None else RMSNorm().apply({"params": norm}, heads)
+    folded = {"attn": folded_attn, "ff": _feed_forward(block["ff"], mlp_shift, mlp_scale, mlp_gate)}
+    if not kind.context_pre_only:
+        folded_attn["to_add_out"] = _after(attn["to_add_out"], text_gate)
+        folded["ff_context"] = _feed_forward(block["ff_context"], *text_mlp)
+    if second:
+        folded["attn2"] = _image_attention(block["attn2"], *second)
+    return folded
+
+
+def _image_attention(attn: Tree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> dict[str, Any]:
+    projections = (_before(attn[name], shift, scale) for name in ("to_q", "to_k", "to_v"))
+    norms = {name: attn[name] for name in ("norm_q", "norm_k") if name in attn}
+    return {"qkv": _joined(*projections), "to_out": _after(attn["to_out_0"], gate)} | norms
+
+
+def _feed_forward(ff: Tree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> Tree:
+    return {"net_0": {"proj": _before(ff["net_0"]["proj"], shift, scale)}, "net_2": _after(ff["net_2"], gate)}
+
+
+def _linear(dense: Tree, x: jax.Array) -> jax.Array:
+    return x @ dense["kernel"] + dense["bias"]
+
+
+def _before(dense: Tree, shift: jax.Array, scale: jax.Array) -> Tree:
+    """The linear layer that does to LN(x) what this one does to LN(x)·(1 + scale) + shift."""
+    kernel = dense["kernel"]
+    return {"kernel": (1 + scale)[:, None] * kernel, "bias": dense["bias"] + shift @ kernel}
+
+
+def _after(dense: Tree, gate: jax.Array) -> Tree:
+    return {"kernel": dense["kernel"] * gate, "bias": dense["bias"] * gate}
+
+
+def _joined(*parts: Tree) -> Tree:
+    return {name: jnp.concatenate([part[name] for part in parts], axis=-1) for name in ("kernel", "bias")}
+
+
+def _float32(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def quantized(params: Tree, kind: EightBits) -> Tree:
+    """Linear layers' kernels in eight bits, with a scale per output; `Dense` widens them where they are used.
+
+    Args:
+      params: a tree of `Dense` layers, kernels (..., in, out).
+      kind: "int8", or "fp8" (e4m3: four exponent and three mantissa bits).
+    """
+    largest, dtype = (127.0, jnp.int8) if kind == "int8" else (448.0, jnp.float8_e4m3fn)
+    leaves = {}
+    for path, leaf in flatten_dict(params).items():
+        if path[-1] != "kernel":
+            leaves[path] = leaf
+            continue
+        kernel = leaf.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(kernel).max(-2, keepdims=True), 1e-30) / largest
+        kernel = kernel / scale
+        leaves[path] = (jnp.round(kernel) if kind == "int8" else kernel).astype(dtype)
+        leaves[(*path[:-1], "scale")] = scale[..., 0, :]
+    return unflatten_dict(leaves)

@@ -12,7 +12,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -412,5 +412,11 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    packages = ("tsdsr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+    """Of what a run depends on; a checkout that is on the path without being installed has none."""
+    found = {"python": platform.python_version()}
+    for package in ("tsdsr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

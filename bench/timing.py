@@ -1,0 +1,47 @@
+"""What the benchmarks share: timing two sides in turn, and telling on what."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+
+
+def in_turn(
+    functions: Mapping[str, Callable[[], Any]], seconds: float, least: int = 3
+) -> dict[str, list[float]]:
+    """Times of functions that return when their work is done, each called once before.
+
+    They take turns, so that what else the machine does meets all of them; until all have run `least` times and `seconds`
+    have gone by for each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    while any(len(found) < least or sum(found) < seconds for found in times.values()):
+        for name, function in functions.items():
+            if len(times[name]) >= least and sum(times[name]) >= seconds:
+                continue
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    for package in ("jax", "flax", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,170 @@
+"""SD3's two networks in PyTorch (diffusers, PEFT) with random weights, for benchmarks; and the same weights as ours.
+
+Importing this leaves jax alone: PyTorch may take its memory first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from peft import LoraConfig
+from torch import Tensor
+
+from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.pretrained import torch_config
+from tsdsr_jax.tensor_files import TensorSpec
+from tsdsr_jax.torch_weights import Config, Tree, read_base, to_tree
+
+Size = Literal["tiny", "half", "full"]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+STUDENT = (*ADAPTED, "proj", "linear", "proj_out")
+ENCODER = r"encoder\.(conv_in|conv_out|.+\.(conv1|conv2|conv_shortcut|downsamplers\.\d+\.conv|to_q|to_k|to_v|to_out\.0))"
+# of the prompt
+TOKENS = 333
+
+
+def configs(size: Size) -> tuple[MMDiTConfig, VAEConfig]:
+    """tiny: the bundled model's sizes but for the position table; half: half of SD3-medium's widths and depth."""
+    if size == "full":
+        return MMDiTConfig.sd3_medium(), VAEConfig.sd3()
+    if size == "half":
+        transformer = MMDiTConfig(
+            num_layers=12, num_attention_heads=12, caption_projection_dim=768, joint_attention_dim=2048,
+            pooled_projection_dim=1024,
+        )  # fmt: skip
+        return transformer, VAEConfig(block_out_channels=(64, 128, 256, 256))
+    transformer = MMDiTConfig(
+        sample_size=64, num_layers=6, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
+        caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=32,
+    )  # fmt: skip
+    return transformer, VAEConfig(block_out_channels=(16, 48, 96, 128), layers_per_block=1, norm_num_groups=4)
+
+
+class Text(NamedTuple):
+    """(1, S, D) and (1, P)."""
+
+    states: Tensor
+    pooled: Tensor
+
+
+@dataclasses.dataclass
+class TorchNetworks:
+    """Attributes:
+    transformer, vae: in eval mode, channels last.
+    text: random.
+    """
+
+    transformer: SD3Transformer2DModel
+    vae: AutoencoderKL
+    text: Text
+
+    @classmethod
+    def random(cls, size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> TorchNetworks:
+        torch.manual_seed(seed)
+        with _made_as(device, dtype):
+            transformer, vae = (_model(config) for config in configs(size))
+            wide = transformer.config
+            text = Text(
+                torch.randn(1, TOKENS, wide.joint_attention_dim), torch.randn(1, wide.pooled_projection_dim)
+            )
+        for model in (transformer, vae):
+            model.eval().requires_grad_(False)
+        # As a PyTorch user would who wants speed from a GPU's convolutions.
+        return cls(transformer, vae.to(memory_format=torch.channels_last), text)
+
+    def add_lora(self, rank: int = 64) -> None:
+        """Adapters as TSD-SR's released inference carries them: beside the weights, not merged."""
+        for model, targets in ((self.transformer, list(STUDENT)), (self.vae, ENCODER)):
+            model.add_adapter(
+                LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+            )
+
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
+        """(B, 3, H, W) in [−1, 1] -> latents (B, C, h, w), times the scaling factor."""
+        posterior = self.vae.encode(images).latent_dist
+        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+
+    def velocity(self, latents: Tensor) -> Tensor:
+        """At t = 1000."""
+        batch = len(latents)
+        return self.transformer(
+            hidden_states=latents,
+            timestep=torch.full((batch,), 1000.0, device=latents.device),
+            encoder_hidden_states=self.text.states.expand(batch, -1, -1),
+            pooled_projections=self.text.pooled.expand(batch, -1),
+            return_dict=False,
+        )[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> (B, 3, H, W) uint8."""
+        decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return ((decoded.clamp(-1, 1) * 0.5 + 0.5) * 255).to(torch.uint8)
+
+    def compile(self) -> None:
+        """All three methods, each as a program of its own."""
+        for name in ("encode", "velocity", "decode"):
+            setattr(self, name, torch.compile(getattr(self, name)))
+
+
+def _model(config: Config) -> Any:
+    described = {key: value for key, value in torch_config(config).items() if not key.startswith("_")}
+    return (SD3Transformer2DModel if isinstance(config, MMDiTConfig) else AutoencoderKL)(**described)
+
+
+@contextmanager
+def _made_as(device: str, dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Reader(NamedTuple):
+    tensors: Mapping[str, np.ndarray]
+    source: str = "PyTorch"
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(array.shape, array.dtype) for name, array in self.tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.tensors[name]
+
+
+def params_of(model: Any, config: Config) -> Tree:
+    """A PyTorch network's parameters as ours, on our device, in its dtype."""
+    tensors = {name: numpy_of(tensor) for name, tensor in model.state_dict().items()}
+    return to_tree((path, jnp.asarray(array)) for path, array in read_base(_Reader(tensors), config))
+
+
+def numpy_of(tensor: Tensor) -> np.ndarray:
+    """NumPy knows no bfloat16 of its own; jax's is the same bits."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()
+
+
+def synchronized(device: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function` without gradients, whose result is there when it returns."""
+
+    def run() -> Any:
+        with torch.no_grad():
+            result = function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return run

@@ -6,12 +6,17 @@ runs it on what the machine has instead.
 
 import os
 import re
+import shutil
 import sys
+import tempfile
 
 import pytest
 
 PLATFORM = os.environ.get("TSDSR_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
+# Scripts keep compiled programs. Those of the tests are shared by all their processes and thrown away.
+_PROGRAMS = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(prefix="tsdsr-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # torch's threads; more only fight with XLA's over these tiny tensors
@@ -60,6 +65,8 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "tsdsr-programs-" in _PROGRAMS and not hasattr(session.config, "workerinput"):
+        shutil.rmtree(_PROGRAMS, ignore_errors=True)
     if _in_ci() and _unexpected_skips and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -21,6 +21,7 @@ from tiny_checkpoint import (
     tiny_vae_config,
 )
 from tsdsr_jax import tiling
+from tsdsr_jax import upscaler as upscaler_module
 from tsdsr_jax.folder import FileOptions, Report, find_jobs, plan_groups, upscale
 from tsdsr_jax.models import layers
 from tsdsr_jax.models.mmdit import MMDiT
@@ -317,6 +318,24 @@ def test_bands_give_the_same_pictures(folder, reference, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "in_bands", lambda *args: banded.append(1) or in_bands(*args))
     assert greatest_difference(results(make_upscaler(settings), folder, tmp_path), reference) <= 1
     assert banded  # the pictures are large enough to be cut at all
+
+
+@pytest.mark.parametrize(("memory", "banded"), [(2**40, False), (2**20, True)])
+def test_bands_only_where_the_whole_does_not_fit(monkeypatch, memory, banded):
+    monkeypatch.setattr(upscaler_module, "memory_of", lambda device: memory)
+    settings = dataclasses.replace(SMALL, encoder_band=32, decoder_band=4, whole_pixels=None)
+    upscaler = make_upscaler(settings, params=BARE_PARAMS, configs=BARE_NETWORKS)
+    calls, in_bands = [], layers.in_bands
+    monkeypatch.setattr(layers, "in_bands", lambda *args: calls.append(1) or in_bands(*args))
+    photo = prepared((33, 52), 3)
+    for method, array in (("encode", photo.image[None]), ("decode", np.zeros((1, 9, 14, 16), np.float32))):
+        calls.clear()
+        run = {"encode": upscaler._encode, "decode": upscaler._decode}[method]
+        more = (
+            (photo.noise[None], None) if method == "encode" else (np.zeros((1, 9, 14, 17), np.float32), None)
+        )
+        jax.eval_shape(run, upscaler._vae_params, array, *more)
+        assert bool(calls) == banded, method
 
 
 # --- overflow ---------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from tsdsr_jax.atomic import replacing
 from tsdsr_jax.checkpoint import Hash
 from tsdsr_jax.dataset import read_ahead
 from tsdsr_jax.degradation import degrade, to_bytes
-from tsdsr_jax.devices import DTYPES, matmul_precision
+from tsdsr_jax.devices import DTYPES, keep_programs, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import read_photo
 from tsdsr_jax.networks import Networks, load_text, text_hash
@@ -353,6 +353,7 @@ def write_samples(
     if not pending:
         return
     manifest.begin()
+    keep_programs()
     dtype = DTYPES["fp32"]
     with matmul_precision(dtype):
         networks = Networks(model.network("transformer"), model.network("vae"), make_mesh(), dtype)

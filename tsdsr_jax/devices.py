@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,29 +27,59 @@ DTYPES = {"fp16": jnp.float16, "bf16": jnp.bfloat16, "fp32": jnp.float32}
 def select_devices(name: str | None) -> list[jax.Device]:
     """The local devices a `--device` flag means: None (all of the best kind), "cuda", "cuda:1", "cpu", "tpu".
 
+    Programs compiled for them are kept, see `keep_programs`.
+
     Raises:
       UserError: the name is none of these, or there is no such device.
     """
+    keep_programs()
     if name is None:
         return jax.local_devices()
     match = re.fullmatch(r"(cuda|gpu|cpu|tpu)(?::(\d+))?", name)
     if match is None:
         raise UserError(f"--device {name}: expected cuda, cuda:N, cpu or tpu")
-    platform, index = _PLATFORMS[match[1]], match[2]
-    if platform == "cpu":
+    kind, index = _PLATFORMS[match[1]], match[2]
+    if kind == "cpu":
         # Before any other backend wakes up and reserves its memory.
         jax.config.update("jax_platforms", "cpu")
     try:
-        devices = jax.local_devices(backend=platform)
+        devices = jax.local_devices(backend=kind)
     except RuntimeError:
         found = ", ".join(sorted({device.platform for device in jax.local_devices()}))
-        hint = _INSTALL.get(platform, "")
+        hint = _INSTALL.get(kind, "")
         raise UserError(f"--device {name}: JAX sees no such device, only {found}; {hint}") from None
     if index is None:
         return devices
     if int(index) >= len(devices):
         raise UserError(f"--device {name}: there are {len(devices)}, numbered from 0")
     return [devices[int(index)]]
+
+
+def memory_of(device: jax.Device) -> int:
+    """Bytes that may be used on a device; half of the machine's, where it does not tell, as CPUs do not."""
+    told = (device.memory_stats() or {}).get("bytes_limit")
+    return told or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs on disk, so that the next start does not compile again.
+
+    In ~/.cache/tsdsr_jax, unless JAX's own variables say otherwise: JAX_COMPILATION_CACHE_DIR names another folder,
+    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsdsr_jax"
+    jax.config.update("jax_compilation_cache_dir", str(base / _processor()))
+
+
+def _processor() -> str:
+    """Tells kinds of processors apart: a program for one may crash another that shares the folder."""
+    told = [platform.machine(), platform.processor()]
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 
 def join_processes(coordinator: str | None, processes: int | None, process: int | None, detect: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from tsdsr_jax.degradation import DegradationConfig, light
-from tsdsr_jax.devices import DTYPES, join_processes
+from tsdsr_jax.devices import DTYPES, join_processes, keep_programs
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.photos import CROP_STEP, CropConfig
 from tsdsr_jax.run_log import ReportTo, check_trackers
@@ -121,7 +121,8 @@ class RunOptions:
         return found
 
     def start(self) -> Mesh:
-        """Joins the other processes, if there are any, and lays out the devices."""
+        """Joins the other processes, if there are any, and lays out the devices. Compiled programs are kept."""
+        keep_programs()
         join_processes(self.coordinator_address, self.num_processes, self.process_id, self.multi_host)
         try:
             return make_mesh(fsdp=self.fsdp)

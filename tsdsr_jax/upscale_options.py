@@ -60,14 +60,16 @@ class UpscaleOptions:
     """Overlap of neighbouring tiles, in latent pixels. Default: 8, or half of a smaller tile."""
     tile_batch_size: int | None = None
     """Tiles per device and call; default: 8, on a CPU 1."""
-    is_use_tile: bool = False
-    """Run the autoencoder band by band: the same picture from less memory."""
+    is_use_tile: bool | None = None
+    """Run the autoencoder band by band: the same picture from less memory. Default: where the whole does not fit."""
     vae_decoder_tiled_size: int = 64
-    """With --is_use_tile: side of the area decoded at a time, in latent pixels; changes memory and speed only."""
+    """In bands: side of the area decoded at a time, in latent pixels; changes memory and speed only."""
     vae_encoder_tiled_size: int = 512
-    """With --is_use_tile: side of the area encoded at a time, in pixels; changes memory and speed only."""
+    """In bands: side of the area encoded at a time, in pixels; changes memory and speed only."""
     mixed_precision: Literal["fp16", "bf16", "fp32"] | None = None
     """Computation; default: fp16 on a GPU, bf16 on a TPU, fp32 on a CPU."""
+    weights: Literal["full", "int8", "fp8"] = "full"
+    """Keep the transformer's blocks as they are computed, or in eight bits and widen them on use: for small GPUs."""
     device: str | None = None
     """cuda, cuda:N, cpu or tpu; default: all devices of the best kind."""
     max_pixels: int = 100_000_000
@@ -84,8 +86,9 @@ class UpscaleOptions:
             latent_tile=self.latent_tiled_size,
             latent_overlap=self.latent_tiled_overlap,
             tile_batch=self.tile_batch_size or (1 if platform == "cpu" else 8),
-            encoder_band=self.vae_encoder_tiled_size if self.is_use_tile else None,
-            decoder_band=self.vae_decoder_tiled_size if self.is_use_tile else None,
+            encoder_band=None if self.is_use_tile is False else self.vae_encoder_tiled_size,
+            decoder_band=None if self.is_use_tile is False else self.vae_decoder_tiled_size,
+            whole_pixels=0 if self.is_use_tile else None,
             sample=self.latent == "sample",
         )
 
@@ -214,6 +217,7 @@ def load(options: UpscaleOptions, settings: Settings, devices: list[jax.Device])
         settings,
         dtype,
         devices,
+        None if options.weights == "full" else options.weights,
     )
 
 

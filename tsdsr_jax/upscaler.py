@@ -23,16 +23,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from tsdsr_jax import color, tiling
-from tsdsr_jax.devices import matmul_precision
+from tsdsr_jax.devices import matmul_precision, memory_of
 from tsdsr_jax.models.folded import EightBits, FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
-from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask, whole_image_bytes
 from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.resize import bicubic, pillow_bicubic, reflect_pad
 from tsdsr_jax.sizes import LATENT_FACTOR, Size, SizePlan, plan_size, token_levels
 from tsdsr_jax.torch_weights import Tree
 
 TIMESTEP = 1000.0
+_BANDS = ("encoder_band", "decoder_band", "whole_pixels")
 
 Progress = Callable[[str, int, int], object]
 """Told of each stage of a batch ("encode", "tiles", "decode") with the steps done and their number."""
@@ -49,6 +50,8 @@ class Settings:
       tile_batch: tiles per device and transformer call.
       encoder_band, decoder_band: sides (pixels, latent pixels) of the area that the autoencoder's convolutions
         compute at a time; None: the whole image.
+      whole_pixels: images of up to so many pixels are computed whole all the same; None: those that the devices have
+        memory for.
       sample: draw the latent from the encoder's posterior; otherwise take its mean.
     """
 
@@ -59,6 +62,7 @@ class Settings:
     tile_batch: int = 1
     encoder_band: int | None = None
     decoder_band: int | None = None
+    whole_pixels: int | None = 0
     sample: bool = True
 
     def plan(self, source: Size) -> SizePlan:
@@ -183,6 +187,19 @@ class Upscaler:
         self.blend = jit(_blend, donate_argnums=0)
         self.decode = jax.jit(self._decode, out_shardings=self._split)
 
+    @cached_property
+    def whole_pixels(self) -> int:
+        """The largest image that is not computed in bands, where bands are allowed."""
+        if self.settings.whole_pixels is not None:
+            return self.settings.whole_pixels
+        taken = sum(leaf.nbytes for leaf in jax.tree.leaves((self._transformer_params, self._vae_params)))
+        per_pixel = whole_image_bytes(self._configs[1], self.dtype, self.devices[0].platform)
+        return max(0, int((memory_of(self.devices[0]) - taken) / per_pixel))
+
+    def _band_pixels(self, band: int | None, pixels: int) -> int | None:
+        """Area computed at a time of an image of `pixels`; None: the whole."""
+        return None if band is None or pixels <= self.whole_pixels else band**2
+
     @property
     def batch(self) -> int:
         """Photographs a launch takes at most."""
@@ -204,8 +221,7 @@ class Upscaler:
           settings: the autoencoder's bands are part of its programs and must stay as they are.
           progress: called from `launch`, which then waits for every stage instead of returning at once.
         """
-        bands = self.settings.encoder_band, self.settings.decoder_band
-        if (settings.encoder_band, settings.decoder_band) != bands:
+        if any(getattr(settings, name) != getattr(self.settings, name) for name in _BANDS):
             raise ValueError("the autoencoder's bands cannot change")
         other = copy.copy(self)
         other.settings, other.progress = settings, progress
@@ -318,10 +334,8 @@ class Upscaler:
         self, params: Tree, images: jax.Array, noise: jax.Array, valid: jax.Array | None
     ) -> jax.Array:
         """(B, H, W, 3) in [−1, 1] -> (B, h, w, C) float32 latents times the scaling factor."""
-        band = self.settings.encoder_band
-        posterior = self._vae.apply(
-            {"params": params}, images, valid, None if band is None else band**2, method="encode"
-        )
+        band = self._band_pixels(self.settings.encoder_band, images.shape[1] * images.shape[2])
+        posterior = self._vae.apply({"params": params}, images, valid, band, method="encode")
         return posterior.sample(noise) * self._configs[1].scaling_factor
 
     def _velocity(
@@ -340,12 +354,14 @@ class Upscaler:
         """Returns (B, H, W, 3) uint8 pictures and (B,) whether all their valid values were finite."""
         latent_valid = None if valid is None else valid // LATENT_FACTOR
         velocity = sums[..., :-1] / jnp.where(sums[..., -1:] > 0, sums[..., -1:], 1)
-        band = self.settings.decoder_band
+        band = self._band_pixels(
+            self.settings.decoder_band, latents.shape[1] * latents.shape[2] * LATENT_FACTOR**2
+        )
         decoded = self._vae.apply(
             {"params": params},
             (latents - velocity) / self._configs[1].scaling_factor,
             latent_valid,
-            None if band is None else band**2,
+            band,
             method="decode",
         ).astype(jnp.float32)
         finite = jnp.isfinite(decoded)

@@ -62,7 +62,7 @@ class FoldedAttention(nn.Module):
 
         Keys are ordered [text, image], so that with a packed batch's padding at the end the valid ones are a prefix.
         """
-        batch, tokens = image.shape[:2]
+        batch = image.shape[0]
         q, k, v = self._projected("qkv", image, ("norm_q", "norm_k", None))
         text_tokens = text_queries = 0
         if self.text != "none":

@@ -330,11 +330,12 @@ class GroupNorm(nn.Module):
             pixels = valid.sum((1, 2, 3))[:, None]
             near = (x * valid)[:, :1].sum((1, 2), keepdims=True) / valid[:, :1].sum((1, 2), keepdims=True)
         near = jax.lax.stop_gradient(near)  # the result does not depend on it
-        differences = (x - near) * valid
-        first, second = (part.sum((1, 2)) / pixels for part in (differences, jnp.square(differences)))
-        channel_mean = near[:, 0, 0] + first
+        # Not the mean of the differences: sums that share them would make XLA set them up on CPUs.
+        channel_mean = (x * valid).sum((1, 2)) / pixels
+        squares = (jnp.square(x - near) * valid).sum((1, 2)) / pixels
         mean = self._over_groups(channel_mean)
-        variance = self._over_groups(second - jnp.square(first) + jnp.square(channel_mean - mean))
+        within = squares - jnp.square(channel_mean - near[:, 0, 0])
+        variance = self._over_groups(within + jnp.square(channel_mean - mean))
         return mean, jnp.maximum(variance, 0)
 
     def _moments_in_bands(

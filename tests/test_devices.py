@@ -1,0 +1,61 @@
+"""Where computations run, what is kept of them, and how much memory there is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tsdsr_jax.devices import memory_of
+
+CODE = """
+import json, jax
+from tsdsr_jax.devices import keep_programs
+keep_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x * 2 + 1)(1.0).block_until_ready()
+print(json.dumps(jax.config.jax_compilation_cache_dir))
+"""
+
+
+def told(home: Path, **variables: str) -> str | None:
+    """The folder that a fresh process keeps its programs in."""
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment = kept | {"XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu"} | variables
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_programs_are_kept_in_the_users_cache(tmp_path):
+    folder = told(tmp_path)
+    assert Path(folder).parent == tmp_path / "tsdsr_jax" and any(Path(folder).iterdir())
+    assert told(tmp_path) == folder
+
+
+def test_jax_own_variables_come_first(tmp_path):
+    assert told(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")
+    assert any((tmp_path / "mine").iterdir()) and not (tmp_path / "tsdsr_jax").exists()
+
+    told(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
+    assert not (tmp_path / "tsdsr_jax").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path):
+    (tmp_path / "tsdsr_jax").write_text("in the way")
+    told(tmp_path)
+
+
+def test_memory_is_told_or_half_of_the_machines():
+    class Device:
+        def __init__(self, stats: dict | None):
+            self.memory_stats = lambda: stats
+
+    assert memory_of(Device({"bytes_limit": 7})) == 7
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    assert memory_of(Device(None)) == memory_of(Device({})) == half
+    if jax.default_backend() == "cpu":
+        assert memory_of(jax.devices()[0]) == pytest.approx(half)

@@ -408,6 +408,25 @@ def test_attention_counts_the_first_keys_only() -> None:
         assert error(out[row], expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("keys", [40, 800])
+@pytest.mark.parametrize("lengths", [None, (31, 7)])
+def test_attention_on_cpus_equals_xlas(keys: int, lengths: tuple[int, ...] | None) -> None:
+    """All heads at once, and head by head for many keys; gradients, too."""
+    q, k, v = uniform("q", (2, 9, 3, 8)), uniform("k", (2, keys, 3, 8)), uniform("v", (2, keys, 3, 8))
+    counted = None if lengths is None else jnp.asarray(lengths)
+
+    def run(implementation: str):
+        def total(*parts: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = attention(*parts, lengths=counted, implementation=implementation)
+            return jnp.square(out).sum(), out
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    ((_, ours), slopes), ((_, theirs), expected) = run("cpu"), run("xla")
+    assert error(ours, theirs) <= TOLERANCE
+    assert all(error(*pair) <= TOLERANCE for pair in zip(slopes, expected, strict=True))
+
+
 def test_runs_split_where_blocks_differ() -> None:
     config = MMDiTConfig.tiny(num_layers=6, dual_attention_layers=(0, 1, 3))
     kinds = [(first, length, kind.dual_attention) for first, length, kind in config.runs()]

@@ -44,9 +44,9 @@ done
 
 # steps and batch size of each stage
 case "$budget" in
-  cpu)     ae=(6200 4)  refined=(600 1)  crops=6  base=(2000 32)  lora=(100 32)  start=(600 8)   end=(150 8) ;;
-  gpu)     ae=(3000 32) refined=(1500 8) crops=32 base=(3000 256) lora=(300 256) start=(1500 32) end=(400 16) ;;
-  minimal) ae=(2 2)     refined=(2 1)    crops=1  base=(2 2)      lora=(2 2)     start=(2 2)     end=(2 2) ;;
+  cpu)     ae=(6200 4)     crops=6  base=(2000 32)    lora=(100 32)   start=(600 8)    end=(150 8) ;;
+  gpu)     ae=(100000 32)  crops=64 base=(100000 256) lora=(2000 256) start=(20000 64) end=(5000 64) ;;
+  minimal) ae=(2 2)        crops=1  base=(2 2)        lora=(2 2)      start=(2 2)      end=(2 2) ;;
   *) fail "--budget $budget: expected cpu, gpu or minimal" ;;
 esac
 # With an MSE weight of 1 TSD is too weak to be seen, at 0 the student runs away, and near this value small changes matter
@@ -83,8 +83,6 @@ prompts=(--default_embedding_dir "$weights/prompt/default" --null_embedding_dir 
 crop=(--crop_size 128 --min_size 128)
 common=(--mixed_precision no --resume_from_checkpoint latest --checkpoints_total_limit 2)
 
-# Processes read data where there are processors to spare; elsewhere, and for small samples, threads do.
-workers=$(($(nproc) < 6 ? 0 : 8))
 say() { printf '\n== %s\n' "$*"; }
 steps() { printf '%07d' "$1"; }
 # train SCRIPT STEPS BATCH FLAG...: with a checkpoint and pictures ten times on the way.
@@ -96,17 +94,11 @@ train() {
 }
 
 say "autoencoder: ${ae[0]} steps of ${ae[1]} crops"
-begun=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
-autoencoder=("${photos[@]}" --validation_dir "$validation" --num_validation_images 16 --optimizer muon
-  --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 0 --dataloader_num_workers "$workers")
-[[ -d $begun ]] || train autoencoder "${ae[@]}" --vae_dir "$weights/vae" --from_scratch "${autoencoder[@]}" \
-  --crop_size 96 --min_size 96 --learning_rate 5e-4 --ema_decay 0.998 --output_dir "$output/autoencoder"
-
-# Group norms measure whole images: what is right for small crops is a little off for photographs.
-say "autoencoder, larger crops: ${refined[0]} steps of ${refined[1]}"
-made=$output/refined/checkpoint_$(steps "${refined[0]}")/model/ema/vae
-[[ -d $made ]] || train autoencoder "${refined[@]}" --vae_dir "$begun" "${autoencoder[@]}" \
-  --crop_size 256 --min_size 256 --learning_rate 3e-4 --ema_decay 0.99 --output_dir "$output/refined"
+made=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
+[[ -d $made ]] || train autoencoder "${ae[@]}" --vae_dir "$weights/vae" --from_scratch "${photos[@]}" \
+  --validation_dir "$validation" --crop_size 96 --min_size 96 --num_validation_images 16 \
+  --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 0 \
+  --ema_decay 0.998 --output_dir "$output/autoencoder"
 
 # The scaling factor was measured with it. The transformer is only a config as yet.
 mkdir -p "$output/new/transformer"
@@ -122,7 +114,7 @@ say "teacher, from nothing: ${base[0]} steps of ${base[1]}"
 model=$output/base/checkpoint_$(steps "${base[0]}")/model/ema
 [[ -d $model ]] || train teacher "${base[@]}" --train base --from_scratch --pretrained_model_name_or_path "$output/new" \
   --data_dir "$output/pairs" "${prompts[@]}" --optimizer muon --learning_rate 4e-3 --lr_scheduler cosine \
-  --lr_warmup_steps 100 --adam_weight_decay 0 --ema_decay 0.998 --dataloader_num_workers "$workers" --output_dir "$output/base"
+  --lr_warmup_steps 100 --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/base"
 
 say "teacher's LoRA: ${lora[0]} steps of ${lora[1]}"
 teacher=$output/teacher/checkpoint_$(steps "${lora[0]}")/lora
@@ -134,14 +126,14 @@ distil=(--pretrained_model_name_or_path "$model" --data_dir "$output/pairs" "${p
   --learning_rate_reg 1e-3 --num_validation_images 8)
 
 say "student, MSE only: ${start[0]} steps of ${start[1]}"
-started=$output/start/checkpoint_$(steps "${start[0]}")/lora
-[[ -d $started ]] || train distill "${start[@]}" "${distil[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
+begun=$output/start/checkpoint_$(steps "${start[0]}")/lora
+[[ -d $begun ]] || train distill "${start[@]}" "${distil[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
   --lr_scheduler cosine --lr_warmup_steps 50 --output_dir "$output/start"
 
 say "student, $student: ${end[0]} steps of ${end[1]}"
 student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora/ema
 [[ -d $student_lora ]] || train distill "${end[@]}" "${distil[@]}" "${losses[@]}" \
-  --checkpoint_path "$started" --learning_rate 2e-4 --ema_decay 0.98 --seed "$seed" \
+  --checkpoint_path "$begun" --learning_rate 2e-4 --ema_decay 0.98 --seed "$seed" \
   --output_dir "$output/student-$student-$seed"
 
 say "merging"

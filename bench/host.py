@@ -1,0 +1,97 @@
+"""What the host can do while a GPU works: read, enlarge, colour and write, with a device that takes no time.
+
+    python bench/host.py --photos drealsr/test_LR          # images a second and core; cores that keep one GPU busy
+
+One process on one core, so that threads only take turns; CPU time and wall time are then about the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tsdsr_jax import cli, folder
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.images import FORMATS
+from tsdsr_jax.sizes import Size
+from tsdsr_jax.upscaler import Prepared, Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    photos: Path
+    """Folder of photographs, of 128×128 for outputs of 512×512."""
+    repeat: int = 3
+    """Times to run; the fastest counts."""
+    gpu_ms: float = 12.0
+    """Time that a GPU takes per image."""
+    formats: tuple[str, ...] = ("png", "jpg", "webp")
+    """Formats to write; repeat for several."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What `Upscaler.launch` would give, at once."""
+
+    pictures: list[np.ndarray]
+
+    def results(self) -> list[np.ndarray]:
+        return self.pictures
+
+
+class NoDevice:
+    """Stands in for the upscaler; its pictures are the enlarged photographs."""
+
+    settings = Settings()
+    batch, latent_channels, dtype = 1, 16, np.dtype(np.float32)
+
+    def launch(self, photos: Sequence[Prepared], bucket: Size, *, masked: bool = False) -> Done:
+        return Done([((photo.image * 0.5 + 0.5) * 255).astype(np.uint8) for photo in photos])
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    unknown = set(options.formats) - set(FORMATS)
+    if unknown:
+        raise UserError(f"--formats {', '.join(unknown)}: expected some of {', '.join(FORMATS)}")
+    if options.repeat < 1:
+        raise UserError(f"--repeat {options.repeat}: expected at least 1")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    rows = [measured(options, name) for name in options.formats]
+    if options.json:
+        options.json.write_text(json.dumps({"gpu_ms": options.gpu_ms, "rows": rows}, indent=2) + "\n")
+
+
+def measured(options: Options, name: str) -> dict[str, float | str]:
+    """Runs the folder; the device's part of preparing is in it, the copy to a real one is not."""
+    device, seconds, problems = NoDevice(), [], []
+    with tempfile.TemporaryDirectory() as made:
+        for index in range(options.repeat):
+            jobs = folder.find_jobs(options.photos, Path(made) / str(index), f".{name}")
+            report = folder.Report(problems.append)
+            files = folder.FileOptions("wavelet", name, 42, 10**8)
+            start = time.perf_counter()
+            groups = folder.plan_groups(jobs, device.settings.plan, 1, files, report)
+            folder.upscale(device, groups, files, report)
+            seconds.append(time.perf_counter() - start)
+    if problems:
+        raise UserError(problems[0])
+    rate = len(jobs) / min(seconds)
+    cores = 1000 / options.gpu_ms / rate
+    print(
+        f"{name}: {rate:.1f} images a second on one core; {cores:.1f} cores for a GPU at {options.gpu_ms:g} ms an image"
+    )
+    return {"format": name, "images_per_second_and_core": rate, "cores_per_gpu": cores}
+
+
+if __name__ == "__main__":
+    cli.run(main)

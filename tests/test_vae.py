@@ -14,7 +14,7 @@ from parity import TOLERANCE, config_of, error, lora_of, params_of, random_lora,
 from tsdsr_jax import lora, torch_weights
 from tsdsr_jax.models import vae
 from tsdsr_jax.models.attention import single_head_attention
-from tsdsr_jax.models.layers import Conv, GroupNorm, convolution, upsampling_convolution
+from tsdsr_jax.models.layers import Conv, GroupNorm
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.torch_weights import Tree
 
@@ -253,14 +253,6 @@ def test_banded_convolution_equals_whole(kind: dict[str, Any], rows: int) -> Non
         return jax.jit(lambda x: model.apply(variables, x, prepare, pixels))(x)
 
     assert error(run(rows * out_width), run(None)) <= BAND_TOLERANCE
-
-
-@pytest.mark.parametrize("size", [(1, 1, 2, 3), (5, 7, 6, 4), (8, 2, 3, 1)])
-def test_phases_equal_the_convolution_of_the_enlarged_map(size: tuple[int, int, int, int]) -> None:
-    height, width, channels, features = size
-    x, kernel = uniform("x", (2, height, width, channels)), uniform("kernel", (3, 3, channels, features))
-    enlarged = convolution(jnp.asarray(x).repeat(2, 1).repeat(2, 2), kernel, 1, (1, 1))
-    assert error(upsampling_convolution(x, jnp.asarray(kernel)), enlarged) <= 1e-6
 
 
 def test_bands_hold_less_memory_than_the_whole() -> None:

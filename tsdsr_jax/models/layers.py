@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from tsdsr_jax.models.convolution import convolution, upsampling_convolution
+
 # (rows (B, h, W, C), index of the first row) -> rows of the same shape, elementwise.
 Prepare = Callable[[jax.Array, jax.Array | int], jax.Array]
 
@@ -147,7 +149,7 @@ class Conv(nn.Module):
             rows = rows.astype(self.dtype) if prepare is None else prepare(rows, first_row).astype(self.dtype)
             y = self._convolve(rows, kernel)
             if lora is not None:
-                y = y + self._convolve(rows, lora[0]) @ lora[1]
+                y = y + convolution(self._convolve(rows, lora[0]), lora[1][None, None], 1, (0, 0))
             return y + bias
 
         height, width = (side * self.upsample // self.stride for side in x.shape[1:3])
@@ -164,49 +166,6 @@ class Conv(nn.Module):
         if self.upsample > 1:
             return upsampling_convolution(x, kernel)
         return convolution(x, kernel, self.stride, self.padding)
-
-
-def convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
-    """(B, H, W, in) and (h, w, in, out) -> (B, H', W', out)."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=(padding, padding),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def upsampling_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Every pixel repeated twice on both axes, then a 3×3 convolution with zero padding: 4/9 of its arithmetic.
-
-    Of the three rows that an output row sees two are the same one: an even row 2i sees input rows i−1, i, i, an odd row
-    2i+1 sees i, i, i+1, and so it is with columns. That is a 2×2 convolution for each of the four combinations, whose
-    kernels are sums of the 3×3 kernel's taps. One convolution with four times as many outputs computes all of them on a
-    grid one larger; each takes its part of it.
-
-    Args:
-      x: (B, H, W, in).
-      kernel: (3, 3, in, out).
-
-    Returns:
-      (B, 2H, 2W, out).
-    """
-    batch, height, width, channels = x.shape
-    # Sums of taps are rounded once.
-    taps = _phases(kernel.astype(jnp.float32))  # (phase, tap, 3, in, out)
-    taps = _phases(jnp.moveaxis(taps, 2, 0))  # (column phase, column tap, row phase, row tap, in, out)
-    taps = taps.transpose(3, 1, 4, 2, 0, 5).reshape(2, 2, channels, -1).astype(kernel.dtype)
-    y = convolution(x, taps, 1, (1, 1)).reshape(batch, height + 1, width + 1, 2, 2, -1)
-    rows = [jnp.stack([y[:, i : i + height, j : j + width, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
-    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
-
-
-def _phases(kernel: jax.Array) -> jax.Array:
-    """(3, ...) -> (2, 2, ...): what even and odd outputs take from their two inputs."""
-    return jnp.stack(
-        [jnp.stack([kernel[0], kernel[1] + kernel[2]]), jnp.stack([kernel[0] + kernel[1], kernel[2]])]
-    )
 
 
 def rows_of_band(height: int, width: int, band_pixels: int | None) -> int:

@@ -1,0 +1,368 @@
+"""A training step of the student: ours against PyTorch with PEFT in the same run, same weights, same losses.
+
+    python bench/training.py --size tiny --device cpu --side 128       # minutes on two cores
+    python bench/training.py --batch 2 --use_dasm                      # SD3-medium on a GPU
+
+PyTorch does what TSD-SR's script does: one transformer with three adapters beside its weights, switched on in turn, a
+student's step and an auxiliary network's step after each other. Both evaluate guidance in one call, and both leave LPIPS
+out. Losses must agree before anything is timed.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Two frameworks share one GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
+import timing
+from peft import LoraConfig
+from torch_networks import ADAPTED, DTYPES, ENCODER, STUDENT, TOKENS, TorchNetworks, configs, params_of
+
+import oracle_models
+import oracle_training as oracle
+import parity
+from tsdsr_jax import cli, devices, flow
+from tsdsr_jax.distillation import jit_step
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.objective import Base, Batch, Draws, LossConfig, Losses, Samples, Student
+from tsdsr_jax.sharding import make_mesh
+from tsdsr_jax.training import OptimizerConfig, Trainer
+from tsdsr_jax.tsd import Text, TSDConfig
+
+# Relative, of each loss.
+FARTHEST = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.1}
+RATE, RATE_AUXILIARY = 5e-6, 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    size: Literal["tiny", "half", "full"] = "full"
+    """Of both networks."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """For both frameworks."""
+    mixed_precision: Literal["fp16", "bf16", "fp32"] | None = None
+    """Default: bf16 on a GPU, fp32 on a CPU."""
+    side: int = 512
+    """Of the training images, in pixels."""
+    batch: int = 2
+    """Images a step."""
+    rank: int = 64
+    """Of all adapters."""
+    use_dasm: bool = True
+    """Four points of a trajectory instead of one."""
+    gradient_checkpointing: bool = False
+    """On both sides."""
+    seconds: float = 5.0
+    """To time each for, at least."""
+    json: Path | None = None
+    """File for the figures."""
+
+    @property
+    def config(self) -> LossConfig:
+        tsd = TSDConfig() if self.use_dasm else TSDConfig().without_dasm()
+        return LossConfig(tsd=tsd, weight_lpips=0.0)
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU; --device cpu runs the small sizes")
+    if options.side % 16 or options.batch < 1:
+        raise UserError(
+            f"--side {options.side}, --batch {options.batch}: expected a multiple of 16, and at least 1"
+        )
+    if options.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    precision = options.mixed_precision or ("fp32" if options.device == "cpu" else "bf16")
+    data = random_data(options)
+    theirs = TorchStep(options, precision)
+    ours = OurStep(options, precision, theirs)
+    losses = theirs.losses(data), ours.losses(data)
+    apart = max(abs(losses[1][name] / value - 1) for name, value in losses[0].items())
+    if not apart <= FARTHEST[precision]:
+        raise UserError(f"losses differ by {apart:.2g}: PyTorch {losses[0]}, ours {losses[1]}")
+    steps = {"ours": partial(ours.step, data), "torch": partial(theirs.step, data)}
+    times = timing.in_turn(steps, options.seconds)
+    seconds = {name: timing.median(found) for name, found in times.items()}
+    ratio = seconds["torch"] / seconds["ours"]
+    print(
+        f"{jax.devices()[0].device_kind}, {precision}, {options.size}, {options.batch} × {options.side}²: "
+        f"{seconds['ours'] * 1e3:.0f} ms a step, PyTorch {seconds['torch'] * 1e3:.0f}, ratio {ratio:.2f}; "
+        f"losses {apart:.1e} apart"
+    )
+    memory = {"ours_gb": ours.memory(data) / 1e9, "torch_gb": theirs.memory() / 1e9}
+    if options.device == "cuda":
+        print(
+            f"memory: {memory['ours_gb']:.1f} GB as planned, PyTorch {memory['torch_gb']:.1f} GB at its peak"
+        )
+    if options.json:
+        told = dataclasses.asdict(options) | {"json": None, "precision": precision}
+        figures = {"options": told, "seconds": times, "ratio": ratio, "apart": apart, "memory": memory}
+        figures["versions"] = timing.versions("torch", "diffusers", "peft", "optax")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def random_data(options: Options) -> dict[str, np.ndarray]:
+    """A batch and a step's draws by name; images and latents NCHW."""
+    random = np.random.default_rng(0)
+    transformer, vae = configs(options.size)
+    batch, side, latent = options.batch, options.side, options.side // vae.factor
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    images, latents = (batch, 3, side, side), (batch, vae.latent_channels, latent, latent)
+    index = random.integers(50, 950, batch)
+    return {
+        "lr": np.tanh(normal(*images)), "hr": np.tanh(normal(*images)), "latent_hr": normal(*latents),
+        "states": normal(batch, TOKENS, transformer.joint_attention_dim),
+        "pooled": normal(batch, transformer.pooled_projection_dim),
+        "posterior": normal(*latents), "noise": normal(*latents), "auxiliary_noise": normal(*latents),
+        "index": index, "auxiliary_index": random.integers(50, 950, batch),
+        "bias": np.minimum(random.integers(-25, 25, batch), 950 - index),
+        "normal": normal(batch), "uniform": random.uniform(size=batch).astype(np.float32),
+    }  # fmt: skip
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------
+
+
+class TorchStep:
+    """The step in PyTorch; adapters are float32, the rest in `precision`, computed under autocast."""
+
+    def __init__(self, options: Options, precision: str):
+        self.options, self.config, self.device = options, options.config, options.device
+        self.networks = TorchNetworks.random(options.size, options.device, DTYPES[precision])
+        self.dtype = DTYPES[precision]
+        transformer, vae = self.networks.transformer, self.networks.vae
+        for model, name, targets in (
+            (transformer, "student", list(STUDENT)), (transformer, "teacher", list(STUDENT)),
+            (transformer, "auxiliary", list(ADAPTED)), (vae, "default", ENCODER),
+        ):  # fmt: skip
+            model.add_adapter(
+                LoraConfig(
+                    r=options.rank,
+                    lora_alpha=options.rank,
+                    init_lora_weights="gaussian",
+                    target_modules=targets,
+                ),
+                adapter_name=name,
+            )
+        torch.manual_seed(1)
+        for model in (transformer, vae):
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.float()
+                if "lora_B" in name:
+                    parameter.data.normal_(std=0.02 / options.rank)
+        if options.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+            vae.enable_gradient_checkpointing()
+            transformer.train(), vae.train()
+        self.student = [*self.parameters(transformer, "student"), *self.parameters(vae, "default")]
+        self.auxiliary = list(self.parameters(transformer, "auxiliary"))
+        self.optimizers = [
+            torch.optim.AdamW(self.student, RATE, weight_decay=1e-4),
+            torch.optim.AdamW(self.auxiliary, RATE_AUXILIARY, weight_decay=1e-4),
+        ]
+
+    @staticmethod
+    def parameters(model: Any, adapter: str) -> Iterator[Tensor]:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and f".{adapter}." in name:
+                yield parameter
+
+    def autocast(self) -> Any:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device, self.dtype)
+
+    def on_device(self, data: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.asarray(value)).to(self.device) for name, value in data.items()}
+
+    def guided(self, adapter: str, x: Tensor, timestep: Tensor, text: oracle.TorchText) -> Tensor:
+        """Empty and real prompt in one call."""
+        null = oracle.TorchText(*(torch.zeros_like(part) for part in text))
+        both = oracle.TorchText(*(torch.cat(pair) for pair in zip(null, text, strict=True)))
+        transformer = self.networks.transformer
+        without, given = (
+            oracle.velocity(transformer, adapter, x.repeat(2, 1, 1, 1), timestep.repeat(2), both)
+            .float()
+            .chunk(2)
+        )
+        return without + self.config.guidance_scale * (given - without)
+
+    @torch.no_grad()
+    def tsd_gradient(self, fake: Tensor, data: dict[str, Tensor], text: oracle.TorchText) -> Tensor:
+        tsd, levels = self.config.tsd, torch.from_numpy(flow.sigmas(self.config.shift)).to(self.device)
+        points = len(tsd.point_weights)
+        last = (data["index"] + tsd.stride * points + data["bias"]).clamp(max=len(levels) - 1)
+        grid = [data["index"] + (last - data["index"]) * step // points for step in range(points + 1)]
+        sigma = oracle.wide(levels[grid[0]])
+        x, y = (sigma * data["noise"] + (1 - sigma) * clean for clean in (fake, data["latent_hr"]))
+        total = torch.zeros_like(x)
+        for n, weight in enumerate(tsd.point_weights):
+            sigma, following = oracle.wide(levels[grid[n]]), oracle.wide(levels[grid[n + 1]])
+            timestep = 1000 * levels[grid[n]]
+            teacher_x, teacher_y = (self.guided("teacher", latent, timestep, text) for latent in (x, y))
+            auxiliary_x = self.guided("auxiliary", x, timestep, text)
+            mixed = tsd.balance * (teacher_x - auxiliary_x) + (1 - tsd.balance) * (teacher_x - teacher_y)
+            total += torch.nan_to_num(sigma**2 * weight * mixed)
+            x, y = x - (sigma - following) * auxiliary_x, y - (sigma - following) * teacher_y
+        return total
+
+    def student_losses(self, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        text = oracle.TorchText(data["states"], data["pooled"])
+        fake = oracle.student_latent(
+            self.networks.transformer, self.networks.vae, data["lr"].to(self.dtype), data["posterior"], text
+        ).float()
+        gradient = self.tsd_gradient(fake.detach(), data, text)
+        self.activate("student")
+        return fake, {
+            "tsd": oracle.tsd_loss(fake, gradient),
+            "mse": torch.mean((fake - data["latent_hr"]) ** 2),
+        }
+
+    def auxiliary_loss(self, fake: Tensor, data: dict[str, Tensor]) -> Tensor:
+        levels = oracle.LEVELS.to(self.device)
+        sigma = levels[data["auxiliary_index"]].float()
+        weight = oracle.sample_weights(self.config.weighting, sigma, data["normal"], data["uniform"])
+        noisy = oracle.wide(sigma) * data["auxiliary_noise"] + (1 - oracle.wide(sigma)) * fake.detach()
+        text = oracle.TorchText(data["states"], data["pooled"])
+        velocity = oracle.velocity(self.networks.transformer, "auxiliary", noisy, 1000 * sigma, text).float()
+        clean = noisy - oracle.wide(sigma) * velocity
+        return (0.5 * weight * ((clean - fake.detach()) ** 2).mean((1, 2, 3))).mean()
+
+    def activate(self, adapter: str) -> None:
+        """Switching adapters sets requires_grad anew; the backward pass needs the one that ran."""
+        self.networks.transformer.set_adapter(adapter)
+
+    def losses(self, data: dict[str, np.ndarray]) -> dict[str, float]:
+        tensors = self.on_device(data)
+        with self.autocast():
+            fake, values = self.student_losses(tensors)
+            values["auxiliary"] = self.auxiliary_loss(fake, tensors)
+        return {name: float(value.detach()) for name, value in values.items()}
+
+    def step(self, data: dict[str, np.ndarray]) -> None:
+        tensors = self.on_device(data)
+        with self.autocast():
+            fake, values = self.student_losses(tensors)
+        (values["tsd"] + values["mse"]).backward()
+        torch.nn.utils.clip_grad_norm_(self.student, 1.0)
+        self.optimizers[0].step()
+        self.optimizers[0].zero_grad(set_to_none=True)
+        with self.autocast():
+            value = self.auxiliary_loss(fake, tensors)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.auxiliary, 1.0)
+        self.optimizers[1].step()
+        self.optimizers[1].zero_grad(set_to_none=True)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def memory(self) -> float:
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0.0
+
+
+# --- ours -------------------------------------------------------------------------------------------
+
+
+class OurStep:
+    """`training.Trainer`'s step, its draws made on the device, and its losses at given draws."""
+
+    def __init__(self, options: Options, precision: str, theirs: TorchStep):
+        self.dtype = devices.DTYPES[precision]
+        networks = configs(options.size)
+        transformer, vae = theirs.networks.transformer, theirs.networks.vae
+        params = [
+            jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), base_of(model, config))
+            for model, config in zip((transformer, vae), networks, strict=True)
+        ]
+        adapter = partial(parity.lora_of, oracle_models)
+        width, pooled = networks[0].joint_attention_dim, networks[0].pooled_projection_dim
+        null = Text(jnp.zeros((1, TOKENS, width), self.dtype), jnp.zeros((1, pooled), self.dtype))
+        teacher = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), adapter(transformer, "teacher"))
+        self.base = Base(params[0], params[1], teacher, null)
+        self.student = Student(adapter(transformer, "student"), adapter(vae))
+        self.auxiliary = adapter(transformer, "auxiliary")
+        remat = options.gradient_checkpointing
+        self.objective = Losses(
+            MMDiT(networks[0], self.dtype, remat=remat),
+            AutoencoderKL(networks[1], self.dtype, remat=remat),
+            options.config,
+        )
+        trainer = Trainer(self.objective, OptimizerConfig(schedule="constant", learning_rate=RATE))
+        self.state = jax.jit(trainer.init)(self.student, self.auxiliary)
+        self.run = jit_step(trainer, make_mesh())
+
+    def losses(self, data: dict[str, np.ndarray]) -> dict[str, float]:
+        text = Text(data["states"], data["pooled"])
+        batch = Batch(*(parity.nhwc(data[name]) for name in ("lr", "hr", "latent_hr")), text, text)
+        draws = Draws(**{
+            name: parity.nhwc(data[name]) if data[name].ndim == 4 else jnp.asarray(data[name]) for name in Draws._fields
+        })  # fmt: skip
+
+        @jax.jit
+        def both(base: Base, student: Student, auxiliary: Any) -> dict[str, jax.Array]:
+            _, (fake, metrics) = self.objective.student(student, base, auxiliary, batch, draws)
+            return metrics | {"auxiliary": self.objective.auxiliary(auxiliary, base, fake, batch, draws)}
+
+        with devices.matmul_precision(self.dtype):
+            found = both(self.base, self.student, self.auxiliary)
+        return {name: float(value) for name, value in found.items()}
+
+    def samples(self, data: dict[str, np.ndarray]) -> Samples:
+        """As a prepared set's batch comes to the device, one accumulation part."""
+        lr, hr = (((parity.nhwc(data[name]) + 1) * 127.5).astype(np.uint8)[None] for name in ("lr", "hr"))
+        text = Text(data["states"][None].astype(np.float16), data["pooled"][None].astype(np.float16))
+        return jax.device_put(Samples(lr, hr, parity.nhwc(data["latent_hr"])[None], text))
+
+    def step(self, data: dict[str, np.ndarray]) -> None:
+        with devices.matmul_precision(self.dtype):
+            self.state, metrics = self.run(self.state, self.base, self.samples(data), jax.random.key(0))
+        jax.block_until_ready(metrics)
+
+    def memory(self, data: dict[str, np.ndarray]) -> float:
+        """Bytes of the compiled step as planned, arguments included; the state is donated."""
+        with devices.matmul_precision(self.dtype):
+            lowered = self.run.lower(self.state, self.base, self.samples(data), jax.random.key(0))
+        found = lowered.compile().memory_analysis()
+        return found.argument_size_in_bytes + found.temp_size_in_bytes
+
+
+def base_of(model: Any, config: Any) -> Any:
+    """Our parameters of a network that carries adapters."""
+    state = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in model.state_dict().items()
+        if "lora_" not in name
+    }
+
+    class Bare:
+        def state_dict(self) -> dict[str, Tensor]:
+            return state
+
+    return params_of(Bare(), config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -128,6 +128,7 @@ def test_bare_and_negated_booleans():
 
 def test_optional_boolean():
     assert parse().resume is None
+    assert parse("--no_resume").resume is False
     assert parse("--resume").resume is True
     assert parse("--resume", "no").resume is False
     assert parse("--resume=None").resume is None

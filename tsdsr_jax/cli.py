@@ -163,7 +163,7 @@ def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
     """Splits the arguments into values per flag, still as text."""
     by_spelling: dict[str, tuple[_Flag, bool]] = {}
     for flag in flags:
-        if flag.is_switch:
+        if flag.is_bool and flag.default is not dataclasses.MISSING:
             by_spelling["--no_" + flag.name] = (flag, False)
     for flag in flags:  # second, so that a field that is really called `no_...` wins
         by_spelling |= dict.fromkeys((flag.display, *map(_canonical, flag.aliases)), (flag, True))

@@ -63,6 +63,8 @@ def main() -> None:
     unknown = set(options.formats) - set(FORMATS)
     if unknown:
         raise UserError(f"--formats {', '.join(unknown)}: expected some of {', '.join(FORMATS)}")
+    if not options.gpu_ms > 0:
+        raise UserError(f"--gpu_ms {options.gpu_ms:g}: expected more than 0")
     if options.repeat < 1:
         raise UserError(f"--repeat {options.repeat}: expected at least 1")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

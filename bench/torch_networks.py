@@ -70,6 +70,9 @@ class TorchNetworks:
     @classmethod
     def random(cls, size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> TorchNetworks:
         torch.manual_seed(seed)
+        # Ours choose convolutions by measurement, too, and compute float32 as such.
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
         with _made_as(device, dtype):
             transformer, vae = (_model(config) for config in configs(size))
             wide = transformer.config
@@ -110,9 +113,10 @@ class TorchNetworks:
         return ((decoded.clamp(-1, 1) * 0.5 + 0.5) * 255).to(torch.uint8)
 
     def compile(self) -> None:
-        """All three methods, each as a program of its own."""
+        """All three methods, each as a program of its own, for one shape; in the default mode."""
+        torch._dynamo.reset()
         for name in ("encode", "velocity", "decode"):
-            setattr(self, name, torch.compile(getattr(self, name)))
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
 
 def _model(config: Config) -> Any:

@@ -4,8 +4,9 @@
     python bench/training.py --batch 2 --use_dasm                      # SD3-medium on a GPU
 
 PyTorch does what TSD-SR's script does: one transformer with three adapters beside its weights, switched on in turn, a
-student's step and an auxiliary network's step after each other. Both evaluate guidance in one call, and both leave LPIPS
-out. Losses must agree before anything is timed.
+student's step and an auxiliary network's step after each other, eager. Both evaluate guidance in one call, and both leave
+LPIPS out; the teacher sees both latents in one call in ours and one after the other in PyTorch. Losses must agree
+before anything is timed.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ class TorchStep:
         torch.manual_seed(1)
         for model in (transformer, vae):
             for name, parameter in model.named_parameters():
-                if "lora_" in name:
+                if "lora_" in name and ".teacher." not in name:  # the teacher's is frozen, as the base is
                     parameter.data = parameter.data.float()
                 if "lora_B" in name:
                     parameter.data.normal_(std=0.02 / options.rank)

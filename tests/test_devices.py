@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import pytest
-
 from tsdsr_jax.devices import memory_of
 
 CODE = """
@@ -21,11 +18,13 @@ print(json.dumps(jax.config.jax_compilation_cache_dir))
 """
 
 
-def told(home: Path, **variables: str) -> str | None:
+def told(home: Path | str, before: str = "", **variables: str) -> str | None:
     """The folder that a fresh process keeps its programs in."""
     kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment = kept | {"XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu"} | variables
-    done = subprocess.run([sys.executable, "-c", CODE], env=environment, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", before + CODE], env=environment, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -46,7 +45,15 @@ def test_jax_own_variables_come_first(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path):
     (tmp_path / "tsdsr_jax").write_text("in the way")
-    told(tmp_path)
+    assert told(tmp_path) is None
+
+
+def test_a_user_without_a_home_keeps_nothing():
+    """As in a container that does not know the user: Path.home() raises."""
+    assert (
+        told("", before="import pathlib\ndef none(): raise RuntimeError('no home')\npathlib.Path.home = none")
+        is None
+    )
 
 
 def test_memory_is_told_or_half_of_the_machines():
@@ -56,6 +63,4 @@ def test_memory_is_told_or_half_of_the_machines():
 
     assert memory_of(Device({"bytes_limit": 7})) == 7
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    assert memory_of(Device(None)) == memory_of(Device({})) == half
-    if jax.default_backend() == "cpu":
-        assert memory_of(jax.devices()[0]) == pytest.approx(half)
+    assert 0 < memory_of(Device(None)) == memory_of(Device({})) <= half

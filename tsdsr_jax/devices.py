@@ -21,6 +21,8 @@ _INSTALL = {
     "tpu": "a TPU needs `pip install 'tsdsr_jax[tpu]'`",
 }
 
+PROGRAMS_BYTES = 8 * 10**9
+
 DTYPES = {"fp16": jnp.float16, "bf16": jnp.bfloat16, "fp32": jnp.float32}
 
 
@@ -56,21 +58,34 @@ def select_devices(name: str | None) -> list[jax.Device]:
 
 
 def memory_of(device: jax.Device) -> int:
-    """Bytes that may be used on a device; half of the machine's, where it does not tell, as CPUs do not."""
+    """Bytes that may be used on a device; a CPU does not tell, and gets half of what the machine or the container has."""
     told = (device.memory_stats() or {}).get("bytes_limit")
-    return told or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if told:
+        return told
+    memory = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max"
+            memory.append(int(Path(limit).read_text()))
+    return min(memory) // 2
 
 
 def keep_programs() -> None:
     """Keeps compiled programs on disk, so that the next start does not compile again.
 
-    In ~/.cache/tsdsr_jax, unless JAX's own variables say otherwise: JAX_COMPILATION_CACHE_DIR names another folder,
-    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    In ~/.cache/tsdsr_jax, at most 8 GB, unless JAX's own variables say otherwise: JAX_COMPILATION_CACHE_DIR names another
+    folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Without a home that can be written nothing is kept.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsdsr_jax"
-    jax.config.update("jax_compilation_cache_dir", str(base / _processor()))
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsdsr_jax"
+        folder = base / _processor()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return
+    if os.access(folder, os.W_OK | os.X_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
 
 
 def _processor() -> str:

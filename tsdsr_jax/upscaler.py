@@ -236,6 +236,7 @@ class Upscaler:
     def _in_float32(self) -> Upscaler:
         other = copy.copy(self)
         other._origin = other
+        other.__dict__.pop("whole_pixels", None)  # of half precision's memory
         other._compute_in(jnp.float32)
         return other
 

@@ -67,24 +67,26 @@ def attention(
 
 def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """Attention in float32, heads before tokens: 3 times as fast as XLA's own form for 1357 tokens on two cores."""
-    batch, tokens, heads, width = query.shape
+    width = query.shape[-1]
+    # Heads first, and the batch inside: on a mesh it may be split over the devices.
     parts = [
-        array.astype(jnp.float32).swapaxes(1, 2).reshape(batch * heads, array.shape[1], width)
+        array.astype(jnp.float32).transpose(2, 0, 1, 3)
         for array in (query.astype(jnp.float32) * width**-0.5, key, value)
     ]
     if lengths is not None:
+        # Finite, so that a row without any valid key is no NaN.
         valid = jnp.arange(key.shape[1]) < lengths[:, None]
-        parts.append(jnp.where(valid, 0.0, -jnp.inf).repeat(heads, axis=0)[:, None])
+        bias = jnp.where(valid, 0.0, jnp.finfo(jnp.float32).min)[:, None]
 
     def attend(parts: Sequence[jax.Array]) -> jax.Array:
-        q, k, v, *bias = parts
+        q, k, v = parts
         scores = q @ k.swapaxes(-1, -2)
-        scores = scores + bias[0] if bias else scores
+        scores = scores if lengths is None else scores + bias
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         return (weights @ v) / weights.sum(-1)[..., None]
 
     out = jax.lax.map(attend, parts) if key.shape[1] >= _LOOP_TOKENS else attend(parts)
-    return out.reshape(batch, heads, tokens, width).swapaxes(1, 2).astype(query.dtype)
+    return out.transpose(1, 2, 0, 3).astype(query.dtype)
 
 
 def _has_flash_attention() -> bool:

@@ -94,7 +94,8 @@ def _convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding)
 # --- gradients on CPUs ------------------------------------------------------------------------------
 #
 # XLA computes a kernel's gradient there as a convolution with a window as large as the image, at a tenth of the forward
-# rate, and the input's of a strided one at a sixth (two cores, float32). What follows is the same sums in another order.
+# rate, and the input's of a strided one at a sixth (two cores, float32). What follows is the same sums in another order;
+# with it, convolutions on CPUs have no forward mode.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -205,8 +205,13 @@ def fold(
 
     def stored(tree: Tree) -> Tree:
         tree = quantized(tree, eight_bits) if eight_bits else tree
-        keep = (jnp.int8, jnp.float8_e4m3fn)
-        return jax.tree.map(lambda leaf: leaf if leaf.dtype in keep else leaf.astype(dtype), tree)
+        # Scales stay float32: behind a gate near zero they are below float16's normal numbers.
+        leaves = flatten_dict(tree)
+        keep = {path for path in leaves if path[-1] == "scale" and (*path[:-1], "kernel") in leaves}
+        keep |= {(*path[:-1], "kernel") for path in keep}
+        return unflatten_dict(
+            {path: leaf if path in keep else leaf.astype(dtype) for path, leaf in leaves.items()}
+        )
 
     with jax.default_matmul_precision("highest"):
         embed = TimeTextEmbedding(config.width, jnp.float32)
@@ -223,11 +228,15 @@ def fold(
         folded = {"first": stored(_fold_block(config, kind, conditioning, first, text))}
         for index, (length, kind) in enumerate(remaining_runs(config)):
             run = index + len(config.runs()) - len(remaining_runs(config))
-            stack = jax.tree.map(lambda leaf, length=length: leaf[-length:], params[f"blocks_{run}"])
-            # One layer after the other: all of them in float32 would be 5 GB.
-            folded[f"blocks_{index}"] = jax.lax.map(
-                lambda block, kind=kind: stored(_fold_block(config, kind, conditioning, block)), stack
-            )
+            stack = params[f"blocks_{run}"]
+            skipped = jax.tree.leaves(stack)[0].shape[0] - length
+
+            def layer(number: jax.Array, stack: Tree = stack, kind: BlockKind = kind) -> Tree:
+                block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, 0, False), stack)
+                return stored(_fold_block(config, kind, conditioning, block))
+
+            # One layer after the other: all in float32 would be 5 GB, and a slice of the stack a copy of it.
+            folded[f"blocks_{index}"] = jax.lax.map(layer, skipped + jnp.arange(length))
         scale, shift = jnp.split(_linear(_float32(params["norm_out"]["linear"]), conditioning), 2)
         ends = {
             "pos_embed": params["pos_embed"],

@@ -292,11 +292,12 @@ class GroupNorm(nn.Module):
             near = (x[:, ::16, ::16] * some).sum((1, 2), keepdims=True)
             near /= jnp.maximum(some.sum((1, 2), keepdims=True), 1)
         near = jax.lax.stop_gradient(near)  # the result does not depend on it
-        # Not the mean of the differences: sums that share them would make XLA set them up on CPUs.
-        channel_mean = (x * valid).sum((1, 2)) / pixels
+        # Behind a barrier near is another array: XLA on CPUs would write out differences that two sums share.
+        offset = ((x - jax.lax.optimization_barrier(near)) * valid).sum((1, 2)) / pixels
         squares = (jnp.square(x - near) * valid).sum((1, 2)) / pixels
+        channel_mean = near[:, 0, 0] + offset
         mean = self._over_groups(channel_mean)
-        within = squares - jnp.square(channel_mean - near[:, 0, 0])
+        within = squares - jnp.square(offset)
         variance = self._over_groups(within + jnp.square(channel_mean - mean))
         return mean, jnp.maximum(variance, 0)
 

@@ -1,4 +1,4 @@
-"""Set before any test module imports jax or torch: where the tests run, on how many devices, and what may be skipped.
+"""Set before any test module imports jax or torch: where the tests run, how they compile, and what may be skipped.
 
 The suite runs on eight virtual CPU devices, so that sharding is exercised everywhere. TSDSR_TEST_PLATFORM=cuda (or tpu)
 runs it on what the machine has instead.
@@ -14,9 +14,13 @@ import pytest
 
 PLATFORM = os.environ.get("TSDSR_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
-# Scripts keep compiled programs. Those of the tests are shared by all their processes and thrown away.
-_PROGRAMS = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(prefix="tsdsr-programs-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS
+# Scripts keep compiled programs. Those of the tests are shared by all their processes, and thrown away by the first.
+_PROGRAMS = None
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    _PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tsdsr-programs-")
+if PLATFORM == "cpu":
+    # Compiling is most of what the suite does. This has LLVM hurry; XLA's own passes are as they are for users.
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # torch's threads; more only fight with XLA's over these tiny tensors
@@ -65,7 +69,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if "tsdsr-programs-" in _PROGRAMS and not hasattr(session.config, "workerinput"):
+    if _PROGRAMS is not None:
         shutil.rmtree(_PROGRAMS, ignore_errors=True)
     if _in_ci() and _unexpected_skips and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

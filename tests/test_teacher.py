@@ -211,7 +211,8 @@ def test_the_average_and_the_loss_scale_are_what_they_say():
         assert float(scaled_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-5)
 
 
-@pytest.mark.parametrize("adapter", [True, False])
+# With an adapter (10 s) it passed on 2026-11-26.
+@pytest.mark.parametrize("adapter", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_training_on_one_batch_lowers_its_loss(adapter):
     trainer, state, base = tiny_step(adapter, ema_decay=0.5)
     batch, step = tiny_batch(2, 2), jax.jit(trainer.step)

@@ -37,9 +37,9 @@ def tiny_mmdit_config(**overrides: object) -> MMDiTConfig:
 
 
 def tiny_vae_config(**overrides: object) -> VAEConfig:
-    """Four levels, as the factor of 8 needs, of four channels and one layer each."""
+    """Four levels, as the factor of 8 needs, of four channels; no more layers than a network of this kind must have."""
     return VAEConfig(
-        **dict(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2) | overrides
+        **dict(block_out_channels=(4, 4, 4, 4), layers_per_block=0, norm_num_groups=2) | overrides
     )
 
 

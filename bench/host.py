@@ -52,7 +52,7 @@ class NoDevice:
     """Stands in for the upscaler; its pictures are the enlarged photographs."""
 
     settings = Settings()
-    batch, latent_channels, dtype = 1, 16, np.dtype(np.float32)
+    devices, latent_channels, dtype = ("none",), 16, np.dtype(np.float32)
 
     def launch(self, photos: Sequence[Prepared], bucket: Size, *, masked: bool = False) -> Done:
         return Done([((photo.image * 0.5 + 0.5) * 255).astype(np.uint8) for photo in photos])
@@ -82,7 +82,7 @@ def measured(options: Options, name: str) -> dict[str, float | str]:
             report = folder.Report(problems.append)
             files = folder.FileOptions("wavelet", name, 42, 10**8)
             start = time.perf_counter()
-            groups = folder.plan_groups(jobs, device.settings.plan, 1, files, report)
+            groups = folder.plan_groups(jobs, device.settings, 1, files, report)
             folder.upscale(device, groups, files, report)
             seconds.append(time.perf_counter() - start)
     if problems:

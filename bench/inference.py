@@ -5,9 +5,9 @@
     python bench/inference.py --batch 1 --batch 8                      # SD3-medium on a GPU
 
 `encode` takes images to latents, `transformer` latents to velocities at t = 1000, `decode` latents to bytes, `end` images on
-the host to bytes on the host, one after the other in ours. PyTorch runs `eager` and `compiled` with the LoRA merged, and
-`lora` eager with it beside the weights, as TSD-SR's own script does. A ratio above 1 means that ours is faster. Nothing is
-compared before the results agree.
+the host to bytes on the host, ours in the batches that infer/upscale.py makes. PyTorch runs `eager` and `compiled` with the
+LoRA merged, and `lora` eager with it beside the weights, as TSD-SR's own script does. A ratio above 1 means that ours is
+faster. Nothing is compared before the results agree.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.prompts import PromptEmbeds
-from tsdsr_jax.sizes import LATENT_FACTOR
+from tsdsr_jax.sizes import LATENT_FACTOR, in_two_sizes
 from tsdsr_jax.upscaler import Prepared, Settings, Upscaler
 
 Part = Literal["encode", "transformer", "decode", "end"]
 Other = Literal["eager", "compiled", "lora"]
 # Root mean square of the difference over that of PyTorch's result. Half precision rounds after every layer.
 FARTHEST = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.15}
-ORDER: tuple[Other, ...] = ("eager", "compiled", "lora")
+ORDER: tuple[Other, ...] = ("compiled", "eager", "lora")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,15 +92,20 @@ def main() -> None:
         f"{jax.devices()[0].device_kind}, {precision}, {options.size}; matrix product {peak / 1e12:.3g} TFLOP/s"
     )
     rows: list[dict[str, Any]] = []
+
+    def save(more: list[dict[str, Any]]) -> None:
+        """After every comparison: a machine that is taken away keeps what was measured."""
+        if options.json:
+            found = {"versions": timing.versions("torch", "diffusers", "peft"), "peak": peak}
+            found |= {"precision": precision, "size": options.size, "apart": bench.apart}
+            options.json.write_text(json.dumps(found | {"rows": rows + more}, indent=2) + "\n")
+
     for batch in options.batch:
-        rows += bench.rows(batch, peak)
+        rows += bench.rows(batch, peak, save)
     print(f"at most {bench.apart:.1e} apart from PyTorch's results (root mean square)")
     if options.photos:
         rows.append(bench.folder_row(options.photos))
-    if options.json:
-        found = {"versions": timing.versions("torch", "diffusers", "peft"), "peak": peak, "rows": rows}
-        found |= {"precision": precision, "size": options.size, "apart": bench.apart}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    save([])
 
 
 def check(options: Options) -> None:
@@ -136,7 +141,10 @@ class Bench:
         self.prompt = PromptEmbeds(*(numpy_of(part[0]) for part in self.torch.text))
         tile = options.side // LATENT_FACTOR
         networks = list(zip(self.configs, params, strict=True))
-        settings = Settings(latent_tile=tile, process_size=64, sample=False)
+        at_a_time = 1 if options.device == "cpu" else 8
+        settings = Settings(
+            latent_tile=tile, process_size=64, sample=False, tile_batch=at_a_time, photo_batch=at_a_time
+        )
         self.upscaler = Upscaler(
             networks[0], networks[1], self.prompt, settings, dtype, jax.devices()[:1], options.weights
         )
@@ -153,7 +161,9 @@ class Bench:
             times = timing.in_turn({"": lambda: product(a).block_until_ready()}, 0.5, 10)[""]
         return 2 * side**3 / timing.median(times)
 
-    def rows(self, batch: int, peak: float) -> list[dict[str, Any]]:
+    def rows(
+        self, batch: int, peak: float, save: Callable[[list[dict[str, Any]]], None]
+    ) -> list[dict[str, Any]]:
         """Measures all parts at one batch size. The sides of PyTorch come one after the other: they change its networks."""
         found = {}
         with ThreadPoolExecutor() as pool:  # compiles side by side
@@ -179,10 +189,11 @@ class Bench:
                     row.setdefault(name, []).extend(times)
                     if name != "ours":
                         row[f"ratio_{name}"] = timing.median(times) / timing.median(with_other["ours"])
+                flop = self.flop(part) * batch
+                row |= {"tflop": flop / 1e12, "of_peak": flop / timing.median(row["ours"]) / peak}
                 print(f"  {part}: {compared(with_other, other, batch)}", flush=True)
-        for part, row in found.items():
-            flop = self.flop(part) * batch
-            row |= {"tflop": flop / 1e12, "of_peak": flop / timing.median(row["ours"]) / peak}
+                save(list(found.values()))
+        for row in found.values():
             print(told(row), flush=True)
         return list(found.values())
 
@@ -232,7 +243,8 @@ class Bench:
         photos = [Prepared(plan, image, np.zeros_like(noise[0])) for image in images]
 
         def end() -> list[np.ndarray]:
-            launched = [up.launch([photo], (side, side)) for photo in photos]
+            batches = in_two_sizes(photos, 1, up.settings.photos_at_a_time((side, side)))
+            launched = [up.launch(few, (side, side)) for few, _ in batches]
             return [picture for item in launched for picture in item.results()]
 
         def torch_end() -> torch.Tensor:
@@ -295,7 +307,7 @@ class Bench:
                 report = folder.Report(notes.append)
                 again = [dataclasses.replace(job, target=out / name / job.target.name) for job in jobs]
                 start = time.perf_counter()
-                groups = folder.plan_groups(again, settings.plan, 1, files, report)
+                groups = folder.plan_groups(again, settings, 1, files, report)
                 folder.upscale(upscaler, groups, files, report)
                 return time.perf_counter() - start
 

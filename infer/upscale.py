@@ -62,7 +62,7 @@ def main() -> None:
     settings = options.settings(devices[0].platform)
     files = folder.FileOptions(options.align_method, options.format, options.seed, options.max_pixels)
     report = folder.Report(lambda line: tqdm.write(line, file=sys.stderr))
-    groups = folder.plan_groups(jobs, settings.plan, len(devices), files, report, part)
+    groups = folder.plan_groups(jobs, settings, len(devices), files, report, part)
     mine = [job for group in groups for job, _ in group.jobs]
     if not options.overwrite:
         groups = folder.unfinished(groups, report)

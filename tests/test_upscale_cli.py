@@ -634,6 +634,7 @@ def test_no_prompts(on_models, copy):
         (["--upscale", "nan"], 1, ["--upscale nan"]),
         (["--process_size", "0"], 1, ["--process_size 0"]),
         (["--tile_batch_size", "0"], 1, ["--tile_batch_size 0"]),
+        (["--batch_size", "-1"], 1, ["--batch_size -1"]),
         (["--rank", "0"], 1, ["--rank 0"]),
         (["--device", "cuda"], 1, ["--device cuda", "cpu"]),
         (["--device", "cpu:99"], 1, ["--device cpu:99"]),

@@ -28,8 +28,10 @@ from tsdsr_jax.images import (
     write_photo,
 )
 from tsdsr_jax.resize import pillow_bicubic
-from tsdsr_jax.sizes import Size, SizePlan, plan_buckets
-from tsdsr_jax.upscaler import Launched, Prepared, Upscaler, finish, latent_noise, prepare
+from tsdsr_jax.sizes import Size, SizePlan, in_two_sizes, plan_buckets
+from tsdsr_jax.upscaler import Launched, Prepared, Settings, Upscaler, finish, latent_noise, prepare
+
+Writing = deque[Future[None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +165,8 @@ class Report:
 
 def plan_groups(
     jobs: Sequence[Job],
-    plan: Callable[[Size], SizePlan],
-    batch: int,
+    settings: Settings,
+    devices: int,
     options: FileOptions,
     report: Report,
     part: tuple[int, int] = (0, 1),
@@ -176,19 +178,19 @@ def plan_groups(
 
     Args:
       jobs: the photographs.
-      plan: (height, width) -> sizes.
-      batch: photographs a group holds at most.
+      settings: for the sizes and how many photographs go together.
+      devices: that a group is spread over.
       options: for format and size limits.
       report: takes photographs that cannot be read or are too large.
       part: (i, n): keep the i-th of n parts. Shapes follow from the whole set all the same, and which photographs a part
-        has does not depend on `batch`, which may differ between the machines that share a folder.
+        has does not depend on `devices` or the batch, which may differ between the machines that share a folder.
     """
 
     index, parts = part
 
     def measure(number: int, job: Job) -> SizePlan | None:
         try:
-            sizes = plan(read_size(job.source, options.max_pixels))
+            sizes = settings.plan(read_size(job.source, options.max_pixels))
             if sizes.padded[0] * sizes.padded[1] > options.max_pixels:
                 raise UserError(
                     f"{job.source}: would be processed at {sizes.padded[1]}×{sizes.padded[0]} pixels, more than "
@@ -212,10 +214,8 @@ def plan_groups(
     groups = []
     for (bucket, _), members in sorted(together.items()):
         mine = members[index::parts]
-        groups += [
-            Group(tuple(mine[start : start + batch]), bucket, bucket in masked)
-            for start in range(0, len(mine), batch)
-        ]
+        batches = in_two_sizes(mine, devices, devices * settings.photos_at_a_time(bucket))
+        groups += [Group(tuple(batch), bucket, bucket in masked) for batch, _ in batches]
     return groups
 
 
@@ -267,20 +267,21 @@ class _Run:
     readers: ThreadPoolExecutor
     writers: ThreadPoolExecutor
     threads: int
+    crowded: set[Size] = dataclasses.field(default_factory=set)
 
     def all(self, groups: Sequence[Group]) -> None:
         upcoming, ahead = iter(groups), deque()
-        running: deque[tuple[list[_Slot], Launched]] = deque()
-        writing: deque[Future[None]] = deque()
+        running: deque[tuple[list[_Slot], Group, Launched]] = deque()
+        writing: Writing = deque()
         for _ in range(2):
             self._read_next(upcoming, ahead)
         while ahead:
             group, futures = ahead.popleft()
             self._read_next(upcoming, ahead)
             slots = [slot for future in futures if (slot := future.result())]
-            launched = self._launch(slots, group) if slots else None
-            if launched:
-                running.append((slots, launched))
+            for few in self._cut(slots, group):
+                if launched := self._launch(few, group, writing):
+                    running.append((few, group, launched))
             while len(running) > 1 or (running and not ahead):
                 self._fetch(*running.popleft(), writing)
             while len(writing) > 2 * self.threads:
@@ -308,27 +309,34 @@ class _Run:
             self.report.failed(job.source, error)
             return None
 
-    def _launch(self, slots: list[_Slot], group: Group) -> Launched | None:
+    def _cut(self, slots: list[_Slot], group: Group) -> list[list[_Slot]]:
+        """One batch, or small ones where the large one of this bucket has been too large."""
+        size = len(self.upscaler.devices) if group.bucket in self.crowded else max(1, len(slots))
+        return [slots[start : start + size] for start in range(0, len(slots), size)]
+
+    def _launch(self, slots: list[_Slot], group: Group, writing: Writing) -> Launched | None:
         try:
             return self.upscaler.launch([slot.prepared for slot in slots], group.bucket, masked=group.masked)
         except jax.errors.JaxRuntimeError as error:
-            self._device_failure(slots, error)
+            self._device_failure(slots, group, error, writing)
             return None
 
-    def _fetch(self, slots: list[_Slot], launched: Launched, writing: deque[Future[None]]) -> None:
+    def _fetch(self, slots: list[_Slot], group: Group, launched: Launched, writing: Writing) -> None:
         """Waits for a batch and hands its pictures to the writers."""
         try:
             pictures = launched.results()
         except jax.errors.JaxRuntimeError as error:
-            self._device_failure(slots, error)
+            self._device_failure(slots, group, error, writing)
             return
         self._write_later(slots, pictures, writing)
         overflowed = [slot for slot, picture in zip(slots, pictures, strict=True) if picture is None]
-        if overflowed:
-            self._write_later(overflowed, self._in_float32(overflowed, launched), writing, last=True)
+        few = len(self.upscaler.devices)
+        for start in range(0, len(overflowed), few):
+            again = overflowed[start : start + few]
+            self._write_later(again, self._in_float32(again, launched), writing, last=True)
 
     def _in_float32(self, slots: list[_Slot], launched: Launched) -> list[np.ndarray | None]:
-        """Computes photographs again whose results overflowed in half precision."""
+        """Computes photographs again, one per device, whose results overflowed in half precision."""
         if self.upscaler.dtype == np.float32:
             return [None] * len(slots)
         for slot in slots:
@@ -339,14 +347,14 @@ class _Run:
             photos = [slot.prepared for slot in slots]
             return self.upscaler.in_float32.launch(photos, launched.bucket, masked=launched.masked).results()
         except jax.errors.JaxRuntimeError as error:
-            self._device_failure(slots, error)
+            self._out_of_memory(slots, error)
             return []
 
     def _write_later(
         self,
         slots: list[_Slot],
         pictures: list[np.ndarray | None],
-        writing: deque[Future[None]],
+        writing: Writing,
         last: bool = False,
     ) -> None:
         """Queues the pictures that are there; on the last try, reports those that are not."""
@@ -372,10 +380,27 @@ class _Run:
         except Exception as error:  # whatever one file provokes, the others go on
             self.report.failed(job.source, error)
 
-    def _device_failure(self, slots: list[_Slot], error: Exception) -> None:
-        """Out of memory costs a batch, not the run; anything else is a bug and goes up."""
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-            raise error
+    def _device_failure(self, slots: list[_Slot], group: Group, error: Exception, writing: Writing) -> None:
+        """Where many photographs at a time did not fit, tries one per device."""
+        few = len(self.upscaler.devices)
+        if len(slots) <= few:
+            self._out_of_memory(slots, error)
+            return
+        _check_memory_is_why(error)
+        if group.bucket not in self.crowded:
+            height, width = group.bucket
+            self.report.note(
+                f"out of device memory with {len(slots)} photographs of {width}×{height} at a time; going on with "
+                f"{few}, as with --batch_size 1"
+            )
+        self.crowded.add(group.bucket)
+        for again in self._cut(slots, group):
+            if launched := self._launch(again, group, writing):
+                self._fetch(again, group, launched, writing)
+
+    def _out_of_memory(self, slots: list[_Slot], error: Exception) -> None:
+        """Costs a batch, not the run."""
+        _check_memory_is_why(error)
         for slot in slots:
             height, width = slot.plan.padded
             message = (
@@ -383,6 +408,12 @@ class _Run:
                 "--vae_decoder_tiled_size) or a smaller --tile_batch_size lowers the peak"
             )
             self.report.failed(slot.job.source, UserError(message))
+
+
+def _check_memory_is_why(error: Exception) -> None:
+    """Anything but a lack of memory is a bug, and goes up."""
+    if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        raise error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -133,7 +133,8 @@ def upscale_photo(
     target = output / f"{source.stem}_x{options.upscale:g}.{format}"
     lines: list[str] = []
     report = folder.Report(lines.append)
-    groups = folder.plan_groups([folder.Job(source, target)], settings.plan, upscaler.batch, files, report)
+    devices = len(upscaler.devices)
+    groups = folder.plan_groups([folder.Job(source, target)], settings, devices, files, report)
     if shapes and groups and shapes.enter((groups[0].bucket, settings.latent_tile)) and progress:
         progress("compile", 0, 1)
     folder.upscale(upscaler.with_settings(settings, progress), groups, files, report)

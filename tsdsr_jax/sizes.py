@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
+Item = TypeVar("Item")
 Size = tuple[int, int]  # (height, width)
 
 LATENT_FACTOR, PATCH_SIZE = 8, 2  # SD3's: pixels a latent pixel spans, latent pixels a token spans
@@ -123,6 +125,20 @@ def _merge(starts: np.ndarray, counts: np.ndarray, valid: int, most: int, ratio:
         labels[labels == drop] = keep
         alive[drop] = False
     return labels[inverse]
+
+
+def in_two_sizes(items: Sequence[Item], small: int, large: int) -> list[tuple[Sequence[Item], int]]:
+    """Cuts items into batches of two sizes, each a compiled program; what would not half fill a large one is cut small.
+
+    Returns:
+      (items, size) with no more items than `size`, in order.
+    """
+    batches = []
+    while items:
+        size = large if len(items) > large // 2 else small
+        batches.append((items[:size], size))
+        items = items[size:]
+    return batches
 
 
 def token_levels(smallest: int, largest: int, most: int = 2) -> list[int]:

@@ -60,6 +60,8 @@ class UpscaleOptions:
     """Overlap of neighbouring tiles, in latent pixels. Default: 8, or half of a smaller tile."""
     tile_batch_size: int | None = None
     """Tiles per device and call; default: 8, on a CPU 1."""
+    batch_size: int | None = None
+    """Photographs of 512×512 pixels (output) per device and call, larger ones fewer; default: 8, on a CPU 1."""
     is_use_tile: bool | None = None
     """Run the autoencoder band by band: the same picture from less memory. Default: where the whole does not fit."""
     vae_decoder_tiled_size: int = 64
@@ -86,6 +88,7 @@ class UpscaleOptions:
             latent_tile=self.latent_tiled_size,
             latent_overlap=self.latent_tiled_overlap,
             tile_batch=self.tile_batch_size or (1 if platform == "cpu" else 8),
+            photo_batch=self.batch_size or (1 if platform == "cpu" else 8),
             encoder_band=None if self.is_use_tile is False else self.vae_encoder_tiled_size,
             decoder_band=None if self.is_use_tile is False else self.vae_decoder_tiled_size,
             whole_pixels=0 if self.is_use_tile else None,
@@ -160,6 +163,7 @@ def check(options: UpscaleOptions) -> None:
         )
     for flag in (
         "tile_batch_size",
+        "batch_size",
         "vae_decoder_tiled_size",
         "vae_encoder_tiled_size",
         "max_pixels",

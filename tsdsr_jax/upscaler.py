@@ -29,10 +29,11 @@ from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask, whole_image_bytes
 from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.resize import bicubic, pillow_bicubic, reflect_pad
-from tsdsr_jax.sizes import LATENT_FACTOR, Size, SizePlan, plan_size, token_levels
+from tsdsr_jax.sizes import LATENT_FACTOR, Size, SizePlan, in_two_sizes, plan_size, token_levels
 from tsdsr_jax.torch_weights import Tree
 
 TIMESTEP = 1000.0
+_PHOTO_PIXELS = 512**2
 _BANDS = ("encoder_band", "decoder_band", "whole_pixels")
 
 Progress = Callable[[str, int, int], object]
@@ -48,6 +49,7 @@ class Settings:
       process_size: smallest side, in output pixels, that is processed as it is.
       latent_tile, latent_overlap: transformer tiles, in latent pixels.
       tile_batch: tiles per device and transformer call.
+      photo_batch: photographs of 512×512 output pixels per device and call; of larger ones fewer.
       encoder_band, decoder_band: sides (pixels, latent pixels) of the area that the autoencoder's convolutions
         compute at a time; None: the whole image.
       whole_pixels: images of up to so many pixels are computed whole all the same; None: those that the devices have
@@ -60,6 +62,7 @@ class Settings:
     latent_tile: int = 64
     latent_overlap: int = 8
     tile_batch: int = 1
+    photo_batch: int = 1
     encoder_band: int | None = None
     decoder_band: int | None = None
     whole_pixels: int | None = 0
@@ -68,6 +71,10 @@ class Settings:
     def plan(self, source: Size) -> SizePlan:
         """The sizes of a photograph of (height, width) `source`."""
         return plan_size(source, self.upscale, self.process_size, self.latent_tile)
+
+    def photos_at_a_time(self, size: Size) -> int:
+        """Photographs of (height, width) `size` that a device takes at most; smaller ones no more than of 512×512."""
+        return max(1, min(self.photo_batch, self.photo_batch * _PHOTO_PIXELS // (size[0] * size[1])))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,7 +150,7 @@ class Upscaler:
       prompt: text embeddings, of the widths that the transformer's config asks for.
       settings: see `Settings`.
       dtype: computation dtype.
-      devices: a batch is one photograph per device; tiles are spread over all of them.
+      devices: photographs and tiles are spread over all of them.
       weights: keep the transformer's blocks in eight bits; None: in `dtype`.
     """
 
@@ -196,14 +203,15 @@ class Upscaler:
         per_pixel = whole_image_bytes(self._configs[1], self.dtype, self.devices[0].platform)
         return max(0, int((memory_of(self.devices[0]) - taken) / per_pixel))
 
-    def _band_pixels(self, band: int | None, pixels: int) -> int | None:
-        """Area computed at a time of an image of `pixels`; None: the whole."""
-        return None if band is None or pixels <= self.whole_pixels else band**2
+    def _band_pixels(self, band: int | None, batch: int, pixels: int) -> int | None:
+        """Area computed at a time of images of `pixels`; None: the whole."""
+        images = batch // len(self.devices)
+        return None if band is None or images * pixels <= self.whole_pixels else band**2
 
-    @property
-    def batch(self) -> int:
-        """Photographs a launch takes at most."""
-        return len(self.devices)
+    def batch(self, photos: int, bucket: Size) -> int:
+        """The batch that so many photographs are computed in: one per device, or as many as the settings allow."""
+        few = len(self.devices)
+        return few if photos <= few else few * self.settings.photos_at_a_time(bucket)
 
     @property
     def latent_channels(self) -> int:
@@ -249,13 +257,16 @@ class Upscaler:
         """Starts a batch and returns at once.
 
         Args:
-          photos: at most `batch`, all portraits or none.
+          photos: all portraits or none; at most `batch` of the bucket.
           bucket: (height, width) with height ≤ width, no smaller than any `plan.lying`.
           masked: compute with masks in any case. A batch that fills its bucket needs none, but whether there are masks
             is part of which program is compiled: batches that share a bucket should agree.
         """
         plans = [photo.plan for photo in photos]
-        filled = [photos[index] if index < len(photos) else photos[0] for index in range(self.batch)]
+        batch = self.batch(len(photos), bucket)
+        if len(photos) > batch:
+            raise ValueError(f"{len(photos)} photographs of {bucket}, expected at most {batch}")
+        filled = [*photos, *[photos[0]] * (batch - len(photos))]
         params = self._origin._lying_vae_params if plans[0].portrait else self._vae_params
         latent_bucket = bucket[0] // LATENT_FACTOR, bucket[1] // LATENT_FACTOR
         sizes = np.asarray([photo.plan.lying for photo in filled], np.int32)
@@ -298,7 +309,8 @@ class Upscaler:
         done = 0
         self._tell("tiles", done, len(tiles), latents)
         for tokens, members in self._by_tokens(tiles):
-            for chunk, size in self._chunks(members):
+            few = len(self.devices)
+            for chunk, size in in_two_sizes(members, few, few * settings.tile_batch):
                 packed = tiling.pack(chunk, size, tokens, latents.shape[1:3], config)
                 pixels, positions, lengths = map(self._put, (packed.pixels, packed.positions, packed.lengths))
                 patches = self.gather(latents, pixels)
@@ -321,21 +333,12 @@ class Upscaler:
             groups.setdefault(next(level for level in levels if level >= tokens), []).append(tile)
         return sorted(groups.items())
 
-    def _chunks(self, tiles: list[tiling.Tile]) -> list[tuple[list[tiling.Tile], int]]:
-        """Cuts tiles into calls of one of two batch sizes: the full one, and one tile per device for a short rest."""
-        small, large = self.batch, self.batch * self.settings.tile_batch
-        chunks = []
-        while tiles:
-            size = large if len(tiles) > large // 2 else small
-            chunks.append((tiles[:size], size))
-            tiles = tiles[size:]
-        return chunks
-
     def _encode(
         self, params: Tree, images: jax.Array, noise: jax.Array, valid: jax.Array | None
     ) -> jax.Array:
         """(B, H, W, 3) in [−1, 1] -> (B, h, w, C) float32 latents times the scaling factor."""
-        band = self._band_pixels(self.settings.encoder_band, images.shape[1] * images.shape[2])
+        batch, height, width, _ = images.shape
+        band = self._band_pixels(self.settings.encoder_band, batch, height * width)
         posterior = self._vae.apply({"params": params}, images, valid, band, method="encode")
         return posterior.sample(noise) * self._configs[1].scaling_factor
 
@@ -355,9 +358,8 @@ class Upscaler:
         """Returns (B, H, W, 3) uint8 pictures and (B,) whether all their valid values were finite."""
         latent_valid = None if valid is None else valid // LATENT_FACTOR
         velocity = sums[..., :-1] / jnp.where(sums[..., -1:] > 0, sums[..., -1:], 1)
-        band = self._band_pixels(
-            self.settings.decoder_band, latents.shape[1] * latents.shape[2] * LATENT_FACTOR**2
-        )
+        batch, height, width, _ = latents.shape
+        band = self._band_pixels(self.settings.decoder_band, batch, height * width * LATENT_FACTOR**2)
         decoded = self._vae.apply(
             {"params": params},
             (latents - velocity) / self._configs[1].scaling_factor,

@@ -306,7 +306,8 @@ class MMDiT(nn.Module):
     Attributes:
       config: sizes, from the checkpoint.
       dtype: computation dtype; parameters are cast on use.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: recompute each block in the backward pass. Without it what the linear layers give is kept and the rest, cheap
+        beside its size, recomputed all the same.
       implementation: see `attention`.
       placement: for parameters that are split over devices; None: XLA decides.
     """
@@ -323,7 +324,8 @@ class MMDiT(nn.Module):
         self.pos_embed = whole(PatchEmbedding)(config, self.dtype)
         self.time_text_embed = whole(TimeTextEmbedding)(config.width, self.dtype)
         self.context_embedder = whole(Dense)(config.width, self.dtype)
-        block = nn.remat(whole(Block), prevent_cse=False) if self.remat else whole(Block)
+        kept = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        block = nn.remat(whole(Block), prevent_cse=False, policy=kept)
         self.blocks = [
             nn.scan(
                 block,

@@ -253,6 +253,7 @@ def test_several_photographs_at_a_time(folder, reference, tmp_path):
     settings = dataclasses.replace(SMALL, photo_batch=3, tile_batch=2)
     upscaler = make_upscaler(settings)
     assert upscaler.batch(1, BUCKET) == 1 and upscaler.batch(2, BUCKET) == 3
+    assert upscaler._band_pixels(32, 3, 64**2) == 32**2 // 3  # as much at a time as of one
     assert greatest_difference(results(upscaler, folder, tmp_path), reference) <= 1
     # Landscapes in threes and one left over, portraits in threes, padded and not.
     jobs, options = find_jobs(folder, tmp_path, ".png"), FileOptions("nofix", "png", 42, 10**7)
@@ -472,17 +473,20 @@ class Crowded(StandIn):
     """Has memory for one photograph per device."""
 
     asked: list[int] = dataclasses.field(default_factory=list)
+    words: str = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
 
     def launch(self, photos: list[Prepared], bucket: tuple[int, int], *, masked: bool) -> Answer:
         self.asked.append(len(photos))
         if len(photos) > len(self.devices):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+            raise jax.errors.JaxRuntimeError(self.words)
         return super().launch(photos, bucket, masked=masked)
 
 
-def test_what_does_not_fit_together_goes_one_by_one(tmp_path):
+@pytest.mark.parametrize("words", [Crowded.words, "INTERNAL: CUDNN_STATUS_ALLOC_FAILED"])
+def test_what_does_not_fit_together_goes_one_by_one(tmp_path, words):
     source = save_photos(tmp_path / "in", {f"{i}.png": (32, 32) for i in range(9)})
-    device = Crowded({}, devices=("one",), settings=dataclasses.replace(SMALL, photo_batch=4))
+    settings = dataclasses.replace(SMALL, photo_batch=4)
+    device = Crowded({}, devices=("one",), settings=settings, words=words)
     notes: list[str] = []
     report = Report(notes.append)
     options = FileOptions("nofix", "png", 42, 10**7)
@@ -492,7 +496,7 @@ def test_what_does_not_fit_together_goes_one_by_one(tmp_path):
     assert report.written == 9 and not report.failures
     assert device.asked == [4] + [1] * 9, "the second four were not tried together again"
     (note,) = notes
-    assert "--batch_size 1" in note and "4 photographs" in note
+    assert "--batch_size 1" in note and "4 photographs" in note and words in note
 
 
 @pytest.mark.parametrize("at_launch", [False, True])

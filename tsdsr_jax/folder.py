@@ -381,17 +381,20 @@ class _Run:
             self.report.failed(job.source, error)
 
     def _device_failure(self, slots: list[_Slot], group: Group, error: Exception, writing: Writing) -> None:
-        """Where many photographs at a time did not fit, tries one per device."""
+        """Where many photographs at a time did not work, tries one per device, whose own failure then counts.
+
+        Whatever the error is called: libraries below XLA report a lack of memory in words of their own.
+        """
         few = len(self.upscaler.devices)
         if len(slots) <= few:
             self._out_of_memory(slots, error)
             return
-        _check_memory_is_why(error)
         if group.bucket not in self.crowded:
             height, width = group.bucket
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             self.report.note(
-                f"out of device memory with {len(slots)} photographs of {width}×{height} at a time; going on with "
-                f"{few}, as with --batch_size 1"
+                f"{len(slots)} photographs of {width}×{height} at a time failed ({reason}); going on with {few}, as with "
+                "--batch_size 1"
             )
         self.crowded.add(group.bucket)
         for again in self._cut(slots, group):

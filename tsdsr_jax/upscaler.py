@@ -52,8 +52,8 @@ class Settings:
       photo_batch: photographs of 512×512 output pixels per device and call; of larger ones fewer.
       encoder_band, decoder_band: sides (pixels, latent pixels) of the area that the autoencoder's convolutions
         compute at a time; None: the whole image.
-      whole_pixels: images of up to so many pixels are computed whole all the same; None: those that the devices have
-        memory for.
+      whole_pixels: a device's images of up to so many pixels together are computed whole all the same; None: those that the
+        devices have memory for.
       sample: draw the latent from the encoder's posterior; otherwise take its mean.
     """
 
@@ -204,9 +204,12 @@ class Upscaler:
         return max(0, int((memory_of(self.devices[0]) - taken) / per_pixel))
 
     def _band_pixels(self, band: int | None, batch: int, pixels: int) -> int | None:
-        """Area computed at a time of images of `pixels`; None: the whole."""
+        """Area computed at a time of each of a batch's images of `pixels`; None: the whole.
+
+        A device's images share the area of one band, so that bands hold as much of many as of one.
+        """
         images = batch // len(self.devices)
-        return None if band is None or images * pixels <= self.whole_pixels else band**2
+        return None if band is None or images * pixels <= self.whole_pixels else max(1, band**2 // images)
 
     def batch(self, photos: int, bucket: Size) -> int:
         """The batch that so many photographs are computed in: one per device, or as many as the settings allow."""

@@ -306,8 +306,8 @@ class MMDiT(nn.Module):
     Attributes:
       config: sizes, from the checkpoint.
       dtype: computation dtype; parameters are cast on use.
-      remat: recompute each block in the backward pass. Without it what the linear layers give is kept and the rest, cheap
-        beside its size, recomputed all the same.
+      remat: recompute each block in the backward pass. Without it the linear layers' results are kept, and the rest,
+        attention among it, is recomputed all the same.
       implementation: see `attention`.
       placement: for parameters that are split over devices; None: XLA decides.
     """

@@ -68,7 +68,7 @@ def main() -> None:
         groups = folder.unfinished(groups, report)
     if groups:
         upscaler = load(options, settings, devices)
-        with tqdm(total=sum(len(group.jobs) for group in groups), unit=" images", disable=None) as bar:
+        with tqdm(total=len(mine) - report.skipped, unit=" images", disable=None) as bar:
             report.on_done = bar.update
             folder.upscale(upscaler, groups, files, report, overwrite=options.overwrite)
     older = f", {report.outdated} of them older than their photographs" if report.outdated else ""

@@ -131,6 +131,7 @@ def test_padding_weighs_nothing_even_if_infinite():
     assert not packed.weights[0, 4:].any() and not packed.weights[1, 6:].any() and not packed.weights[2].any()
     assert packed.weights[0, :4].all() and packed.weights[1, :6].all()
     np.testing.assert_array_equal(packed.pixels[2], packed.pixels[0])  # real numbers for the spare row
+    assert packed.pixels[1, 0, 0] == 2 and (packed.pixels[1, 6:] == 2).all()  # of no other photograph
 
     velocity = np.ones((3, 8, 16), np.float32)
     velocity[0, 4:], velocity[1, 6:], velocity[2] = np.inf, np.nan, np.inf

@@ -445,6 +445,22 @@ class StandIn:
         return answer
 
 
+def finished_before(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((64, 64, 3), 1, np.uint8)).save(target)
+    return target
+
+
+def go_on(device: "StandIn", source: Path, output: Path) -> tuple[Report, list[str]]:
+    """Upscales what is missing; also what was noted."""
+    notes: list[str] = []
+    report, options = Report(notes.append), FileOptions("nofix", "png", 42, 10**7)
+    jobs = find_jobs(source, output, ".png")
+    groups = plan_groups(jobs, device.settings, len(device.devices), options, report)
+    upscale(device, groups, options, report)
+    return report, notes
+
+
 def level_of(file: Path) -> int:
     (level,) = set(np.asarray(Image.open(file)).ravel().tolist())
     return level
@@ -455,6 +471,16 @@ def test_only_what_overflowed_is_replaced(tmp_path):
     report = run(StandIn({(32, 34): None}), source, tmp_path / "out")
     assert report.written == 2 and not report.failures
     assert level_of(tmp_path / "out/a.png") == GREY and level_of(tmp_path / "out/b.png") == WHITE
+
+
+def test_what_is_finished_is_not_computed_in_float32_for_its_companions(tmp_path):
+    source = save_photos(tmp_path / "in", {"a.png": (32, 32), "b.png": (32, 34)})
+    before = finished_before(tmp_path / "out/a.png")
+    report, notes = go_on(StandIn({(32, 32): None, (32, 34): None}), source, tmp_path / "out")
+    assert report.written == 1 and not report.failures
+    assert level_of(before) == 1 and level_of(tmp_path / "out/b.png") == WHITE
+    (note,) = notes
+    assert "b.png" in note
 
 
 @pytest.mark.parametrize("at_launch", [False, True])
@@ -487,14 +513,11 @@ def test_what_does_not_fit_together_goes_one_by_one(tmp_path, words):
     source = save_photos(tmp_path / "in", {f"{i}.png": (32, 32) for i in range(9)})
     settings = dataclasses.replace(SMALL, photo_batch=4)
     device = Crowded({}, devices=("one",), settings=settings, words=words)
-    notes: list[str] = []
-    report = Report(notes.append)
-    options = FileOptions("nofix", "png", 42, 10**7)
-    groups = plan_groups(find_jobs(source, tmp_path / "out", ".png"), device.settings, 1, options, report)
-    assert [len(group.jobs) for group in groups] == [4, 4, 1]
-    upscale(device, groups, options, report)
-    assert report.written == 9 and not report.failures
-    assert device.asked == [4] + [1] * 9, "the second four were not tried together again"
+    before = finished_before(tmp_path / "out/2.png")
+    report, notes = go_on(device, source, tmp_path / "out")
+    assert report.written == 8 and not report.failures and level_of(before) == 1
+    # Three of the first four, one of which is there; the second four were not tried together again.
+    assert device.asked == [4] + [1] * 8
     (note,) = notes
     assert "--batch_size 1" in note and "4 photographs" in note and words in note
 

@@ -174,7 +174,7 @@ def plan_groups(
     """Reads the headers, and puts photographs of like shape into batches.
 
     The result depends on the set of files, not on which of them are finished or on the order: a resumed run computes
-    each photograph exactly as an uninterrupted one.
+    each photograph exactly as an uninterrupted one, unless a device's memory runs out in one of them only.
 
     Args:
       jobs: the photographs.
@@ -282,7 +282,9 @@ class _Run:
             for few in self._cut(slots, group):
                 if launched := self._launch(few, group, writing):
                     running.append((few, group, launched))
-            while len(running) > 1 or (running and not ahead):
+                while len(running) > 1:
+                    self._fetch(*running.popleft(), writing)
+            while running and not ahead:
                 self._fetch(*running.popleft(), writing)
             while len(writing) > 2 * self.threads:
                 writing.popleft().result()
@@ -310,7 +312,7 @@ class _Run:
             return None
 
     def _cut(self, slots: list[_Slot], group: Group) -> list[list[_Slot]]:
-        """One batch, or small ones where the large one of this bucket has been too large."""
+        """One batch, or batches of one photograph per device where a large one of this bucket has failed."""
         size = len(self.upscaler.devices) if group.bucket in self.crowded else max(1, len(slots))
         return [slots[start : start + size] for start in range(0, len(slots), size)]
 
@@ -318,18 +320,24 @@ class _Run:
         try:
             return self.upscaler.launch([slot.prepared for slot in slots], group.bucket, masked=group.masked)
         except jax.errors.JaxRuntimeError as error:
-            self._device_failure(slots, group, error, writing)
-            return None
+            again = self._after_failure(slots, group, error)
+        # Not while the error is at hand, whose traceback holds the batch's arrays.
+        self._compute(again, group, writing)
+        return None
 
     def _fetch(self, slots: list[_Slot], group: Group, launched: Launched, writing: Writing) -> None:
         """Waits for a batch and hands its pictures to the writers."""
+        pictures, again = None, []
         try:
             pictures = launched.results()
         except jax.errors.JaxRuntimeError as error:
-            self._device_failure(slots, group, error, writing)
+            again = self._after_failure(slots, group, error)
+        if pictures is None:
+            self._compute(again, group, writing)
             return
         self._write_later(slots, pictures, writing)
-        overflowed = [slot for slot, picture in zip(slots, pictures, strict=True) if picture is None]
+        pairs = zip(slots, pictures, strict=True)
+        overflowed = [slot for slot, picture in pairs if picture is None and self._is_wanted(slot)]
         few = len(self.upscaler.devices)
         for start in range(0, len(overflowed), few):
             again = overflowed[start : start + few]
@@ -360,13 +368,17 @@ class _Run:
         """Queues the pictures that are there; on the last try, reports those that are not."""
         for slot, picture in zip(slots, pictures, strict=False):
             if picture is not None:
-                if self.overwrite or not slot.job.target.exists():
+                if self._is_wanted(slot):
                     writing.append(self.writers.submit(self._write, slot.job, slot.plan, slot.photo, picture))
             elif last:
                 reason = (
                     f"{slot.job.source}: the result is not finite, in float32 too; are the weights damaged?"
                 )
                 self.report.failed(slot.job.source, UserError(reason))
+
+    def _is_wanted(self, slot: _Slot) -> bool:
+        """Some are computed only so that their companions come out as in an uninterrupted run."""
+        return self.overwrite or not slot.job.target.exists()
 
     def _write(self, job: Job, plan: SizePlan, photo: Photo, picture: np.ndarray) -> None:
         """Finishes and writes one result; a failure goes into the report."""
@@ -380,15 +392,16 @@ class _Run:
         except Exception as error:  # whatever one file provokes, the others go on
             self.report.failed(job.source, error)
 
-    def _device_failure(self, slots: list[_Slot], group: Group, error: Exception, writing: Writing) -> None:
-        """Where many photographs at a time did not work, tries one per device, whose own failure then counts.
+    def _after_failure(self, slots: list[_Slot], group: Group, error: Exception) -> list[_Slot]:
+        """The photographs to compute again: those of a large batch, whatever the error is called.
 
-        Whatever the error is called: libraries below XLA report a lack of memory in words of their own.
+        Libraries below XLA name a lack of memory in words of their own. One photograph per device that fails so is
+        reported, and anything else is a bug and goes up.
         """
         few = len(self.upscaler.devices)
         if len(slots) <= few:
             self._out_of_memory(slots, error)
-            return
+            return []
         if group.bucket not in self.crowded:
             height, width = group.bucket
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -397,13 +410,18 @@ class _Run:
                 "--batch_size 1"
             )
         self.crowded.add(group.bucket)
-        for again in self._cut(slots, group):
-            if launched := self._launch(again, group, writing):
-                self._fetch(again, group, launched, writing)
+        return [slot for slot in slots if self._is_wanted(slot)]
+
+    def _compute(self, slots: list[_Slot], group: Group, writing: Writing) -> None:
+        """One batch after the other."""
+        for few in self._cut(slots, group):
+            if launched := self._launch(few, group, writing):
+                self._fetch(few, group, launched, writing)
 
     def _out_of_memory(self, slots: list[_Slot], error: Exception) -> None:
-        """Costs a batch, not the run."""
-        _check_memory_is_why(error)
+        """Costs a batch, not the run; anything else is a bug and goes up."""
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise error
         for slot in slots:
             height, width = slot.plan.padded
             message = (
@@ -411,12 +429,6 @@ class _Run:
                 "--vae_decoder_tiled_size) or a smaller --tile_batch_size lowers the peak"
             )
             self.report.failed(slot.job.source, UserError(message))
-
-
-def _check_memory_is_why(error: Exception) -> None:
-    """Anything but a lack of memory is a bug, and goes up."""
-    if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-        raise error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -90,7 +90,8 @@ def pack(
 ) -> TokenBatch:
     """Packs up to `batch` tiles of at most `tokens` tokens each.
 
-    Rows that no tile fills repeat the first tile with weight 0: real numbers in, nothing out.
+    Rows that no tile fills repeat the first tile with weight 0: real numbers in, nothing out. Padding tokens repeat their
+    own tile's first pixel: another photograph's might not be finite, and 0 times that is not 0.
 
     Args:
       tiles: tiles whose sides are multiples of the patch size.
@@ -110,6 +111,7 @@ def pack(
         tile = tiles[row] if row < len(tiles) else tiles[0]
         count = tile.height * tile.width // area
         result.pixels[row, :count] = _pixels(tile, latent_size, config.patch_size)
+        result.pixels[row, count:] = result.pixels[row, 0, 0]
         result.positions[row, :count] = grid_positions(config, tile.height, tile.width)
         result.lengths[row] = count
         if row < len(tiles):

@@ -196,7 +196,7 @@ class Upscaler:
 
     @cached_property
     def whole_pixels(self) -> int:
-        """The largest image that is not computed in bands, where bands are allowed."""
+        """Pixels of a device's images, together, up to which they are not computed in bands where bands are allowed."""
         if self.settings.whole_pixels is not None:
             return self.settings.whole_pixels
         taken = sum(leaf.nbytes for leaf in jax.tree.leaves((self._transformer_params, self._vae_params)))
@@ -309,10 +309,9 @@ class Upscaler:
         ]
         largest = (settings.latent_tile // config.patch_size) ** 2
         sums = jnp.zeros((*latents.shape[:3], latents.shape[3] + 1), jnp.float32, device=self._shared)
-        done = 0
+        few, done = len(self.devices), 0
         self._tell("tiles", done, len(tiles), latents)
         for tokens, members in self._by_tokens(tiles):
-            few = len(self.devices)
             for chunk, size in in_two_sizes(members, few, few * settings.tile_batch):
                 packed = tiling.pack(chunk, size, tokens, latents.shape[1:3], config)
                 pixels, positions, lengths = map(self._put, (packed.pixels, packed.positions, packed.lengths))
@@ -397,7 +396,7 @@ def _blend(sums: jax.Array, velocity: jax.Array, pixels: jax.Array, weights: jax
     tiles, channels = velocity.shape[0], sums.shape[-1] - 1
     values = velocity.reshape(tiles, -1, channels)
     pixels, weights = pixels.reshape(tiles, -1), weights.reshape(tiles, -1, 1)
-    # Padding tokens point at pixel 0 with weight 0; what the network returned for them must not count even if infinite.
+    # Padding tokens have weight 0; what the network returned for them must not count even if infinite.
     values = jnp.where(weights > 0, values * weights, 0)
 
     def add(tile: jax.Array, flat: jax.Array) -> jax.Array:

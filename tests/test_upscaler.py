@@ -253,7 +253,6 @@ def test_several_photographs_at_a_time(folder, reference, tmp_path):
     settings = dataclasses.replace(SMALL, photo_batch=3, tile_batch=2)
     upscaler = make_upscaler(settings)
     assert upscaler.batch(1, BUCKET) == 1 and upscaler.batch(2, BUCKET) == 3
-    assert upscaler._band_pixels(32, 3, 64**2) == 32**2 // 3  # as much at a time as of one
     assert greatest_difference(results(upscaler, folder, tmp_path), reference) <= 1
     # Landscapes in threes and one left over, portraits in threes, padded and not.
     jobs, options = find_jobs(folder, tmp_path, ".png"), FileOptions("nofix", "png", 42, 10**7)
@@ -267,6 +266,16 @@ def test_fewer_large_photographs_at_a_time():
     settings = Settings(photo_batch=8)
     sides = {64: 8, 512: 8, 520: 7, 1024: 2, 1448: 1, 4096: 1}
     assert {side: settings.photos_at_a_time((side, side)) for side in sides} == sides
+
+
+def test_no_more_at_a_time_than_are_computed_whole():
+    """Bands are for photographs that do not fit alone, not for too many at a time."""
+    bands = dict(encoder_band=32, decoder_band=4, photo_batch=8)
+    for whole, most in ((8 * 64**2, 8), (5 * 64**2 + 1, 5), (64**2 - 1, 1), (0, 1)):
+        upscaler = make_upscaler(dataclasses.replace(SMALL, **bands, whole_pixels=whole))
+        assert upscaler.batch(8, (64, 64)) == most and upscaler.batch(1, (64, 64)) == 1
+        assert (upscaler._band_pixels(32, most, 64**2) is None) == (whole >= 64**2)
+    assert make_upscaler(dataclasses.replace(SMALL, photo_batch=8)).batch(8, (64, 64)) == 8
 
 
 # --- devices ----------------------------------------------------------------------------
@@ -438,6 +447,10 @@ class StandIn:
     def in_float32(self) -> "StandIn":
         return dataclasses.replace(self, faults={}, level=WHITE, dtype=np.float32)
 
+    def batch(self, photos: int, bucket: tuple[int, int]) -> int:
+        few = len(self.devices)
+        return few if photos <= few else few * self.settings.photos_at_a_time(bucket)
+
     def launch(self, photos: list[Prepared], bucket: tuple[int, int], *, masked: bool) -> Answer:
         answer = Answer([photo.plan for photo in photos], self.faults, self.level)
         if self.raises_at_launch:
@@ -481,6 +494,17 @@ def test_what_is_finished_is_not_computed_in_float32_for_its_companions(tmp_path
     assert level_of(before) == 1 and level_of(tmp_path / "out/b.png") == WHITE
     (note,) = notes
     assert "b.png" in note
+
+
+def test_what_is_finished_does_not_fail_any_more(tmp_path):
+    """Its photograph is read only for the companions' sake."""
+    source = save_photos(tmp_path / "in", {"a.png": (32, 32), "b.png": (32, 32)})
+    finished_before(tmp_path / "out/a.png")
+    whole = (source / "a.png").read_bytes()
+    (source / "a.png").write_bytes(whole[: len(whole) // 2])  # the header is still there
+    report, notes = go_on(StandIn({}), source, tmp_path / "out")
+    assert report.written == 1 and not report.failures and not notes
+    assert level_of(tmp_path / "out/b.png") == GREY
 
 
 @pytest.mark.parametrize("at_launch", [False, True])

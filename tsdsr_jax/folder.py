@@ -297,7 +297,7 @@ class _Run:
             ahead.append((group, [self.readers.submit(self._read, job, plan) for job, plan in group.jobs]))
 
     def _read(self, job: Job, plan: SizePlan) -> _Slot | None:
-        """Reads and prepares one photograph; None, and a line in the report, where that fails."""
+        """Reads and prepares one photograph; None where that fails, and a line in the report if its result is wanted."""
         try:
             content = job.source.read_bytes()
             photo = read_photo(job.source, self.options.max_pixels)
@@ -308,13 +308,15 @@ class _Run:
             noise = latent_noise(content, self.options.seed, shape) if sample else np.zeros(shape, np.float32)
             return _Slot(job, plan, photo, prepare(photo.rgb, plan, noise))
         except Exception as error:  # whatever one file provokes, the others go on
-            self.report.failed(job.source, error)
+            if self._is_wanted(job):
+                self.report.failed(job.source, error)
             return None
 
     def _cut(self, slots: list[_Slot], group: Group) -> list[list[_Slot]]:
-        """One batch, or batches of one photograph per device where a large one of this bucket has failed."""
-        size = len(self.upscaler.devices) if group.bucket in self.crowded else max(1, len(slots))
-        return [slots[start : start + size] for start in range(0, len(slots), size)]
+        """Batches as large as the upscaler takes, or of one per device where a large one of this bucket has failed."""
+        few = len(self.upscaler.devices)
+        many = few if group.bucket in self.crowded else self.upscaler.batch(len(slots), group.bucket)
+        return [list(batch) for batch, _ in in_two_sizes(slots, few, many)]
 
     def _launch(self, slots: list[_Slot], group: Group, writing: Writing) -> Launched | None:
         try:
@@ -337,7 +339,7 @@ class _Run:
             return
         self._write_later(slots, pictures, writing)
         pairs = zip(slots, pictures, strict=True)
-        overflowed = [slot for slot, picture in pairs if picture is None and self._is_wanted(slot)]
+        overflowed = [slot for slot, picture in pairs if picture is None and self._is_wanted(slot.job)]
         few = len(self.upscaler.devices)
         for start in range(0, len(overflowed), few):
             again = overflowed[start : start + few]
@@ -368,7 +370,7 @@ class _Run:
         """Queues the pictures that are there; on the last try, reports those that are not."""
         for slot, picture in zip(slots, pictures, strict=False):
             if picture is not None:
-                if self._is_wanted(slot):
+                if self._is_wanted(slot.job):
                     writing.append(self.writers.submit(self._write, slot.job, slot.plan, slot.photo, picture))
             elif last:
                 reason = (
@@ -376,9 +378,9 @@ class _Run:
                 )
                 self.report.failed(slot.job.source, UserError(reason))
 
-    def _is_wanted(self, slot: _Slot) -> bool:
+    def _is_wanted(self, job: Job) -> bool:
         """Some are computed only so that their companions come out as in an uninterrupted run."""
-        return self.overwrite or not slot.job.target.exists()
+        return self.overwrite or not job.target.exists()
 
     def _write(self, job: Job, plan: SizePlan, photo: Photo, picture: np.ndarray) -> None:
         """Finishes and writes one result; a failure goes into the report."""
@@ -410,7 +412,7 @@ class _Run:
                 "--batch_size 1"
             )
         self.crowded.add(group.bucket)
-        return [slot for slot in slots if self._is_wanted(slot)]
+        return [slot for slot in slots if self._is_wanted(slot.job)]
 
     def _compute(self, slots: list[_Slot], group: Group, writing: Writing) -> None:
         """One batch after the other."""

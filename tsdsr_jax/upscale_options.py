@@ -60,8 +60,6 @@ class UpscaleOptions:
     """Overlap of neighbouring tiles, in latent pixels. Default: 8, or half of a smaller tile."""
     tile_batch_size: int | None = None
     """Tiles per device and call; default: 8, on a CPU 1."""
-    batch_size: int | None = None
-    """Photographs processed at up to 512×512 per device and call, larger ones fewer; default: 8, on a CPU 1. For folders."""
     is_use_tile: bool | None = None
     """Run the autoencoder band by band: the same picture from less memory. Default: where the whole does not fit."""
     vae_decoder_tiled_size: int = 64
@@ -82,19 +80,22 @@ class UpscaleOptions:
     """File-name variant of the weights, such as fp16."""
 
     def settings(self, platform: str) -> Settings:
-        several = 1 if platform == "cpu" else 8
         return Settings(
             upscale=self.upscale,
             process_size=self.process_size,
             latent_tile=self.latent_tiled_size,
             latent_overlap=self.latent_tiled_overlap,
-            tile_batch=self.tile_batch_size or several,
-            photo_batch=self.batch_size or several,
+            tile_batch=self.tile_batch_size or several_on(platform),
             encoder_band=None if self.is_use_tile is False else self.vae_encoder_tiled_size,
             decoder_band=None if self.is_use_tile is False else self.vae_decoder_tiled_size,
             whole_pixels=0 if self.is_use_tile else None,
             sample=self.latent == "sample",
         )
+
+
+def several_on(platform: str) -> int:
+    """Images or tiles that a device of this kind computes together rather than one by one."""
+    return 1 if platform == "cpu" else 8
 
 
 def completed(options: Options) -> Options:
@@ -164,7 +165,6 @@ def check(options: UpscaleOptions) -> None:
         )
     for flag in (
         "tile_batch_size",
-        "batch_size",
         "vae_decoder_tiled_size",
         "vae_encoder_tiled_size",
         "max_pixels",

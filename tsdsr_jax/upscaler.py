@@ -204,17 +204,22 @@ class Upscaler:
         return max(0, int((memory_of(self.devices[0]) - taken) / per_pixel))
 
     def _band_pixels(self, band: int | None, batch: int, pixels: int) -> int | None:
-        """Area computed at a time of each of a batch's images of `pixels`; None: the whole.
-
-        A device's images share the area of one band, so that bands hold as much of many as of one.
-        """
-        images = batch // len(self.devices)
-        return None if band is None or images * pixels <= self.whole_pixels else max(1, band**2 // images)
+        """Area computed at a time of each of a batch's images of `pixels`; None: the whole."""
+        fits = batch // len(self.devices) * pixels <= self.whole_pixels
+        return None if band is None or fits else band**2
 
     def batch(self, photos: int, bucket: Size) -> int:
-        """The batch that so many photographs are computed in: one per device, or as many as the settings allow."""
-        few = len(self.devices)
-        return few if photos <= few else few * self.settings.photos_at_a_time(bucket)
+        """The batch that so many photographs are computed in: one per device, or as many as the settings allow.
+
+        Where bands are allowed, no more than a device computes whole: whole and fewer is faster than many in bands.
+        """
+        few, settings = len(self.devices), self.settings
+        if photos <= few:
+            return few
+        most = settings.photos_at_a_time(bucket)
+        if most > 1 and (settings.encoder_band or settings.decoder_band):
+            most = min(most, max(1, self.whole_pixels // (bucket[0] * bucket[1])))
+        return few * most
 
     @property
     def latent_channels(self) -> int:

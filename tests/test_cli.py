@@ -267,6 +267,7 @@ def test_help(capsys, argv):
     for spelling in ("--align_method", "--no_is_use_tile", "-i", "--input_dir", "{wavelet,adain,nofix}"):
         assert spelling in text
     assert "--align-method" not in text
+    assert "(default: 1 2)" in text and "append" not in text  # values given replace a default
 
 
 def run_script(body: str, **kwargs) -> subprocess.CompletedProcess:

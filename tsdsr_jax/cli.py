@@ -94,7 +94,7 @@ def parse(options_class: type[Options], *, description: str, argv: Sequence[str]
     flags = _flags_of(options_class)
     try:
         if any(token in ("-h", "--help") for token in argv):
-            return _tyro(options_class, ["--help"], description)
+            return _tyro(options_class, ["--help"], description, repeating=False)
         given = _read(argv, flags)
         missing = [f.display for f in flags if f.default is dataclasses.MISSING and f.name not in given]
         if missing:
@@ -261,14 +261,17 @@ def _accepts(flag: _Flag, values: list[str]) -> bool:
     return True
 
 
-def _tyro(options_class: type[Options], arguments: list[str], description: str) -> Options:
+def _tyro(
+    options_class: type[Options], arguments: list[str], description: str, *, repeating: bool = True
+) -> Options:
+    """tyro's reading of `arguments`; without `repeating`, `--help` does not say that values join the default."""
     return tyro.cli(
         options_class,
         prog=script_name(),
         description=description,
         args=arguments,
         use_underscores=True,
-        config=(tyro.conf.UseAppendAction,),
+        config=(tyro.conf.UseAppendAction,) if repeating else (),
     )
 
 

@@ -135,7 +135,9 @@ def pairs_of(options: Options) -> tuple[Path, Path]:
         if folder.exists():
             raise UserError(f"{folder}: exists already; choose another --output_dir, or remove it")
     config = light(DegradationConfig(sharpen=False))
-    for index, (name, path) in enumerate(tqdm(by_name(options.hr_dir)[0].items(), desc="degraded")):
+    for index, (name, path) in enumerate(
+        tqdm(by_name(options.hr_dir)[0].items(), desc="degraded", disable=None)
+    ):
         photo = read_photo(path, MAX_PIXELS).rgb
         height, width = (side // FACTOR * FACTOR for side in photo.shape[:2])
         photo = photo[:height, :width]
@@ -155,7 +157,7 @@ def of_folder(results: Path, hr: Path, metrics: Sequence[Metric]) -> dict[str, f
 
 def each(source: Path, target: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
     """Every picture changed, (H, W, 3) uint8 -> the same."""
-    for name, path in tqdm(by_name(source)[0].items(), desc=target.name):
+    for name, path in tqdm(by_name(source)[0].items(), desc=target.name, disable=None):
         result = change(read_photo(path, MAX_PIXELS).rgb)
         save(result, target / f"{name}.png")
     return target

@@ -41,7 +41,7 @@ demo: $(BASE_STAMP)
 	@$(VENV_PYTHON) examples/demo.py
 
 test: $(TEST_STAMP)
-	@$(VENV_PYTHON) -m pytest -q -n $(JOBS) --dist loadfile $(TESTFLAGS)
+	@$(VENV_PYTHON) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTFLAGS)
 
 lint: $(TEST_STAMP)
 	@$(VENV_PYTHON) -m ruff check --quiet .

@@ -60,6 +60,21 @@ def _in_ci() -> bool:
     return os.environ.get("CI", "").lower() in ("1", "true")
 
 
+# Few tests that take long. Files go to the test processes in order: what takes long must not be left for the end, when
+# the others have nothing to do.
+FIRST = (
+    "test_distill_processes.py",
+    "test_parity.py",
+    "test_sharding.py",
+    "test_objective.py",
+    "test_demo.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _note_skip(report)
 

@@ -150,7 +150,7 @@ def test_every_epoch_is_another_crop_and_another_degradation(folder):
     assert first.latent_hr is first.prompt is first.pooled is None
 
 
-@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_the_stream_is_the_same_for_any_number_of_workers_and_hosts(folder, workers):
     photographs = source(folder)
     shapes = Shapes.of_source(photographs)

@@ -54,7 +54,7 @@ class NoDevice:
     settings = Settings()
     devices, latent_channels, dtype = ("none",), 16, np.dtype(np.float32)
 
-    def launch(self, photos: Sequence[Prepared], bucket: Size, *, masked: bool = False) -> Done:
+    def launch(self, photos: Sequence[Prepared], bucket: Size, *, masked: bool, batch: int) -> Done:
         return Done([((photo.image * 0.5 + 0.5) * 255).astype(np.uint8) for photo in photos])
 
 

@@ -244,7 +244,7 @@ class Bench:
 
         def end() -> list[np.ndarray]:
             batches = in_two_sizes(photos, 1, up.settings.photos_at_a_time((side, side)))
-            launched = [up.launch(few, (side, side)) for few, _ in batches]
+            launched = [up.launch(few, (side, side), batch=size) for few, size in batches]
             return [picture for item in launched for picture in item.results()]
 
         def torch_end() -> torch.Tensor:

@@ -22,7 +22,7 @@ from tiny_checkpoint import (
 )
 from tsdsr_jax import tiling
 from tsdsr_jax import upscaler as upscaler_module
-from tsdsr_jax.folder import FileOptions, Report, find_jobs, plan_groups, upscale
+from tsdsr_jax.folder import FileOptions, Report, find_jobs, plan_groups, unfinished, upscale
 from tsdsr_jax.models import layers
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.sizes import SizePlan, plan_buckets
@@ -252,14 +252,13 @@ def test_tiles_in_larger_calls(folder, reference, tmp_path):
 def test_several_photographs_at_a_time(folder, reference, tmp_path):
     settings = dataclasses.replace(SMALL, photo_batch=3, tile_batch=2)
     upscaler = make_upscaler(settings)
-    assert upscaler.batch(1, BUCKET) == 1 and upscaler.batch(2, BUCKET) == 3
     assert greatest_difference(results(upscaler, folder, tmp_path), reference) <= 1
-    # Landscapes in threes and one left over, portraits in threes, padded and not.
+    # Landscapes and portraits in threes, padded and not; what is left over does not compile a program of its own.
     jobs, options = find_jobs(folder, tmp_path, ".png"), FileOptions("nofix", "png", 42, 10**7)
     groups = plan_groups(jobs, settings, 1, options, Report(print))
-    assert {len(group.jobs) for group in groups} >= {1, 3}
+    assert {len(group.jobs) for group in groups if group.several} >= {1, 3}
     with pytest.raises(ValueError, match="at most 3"):
-        upscaler.launch([prepared((32, 32), 0)] * 4, BUCKET)
+        upscaler.launch([prepared((32, 32), 0)] * 4, BUCKET, batch=3)
 
 
 def test_fewer_large_photographs_at_a_time():
@@ -273,9 +272,9 @@ def test_no_more_at_a_time_than_are_computed_whole():
     bands = dict(encoder_band=32, decoder_band=4, photo_batch=8)
     for whole, most in ((8 * 64**2, 8), (5 * 64**2 + 1, 5), (64**2 - 1, 1), (0, 1)):
         upscaler = make_upscaler(dataclasses.replace(SMALL, **bands, whole_pixels=whole))
-        assert upscaler.batch(8, (64, 64)) == most and upscaler.batch(1, (64, 64)) == 1
+        assert upscaler.largest_batch((64, 64)) == most
         assert (upscaler._band_pixels(32, most, 64**2) is None) == (whole >= 64**2)
-    assert make_upscaler(dataclasses.replace(SMALL, photo_batch=8)).batch(8, (64, 64)) == 8
+    assert make_upscaler(dataclasses.replace(SMALL, photo_batch=8)).largest_batch((64, 64)) == 8
 
 
 # --- devices ----------------------------------------------------------------------------
@@ -420,6 +419,7 @@ class Answer:
     level: int
     bucket: tuple[int, int] = (64, 64)
     masked: bool = False
+    batch: int = 0
 
     def results(self) -> list[np.ndarray | None]:
         pictures = []
@@ -447,12 +447,13 @@ class StandIn:
     def in_float32(self) -> "StandIn":
         return dataclasses.replace(self, faults={}, level=WHITE, dtype=np.float32)
 
-    def batch(self, photos: int, bucket: tuple[int, int]) -> int:
-        few = len(self.devices)
-        return few if photos <= few else few * self.settings.photos_at_a_time(bucket)
+    def largest_batch(self, bucket: tuple[int, int]) -> int:
+        return len(self.devices) * self.settings.photos_at_a_time(bucket)
 
-    def launch(self, photos: list[Prepared], bucket: tuple[int, int], *, masked: bool) -> Answer:
-        answer = Answer([photo.plan for photo in photos], self.faults, self.level)
+    def launch(
+        self, photos: list[Prepared], bucket: tuple[int, int], *, masked: bool, batch: int = 0
+    ) -> Answer:
+        answer = Answer([photo.plan for photo in photos], self.faults, self.level, batch=batch)
         if self.raises_at_launch:
             answer.results()
         return answer
@@ -522,14 +523,16 @@ def test_running_out_of_memory_costs_one_batch(tmp_path, at_launch):
 class Crowded(StandIn):
     """Has memory for one photograph per device."""
 
-    asked: list[int] = dataclasses.field(default_factory=list)
+    asked: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     words: str = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
 
-    def launch(self, photos: list[Prepared], bucket: tuple[int, int], *, masked: bool) -> Answer:
-        self.asked.append(len(photos))
-        if len(photos) > len(self.devices):
+    def launch(
+        self, photos: list[Prepared], bucket: tuple[int, int], *, masked: bool, batch: int = 0
+    ) -> Answer:
+        self.asked.append((len(photos), batch))
+        if batch > len(self.devices):
             raise jax.errors.JaxRuntimeError(self.words)
-        return super().launch(photos, bucket, masked=masked)
+        return super().launch(photos, bucket, masked=masked, batch=batch)
 
 
 @pytest.mark.parametrize("words", [Crowded.words, "INTERNAL: CUDNN_STATUS_ALLOC_FAILED"])
@@ -540,10 +543,24 @@ def test_what_does_not_fit_together_goes_one_by_one(tmp_path, words):
     before = finished_before(tmp_path / "out/2.png")
     report, notes = go_on(device, source, tmp_path / "out")
     assert report.written == 8 and not report.failures and level_of(before) == 1
-    # Three of the first four, one of which is there; the second four were not tried together again.
-    assert device.asked == [4] + [1] * 8
+    # The first four, of which one is there; the others were not tried together again.
+    assert device.asked == [(4, 4)] + [(1, 1)] * 8
     (note,) = notes
     assert "--batch_size 1" in note and "4 photographs" in note and words in note
+
+
+def test_the_last_photograph_in_a_large_batch_is_tried_alone(tmp_path):
+    """Of five, two at a time, the fifth is missing: what failed is a batch of two all the same."""
+    source = save_photos(tmp_path / "in", {f"{i}.png": (32, 32) for i in range(5)})
+    device = Crowded({}, devices=("one",), settings=dataclasses.replace(SMALL, photo_batch=2))
+    report, options = Report(lambda line: None), FileOptions("nofix", "png", 42, 10**7)
+    for index in range(4):
+        finished_before(tmp_path / f"out/{index}.png")
+    jobs = find_jobs(source, tmp_path / "out", ".png")
+    groups = unfinished(plan_groups(jobs, device.settings, 1, options, report), report)
+    assert [(len(group.jobs), group.several) for group in groups] == [(1, True)]
+    upscale(device, groups, options, report)
+    assert report.written == 1 and not report.failures and device.asked == [(1, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("at_launch", [False, True])

@@ -28,7 +28,7 @@ from tsdsr_jax.images import (
     write_photo,
 )
 from tsdsr_jax.resize import pillow_bicubic
-from tsdsr_jax.sizes import Size, SizePlan, in_two_sizes, plan_buckets
+from tsdsr_jax.sizes import Item, Size, SizePlan, plan_buckets
 from tsdsr_jax.upscaler import Launched, Prepared, Settings, Upscaler, finish, latent_noise, prepare
 
 Writing = deque[Future[None]]
@@ -50,11 +50,14 @@ class Group:
       jobs: with the sizes planned for each.
       bucket: the padded (height, width) they share, height ≤ width.
       masked: whether a photograph of this or another group does not fill the bucket.
+      several: computed in the largest batch, even if it is the last and smaller, because every batch size is a compiled
+        program; otherwise with one photograph per device.
     """
 
     jobs: tuple[tuple[Job, SizePlan], ...]
     bucket: Size
     masked: bool
+    several: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +217,17 @@ def plan_groups(
     groups = []
     for (bucket, _), members in sorted(together.items()):
         mine = members[index::parts]
-        batches = in_two_sizes(mine, devices, devices * settings.photos_at_a_time(bucket))
-        groups += [Group(tuple(batch), bucket, bucket in masked) for batch, _ in batches]
+        many = devices * settings.photos_at_a_time(bucket)
+        several = many > devices and len(mine) > many // 2
+        groups += [
+            Group(tuple(batch), bucket, bucket in masked, several)
+            for batch in _slices(mine, many if several else devices)
+        ]
     return groups
+
+
+def _slices(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def unfinished(groups: Sequence[Group], report: Report) -> list[Group]:
@@ -279,7 +290,7 @@ class _Run:
             group, futures = ahead.popleft()
             self._read_next(upcoming, ahead)
             slots = [slot for future in futures if (slot := future.result())]
-            for few in self._cut(slots, group):
+            for few in _slices(slots, self._batch(group)):
                 if launched := self._launch(few, group, writing):
                     running.append((few, group, launched))
                 while len(running) > 1:
@@ -312,17 +323,17 @@ class _Run:
                 self.report.failed(job.source, error)
             return None
 
-    def _cut(self, slots: list[_Slot], group: Group) -> list[list[_Slot]]:
-        """Batches as large as the upscaler takes, or of one per device where a large one of this bucket has failed."""
-        few = len(self.upscaler.devices)
-        many = few if group.bucket in self.crowded else self.upscaler.batch(len(slots), group.bucket)
-        return [list(batch) for batch, _ in in_two_sizes(slots, few, many)]
+    def _batch(self, group: Group) -> int:
+        """As many as the upscaler takes, or one per device where a large batch of this bucket has failed."""
+        few = not group.several or group.bucket in self.crowded
+        return len(self.upscaler.devices) if few else self.upscaler.largest_batch(group.bucket)
 
     def _launch(self, slots: list[_Slot], group: Group, writing: Writing) -> Launched | None:
+        photos, batch = [slot.prepared for slot in slots], self._batch(group)
         try:
-            return self.upscaler.launch([slot.prepared for slot in slots], group.bucket, masked=group.masked)
+            return self.upscaler.launch(photos, group.bucket, masked=group.masked, batch=batch)
         except jax.errors.JaxRuntimeError as error:
-            again = self._after_failure(slots, group, error)
+            again = self._after_failure(slots, group, batch, error)
         # Not while the error is at hand, whose traceback holds the batch's arrays.
         self._compute(again, group, writing)
         return None
@@ -333,7 +344,7 @@ class _Run:
         try:
             pictures = launched.results()
         except jax.errors.JaxRuntimeError as error:
-            again = self._after_failure(slots, group, error)
+            again = self._after_failure(slots, group, launched.batch, error)
         if pictures is None:
             self._compute(again, group, writing)
             return
@@ -394,21 +405,21 @@ class _Run:
         except Exception as error:  # whatever one file provokes, the others go on
             self.report.failed(job.source, error)
 
-    def _after_failure(self, slots: list[_Slot], group: Group, error: Exception) -> list[_Slot]:
+    def _after_failure(self, slots: list[_Slot], group: Group, batch: int, error: Exception) -> list[_Slot]:
         """The photographs to compute again: those of a large batch, whatever the error is called.
 
         Libraries below XLA name a lack of memory in words of their own. One photograph per device that fails so is
         reported, and anything else is a bug and goes up.
         """
         few = len(self.upscaler.devices)
-        if len(slots) <= few:
+        if batch <= few:
             self._out_of_memory(slots, error)
             return []
         if group.bucket not in self.crowded:
             height, width = group.bucket
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self.report.note(
-                f"{len(slots)} photographs of {width}×{height} at a time failed ({reason}); going on with {few}, as with "
+                f"{batch} photographs of {width}×{height} at a time failed ({reason}); going on with {few}, as with "
                 "--batch_size 1"
             )
         self.crowded.add(group.bucket)
@@ -416,7 +427,7 @@ class _Run:
 
     def _compute(self, slots: list[_Slot], group: Group, writing: Writing) -> None:
         """One batch after the other."""
-        for few in self._cut(slots, group):
+        for few in _slices(slots, self._batch(group)):
             if launched := self._launch(few, group, writing):
                 self._fetch(few, group, launched, writing)
 

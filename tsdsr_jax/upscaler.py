@@ -129,6 +129,7 @@ class Launched:
     plans: list[SizePlan]
     bucket: Size
     masked: bool
+    batch: int
     images: jax.Array
     finite: jax.Array
 
@@ -208,18 +209,16 @@ class Upscaler:
         fits = batch // len(self.devices) * pixels <= self.whole_pixels
         return None if band is None or fits else band**2
 
-    def batch(self, photos: int, bucket: Size) -> int:
-        """The batch that so many photographs are computed in: one per device, or as many as the settings allow.
+    def largest_batch(self, bucket: Size) -> int:
+        """As many photographs on each device as the settings allow.
 
         Where bands are allowed, no more than a device computes whole: whole and fewer is faster than many in bands.
         """
-        few, settings = len(self.devices), self.settings
-        if photos <= few:
-            return few
+        settings = self.settings
         most = settings.photos_at_a_time(bucket)
         if most > 1 and (settings.encoder_band or settings.decoder_band):
             most = min(most, max(1, self.whole_pixels // (bucket[0] * bucket[1])))
-        return few * most
+        return len(self.devices) * most
 
     @property
     def latent_channels(self) -> int:
@@ -261,17 +260,21 @@ class Upscaler:
         """The autoencoder that does to a transposed image what the other does to the image."""
         return jax.jit(_transpose_kernels, out_shardings=self._shared)(self._vae_params)
 
-    def launch(self, photos: Sequence[Prepared], bucket: Size, *, masked: bool = False) -> Launched:
+    def launch(
+        self, photos: Sequence[Prepared], bucket: Size, *, masked: bool = False, batch: int | None = None
+    ) -> Launched:
         """Starts a batch and returns at once.
 
         Args:
-          photos: all portraits or none; at most `batch` of the bucket.
+          photos: all portraits or none; at most `batch`.
           bucket: (height, width) with height ≤ width, no smaller than any `plan.lying`.
           masked: compute with masks in any case. A batch that fills its bucket needs none, but whether there are masks
             is part of which program is compiled: batches that share a bucket should agree.
+          batch: a multiple of the number of devices, up to which photographs are repeated; part of the program, too.
+            Default: one photograph per device.
         """
         plans = [photo.plan for photo in photos]
-        batch = self.batch(len(photos), bucket)
+        batch = batch or len(self.devices)
         if len(photos) > batch:
             raise ValueError(f"{len(photos)} photographs of {bucket}, expected at most {batch}")
         filled = [*photos, *[photos[0]] * (batch - len(photos))]
@@ -291,7 +294,7 @@ class Upscaler:
             self._tell("decode", 0, 1)
             pictures, finite = self.decode(params, latents, sums, valid)
             self._tell("decode", 1, 1, pictures)
-        return Launched(plans, bucket, masked, pictures, finite)
+        return Launched(plans, bucket, masked, batch, pictures, finite)
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._split)

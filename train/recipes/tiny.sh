@@ -6,8 +6,8 @@
 #   --photos      folder of photographs; repeat for several
 #   --validation  folder of other photographs, which the autoencoder is tried on while it trains
 #   --output      folder for everything; what is there already is not done again, and an interrupted stage goes on
-#   --budget      cpu: about an hour on two idle cores; gpu: over a hundred times that; minimal: to see it run. It changes
-#                 numbers of steps, crops and batch sizes, nothing else.
+#   --budget      cpu: an hour or an hour and a half on two cores; gpu: over a hundred times that; minimal: to see it
+#                 run. It changes numbers of steps, crops and batch sizes, nothing else.
 #   --seed        of the student's last stage (default 0); students share what comes before it
 #   --student     what the student trains for after its start with MSE: mse, tsd or dasm (default)
 #

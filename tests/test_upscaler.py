@@ -442,17 +442,21 @@ class StandIn:
     settings: Settings = SMALL
     latent_channels: int = 16
     raises_at_launch: bool = False
+    whole: int = 100
+    """Photographs that a device is thought to compute whole."""
 
     @property
     def in_float32(self) -> "StandIn":
         return dataclasses.replace(self, faults={}, level=WHITE, dtype=np.float32)
 
     def largest_batch(self, bucket: tuple[int, int]) -> int:
-        return len(self.devices) * self.settings.photos_at_a_time(bucket)
+        return len(self.devices) * min(self.whole, self.settings.photos_at_a_time(bucket))
 
     def launch(
         self, photos: list[Prepared], bucket: tuple[int, int], *, masked: bool, batch: int = 0
     ) -> Answer:
+        if len(photos) > (batch or len(self.devices)):
+            raise ValueError("more photographs than the batch")  # as the upscaler does
         answer = Answer([photo.plan for photo in photos], self.faults, self.level, batch=batch)
         if self.raises_at_launch:
             answer.results()
@@ -529,10 +533,51 @@ class Crowded(StandIn):
     def launch(
         self, photos: list[Prepared], bucket: tuple[int, int], *, masked: bool, batch: int = 0
     ) -> Answer:
+        super().launch(photos, bucket, masked=masked, batch=batch)
         self.asked.append((len(photos), batch))
         if batch > len(self.devices):
             raise jax.errors.JaxRuntimeError(self.words)
         return super().launch(photos, bucket, masked=masked, batch=batch)
+
+
+def test_a_batch_that_fails_while_its_group_is_cut(tmp_path):
+    """Eight are planned together, three are tried, and what is left of the eight goes one by one like the three."""
+    source = save_photos(tmp_path / "in", {f"{i}.png": (32, 32) for i in range(8)})
+    settings = dataclasses.replace(SMALL, photo_batch=8)
+    device = Crowded({}, devices=("one",), settings=settings, whole=3)
+    report, notes = go_on(device, source, tmp_path / "out")
+    assert report.written == 8 and not report.failures and len(notes) == 1
+    assert device.asked == [(3, 3)] + [(1, 1)] * 8
+
+
+def test_what_is_finished_neither_fails_nor_is_computed_alone(tmp_path):
+    source = save_photos(tmp_path / "in", {f"{i}.png": (32, 32) for i in range(4)})
+    for name in ("0", "2", "3"):
+        finished_before(tmp_path / f"out/{name}.png")
+    error = jax.errors.JaxRuntimeError(Crowded.words)
+    report, _ = go_on(StandIn({(32, 32): error}), source, tmp_path / "out")  # two devices, one each
+    (line,) = report.failures
+    assert "1.png" in line and report.written == 0
+    device = Crowded({}, devices=("one",))
+    report, _ = go_on(device, source, tmp_path / "out")
+    assert report.written == 1 and device.asked == [(1, 1)]
+
+
+def test_few_photographs_of_many_shapes_are_shared_out(tmp_path):
+    sizes = {"a.png": (32, 48), "b.png": (48, 32), "c.png": (32, 100), "d.png": (100, 32)}
+    jobs = find_jobs(save_photos(tmp_path / "in", sizes), tmp_path / "out", ".png")
+    report, options = Report(print), FileOptions("nofix", "png", 42, 10**7)
+    parts = [plan_groups(jobs, SMALL, 1, options, report, (part, 4)) for part in range(4)]
+    names = [[job.source.name for group in groups for job, _ in group.jobs] for groups in parts]
+    assert sorted(names) == [["a.png"], ["b.png"], ["c.png"], ["d.png"]]
+
+
+def test_portraits_share_the_batch_of_landscapes(tmp_path):
+    sizes = {f"{i}.png": (32, 48) for i in range(8)} | {f"p{i}.png": (48, 32) for i in range(3)}
+    jobs = find_jobs(save_photos(tmp_path / "in", sizes), tmp_path / "out", ".png")
+    settings = dataclasses.replace(SMALL, photo_batch=8)
+    groups = plan_groups(jobs, settings, 1, FileOptions("nofix", "png", 42, 10**7), Report(print))
+    assert sorted((len(group.jobs), group.several) for group in groups) == [(3, True), (8, True)]
 
 
 @pytest.mark.parametrize("words", [Crowded.words, "INTERNAL: CUDNN_STATUS_ALLOC_FAILED"])

@@ -214,14 +214,20 @@ def plan_groups(
     together: dict[tuple[Size, bool], list[tuple[Job, SizePlan]]] = {}
     for (job, sizes), bucket in zip(measured, buckets, strict=True):
         together.setdefault((bucket, sizes.portrait), []).append((job, sizes))
+    mine: dict[tuple[Size, bool], list[tuple[Job, SizePlan]]] = {}
+    dealt = 0  # on from one shape to the next, so that few photographs of many shapes are shared out, too
+    for key, members in sorted(together.items()):
+        mine[key] = members[(index - dealt) % parts :: parts]
+        dealt += len(members)
+    many = {bucket: devices * settings.photos_at_a_time(bucket) for bucket, _ in mine}
+    # Portraits and landscapes share programs: what one of them compiles serves the other.
+    several = {bucket for (bucket, _), members in mine.items() if devices < many[bucket] < 2 * len(members)}
     groups = []
-    for (bucket, _), members in sorted(together.items()):
-        mine = members[index::parts]
-        many = devices * settings.photos_at_a_time(bucket)
-        several = many > devices and len(mine) > many // 2
+    for (bucket, _), members in mine.items():
+        size = many[bucket] if bucket in several else devices
         groups += [
-            Group(tuple(batch), bucket, bucket in masked, several)
-            for batch in _slices(mine, many if several else devices)
+            Group(tuple(batch), bucket, bucket in masked, bucket in several)
+            for batch in _slices(members, size)
         ]
     return groups
 
@@ -290,8 +296,8 @@ class _Run:
             group, futures = ahead.popleft()
             self._read_next(upcoming, ahead)
             slots = [slot for future in futures if (slot := future.result())]
-            for few in _slices(slots, self._batch(group)):
-                if launched := self._launch(few, group, writing):
+            for few, batch in self._batches(slots, group):
+                if launched := self._launch(few, group, batch, writing):
                     running.append((few, group, launched))
                 while len(running) > 1:
                     self._fetch(*running.popleft(), writing)
@@ -323,14 +329,25 @@ class _Run:
                 self.report.failed(job.source, error)
             return None
 
+    def _batches(self, slots: list[_Slot], group: Group) -> Iterator[tuple[list[_Slot], int]]:
+        """Photographs and the batch to compute them in; without those of which every result is there.
+
+        The batch is asked for each time: a large one may have failed meanwhile.
+        """
+        while slots:
+            batch = self._batch(group)
+            few, slots = slots[:batch], slots[batch:]
+            if any(self._is_wanted(slot.job) for slot in few):
+                yield few, batch
+
     def _batch(self, group: Group) -> int:
         """As many as the upscaler takes, or one per device where a large batch of this bucket has failed."""
         few = not group.several or group.bucket in self.crowded
         return len(self.upscaler.devices) if few else self.upscaler.largest_batch(group.bucket)
 
-    def _launch(self, slots: list[_Slot], group: Group, writing: Writing) -> Launched | None:
-        photos, batch = [slot.prepared for slot in slots], self._batch(group)
+    def _launch(self, slots: list[_Slot], group: Group, batch: int, writing: Writing) -> Launched | None:
         try:
+            photos = [slot.prepared for slot in slots]
             return self.upscaler.launch(photos, group.bucket, masked=group.masked, batch=batch)
         except jax.errors.JaxRuntimeError as error:
             again = self._after_failure(slots, group, batch, error)
@@ -413,7 +430,7 @@ class _Run:
         """
         few = len(self.upscaler.devices)
         if batch <= few:
-            self._out_of_memory(slots, error)
+            self._out_of_memory([slot for slot in slots if self._is_wanted(slot.job)], error)
             return []
         if group.bucket not in self.crowded:
             height, width = group.bucket
@@ -427,8 +444,8 @@ class _Run:
 
     def _compute(self, slots: list[_Slot], group: Group, writing: Writing) -> None:
         """One batch after the other."""
-        for few in _slices(slots, self._batch(group)):
-            if launched := self._launch(few, group, writing):
+        for few, batch in self._batches(slots, group):
+            if launched := self._launch(few, group, batch, writing):
                 self._fetch(few, group, launched, writing)
 
     def _out_of_memory(self, slots: list[_Slot], error: Exception) -> None:

@@ -356,6 +356,7 @@ def test_another_number_of_images_in_a_step_is_told_or_refused(finished, command
     assert "had 2 images in a step, this run has 4" in said and "--max_train_steps" in said
 
 
+@pytest.mark.slow  # half a minute; 2026-11-26: passed
 def test_another_precision_gets_its_own_loss_scale(finished, command, tmp_path):
     wanted = ("--resume_from_checkpoint", str(finished / "checkpoint_0000004"))
     assert command(tmp_path / "half", *wanted, "--mixed_precision", "fp16").status == 0
@@ -498,6 +499,7 @@ def test_photographs_are_degraded_and_encoded_on_the_way(command, photos, tmp_pa
     assert "sharpening: True there, False here" in said
 
 
+@pytest.mark.slow  # half a minute; 2026-11-26: passed
 def test_a_prepared_set_gives_the_batches_of_training_on_the_way(
     command, root, photos, tmp_path, monkeypatch
 ):

@@ -181,8 +181,8 @@ CASES = {
 }  # fmt: skip
 
 
-# The third (18 s) passed on 2026-11-26; test_tsd.py has its weights, the others its networks.
-QUICK = [pytest.param(case, marks=[pytest.mark.slow] * ("mode" in case)) for case in CASES]
+# The last two (20 s each) passed on 2026-11-26; test_tsd.py has their weights and guidance, the first two their networks.
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] * ("weighting" in case)) for case in CASES]
 
 
 @pytest.mark.parametrize("case", QUICK)

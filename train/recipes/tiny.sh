@@ -4,10 +4,11 @@
 #   train/recipes/tiny.sh --photos PHOTOS --validation OTHERS --output runs/tiny --budget cpu
 #
 #   --photos      folder of photographs; repeat for several
-#   --validation  folder of other photographs, which the autoencoder is tried on while it trains
+#   --validation  folder of other photographs, which the autoencoder is tried on while it trains; the scaling factor of the
+#                 latents is measured on up to 32 of them
 #   --output      folder for everything; what is there already is not done again, and an interrupted stage goes on
-#   --budget      cpu: an hour or an hour and a half on two cores; gpu: over a hundred times that; minimal: to see it
-#                 run. It changes numbers of steps, crops and batch sizes, nothing else.
+#   --budget      cpu: one to two hours on two cores; gpu: over a hundred times that, never tried; minimal: to
+#                 see it run. It changes numbers of steps, crops and batch sizes, nothing else.
 #   --seed        of the student's last stage (default 0); students share what comes before it
 #   --student     what the student trains for after its start with MSE: mse, tsd or dasm (default)
 #
@@ -22,6 +23,8 @@ here=$PWD
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 
 fail() { echo "tiny.sh: $*" >&2; exit 2; }
+# A folder that is there, in one spelling.
+folder() { (CDPATH='' cd -- "$2" 2>/dev/null && pwd -P) || fail "$1 $2: no such folder"; }
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$here/$1" ;; esac; }
 
 photos=() validation="" output="" budget=cpu seed=0 student=dasm
@@ -29,8 +32,8 @@ while (($#)); do
   case "$1" in -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0"; exit 0 ;; esac
   (($# > 1)) || fail "$1: needs a value"
   case "$1" in
-    --photos) photos+=(--hr_dir "$(absolute "$2")") ;;
-    --validation) validation=$(absolute "$2") ;;
+    --photos) found=$(folder "$1" "$2"); photos+=(--hr_dir "$found") ;;
+    --validation) validation=$(folder "$1" "$2") ;;
     --output) output=$(absolute "$2") ;;
     --budget) budget=$2 ;;
     --seed) seed=$2 ;;
@@ -66,14 +69,20 @@ elif [[ $python == */* ]]; then
   python=$(absolute "$python")
 fi
 cd -- "$root"
-"$python" -c 'import tsdsr_jax' || fail "$python: has no tsdsr_jax; install it, or name another interpreter with PYTHON"
+"$python" -c 'import flax, grain, jax, optax' 2>/dev/null ||
+  fail "$python: lacks what tsdsr_jax needs; install it there, or name another interpreter with PYTHON"
+# Pictures of a stage would be the next one's photographs.
+for used in "$validation" "${photos[@]}"; do
+  [[ $used != --hr_dir && $(realpath -m -- "$output")/ == "$used"/* ]] &&
+    fail "--output $output: lies in the photographs of $used; choose another folder"
+done
 
 # Another budget would go on in these folders, and delete what the first one made.
 mkdir -p -- "$output"
-described="$budget ${photos[*]}"
+described="$budget ${photos[*]} --validation $validation"
 if [[ -f $output/recipe ]]; then
   [[ $(<"$output/recipe") == "$described" ]] ||
-    fail "$output: belongs to --budget and --photos $(<"$output/recipe"); choose another --output"
+    fail "$output: belongs to --budget, --photos and --validation $(<"$output/recipe"); choose another --output"
 else
   printf '%s\n' "$described" >"$output/recipe"
 fi

@@ -43,7 +43,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.prompts import PromptEmbeds
-from tsdsr_jax.sizes import LATENT_FACTOR, in_two_sizes
+from tsdsr_jax.sizes import LATENT_FACTOR, batch_size, slices
 from tsdsr_jax.upscaler import Prepared, Settings, Upscaler
 
 Part = Literal["encode", "transformer", "decode", "end"]
@@ -243,8 +243,8 @@ class Bench:
         photos = [Prepared(plan, image, np.zeros_like(noise[0])) for image in images]
 
         def end() -> list[np.ndarray]:
-            batches = in_two_sizes(photos, 1, up.settings.photos_at_a_time((side, side)))
-            launched = [up.launch(few, (side, side), batch=size) for few, size in batches]
+            size = batch_size(len(photos), 1, up.largest_batch((side, side)))
+            launched = [up.launch(few, (side, side), batch=size) for few in slices(photos, size)]
             return [picture for item in launched for picture in item.results()]
 
         def torch_end() -> torch.Tensor:

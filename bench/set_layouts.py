@@ -30,7 +30,6 @@ from PIL import Image
 from tsdsr_jax import cli
 from tsdsr_jax.degradation import DegradationConfig
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.options import at_least
 from tsdsr_jax.pairs import Layout, Pairs, Planned
 from tsdsr_jax.photos import CropConfig, Photographs
 from tsdsr_jax.preparation import Finished, Prompts
@@ -62,7 +61,7 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    at_least(options, 1, "samples", "rounds")
+    cli.at_least(options, 1, "samples", "rounds")
     if options.size < 16 or options.size % 16:
         raise UserError(f"--size {options.size}: expected a multiple of 16")
     cv2.setNumThreads(1)

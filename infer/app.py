@@ -142,9 +142,7 @@ def check_server(options: Options) -> None:
     Raises:
       UserError: a flag is out of its range, or the address or the port cannot be listened at.
     """
-    for flag in ("max_upload", "max_waiting"):
-        if (value := getattr(options, flag)) < 1:
-            raise UserError(f"--{flag} {value}: expected at least 1")
+    cli.at_least(options, 1, "max_upload", "max_waiting")
     if not 1 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: expected 1 to 65535")
     try:

@@ -57,8 +57,7 @@ class Options(UpscaleOptions):
 def main() -> None:
     options = completed(cli.parse(Options, description=__doc__))
     check(options)
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch_size {options.batch_size}: expected at least 1")
+    cli.at_least(options, 1, "batch_size")
     part = shard_of(options)
     jobs = folder.find_jobs(
         options.input_dir, options.output_dir, f".{options.format}", overwrite=options.overwrite

@@ -240,7 +240,7 @@ def test_results_that_are_not_finite_are_computed_again(options, tmp_path, monke
         if self.dtype == np.float32:
             return launch(self, photos, bucket, **more)
         return Launched(
-            [photos[0].plan], bucket, False, 1, jnp.zeros((1, *bucket, 3), jnp.uint8), jnp.zeros(1, bool)
+            [photos[0].plan], bucket, False, jnp.zeros((1, *bucket, 3), jnp.uint8), jnp.zeros(1, bool)
         )
 
     monkeypatch.setattr(Upscaler, "launch", overflow)

@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not(start, tmp_path):
 
 @pytest.mark.slow
 def test_ten_kills_and_five_stops(start, tmp_path):
-    """Four minutes on two cores; 2026-11: passed."""
+    """Four and a half minutes on two cores; 2026-11-26: passed."""
     kinds = [signal.SIGKILL] * 10 + [signal.SIGTERM] * 5
     random.Random(1).shuffle(kinds)
     more = ("--max_train_steps", "100", "--checkpointing_steps", "5", "--gradient_accumulation_steps", "2")

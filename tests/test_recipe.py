@@ -78,18 +78,9 @@ GIVEN = ("--photos", "infer", "--validation", "train", "--output", "/dev/null/b"
             ("--photos", "infer", "--validation", "train", "--output", "train/new"),
             "lies in the photographs of",
         ),
-        (
-            (*GIVEN, "--budget", "tpu"),
-            "--budget tpu: expected",
-        ),
-        (
-            (*GIVEN, "--student", "x"),
-            "--student x: expected",
-        ),
-        (
-            (*GIVEN, "--seed", "x"),
-            "--seed x: expected",
-        ),
+        ((*GIVEN, "--budget", "tpu"), "--budget tpu: expected"),
+        ((*GIVEN, "--student", "x"), "--student x: expected"),
+        ((*GIVEN, "--seed", "x"), "--seed x: expected"),
     ],
 )
 def test_mistakes_are_told(arguments, message):

@@ -533,11 +533,11 @@ class Crowded(StandIn):
     def launch(
         self, photos: list[Prepared], bucket: tuple[int, int], *, masked: bool, batch: int = 0
     ) -> Answer:
-        super().launch(photos, bucket, masked=masked, batch=batch)
         self.asked.append((len(photos), batch))
+        answer = super().launch(photos, bucket, masked=masked, batch=batch)
         if batch > len(self.devices):
             raise jax.errors.JaxRuntimeError(self.words)
-        return super().launch(photos, bucket, masked=masked, batch=batch)
+        return answer
 
 
 def test_a_batch_that_fails_while_its_group_is_cut(tmp_path):

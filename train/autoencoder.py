@@ -36,7 +36,7 @@ from tsdsr_jax.models.lpips import LPIPS, Network, minimum_side
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.networks import load_networks
 from tsdsr_jax.objective import Samples, to_unit
-from tsdsr_jax.options import CropOptions, OptimizerOptions, RunOptions, at_least
+from tsdsr_jax.options import CropOptions, OptimizerOptions, RunOptions
 from tsdsr_jax.pretrained import TORCH_STEM, NetworkFiles, torch_config
 from tsdsr_jax.record import Record
 from tsdsr_jax.run_log import Curve
@@ -105,7 +105,7 @@ def check(options: Options) -> None:
     options.check()
     options.check_crop()
     options.check_optimizer()
-    at_least(options, 0, "learning_rate", "lambda_gradient", "lambda_kl", "lambda_lpips")
+    cli.at_least(options, 0, "learning_rate", "lambda_gradient", "lambda_kl", "lambda_lpips")
 
 
 def check_crop(options: Options, config: VAEConfig) -> None:

@@ -44,7 +44,7 @@ from tsdsr_jax.devices import DTYPES, keep_programs, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import read_photo
 from tsdsr_jax.networks import Networks, load_text, text_hash
-from tsdsr_jax.options import PairOptions, at_least, check_writable
+from tsdsr_jax.options import PairOptions, check_writable
 from tsdsr_jax.pairs import Crops, Layout, Pairs, Planned, plan
 from tsdsr_jax.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
 from tsdsr_jax.preparation import Embedder, Encoder, PromptChoice, Prompts, find_prompts, finish
@@ -156,7 +156,7 @@ def check(options: Options) -> None:
     options.check_crop()
     options.part()
     options.encoder_options()
-    at_least(
+    cli.at_least(
         options,
         1,
         "crops_per_photo",
@@ -165,7 +165,7 @@ def check(options: Options) -> None:
         "preview_photos",
         "max_sequence_length",
     )
-    at_least(options, 0, "seed", "dataloader_num_workers")
+    cli.at_least(options, 0, "seed", "dataloader_num_workers")
     if options.preview is not None:
         check_sheet(options.preview)
     else:

@@ -140,6 +140,14 @@ def run(main: Callable[[], object]) -> None:
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
 
 
+def at_least(options: Any, bound: int, *names: str) -> None:
+    """Raises UserError for the first flag that is given and lower, or not a number."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not bound <= value < float("inf"):
+            raise UserError(f"--{name} {value:g}: expected at least {bound}")
+
+
 def script_name() -> str:
     return Path(sys.argv[0]).name
 

@@ -28,7 +28,7 @@ from tsdsr_jax.images import (
     write_photo,
 )
 from tsdsr_jax.resize import pillow_bicubic
-from tsdsr_jax.sizes import Item, Size, SizePlan, plan_buckets
+from tsdsr_jax.sizes import Size, SizePlan, batch_size, plan_buckets, slices
 from tsdsr_jax.upscaler import Launched, Prepared, Settings, Upscaler, finish, latent_noise, prepare
 
 Writing = deque[Future[None]]
@@ -40,6 +40,10 @@ class Job:
 
     source: Path
     target: Path
+
+
+# (bucket, portrait) -> the photographs computed so
+Shapes = dict[tuple[Size, bool], list[tuple[Job, SizePlan]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,29 +215,31 @@ def plan_groups(
         measured = [(job, sizes) for job, sizes in zip(jobs, plans, strict=True) if sizes]
     buckets = plan_buckets([sizes.lying for _, sizes in measured])
     masked = {bucket for (_, sizes), bucket in zip(measured, buckets, strict=True) if sizes.lying != bucket}
-    together: dict[tuple[Size, bool], list[tuple[Job, SizePlan]]] = {}
+    together: Shapes = {}
     for (job, sizes), bucket in zip(measured, buckets, strict=True):
         together.setdefault((bucket, sizes.portrait), []).append((job, sizes))
-    mine: dict[tuple[Size, bool], list[tuple[Job, SizePlan]]] = {}
-    dealt = 0  # on from one shape to the next, so that few photographs of many shapes are shared out, too
-    for key, members in sorted(together.items()):
-        mine[key] = members[(index - dealt) % parts :: parts]
-        dealt += len(members)
+    mine = _dealt(together, part)
     many = {bucket: devices * settings.photos_at_a_time(bucket) for bucket, _ in mine}
     # Portraits and landscapes share programs: what one of them compiles serves the other.
-    several = {bucket for (bucket, _), members in mine.items() if devices < many[bucket] < 2 * len(members)}
-    groups = []
-    for (bucket, _), members in mine.items():
-        size = many[bucket] if bucket in several else devices
-        groups += [
-            Group(tuple(batch), bucket, bucket in masked, bucket in several)
-            for batch in _slices(members, size)
-        ]
-    return groups
+    several = {
+        bucket
+        for (bucket, _), members in mine.items()
+        if batch_size(len(members), devices, many[bucket]) > devices
+    }
+    return [
+        Group(tuple(batch), bucket, bucket in masked, bucket in several)
+        for (bucket, _), members in mine.items()
+        for batch in slices(members, many[bucket] if bucket in several else devices)
+    ]
 
 
-def _slices(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _dealt(together: Shapes, part: tuple[int, int]) -> Shapes:
+    """The (i, n)-th part of all members, dealt on from one shape to the next, so that few of many shapes are shared, too."""
+    (index, parts), dealt, mine = part, 0, {}
+    for shape, members in sorted(together.items()):
+        mine[shape] = members[(index - dealt) % parts :: parts]
+        dealt += len(members)
+    return mine
 
 
 def unfinished(groups: Sequence[Group], report: Report) -> list[Group]:
@@ -368,9 +374,7 @@ class _Run:
         self._write_later(slots, pictures, writing)
         pairs = zip(slots, pictures, strict=True)
         overflowed = [slot for slot, picture in pairs if picture is None and self._is_wanted(slot.job)]
-        few = len(self.upscaler.devices)
-        for start in range(0, len(overflowed), few):
-            again = overflowed[start : start + few]
+        for again in slices(overflowed, len(self.upscaler.devices)):
             self._write_later(again, self._in_float32(again, launched), writing, last=True)
 
     def _in_float32(self, slots: list[_Slot], launched: Launched) -> list[np.ndarray | None]:

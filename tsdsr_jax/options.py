@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
+from tsdsr_jax.cli import at_least
 from tsdsr_jax.degradation import DegradationConfig, light
 from tsdsr_jax.devices import DTYPES, join_processes, keep_programs
 from tsdsr_jax.errors import UserError
@@ -269,14 +270,6 @@ class DataOptions(PairOptions):
             raise UserError(
                 "give either prepared sets with --data_dir or folders of photographs with --hr_dir"
             )
-
-
-def at_least(options: Any, bound: int, *names: str) -> None:
-    """Raises UserError for the first flag that is given and lower, or not a number."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not bound <= value < float("inf"):
-            raise UserError(f"--{name} {value:g}: expected at least {bound}")
 
 
 def check_writable(folder: Path, flag: str = "--output_dir") -> None:

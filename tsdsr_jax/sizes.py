@@ -127,6 +127,11 @@ def _merge(starts: np.ndarray, counts: np.ndarray, valid: int, most: int, ratio:
     return labels[inverse]
 
 
+def batch_size(items: int, small: int, large: int) -> int:
+    """The larger of two batch sizes, each a compiled program, where so many items half fill it at least."""
+    return large if items > large // 2 else small
+
+
 def in_two_sizes(items: Sequence[Item], small: int, large: int) -> list[tuple[Sequence[Item], int]]:
     """Cuts items into batches of two sizes, each a compiled program; what would not half fill a large one is cut small.
 
@@ -135,10 +140,15 @@ def in_two_sizes(items: Sequence[Item], small: int, large: int) -> list[tuple[Se
     """
     batches = []
     while items:
-        size = large if len(items) > large // 2 else small
+        size = batch_size(len(items), small, large)
         batches.append((items[:size], size))
         items = items[size:]
     return batches
+
+
+def slices(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Cut into as many as `size` at a time, the last perhaps fewer."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def token_levels(smallest: int, largest: int, most: int = 2) -> list[int]:

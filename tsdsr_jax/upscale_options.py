@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from tsdsr_jax import cli
 from tsdsr_jax.bundled import FOLDER, PROMPT, bundled_model
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
@@ -163,16 +164,8 @@ def check(options: UpscaleOptions) -> None:
             f"--latent_tiled_overlap {options.latent_tiled_overlap}: expected 0 or more, and less than "
             f"--latent_tiled_size {options.latent_tiled_size}"
         )
-    for flag in (
-        "tile_batch_size",
-        "vae_decoder_tiled_size",
-        "vae_encoder_tiled_size",
-        "max_pixels",
-        "rank",
-        "rank_vae",
-    ):
-        if (value := getattr(options, flag)) is not None and value < 1:
-            raise UserError(f"--{flag} {value}: expected at least 1")
+    cli.at_least(options, 1, "tile_batch_size", "vae_decoder_tiled_size", "vae_encoder_tiled_size", "max_pixels", "rank",
+                 "rank_vae")  # fmt: skip
     if not -(2**127) <= options.seed < 2**127:
         raise UserError(f"--seed {options.seed}: expected at most 127 bits")
 

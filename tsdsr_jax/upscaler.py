@@ -129,9 +129,13 @@ class Launched:
     plans: list[SizePlan]
     bucket: Size
     masked: bool
-    batch: int
     images: jax.Array
     finite: jax.Array
+
+    @property
+    def batch(self) -> int:
+        """Pictures computed, repeated ones among them."""
+        return self.images.shape[0]
 
     def results(self) -> list[np.ndarray | None]:
         """Waits; upright (H, W, 3) uint8 pictures, `plan.padded` large; None where values were not finite."""
@@ -206,13 +210,14 @@ class Upscaler:
 
     def _band_pixels(self, band: int | None, batch: int, pixels: int) -> int | None:
         """Area computed at a time of each of a batch's images of `pixels`; None: the whole."""
-        fits = batch // len(self.devices) * pixels <= self.whole_pixels
-        return None if band is None or fits else band**2
+        if band is None or batch // len(self.devices) * pixels <= self.whole_pixels:
+            return None
+        return band**2
 
     def largest_batch(self, bucket: Size) -> int:
         """As many photographs on each device as the settings allow.
 
-        Where bands are allowed, no more than a device computes whole: whole and fewer is faster than many in bands.
+        Where bands are allowed, no more than a device computes whole: in bands the edges are computed more than once.
         """
         settings = self.settings
         most = settings.photos_at_a_time(bucket)
@@ -294,7 +299,7 @@ class Upscaler:
             self._tell("decode", 0, 1)
             pictures, finite = self.decode(params, latents, sums, valid)
             self._tell("decode", 1, 1, pictures)
-        return Launched(plans, bucket, masked, batch, pictures, finite)
+        return Launched(plans, bucket, masked, pictures, finite)
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._split)

@@ -27,12 +27,12 @@ fail() { echo "tiny.sh: $*" >&2; exit 2; }
 folder() { (CDPATH='' cd -- "$2" 2>/dev/null && pwd -P) || fail "$1 $2: no such folder"; }
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$here/$1" ;; esac; }
 
-photos=() validation="" output="" budget=cpu seed=0 student=dasm
+photos=() folders=() validation="" output="" budget=cpu seed=0 student=dasm
 while (($#)); do
   case "$1" in -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0"; exit 0 ;; esac
   (($# > 1)) || fail "$1: needs a value"
   case "$1" in
-    --photos) found=$(folder "$1" "$2"); photos+=(--hr_dir "$found") ;;
+    --photos) found=$(folder "$1" "$2"); photos+=(--hr_dir "$found") folders+=("$found") ;;
     --validation) validation=$(folder "$1" "$2") ;;
     --output) output=$(absolute "$2") ;;
     --budget) budget=$2 ;;
@@ -72,9 +72,9 @@ cd -- "$root"
 "$python" -c 'import flax, grain, jax, optax' 2>/dev/null ||
   fail "$python: lacks what tsdsr_jax needs; install it there, or name another interpreter with PYTHON"
 # Pictures of a stage would be the next one's photographs.
-for used in "$validation" "${photos[@]}"; do
-  [[ $used != --hr_dir && $(realpath -m -- "$output")/ == "$used"/* ]] &&
-    fail "--output $output: lies in the photographs of $used; choose another folder"
+output=$("$python" -c 'import os, sys; print(os.path.realpath(sys.argv[1]))' "$output")
+for used in "$validation" "${folders[@]}"; do
+  [[ $output/ != "$used"/* ]] || fail "--output $output: lies in the photographs of $used; choose another folder"
 done
 
 # Another budget would go on in these folders, and delete what the first one made.

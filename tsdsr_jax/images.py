@@ -193,7 +193,8 @@ def write_photo(
     encoded = io.BytesIO()
     image.save(encoded, **_ENCODERS[format], **_metadata(like, format))
     with replacing(path) as temporary:
-        temporary.write_bytes(encoded.getbuffer())
+        # No getbuffer(): the traceback of a failed write keeps the view, on which Python 3.12.1's collector crashes.
+        temporary.write_bytes(encoded.getvalue())
 
 
 # ---- opening -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from parity import TOLERANCE, error, random_params, uniform
+from tsdsr_jax.models import folded as models_folded
 from tsdsr_jax.models.folded import FoldedMMDiT, fold, quantized
 from tsdsr_jax.models.layers import Dense
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig, grid_positions, patchify
@@ -45,7 +46,7 @@ def plain(config: MMDiTConfig, params: Any, given: dict[str, Any], lengths: Any 
 
 def folded(config: MMDiTConfig, params: Any, given: dict[str, Any], lengths: Any = None, **how) -> jax.Array:
     how = dict(dtype=jnp.float32) | how
-    made = jax.jit(partial(fold, config, timestep=1000.0, **how))(params, given["context"], given["pooled"])
+    made = fold(config, params, given["context"], given["pooled"], 1000.0, **how)
     return jax.jit(FoldedMMDiT(config).apply)({"params": made}, given["patches"], given["positions"], lengths)
 
 
@@ -104,13 +105,37 @@ def test_scales_keep_their_digits_in_half_precision(kind):
     assert error(out, np.full((1, 2), 4 * 1000 * 100 * 3e-8)) <= 0.02
 
 
-def test_folding_holds_one_layer_more_at_a_time():
-    """SD3-medium in float16, compiled and not run: temporaries of 0.4 GB; a copy of the stack would be 4."""
+def test_folding_holds_one_layer_more_at_a_time(monkeypatch):
+    """Of parameters on the host; all of them would be 24 layers."""
+    config = MMDiTConfig.tiny(num_layers=24)
+    params = jax.tree.map(np.asarray, random_params(config))
+    given = inputs(config, 1, 4, 4)
+    held, store = [], models_folded._with_layer
+
+    def watched(*arguments):
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return store(*arguments)
+
+    monkeypatch.setattr(models_folded, "_with_layer", watched)
+    before = sum(array.nbytes for array in jax.live_arrays())
+    made = fold(config, params, given["context"], given["pooled"], 1000.0, jnp.float32)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+    layer = sum(leaf.nbytes for leaf in jax.tree.leaves(params["blocks_0"])) / 23
+    assert len(held) == 23  # the first layer has no place in a stack
+    assert size < max(held) - before + layer < size + 4 * layer
+
+
+def test_folding_a_layer_takes_little_memory():
+    """One of SD3-medium's in float16, compiled and not run: temporaries of 0.4 GB."""
     config = MMDiTConfig.sd3_medium()
-    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float16), abstract_params(config))
-    text = [jax.ShapeDtypeStruct(shape, jnp.float16) for shape in ((333, 4096), (2048,))]
-    made = jax.jit(partial(fold, config, timestep=1000.0, dtype=jnp.float16)).lower(half, *text).compile()
-    assert made.memory_analysis().temp_size_in_bytes < 1e9
+    half = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], jnp.float16), abstract_params(config)["blocks_0"]
+    )
+    how = dict(config=config, kind=config.runs()[0][2], dtype=jnp.float16, eight_bits=None)
+    made = models_folded._stored_block.lower(
+        half, jax.ShapeDtypeStruct((1536,), jnp.float32), **how
+    ).compile()
+    assert made.memory_analysis().temp_size_in_bytes < 5e8
 
 
 @pytest.mark.parametrize(("kind", "relative"), [("int8", 0.5 / 127), ("fp8", 2.0**-4)])

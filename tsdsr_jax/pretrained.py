@@ -102,6 +102,7 @@ class NetworkFiles:
         lora_scale: float = 1.0,
         put: Callable[[str, np.ndarray], jax.Array] = lambda path, array: jnp.asarray(array),
         progress: Callable[[int], object] = lambda size: None,
+        on_host: bool = False,
     ) -> Tree:
         """Loads all parameters, one leaf at a time, merging an adapter on the way.
 
@@ -111,18 +112,30 @@ class NetworkFiles:
           lora_scale: factor on the adapter.
           put: (path, host array as stored) -> device array, to choose devices.
           progress: called with the number of values of each leaf that has been loaded.
+          on_host: give NumPy arrays; only what an adapter is merged into comes to a device on the way.
 
         Raises:
           UserError: the weights do not fit the config.
         """
         pairs = flatten_dict(lora or {}, sep="/")
+
+        def leaf_of(path: str, array: np.ndarray) -> Any:
+            pair = lora_lib.pair_of(pairs, path)
+            if pair is None:
+                return (array if on_host else put(path, array)).astype(dtype)
+            pair = [np.asarray(half, np.float32) for half in pair]
+
+            def merged(*parts: np.ndarray) -> jax.Array:
+                parts = (put(path, part) for part in parts)
+                return lora_lib.merge_kernel(*parts, factor=lora_scale, dtype=jnp.dtype(dtype))
+
+            if on_host and array.ndim == 3:  # a run's layers, one at a time
+                return np.stack([np.asarray(merged(*layer)) for layer in zip(array, *pair, strict=True)])
+            return np.asarray(merged(array, *pair)) if on_host else merged(array, *pair)
+
         loaded = []
         for path, array in self.leaves():
-            leaf = put(path, array)
-            if pair := lora_lib.pair_of(pairs, path):
-                halves = (put(path, np.asarray(half, np.float32)) for half in pair)
-                leaf = lora_lib.merge_kernel(leaf, *halves, factor=lora_scale, dtype=jnp.dtype(dtype))
-            loaded.append((path, leaf.astype(dtype)))
+            loaded.append((path, leaf_of(path, array)))
             progress(array.size)
         return torch_weights.to_tree(loaded)
 

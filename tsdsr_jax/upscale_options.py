@@ -206,6 +206,7 @@ def load(options: UpscaleOptions, settings: Settings, devices: list[jax.Device])
                     options.lora_scale,
                     put=lambda path, array: jax.device_put(array, devices[0]),
                     progress=bar.update,
+                    on_host=network is transformer,  # whose folding takes one layer at a time
                 )
             )
     return Upscaler(

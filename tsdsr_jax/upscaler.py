@@ -151,7 +151,8 @@ class Upscaler:
 
     Args:
       transformer, vae: configs and parameters; the adapters merged, kept in any dtype. Of the transformer only what is left
-        at t = 1000 and for this prompt stays on the devices (`models.folded`).
+        at t = 1000 and for this prompt stays on the devices (`models.folded`), and where its parameters lie on the host no
+        more than that and one layer ever comes to them.
       prompt: text embeddings, of the widths that the transformer's config asks for.
       settings: see `Settings`.
       dtype: computation dtype.
@@ -176,12 +177,16 @@ class Upscaler:
         self._shared = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec("data"))
         self._configs = transformer[0], vae[0]
-        folding = jax.jit(
-            partial(fold, transformer[0], timestep=TIMESTEP, dtype=dtype, eight_bits=weights),
-            out_shardings=self._shared,
+        self._transformer_params = fold(
+            transformer[0],
+            transformer[1],
+            prompt.prompt,
+            prompt.pooled,
+            TIMESTEP,
+            dtype,
+            weights,
+            self._shared,
         )
-        whole = jax.device_put((transformer[1], prompt.prompt, prompt.pooled), self._shared)
-        self._transformer_params = folding(*whole)
         self._vae_params = jax.device_put(vae[1], self._shared)
         self._compute_in(dtype)
 
@@ -204,9 +209,13 @@ class Upscaler:
         """Pixels of a device's images, together, up to which they are not computed in bands where bands are allowed."""
         if self.settings.whole_pixels is not None:
             return self.settings.whole_pixels
-        taken = sum(leaf.nbytes for leaf in jax.tree.leaves((self._transformer_params, self._vae_params)))
         per_pixel = whole_image_bytes(self._configs[1], self.dtype, self.devices[0].platform)
-        return max(0, int((memory_of(self.devices[0]) - taken) / per_pixel))
+        return max(0, int((memory_of(self.devices[0]) - self.weight_bytes) / per_pixel))
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the parameters take on each device."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self._transformer_params, self._vae_params)))
 
     def _band_pixels(self, band: int | None, batch: int, pixels: int) -> int | None:
         """Area computed at a time of each of a batch's images of `pixels`; None: the whole."""

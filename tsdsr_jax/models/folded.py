@@ -15,7 +15,7 @@ Axes as in `mmdit.py`: B batch, T image tokens, S text tokens, N heads, H head d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from tsdsr_jax.models.attention import Implementation, attention
@@ -190,8 +191,11 @@ def fold(
     timestep: float,
     dtype: DTypeLike,
     eight_bits: EightBits | None = None,
+    sharding: Sharding | None = None,
 ) -> Tree:
-    """The parameters of `FoldedMMDiT`, computed in float32 from those of `MMDiT`, LoRA merged; to be jitted.
+    """The parameters of `FoldedMMDiT`, computed in float32 from those of `MMDiT`, LoRA merged.
+
+    Layer after layer: where `params` lie on the host, the devices hold what is made and one layer of them.
 
     Args:
       config: sizes.
@@ -201,49 +205,84 @@ def fold(
       dtype: of the result.
       eight_bits: store the blocks' kernels like this instead, see `quantized`; not the first and the last layer, which are
         small and see the latents themselves.
+      sharding: of every leaf of the result; None: JAX's default device, or where `params` are.
     """
-
-    def stored(tree: Tree) -> Tree:
-        tree = quantized(tree, eight_bits) if eight_bits else tree
-        # Scales stay float32: behind a gate near zero they are below float16's normal numbers.
-        leaves = flatten_dict(tree)
-        keep = {path for path in leaves if path[-1] == "scale" and (*path[:-1], "kernel") in leaves}
-        keep |= {(*path[:-1], "kernel") for path in keep}
-        return unflatten_dict(
-            {path: leaf if path in keep else leaf.astype(dtype) for path, leaf in leaves.items()}
+    put = partial(jax.device_put, device=sharding)
+    ends = {name: part for name, part in params.items() if not name.startswith("blocks_")}
+    made, conditioning, text = _fold_ends(put(ends), put(context), put(pooled), timestep, dtype=dtype)
+    stacks = []
+    for run, (begin, length, kind) in enumerate(config.runs()):
+        store = partial(_stored_block, config=config, kind=kind, dtype=dtype, eight_bits=eight_bits)
+        layers = (
+            put(jax.tree.map(lambda leaf, layer=layer: leaf[layer], params[f"blocks_{run}"]))
+            for layer in range(length)
         )
+        if begin == 0:
+            made["first"] = store(next(layers), conditioning, text)
+        if rest := length - (begin == 0):
+            stacks.append(_stacked((store(layer, conditioning) for layer in layers), rest))
+    return made | {f"blocks_{index}": stack for index, stack in enumerate(stacks)}
 
-    with jax.default_matmul_precision("highest"):
-        embed = TimeTextEmbedding(config.width, jnp.float32)
-        conditioning = nn.silu(
-            embed.apply(
-                {"params": _float32(params["time_text_embed"])},
-                jnp.full((1,), timestep),
-                pooled[None].astype(jnp.float32),
-            )
-        )[0]
-        text = _linear(_float32(params["context_embedder"]), context.astype(jnp.float32))
-        (_, _, kind), *_ = config.runs()
-        first = jax.tree.map(lambda leaf: leaf[0], params["blocks_0"])
-        folded = {"first": stored(_fold_block(config, kind, conditioning, first, text))}
-        for index, (length, kind) in enumerate(remaining_runs(config)):
-            run = index + len(config.runs()) - len(remaining_runs(config))
-            stack = params[f"blocks_{run}"]
-            skipped = jax.tree.leaves(stack)[0].shape[0] - length
 
-            def layer(number: jax.Array, stack: Tree = stack, kind: BlockKind = kind) -> Tree:
-                block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, 0, False), stack)
-                return stored(_fold_block(config, kind, conditioning, block))
+def _stacked(layers: Iterable[Tree], length: int) -> Tree:
+    """Trees of arrays -> one with a leading axis, without ever holding all of them twice."""
+    stack = None
+    for index, layer in enumerate(layers):
+        if stack is None:
+            stack = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(length, *leaf.shape)), layer)
+        # Without waiting, the next layers would come to the device before this one is done with.
+        stack = jax.block_until_ready(_with_layer(stack, layer, index))
+    return stack
 
-            # One layer after the other: all in float32 would be 5 GB, and a slice of the stack a copy of it.
-            folded[f"blocks_{index}"] = jax.lax.map(layer, skipped + jnp.arange(length))
-        scale, shift = jnp.split(_linear(_float32(params["norm_out"]["linear"]), conditioning), 2)
-        ends = {
-            "pos_embed": params["pos_embed"],
-            "text": text,
-            "proj_out": _before(_float32(params["proj_out"]), shift, scale),
-        }
-    return folded | jax.tree.map(lambda leaf: leaf.astype(dtype), ends)
+
+@partial(jax.jit, donate_argnums=0)
+def _with_layer(stack: Tree, layer: Tree, index: int) -> Tree:
+    return jax.tree.map(lambda all_layers, one: all_layers.at[index].set(one), stack, layer)
+
+
+@partial(jax.jit, static_argnames="dtype")
+@jax.default_matmul_precision("highest")
+def _fold_ends(
+    params: Tree, context: jax.Array, pooled: jax.Array, timestep: float, dtype: DTypeLike
+) -> tuple[dict[str, Any], jax.Array, jax.Array]:
+    """What lies before and after the blocks; the conditioning (D,) and the text (S, D) that they are folded with."""
+    context, pooled = context.astype(jnp.float32), pooled.astype(jnp.float32)
+    text = _linear(_float32(params["context_embedder"]), context)
+    conditioning_params = _float32(params["time_text_embed"])
+    embed = TimeTextEmbedding(text.shape[-1], jnp.float32)
+    conditioning = nn.silu(
+        embed.apply({"params": conditioning_params}, jnp.full((1,), timestep), pooled[None])
+    )[0]
+    scale, shift = jnp.split(_linear(_float32(params["norm_out"]["linear"]), conditioning), 2)
+    made = {
+        "pos_embed": params["pos_embed"],
+        "text": text,
+        "proj_out": _before(_float32(params["proj_out"]), shift, scale),
+    }
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), made), conditioning, text
+
+
+@partial(jax.jit, static_argnames=("config", "kind", "dtype", "eight_bits"))
+@jax.default_matmul_precision("highest")
+def _stored_block(
+    block: Tree,
+    conditioning: jax.Array,
+    text: jax.Array | None = None,
+    *,
+    config: MMDiTConfig,
+    kind: BlockKind,
+    dtype: DTypeLike,
+    eight_bits: EightBits | None,
+) -> Tree:
+    """A folded block as it is kept."""
+    folded = _fold_block(config, kind, conditioning, block, text)
+    leaves = flatten_dict(quantized(folded, eight_bits) if eight_bits else folded)
+    # Scales stay float32: behind a gate near zero they are below float16's normal numbers.
+    keep = {path for path in leaves if path[-1] == "scale" and (*path[:-1], "kernel") in leaves}
+    keep |= {(*path[:-1], "kernel") for path in keep}
+    return unflatten_dict(
+        {path: leaf if path in keep else leaf.astype(dtype) for path, leaf in leaves.items()}
+    )
 
 
 def _fold_block(

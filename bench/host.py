@@ -43,6 +43,7 @@ class Done:
     """What `Upscaler.launch` would give, at once."""
 
     pictures: list[np.ndarray]
+    batch: int
 
     def results(self) -> list[np.ndarray]:
         return self.pictures
@@ -51,11 +52,14 @@ class Done:
 class NoDevice:
     """Stands in for the upscaler; its pictures are the enlarged photographs."""
 
-    settings = Settings()
+    settings = Settings(photo_batch=8)
     devices, latent_channels, dtype = ("none",), 16, np.dtype(np.float32)
 
     def launch(self, photos: Sequence[Prepared], bucket: Size, *, masked: bool, batch: int) -> Done:
-        return Done([((photo.image * 0.5 + 0.5) * 255).astype(np.uint8) for photo in photos])
+        return Done([((photo.image * 0.5 + 0.5) * 255).astype(np.uint8) for photo in photos], batch)
+
+    def largest_batch(self, bucket: Size) -> int:
+        return self.settings.photos_at_a_time(bucket)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -17,11 +18,15 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from peft import LoraConfig
 from torch import Tensor
 
+from tsdsr_jax import devices
+from tsdsr_jax.models.folded import EightBits
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.pretrained import torch_config
+from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.tensor_files import TensorSpec
 from tsdsr_jax.torch_weights import Config, Tree, read_base, to_tree
+from tsdsr_jax.upscaler import Settings, Upscaler
 
 Size = Literal["tiny", "half", "full"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -91,6 +96,22 @@ class TorchNetworks:
                 LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
             )
 
+    def upscaler(
+        self, size: Size, settings: Settings, precision: str, weights: EightBits | None = None
+    ) -> Upscaler:
+        """Ours, with these weights, on the first device."""
+        transformer, vae = configs(size)
+        prompt = PromptEmbeds(*(numpy_of(part[0]) for part in self.text))
+        return Upscaler(
+            (transformer, params_of(self.transformer, transformer)),
+            (vae, params_of(self.vae, vae)),
+            prompt,
+            settings,
+            devices.DTYPES[precision],
+            jax.devices()[:1],
+            weights,
+        )
+
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
         """(B, 3, H, W) in [−1, 1] -> latents (B, C, h, w), times the scaling factor."""
         posterior = self.vae.encode(images).latent_dist
@@ -148,9 +169,10 @@ class _Reader(NamedTuple):
 
 
 def params_of(model: Any, config: Config) -> Tree:
-    """A PyTorch network's parameters as ours, on our device, in its dtype."""
-    tensors = {name: numpy_of(tensor) for name, tensor in model.state_dict().items()}
-    return to_tree((path, jnp.asarray(array)) for path, array in read_base(_Reader(tensors), config))
+    """A PyTorch network's parameters as ours, on the host, in its dtype."""
+    return to_tree(
+        read_base(_Reader({name: numpy_of(tensor) for name, tensor in model.state_dict().items()}), config)
+    )
 
 
 def numpy_of(tensor: Tensor) -> np.ndarray:

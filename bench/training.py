@@ -19,8 +19,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,13 +31,12 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 import timing
-from peft import LoraConfig
-from torch_networks import ADAPTED, DTYPES, ENCODER, STUDENT, TOKENS, TorchNetworks, configs, params_of
+from torch_networks import TOKENS, configs, params_of
+from torch_training import RATE, TorchStep
 
 import oracle_models
-import oracle_training as oracle
 import parity
-from tsdsr_jax import cli, devices, flow
+from tsdsr_jax import cli, devices
 from tsdsr_jax.distillation import jit_step
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiT
@@ -51,7 +48,6 @@ from tsdsr_jax.tsd import Text, TSDConfig
 
 # Relative, of each loss.
 FARTHEST = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.1}
-RATE, RATE_AUXILIARY = 5e-6, 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +92,10 @@ def main() -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     precision = options.mixed_precision or ("fp32" if options.device == "cpu" else "bf16")
     data = random_data(options)
-    theirs = TorchStep(options, precision)
+    theirs = TorchStep(
+        *(options.size, options.device, precision, options.config),
+        *(options.rank, options.gradient_checkpointing),
+    )
     ours = OurStep(options, precision, theirs)
     losses = theirs.losses(data), ours.losses(data)
     apart = max(abs(losses[1][name] / value - 1) for name, value in losses[0].items())
@@ -143,145 +142,6 @@ def random_data(options: Options) -> dict[str, np.ndarray]:
         "bias": np.minimum(random.integers(-25, 25, batch), 950 - index),
         "normal": normal(batch), "uniform": random.uniform(size=batch).astype(np.float32),
     }  # fmt: skip
-
-
-# --- PyTorch ----------------------------------------------------------------------------------------
-
-
-class TorchStep:
-    """The step in PyTorch; adapters are float32, the rest in `precision`, computed under autocast."""
-
-    def __init__(self, options: Options, precision: str):
-        self.options, self.config, self.device = options, options.config, options.device
-        self.networks = TorchNetworks.random(options.size, options.device, DTYPES[precision])
-        self.dtype = DTYPES[precision]
-        transformer, vae = self.networks.transformer, self.networks.vae
-        for model, name, targets in (
-            (transformer, "student", list(STUDENT)), (transformer, "teacher", list(STUDENT)),
-            (transformer, "auxiliary", list(ADAPTED)), (vae, "default", ENCODER),
-        ):  # fmt: skip
-            model.add_adapter(
-                LoraConfig(
-                    r=options.rank,
-                    lora_alpha=options.rank,
-                    init_lora_weights="gaussian",
-                    target_modules=targets,
-                ),
-                adapter_name=name,
-            )
-        torch.manual_seed(1)
-        for model in (transformer, vae):
-            for name, parameter in model.named_parameters():
-                if "lora_" in name and ".teacher." not in name:  # the teacher's is frozen, as the base is
-                    parameter.data = parameter.data.float()
-                if "lora_B" in name:
-                    parameter.data.normal_(std=0.02 / options.rank)
-        if options.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-            vae.enable_gradient_checkpointing()
-            transformer.train(), vae.train()
-        self.student = [*self.parameters(transformer, "student"), *self.parameters(vae, "default")]
-        self.auxiliary = list(self.parameters(transformer, "auxiliary"))
-        self.optimizers = [
-            torch.optim.AdamW(self.student, RATE, weight_decay=1e-4),
-            torch.optim.AdamW(self.auxiliary, RATE_AUXILIARY, weight_decay=1e-4),
-        ]
-
-    @staticmethod
-    def parameters(model: Any, adapter: str) -> Iterator[Tensor]:
-        for name, parameter in model.named_parameters():
-            if "lora_" in name and f".{adapter}." in name:
-                yield parameter
-
-    def autocast(self) -> Any:
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device, self.dtype)
-
-    def on_device(self, data: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(np.asarray(value)).to(self.device) for name, value in data.items()}
-
-    def guided(self, adapter: str, x: Tensor, timestep: Tensor, text: oracle.TorchText) -> Tensor:
-        """Empty and real prompt in one call."""
-        null = oracle.TorchText(*(torch.zeros_like(part) for part in text))
-        both = oracle.TorchText(*(torch.cat(pair) for pair in zip(null, text, strict=True)))
-        transformer = self.networks.transformer
-        without, given = (
-            oracle.velocity(transformer, adapter, x.repeat(2, 1, 1, 1), timestep.repeat(2), both)
-            .float()
-            .chunk(2)
-        )
-        return without + self.config.guidance_scale * (given - without)
-
-    @torch.no_grad()
-    def tsd_gradient(self, fake: Tensor, data: dict[str, Tensor], text: oracle.TorchText) -> Tensor:
-        tsd, levels = self.config.tsd, torch.from_numpy(flow.sigmas(self.config.shift)).to(self.device)
-        points = len(tsd.point_weights)
-        last = (data["index"] + tsd.stride * points + data["bias"]).clamp(max=len(levels) - 1)
-        grid = [data["index"] + (last - data["index"]) * step // points for step in range(points + 1)]
-        sigma = oracle.wide(levels[grid[0]])
-        x, y = (sigma * data["noise"] + (1 - sigma) * clean for clean in (fake, data["latent_hr"]))
-        total = torch.zeros_like(x)
-        for n, weight in enumerate(tsd.point_weights):
-            sigma, following = oracle.wide(levels[grid[n]]), oracle.wide(levels[grid[n + 1]])
-            timestep = 1000 * levels[grid[n]]
-            teacher_x, teacher_y = (self.guided("teacher", latent, timestep, text) for latent in (x, y))
-            auxiliary_x = self.guided("auxiliary", x, timestep, text)
-            mixed = tsd.balance * (teacher_x - auxiliary_x) + (1 - tsd.balance) * (teacher_x - teacher_y)
-            total += torch.nan_to_num(sigma**2 * weight * mixed)
-            x, y = x - (sigma - following) * auxiliary_x, y - (sigma - following) * teacher_y
-        return total
-
-    def student_losses(self, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        text = oracle.TorchText(data["states"], data["pooled"])
-        fake = oracle.student_latent(
-            self.networks.transformer, self.networks.vae, data["lr"].to(self.dtype), data["posterior"], text
-        ).float()
-        gradient = self.tsd_gradient(fake.detach(), data, text)
-        self.activate("student")
-        return fake, {
-            "tsd": oracle.tsd_loss(fake, gradient),
-            "mse": torch.mean((fake - data["latent_hr"]) ** 2),
-        }
-
-    def auxiliary_loss(self, fake: Tensor, data: dict[str, Tensor]) -> Tensor:
-        levels = oracle.LEVELS.to(self.device)
-        sigma = levels[data["auxiliary_index"]].float()
-        weight = oracle.sample_weights(self.config.weighting, sigma, data["normal"], data["uniform"])
-        noisy = oracle.wide(sigma) * data["auxiliary_noise"] + (1 - oracle.wide(sigma)) * fake.detach()
-        text = oracle.TorchText(data["states"], data["pooled"])
-        velocity = oracle.velocity(self.networks.transformer, "auxiliary", noisy, 1000 * sigma, text).float()
-        clean = noisy - oracle.wide(sigma) * velocity
-        return (0.5 * weight * ((clean - fake.detach()) ** 2).mean((1, 2, 3))).mean()
-
-    def activate(self, adapter: str) -> None:
-        """Switching adapters sets requires_grad anew; the backward pass needs the one that ran."""
-        self.networks.transformer.set_adapter(adapter)
-
-    def losses(self, data: dict[str, np.ndarray]) -> dict[str, float]:
-        tensors = self.on_device(data)
-        with self.autocast():
-            fake, values = self.student_losses(tensors)
-            values["auxiliary"] = self.auxiliary_loss(fake, tensors)
-        return {name: float(value.detach()) for name, value in values.items()}
-
-    def step(self, data: dict[str, np.ndarray]) -> None:
-        tensors = self.on_device(data)
-        with self.autocast():
-            fake, values = self.student_losses(tensors)
-        (values["tsd"] + values["mse"]).backward()
-        torch.nn.utils.clip_grad_norm_(self.student, 1.0)
-        self.optimizers[0].step()
-        self.optimizers[0].zero_grad(set_to_none=True)
-        with self.autocast():
-            value = self.auxiliary_loss(fake, tensors)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(self.auxiliary, 1.0)
-        self.optimizers[1].step()
-        self.optimizers[1].zero_grad(set_to_none=True)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def memory(self) -> float:
-        return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0.0
 
 
 # --- ours -------------------------------------------------------------------------------------------

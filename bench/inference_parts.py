@@ -1,0 +1,152 @@
+"""The parts of upscaling as work for both frameworks, on the same random inputs: what `inference.py` times."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
+from torch_networks import TOKENS, TorchNetworks, synchronized
+
+from tsdsr_jax import devices
+from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.sizes import LATENT_FACTOR, batch_size, slices
+from tsdsr_jax.upscaler import Prepared, Upscaler
+
+Part = Literal["encode", "transformer", "decode", "end"]
+
+
+class Work(NamedTuple):
+    """Attributes:
+    run: does it, giving (B, H, W, C); done when it returns.
+    planned: bytes that it takes beside weights and inputs, where one program does it.
+    """
+
+    run: Callable[[], Any]
+    planned: Callable[[], int] | None = None
+
+
+class Parts:
+    """Args:
+    upscaler: ours.
+    configs: of both networks.
+    side: of the results, in pixels.
+    """
+
+    def __init__(self, upscaler: Upscaler, configs: tuple[MMDiTConfig, VAEConfig], side: int):
+        self.upscaler, self.configs, self.side = upscaler, configs, side
+        self.latent = side // LATENT_FACTOR
+
+    def inputs(self, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images (B, H, W, 3) in [−1, 1], latents and noise (B, h, w, C)."""
+        random = np.random.default_rng(batch)
+        shape = (batch, self.latent, self.latent, self.configs[1].latent_channels)
+        images = random.uniform(-1, 1, (batch, self.side, self.side, 3)).astype(np.float32)
+        latents, noise = (random.standard_normal(shape).astype(np.float32) for _ in range(2))
+        return images, latents, noise
+
+    def ours(self, part: Part, batch: int) -> Work:
+        up = self.upscaler
+        if part == "end":
+            return Work(self._whole(batch))
+        images, latents, noise = map(jnp.asarray, self.inputs(batch))
+        if part == "encode":
+            return self._program(up.encode, up._vae_params, images, noise, None)
+        if part == "decode":
+            nothing = jnp.zeros((*latents.shape[:3], latents.shape[3] + 1))
+            return self._program(up.decode, up._vae_params, latents, nothing, None)
+        config = self.configs[0]
+        positions = jnp.tile(jnp.asarray(grid_positions(config, self.latent, self.latent)), (batch, 1))
+        patches = patchify(latents, config.patch_size)
+        return self._program(up.velocity, up._transformer_params, patches, positions, None)
+
+    def _program(self, function: Any, *inputs: Any) -> Work:
+        """Of a function that was jitted; of several results the first counts."""
+        dtype = self.upscaler.dtype
+
+        def run() -> jax.Array:
+            with devices.matmul_precision(dtype):
+                found = function(*inputs)
+            return jax.block_until_ready(found[0] if isinstance(found, tuple) else found)
+
+        def planned() -> int:
+            with devices.matmul_precision(dtype):
+                memory = function.lower(*inputs).compile().memory_analysis()
+            return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+        return Work(run, planned)
+
+    def _whole(self, batch: int) -> Callable[[], list[np.ndarray]]:
+        """Host to host, in the batches that infer/upscale.py makes."""
+        up, side = self.upscaler, (self.side, self.side)
+        images, _, noise = self.inputs(batch)
+        plan = up.settings.plan((self.side // 4, self.side // 4))
+        photos = [Prepared(plan, image, np.zeros_like(noise[0])) for image in images]
+
+        def run() -> list[np.ndarray]:
+            size = batch_size(len(photos), 1, up.largest_batch(side))
+            launched = [up.launch(few, side, batch=size) for few in slices(photos, size)]
+            return [picture for item in launched for picture in item.results()]
+
+        return run
+
+    def theirs(self, part: Part, batch: int, networks: TorchNetworks) -> Work:
+        device, dtype = networks.text.pooled.device, networks.text.pooled.dtype
+
+        def tensor(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, dtype).permute(0, 3, 1, 2)
+
+        arrays = self.inputs(batch)
+        images, latents, noise = map(tensor, arrays)
+
+        def whole() -> torch.Tensor:
+            found = networks.encode(tensor(arrays[0]), torch.zeros_like(noise))
+            return networks.decode(found - networks.velocity(found)).cpu()
+
+        run = {
+            "encode": lambda: networks.encode(images, noise),
+            "transformer": lambda: networks.velocity(latents),
+            "decode": lambda: networks.decode(latents),
+            "end": whole,
+        }[part]
+        return Work(synchronized(device.type, run))
+
+    def apart(self, part: Part, ours: Any, theirs: torch.Tensor) -> float:
+        """Root mean square of the difference over that of PyTorch's result."""
+        wanted = theirs.float().cpu().numpy().transpose(0, 2, 3, 1)
+        if part == "transformer":
+            wanted = np.asarray(patchify(jnp.asarray(wanted), self.configs[0].patch_size))
+        found = np.stack(ours) if isinstance(ours, list) else np.asarray(ours)
+        return float(np.sqrt(np.square(found.astype(np.float32) - wanted).mean() / np.square(wanted).mean()))
+
+    def flop(self, part: Part) -> float:
+        """Of one image, a multiplication and an addition being two; of our autoencoder, whose up-sampling is cut."""
+        if part == "end":
+            return sum(self.flop(part) for part in ("encode", "transformer", "decode"))
+        if part == "transformer":
+            return transformer_flop(self.configs[0], (self.latent // self.configs[0].patch_size) ** 2)
+        images, latents, _ = self.inputs(1)
+        network = AutoencoderKL(self.configs[1])
+
+        def run(params: Any, x: jax.Array) -> Any:
+            return network.apply({"params": params}, x, method=part)
+
+        x = images if part == "encode" else latents
+        return jax.jit(run).lower(self.upscaler._vae_params, x).cost_analysis()["flops"]
+
+
+def transformer_flop(config: MMDiTConfig, tokens: int) -> float:
+    """Of the joint blocks; of the last block's text, queries count, which PyTorch computes."""
+    square = config.width**2
+    image = 12 * config.num_layers * square * 2 * tokens
+    text = (12 * (config.num_layers - 1) + 3) * square * 2 * TOKENS
+    attention = config.num_layers * 4 * (tokens + TOKENS) ** 2 * config.width
+    return image + text + attention

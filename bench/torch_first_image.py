@@ -1,0 +1,43 @@
+"""PyTorch's side of `first_image.py`: loads a diffusers folder, upscales one photograph, writes it.
+
+Arguments: folder with sd3/, prompt/ and photo.png; folder for the result; device; precision; eager or compiled.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from PIL import Image
+from safetensors.torch import load_file
+from torch_networks import DTYPES, Text, TorchNetworks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import oracle_pipeline as oracle
+
+UPSCALE = 4
+
+
+@torch.no_grad()
+def main(work: Path, target: Path, device: str, precision: str, how: str) -> None:
+    dtype = DTYPES[precision]
+    transformer = SD3Transformer2DModel.from_pretrained(work / "sd3" / "transformer", torch_dtype=dtype)
+    vae = AutoencoderKL.from_pretrained(work / "sd3" / "vae", torch_dtype=dtype)
+    prompt = load_file(work / "prompt" / "prompt.safetensors")
+    text = (prompt[name][None].to(device, dtype) for name in ("prompt_embeds", "pooled_embeds"))
+    networks = TorchNetworks(
+        transformer.to(device).eval(), vae.to(device, memory_format=torch.channels_last).eval(), Text(*text)
+    )
+    if how == "compiled":
+        networks.compile()
+    photo = Image.open(work / "photo.png")
+    size = photo.width * UPSCALE, photo.height * UPSCALE
+    image = oracle.resize_input(oracle.to_tensor(photo), size).to(device, dtype)
+    latents = networks.encode(image, torch.zeros((), device=device, dtype=dtype))
+    result = networks.decode(latents - networks.velocity(latents)).cpu().float() / 255
+    target.mkdir()
+    oracle.to_image(oracle.align_colour(result, photo, "wavelet")).save(target / "photo.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

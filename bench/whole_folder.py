@@ -1,0 +1,121 @@
+"""A folder of photographs, from files to files: ours against PyTorch on a CPU, in float32, with the same random weights.
+
+    python bench/whole_folder.py --size tiny --photos drealsr/test_LR
+
+Everything but loading the networks is timed: reading, enlarging, both networks, colours and writing PNG. The first run,
+which compiles, is told apart. PyTorch is what the tests hold ours to, one photograph after the other. The files must agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import timing
+import torch
+from PIL import Image
+from torch_networks import TorchNetworks
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
+from oracle_pipeline import OraclePipeline
+from tsdsr_jax import cli, folder
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.upscaler import Settings, Upscaler
+
+# Mean difference of a file, in grey levels.
+FARTHEST = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    photos: Path
+    """Folder of photographs."""
+    size: Literal["tiny", "half", "full"] = "tiny"
+    """Of both networks."""
+    process_size: int = 512
+    """Smallest side, in output pixels, that is processed as it is."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    jax.config.update("jax_platforms", "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    networks = TorchNetworks.random(options.size, "cpu", torch.float32)
+    settings = Settings(sample=False, process_size=options.process_size)
+    upscaler = networks.upscaler(options.size, settings, "fp32")
+    pipeline = OraclePipeline(
+        networks.transformer, networks.vae, *networks.text, process_size=options.process_size
+    )
+    with tempfile.TemporaryDirectory() as made:
+        out = Path(made)
+        jobs = folder.find_jobs(options.photos, out, ".png")
+        first, again = (
+            timed(lambda name=name: ours(upscaler, jobs, out / name)) for name in ("first", "again")
+        )
+        theirs = min(timed(lambda: in_torch(pipeline, jobs, out / "torch")) for _ in range(2))
+        apart = max(
+            difference(out / "again" / job.target.name, out / "torch" / job.target.name) for job in jobs
+        )
+    print(
+        f"{len(jobs)} files to files: {again:.1f} s, with compilation {first:.1f} s; PyTorch {theirs:.1f} s "
+        f"(ratio {theirs / again:.2f}, {theirs / first:.2f}); at most {apart:.2f} grey levels apart"
+    )
+    if not apart <= FARTHEST:
+        raise UserError(f"expected at most {FARTHEST:g} grey levels: the two sides do not compute the same")
+    if options.json:
+        row = {"photos": len(jobs), "ours": again, "first": first, "eager": theirs, "apart": apart}
+        row["versions"] = timing.versions("torch", "diffusers")
+        options.json.write_text(json.dumps(row, indent=2) + "\n")
+
+
+def timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def ours(upscaler: Upscaler, jobs: list[folder.Job], out: Path) -> None:
+    notes: list[str] = []
+    report = folder.Report(notes.append)
+    files = folder.FileOptions("wavelet", "png", 0, 10**8)
+    moved = [dataclasses.replace(job, target=out / job.target.name) for job in jobs]
+    groups = folder.plan_groups(moved, upscaler.settings, 1, files, report)
+    folder.upscale(upscaler, groups, files, report)
+    if notes:
+        raise UserError(notes[0])
+
+
+def in_torch(pipeline: OraclePipeline, jobs: list[folder.Job], out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    for job in jobs:
+        try:
+            picture = pipeline.upscale_image(Image.open(job.source))
+        except AssertionError as error:
+            raise UserError(
+                f"{job.source}: a size that PyTorch's side does not take, as the original ({error})"
+            ) from None
+        picture.save(out / job.target.name)
+
+
+def difference(some: Path, other: Path) -> float:
+    return float(np.abs(pixels(some) - pixels(other)).mean())
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"), np.float32)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -350,3 +350,12 @@ def test_own_adapters_that_do_not_fit_are_refused_by_name(change: Any, named: st
     change(pairs)
     with pytest.raises(UserError, match=re.escape(named)):
         torch_weights.check_lora(MemoryReader(pairs).specs, CONFIGS["tiny"], "own")
+
+
+@pytest.mark.parametrize("shape", [(300, 129), (1, 500), (128, 256), (7,), (3, 3, 140, 5)])
+def test_transposed_copies(shape: tuple[int, ...]) -> None:
+    """Whole tiles, parts of tiles, and what is no matrix."""
+    source = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    target = np.empty(shape[::-1], np.float16)
+    torch_weights.copy_into(target, source.T)
+    np.testing.assert_array_equal(target, source.T.astype(np.float16))

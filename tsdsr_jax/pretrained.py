@@ -122,7 +122,7 @@ class NetworkFiles:
         def leaf_of(path: str, array: np.ndarray) -> Any:
             pair = lora_lib.pair_of(pairs, path)
             if pair is None:
-                return (array if on_host else put(path, array)).astype(dtype)
+                return (array if on_host else put(path, array)).astype(dtype, copy=False)
             pair = [np.asarray(half, np.float32) for half in pair]
 
             def merged(*parts: np.ndarray) -> jax.Array:

@@ -74,16 +74,21 @@ def main() -> None:
     mine = [job for group in groups for job, _ in group.jobs]
     if not options.overwrite:
         groups = folder.unfinished(groups, report)
+    others = 0
     if groups:
         upscaler = load(options, settings, devices)
-        with tqdm(total=len(mine) - report.skipped, unit=" images", disable=None) as bar:
+        unread, left = len(report.failures), len(mine) - report.skipped
+        with tqdm(total=left, unit=" images", disable=None) as bar:
             report.on_done = bar.update
             folder.upscale(upscaler, groups, files, report, overwrite=options.overwrite)
+            others = left - report.written - (len(report.failures) - unread)
+            bar.update(others)
     older = f", {report.outdated} of them older than their photographs" if report.outdated else ""
     again = "--overwrite computes them again"
     finished = f", {report.skipped} existed already{older} ({again})" if report.skipped else ""
+    meanwhile = f", {others} came from another process meanwhile" if others else ""
     failed = f", {len(report.failures)} failed" if report.failures else ""
-    print(f"{report.written} upscaled into {options.output_dir}{finished}{failed}")
+    print(f"{report.written} upscaled into {options.output_dir}{finished}{meanwhile}{failed}")
     if options.report:
         write_page(options, mine, report.failures)
     if report.failures:

@@ -303,6 +303,21 @@ def test_finished_files_are_skipped(command, tmp_path):
     assert Image.open(output / "a.png").size == (64, 64)
 
 
+def test_results_of_another_process_are_kept_and_counted(command, tmp_path, monkeypatch):
+    source, output = save(tmp_path / "in", a=SQUARE, b=SQUARE), tmp_path / "out"
+    load_networks = upscale.load
+
+    def while_another_finishes(*arguments):
+        (output / "a.png").write_bytes(b"theirs")
+        return load_networks(*arguments)
+
+    monkeypatch.setattr(upscale, "load", while_another_finishes)
+    done = command(source, output)
+    assert done.status == 0
+    assert done.out.splitlines()[-1] == f"1 upscaled into {output}, 1 came from another process meanwhile"
+    assert (output / "a.png").read_bytes() == b"theirs"
+
+
 def test_a_result_older_than_its_photograph_is_pointed_out(command, tmp_path):
     source, output = save(tmp_path / "in", a=SQUARE, b=SQUARE), tmp_path / "out"
     command(source, output)

@@ -5,6 +5,7 @@ Axes: B batch, Q query tokens, K key tokens, N heads, H head dim.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,8 +16,10 @@ Implementation = Literal["auto", "cudnn", "cpu", "xla"]
 
 _CUDNN_DTYPES = (jnp.float16, jnp.bfloat16)
 _CUDNN_MAX_HEAD_DIM = 128
-# From so many keys on one head's scores at a time beat all of them: they stay in a core's cache.
+# From so many keys on a few heads' scores at a time beat all of them: they stay in a core's cache.
 _LOOP_TOKENS = 768
+# The same for one wide head: from so many keys on, CPUs take so many queries at a time.
+_LOOP_QUERIES, _CPU_QUERIES = 2048, 512
 
 
 def attention(
@@ -66,7 +69,7 @@ def attention(
 
 
 def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """Attention in float32, heads before tokens: 3 times as fast as XLA's own form for 1357 tokens on two cores."""
+    """Attention in float32, a few heads at a time: 3 to 5 times as fast as XLA's own form for 1357 tokens on two cores."""
     width = query.shape[-1]
     # Heads first, and the batch inside: on a mesh it may be split over the devices.
     parts = [
@@ -85,8 +88,18 @@ def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, lengths: j
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         return (weights @ v) / weights.sum(-1)[..., None]
 
-    out = jax.lax.map(attend, parts) if key.shape[1] >= _LOOP_TOKENS else attend(parts)
+    if key.shape[1] < _LOOP_TOKENS:
+        return attend(parts).transpose(1, 2, 0, 3).astype(query.dtype)
+    together = _heads_together(query.shape[2], query.shape[0])
+    groups = [part.reshape(-1, together, *part.shape[1:]) for part in parts]
+    out = jax.lax.map(attend, groups).reshape(parts[0].shape)
     return out.transpose(1, 2, 0, 3).astype(query.dtype)
+
+
+def _heads_together(heads: int, batch: int) -> int:
+    """As few as give each core a matrix of scores of its own, and divide the heads."""
+    wanted = min(heads, -(-(os.cpu_count() or 1) // batch))
+    return next(count for count in range(wanted, heads + 1) if heads % count == 0)
 
 
 def _has_flash_attention() -> bool:
@@ -123,14 +136,22 @@ def single_head_attention(
     """
     batch, tokens, width = query.shape
     bias = None if key_mask is None else jnp.where(key_mask, 0.0, -jnp.inf)[:, None, :]
+    on_cpu = jax.default_backend() == "cpu"
 
     def attend(rows: jax.Array) -> jax.Array:
         scores = jnp.einsum("bqh,bkh->bqk", rows, key, preferred_element_type=jnp.float32) / width**0.5
         scores = scores if bias is None else scores + bias
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        return jnp.einsum("bqk,bkh->bqh", weights, value)
+        if not on_cpu:
+            weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+            return jnp.einsum("bqk,bkh->bqh", weights, value)
+        # Divided afterwards: one pass less over the scores.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        out = jnp.einsum("bqk,bkh->bqh", weights, value, preferred_element_type=jnp.float32)
+        return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
 
     chunk = max(1, max_scores // (batch * tokens))
+    if on_cpu and tokens >= _LOOP_QUERIES:
+        chunk = min(chunk, _CPU_QUERIES)
     if chunk >= tokens:
         return attend(query)
     chunks = -(-tokens // chunk)

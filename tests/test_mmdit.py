@@ -25,6 +25,7 @@ from parity import (
     uniform,
 )
 from tsdsr_jax import lora
+from tsdsr_jax.models import attention as models_attention
 from tsdsr_jax.models.attention import attention
 from tsdsr_jax.models.mmdit import (
     Block,
@@ -417,11 +418,17 @@ def test_attention_counts_the_first_keys_only() -> None:
         assert error(out[row], expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("keys", [40, 800])
+@pytest.mark.parametrize(("cores", "groups"), [(None, None), (1, 4), (4, 2), (64, 1)])
 @pytest.mark.parametrize("lengths", [None, (31, 7)])
-def test_attention_on_cpus_equals_xlas(keys: int, lengths: tuple[int, ...] | None) -> None:
-    """All heads at once, and head by head for many keys; gradients, too."""
-    q, k, v = uniform("q", (2, 9, 3, 8)), uniform("k", (2, keys, 3, 8)), uniform("v", (2, keys, 3, 8))
+def test_attention_on_cpus_equals_xlas(
+    cores: int | None, groups: int | None, lengths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All heads at once, and a few after the other where there are many scores; gradients, too."""
+    q, k, v = uniform("q", (2, 9, 4, 8)), uniform("k", (2, 40, 4, 8)), uniform("v", (2, 40, 4, 8))
+    if cores:
+        monkeypatch.setattr(models_attention, "_LOOP_SCORES", 2 * 4 * 9 * 40)
+        monkeypatch.setattr(models_attention.os, "cpu_count", lambda: cores)
+        assert 4 // models_attention._heads_together(4, 2) == groups
     counted = None if lengths is None else jnp.asarray(lengths)
 
     def run(implementation: str):

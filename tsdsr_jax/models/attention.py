@@ -16,8 +16,8 @@ Implementation = Literal["auto", "cudnn", "cpu", "xla"]
 
 _CUDNN_DTYPES = (jnp.float16, jnp.bfloat16)
 _CUDNN_MAX_HEAD_DIM = 128
-# From so many keys on a few heads' scores at a time beat all of them: they stay in a core's cache.
-_LOOP_TOKENS = 768
+# From so many scores on a few heads' at a time beat all of them: they stay in a core's cache.
+_LOOP_SCORES = 2**22
 # The same for one wide head: from so many keys on, CPUs take so many queries at a time.
 _LOOP_QUERIES, _CPU_QUERIES = 2048, 512
 
@@ -88,9 +88,10 @@ def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, lengths: j
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         return (weights @ v) / weights.sum(-1)[..., None]
 
-    if key.shape[1] < _LOOP_TOKENS:
+    batch, queries, heads, _ = query.shape
+    if batch * heads * queries * key.shape[1] < _LOOP_SCORES:
         return attend(parts).transpose(1, 2, 0, 3).astype(query.dtype)
-    together = _heads_together(query.shape[2], query.shape[0])
+    together = _heads_together(heads, batch)
     groups = [part.reshape(-1, together, *part.shape[1:]) for part in parts]
     out = jax.lax.map(attend, groups).reshape(parts[0].shape)
     return out.transpose(1, 2, 0, 3).astype(query.dtype)

@@ -27,10 +27,12 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) 
       stride: 1 or 2.
       padding: zeros (before, after) on both axes.
     """
-    if kernel.shape[:2] == (1, 1) and stride == 1 and padding == (0, 0):
-        # A matrix product: up to ten times as fast on CPUs, gradients included.
-        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
     if jax.default_backend() == "cpu":
+        if kernel.shape[:2] == (1, 1) and stride == 1 and padding == (0, 0):
+            # A matrix product is up to ten times as fast there, gradients included. The barrier, where XLA minds it (not in
+            # jax 0.10), keeps it from computing x a second time, into an array of the product's shape.
+            rows = jax.lax.optimization_barrier(x).reshape(-1, x.shape[-1])
+            return (rows @ kernel[0, 0]).reshape(*x.shape[:3], -1)
         return _for_cpus(x, kernel, stride, padding)
     return _convolution(x, kernel, stride, padding)
 

@@ -85,8 +85,9 @@ class VAEConfig:
 def whole_image_bytes(config: VAEConfig, dtype: DTypeLike, platform: str) -> float:
     """Memory per image pixel that encoding or decoding without bands takes at its peak, generously.
 
-    XLA plans 2562 bytes for SD3's decoder in float32, ten times its second width, 1568 for its encoder. On CPUs half
-    precision takes more than that, because it is computed in float32. A half is added for what libraries ask for.
+    XLA plans 2570 bytes for SD3's decoder in float32, ten times its second width (on CPUs with jax 0.10 3600), 1570 for its
+    encoder. On CPUs half precision takes more than that, because it is computed in float32. A half is added for what
+    libraries ask for.
     """
     widest = max(2 * config.block_out_channels[0], *config.block_out_channels[1:2])
     item = 5 if platform == "cpu" else jnp.dtype(dtype).itemsize

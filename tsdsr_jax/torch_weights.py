@@ -7,6 +7,7 @@ per scanned layer, and each torch tensor must be consumed exactly once.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,8 @@ _LORA_LEAVES = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
 # Side of what is transposed at a time.
 TILE = 128
+# Layers read at a time, each held once more meanwhile.
+THREADS = min(8, os.cpu_count() or 1)
 
 
 class Transform(NamedTuple):
@@ -146,7 +149,7 @@ class Entry(NamedTuple):
         if not self.stacked:
             fill(leaf, *self.names)
             return leaf
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(fill, leaf, self.names))
         return leaf
 

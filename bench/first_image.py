@@ -24,7 +24,8 @@ import numpy as np
 import timing
 import torch
 from PIL import Image
-from torch_networks import DTYPES, TorchNetworks, numpy_of
+from torch_networks import TorchNetworks, numpy_of
+from torch_pipeline import DTYPES
 
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError

@@ -10,7 +10,7 @@ PyTorch runs `eager` and `compiled` with the LoRA merged, and `lora` eager with 
 does. A ratio above 1 means that ours is faster. Nothing is compared before the results agree.
 
 Memory is what a part takes at its peak beside the weights and its input: of ours as XLA plans it, of PyTorch as a GPU's
-allocator counts it.
+allocator counts it. On CPUs the scores of attention, which XLA's library holds on its own, are missing from the plan.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ import jax
 import timing
 import torch
 from inference_parts import Part, Parts
-from torch_networks import DTYPES, TorchNetworks, configs
+from torch_networks import TorchNetworks, configs
+from torch_pipeline import DTYPES
 
 from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
@@ -78,6 +79,7 @@ def main() -> None:
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+    timing.check_device(options.device)
     with tempfile.TemporaryDirectory() as programs:
         # What is compiled to be run is compiled again to ask how much memory it takes.
         jax.config.update("jax_compilation_cache_dir", programs)

@@ -3,9 +3,10 @@
     python bench/inference_memory.py                                   # 512² to 4096², whole and in bands; a minute
     python bench/inference_memory.py --side 4096 --band 256
 
-Programs are compiled for CPUs from shapes alone, and the figures are what XLA plans. A CPU computes half precision in
-float32: plans in fp16 say nothing of a GPU, which needs about half of what float32 does. The last line of each size is from
-which free memory on infer/upscale.py computes an image of that size whole on a GPU.
+Programs are compiled for CPUs from shapes alone, and the figures are what XLA plans, without the scores of attention, which
+its library holds on its own there: 67 MB for the autoencoder at 512², a tile's 15 MB in the transformer. A CPU computes half
+precision in float32: plans in fp16 say nothing of a GPU, which needs about half of what float32 does. The last line of each
+size is from which free memory on infer/upscale.py computes an image of that size whole on a GPU.
 """
 
 from __future__ import annotations

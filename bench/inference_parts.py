@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 from torch_networks import TOKENS, TorchNetworks, synchronized
 
 from tsdsr_jax import devices
+from tsdsr_jax.models import attention
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.sizes import LATENT_FACTOR, batch_size, slices
@@ -140,7 +142,19 @@ class Parts:
             return network.apply({"params": params}, x, method=part)
 
         x = images if part == "encode" else latents
-        return jax.jit(run).lower(self.upscaler._vae_params, x).cost_analysis()["flops"]
+        with whole_attention():
+            return jax.jit(run).lower(self.upscaler._vae_params, x).cost_analysis()["flops"]
+
+
+@contextmanager
+def whole_attention() -> Iterator[None]:
+    """The autoencoder's attention not in chunks: XLA counts a loop's body once."""
+    before = attention._LOOP_QUERIES
+    attention._LOOP_QUERIES = 2**62
+    try:
+        yield
+    finally:
+        attention._LOOP_QUERIES = before
 
 
 def transformer_flop(config: MMDiTConfig, tokens: int) -> float:

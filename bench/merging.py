@@ -60,10 +60,14 @@ class Options:
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     cli.at_least(options, 1, "batch", "rank")
-    if options.side % 16 or options.side < 64:
-        raise UserError(f"--side {options.side}: expected a multiple of 16 from 64")
+    largest = 8 * configs(options.size)[0].patch_size * configs(options.size)[0].pos_embed_max_size
+    if options.side % 16 or not 64 <= options.side <= largest:
+        raise UserError(f"--side {options.side}: expected a multiple of 16 from 64 to {largest}")
+    if not all(std > 0 for std in options.std):
+        raise UserError("--std: expected more than 0")
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    timing.check_device(options.device)
     precision = options.mixed_precision or ("fp32" if options.device == "cpu" else "bf16")
     config = configs(options.size)[0]
     given = inputs(options, config)
@@ -77,6 +81,7 @@ def main() -> None:
         f"{jax.devices()[0].device_kind}, {precision}, {options.size}, {options.batch} × {options.side}², guided, rank "
         f"{options.rank}: beside {times['beside'] * 1e3:.1f} ms, merged {times['merged'] * 1e3:.1f} (ratio {ratio:.2f})"
     )
+    del base, adapter, rounded, runs
     kept = [exactness(config, std, options, given) for std in options.std]
     if options.json:
         found = {"precision": precision, "seconds": times, "ratio": ratio, "kept": kept}

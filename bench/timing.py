@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from tsdsr_jax.errors import UserError
+
 
 def in_turn(
     functions: Mapping[str, Callable[[], Any]], seconds: float, least: int = 3
@@ -29,6 +31,12 @@ def in_turn(
             function()
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def check_device(name: str) -> None:
+    """Refuses to measure a CPU where a GPU is meant."""
+    if name == "cuda" and jax.default_backend() != "gpu":
+        raise UserError("--device cuda: JAX sees no GPU; --device cpu runs the small sizes")
 
 
 def median(times: list[float]) -> float:

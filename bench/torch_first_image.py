@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
-from torch_networks import DTYPES, Text, TorchNetworks
+from torch_pipeline import DTYPES, PNG_LEVEL, Text, TorchPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import oracle_pipeline as oracle
@@ -25,7 +25,7 @@ def main(work: Path, target: Path, device: str, precision: str, how: str) -> Non
     vae = AutoencoderKL.from_pretrained(work / "sd3" / "vae", torch_dtype=dtype)
     prompt = load_file(work / "prompt" / "prompt.safetensors")
     text = (prompt[name][None].to(device, dtype) for name in ("prompt_embeds", "pooled_embeds"))
-    networks = TorchNetworks(
+    networks = TorchPipeline(
         transformer.to(device).eval(), vae.to(device, memory_format=torch.channels_last).eval(), Text(*text)
     )
     if how == "compiled":
@@ -36,7 +36,9 @@ def main(work: Path, target: Path, device: str, precision: str, how: str) -> Non
     latents = networks.encode(image, torch.zeros((), device=device, dtype=dtype))
     result = networks.decode(latents - networks.velocity(latents)).cpu().float() / 255
     target.mkdir()
-    oracle.to_image(oracle.align_colour(result, photo, "wavelet")).save(target / "photo.png")
+    oracle.to_image(oracle.align_colour(result, photo, "wavelet")).save(
+        target / "photo.png", compress_level=PNG_LEVEL
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Importing this leaves jax alone: PyTorch may take its memory first.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -17,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from peft import LoraConfig
 from torch import Tensor
+from torch_pipeline import Text, TorchPipeline
 
 from tsdsr_jax import devices
 from tsdsr_jax.models.folded import EightBits
@@ -29,7 +29,6 @@ from tsdsr_jax.torch_weights import Config, Tree, read_base, to_tree
 from tsdsr_jax.upscaler import Settings, Upscaler
 
 Size = Literal["tiny", "half", "full"]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
 STUDENT = (*ADAPTED, "proj", "linear", "proj_out")
 ENCODER = r"encoder\.(conv_in|conv_out|.+\.(conv1|conv2|conv_shortcut|downsamplers\.\d+\.conv|to_q|to_k|to_v|to_out\.0))"
@@ -54,23 +53,8 @@ def configs(size: Size) -> tuple[MMDiTConfig, VAEConfig]:
     return transformer, VAEConfig(block_out_channels=(16, 48, 96, 128), layers_per_block=1, norm_num_groups=4)
 
 
-class Text(NamedTuple):
-    """(1, S, D) and (1, P)."""
-
-    states: Tensor
-    pooled: Tensor
-
-
-@dataclasses.dataclass
-class TorchNetworks:
-    """Attributes:
-    transformer, vae: in eval mode, channels last.
-    text: random.
-    """
-
-    transformer: SD3Transformer2DModel
-    vae: AutoencoderKL
-    text: Text
+class TorchNetworks(TorchPipeline):
+    """The same with random weights, and what is made of them."""
 
     @classmethod
     def random(cls, size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> TorchNetworks:
@@ -111,33 +95,6 @@ class TorchNetworks:
             jax.devices()[:1],
             weights,
         )
-
-    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """(B, 3, H, W) in [−1, 1] -> latents (B, C, h, w), times the scaling factor."""
-        posterior = self.vae.encode(images).latent_dist
-        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
-
-    def velocity(self, latents: Tensor) -> Tensor:
-        """At t = 1000."""
-        batch = len(latents)
-        return self.transformer(
-            hidden_states=latents,
-            timestep=torch.full((batch,), 1000.0, device=latents.device),
-            encoder_hidden_states=self.text.states.expand(batch, -1, -1),
-            pooled_projections=self.text.pooled.expand(batch, -1),
-            return_dict=False,
-        )[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> (B, 3, H, W) uint8."""
-        decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-        return ((decoded.clamp(-1, 1) * 0.5 + 0.5) * 255).to(torch.uint8)
-
-    def compile(self) -> None:
-        """All three methods, each as a program of its own, for one shape; in the default mode."""
-        torch._dynamo.reset()
-        for name in ("encode", "velocity", "decode"):
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
 
 def _model(config: Config) -> Any:

@@ -14,7 +14,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
-from torch_networks import ADAPTED, DTYPES, ENCODER, STUDENT, Size, TorchNetworks
+from torch_networks import ADAPTED, ENCODER, STUDENT, Size, TorchNetworks
+from torch_pipeline import DTYPES
 
 import oracle_training as oracle
 from tsdsr_jax import flow

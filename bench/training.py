@@ -87,9 +87,11 @@ def main() -> None:
         raise UserError(
             f"--side {options.side}, --batch {options.batch}: expected a multiple of 16, and at least 1"
         )
+    cli.at_least(options, 1, "rank")
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+    timing.check_device(options.device)
     precision = options.mixed_precision or ("fp32" if options.device == "cpu" else "bf16")
     data = random_data(options)
     theirs = TorchStep(

@@ -24,6 +24,7 @@ import timing
 import torch
 from PIL import Image
 from torch_networks import TorchNetworks
+from torch_pipeline import PNG_LEVEL
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 from oracle_pipeline import OraclePipeline
@@ -49,6 +50,8 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
+    if options.process_size < 64 or options.process_size % 16:
+        raise UserError(f"--process_size {options.process_size}: expected a multiple of 16 from 64")
     jax.config.update("jax_platforms", "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     networks = TorchNetworks.random(options.size, "cpu", torch.float32)
@@ -61,12 +64,11 @@ def main() -> None:
         out = Path(made)
         jobs = folder.find_jobs(options.photos, out, ".png")
         first, again = (
-            timed(lambda name=name: ours(upscaler, jobs, out / name)) for name in ("first", "again")
+            timed(lambda name=name: ours(upscaler, jobs, out, name)) for name in ("first", "again")
         )
-        theirs = min(timed(lambda: in_torch(pipeline, jobs, out / "torch")) for _ in range(2))
-        apart = max(
-            difference(out / "again" / job.target.name, out / "torch" / job.target.name) for job in jobs
-        )
+        again = min(again, timed(lambda: ours(upscaler, jobs, out, "third")))
+        theirs = min(timed(lambda: in_torch(pipeline, jobs, out)) for _ in range(2))
+        apart = max(difference(moved(job, out, "again"), moved(job, out, "torch")) for job in jobs)
     print(
         f"{len(jobs)} files to files: {again:.1f} s, with compilation {first:.1f} s; PyTorch {theirs:.1f} s "
         f"(ratio {theirs / again:.2f}, {theirs / first:.2f}); at most {apart:.2f} grey levels apart"
@@ -74,7 +76,15 @@ def main() -> None:
     if not apart <= FARTHEST:
         raise UserError(f"expected at most {FARTHEST:g} grey levels: the two sides do not compute the same")
     if options.json:
-        row = {"photos": len(jobs), "ours": again, "first": first, "eager": theirs, "apart": apart}
+        row = {
+            "size": options.size,
+            "process_size": options.process_size,
+            "photos": len(jobs),
+            "ours": again,
+            "first": first,
+            "eager": theirs,
+            "apart": apart,
+        }
         row["versions"] = timing.versions("torch", "diffusers")
         options.json.write_text(json.dumps(row, indent=2) + "\n")
 
@@ -85,27 +95,33 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def ours(upscaler: Upscaler, jobs: list[folder.Job], out: Path) -> None:
+def ours(upscaler: Upscaler, jobs: list[folder.Job], out: Path, name: str) -> None:
     notes: list[str] = []
     report = folder.Report(notes.append)
     files = folder.FileOptions("wavelet", "png", 0, 10**8)
-    moved = [dataclasses.replace(job, target=out / job.target.name) for job in jobs]
-    groups = folder.plan_groups(moved, upscaler.settings, 1, files, report)
+    again = [dataclasses.replace(job, target=moved(job, out, name)) for job in jobs]
+    groups = folder.plan_groups(again, upscaler.settings, 1, files, report)
     folder.upscale(upscaler, groups, files, report)
-    if notes:
-        raise UserError(notes[0])
+    if notes or report.written != len(jobs):
+        raise UserError((notes or [f"{report.written} of {len(jobs)} photographs were written"])[0])
+
+
+def moved(job: folder.Job, out: Path, name: str) -> Path:
+    """A photograph's result in `out/name`."""
+    return out / name / job.target.relative_to(out)
 
 
 def in_torch(pipeline: OraclePipeline, jobs: list[folder.Job], out: Path) -> None:
-    out.mkdir(exist_ok=True)
     for job in jobs:
+        target = moved(job, out, "torch")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             picture = pipeline.upscale_image(Image.open(job.source))
         except AssertionError as error:
             raise UserError(
                 f"{job.source}: a size that PyTorch's side does not take, as the original ({error})"
             ) from None
-        picture.save(out / job.target.name)
+        picture.save(target, compress_level=PNG_LEVEL)
 
 
 def difference(some: Path, other: Path) -> float:

@@ -81,7 +81,7 @@ def main() -> None:
         with tqdm(total=left, unit=" images", disable=None) as bar:
             report.on_done = bar.update
             folder.upscale(upscaler, groups, files, report, overwrite=options.overwrite)
-            others = left - report.written - (len(report.failures) - unread)
+            others = max(0, left - report.written - (len(report.failures) - unread))
             bar.update(others)
     older = f", {report.outdated} of them older than their photographs" if report.outdated else ""
     again = "--overwrite computes them again"

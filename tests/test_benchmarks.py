@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import tiny_checkpoint as tiny
+from tsdsr_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--size", "tiny", "--device", "cpu")
@@ -33,7 +34,10 @@ def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for index in range(3):
-        Image.fromarray(tiny.synthetic_photo(32, 32, index)).save(folder / f"{index}.png")
+        (folder / f"{index % 2}").mkdir(exist_ok=True)
+        Image.fromarray(tiny.synthetic_photo(32, 32, index)).save(
+            folder / f"{index % 2}" / f"{index // 2}.png"
+        )
     return folder
 
 
@@ -45,14 +49,27 @@ def test_host(tmp_path: Path, photos: Path) -> None:
     assert row["cores_per_gpu"] == pytest.approx(1000 / 12 / row["images_per_second_and_core"])
 
 
-def test_flags_are_checked_first() -> None:
-    pytest.importorskip("torch")
-    status, told = bench("inference", *SMALL, "--side", "1024")
-    assert status == 1 and "takes at most 512 in one tile" in told
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(side=100), "--side 100: expected a multiple of 16"),
+        (dict(side=1024), "takes at most 512 in one tile"),
+        (dict(batch=(1, 0)), "--batch: expected at least 1"),
+        (dict(device="cuda"), "PyTorch sees no GPU"),
+    ],
+)
+def test_flags_of_inference(changed: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch"), pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import inference
+
+    monkeypatch.setattr(inference.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        inference.check(inference.Options(**dict(size="tiny", device="cpu") | changed))
 
 
 def test_inference(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
+    pytest.importorskip("torch"), pytest.importorskip("peft")
     flags = ("--side", "64", "--seconds", "0", "--parts", "encode", "--parts", "end", "--against", "eager")
     status, told = bench("inference", *SMALL, *flags, "--json", tmp_path / "told.json")
     assert status == 0 and re.search(r"end +batch 1: .*; eager [\d.]+ \(", told)
@@ -67,7 +84,7 @@ def test_inference(tmp_path: Path) -> None:
 
 @slow
 def test_results_that_differ_are_not_compared() -> None:
-    pytest.importorskip("torch")
+    pytest.importorskip("torch"), pytest.importorskip("peft")
     code = (
         "import sys; sys.path.insert(0, 'bench'); import inference; inference.FARTHEST['fp32'] = 1e-9; "
         "from tsdsr_jax import cli; cli.run(inference.main)"
@@ -80,7 +97,7 @@ def test_results_that_differ_are_not_compared() -> None:
 
 @slow
 def test_first_image() -> None:
-    pytest.importorskip("torch")
+    pytest.importorskip("torch"), pytest.importorskip("peft")
     status, told = bench("first_image", *SMALL, "--against", "eager")
     assert status == 0 and re.search(r"eager: cold +[\d.]+ s, warm +[\d.]+ s  \(ratio", told)
     assert float(re.search(r"at most ([\d.]+) grey levels", told)[1]) <= 0.2
@@ -88,7 +105,7 @@ def test_first_image() -> None:
 
 @slow
 def test_whole_folder(photos: Path) -> None:
-    pytest.importorskip("torch")
+    pytest.importorskip("torch"), pytest.importorskip("peft")
     status, told = bench("whole_folder", "--photos", photos, "--process_size", "128")
     assert status == 0 and re.search(r"3 files to files: [\d.]+ s, with compilation", told)
 
@@ -98,7 +115,7 @@ def test_whole_folder(photos: Path) -> None:
     "more", [(), ("--no_use_dasm", "--gradient_checkpointing")], ids=["dasm", "one point"]
 )
 def test_training(tmp_path: Path, more: tuple[str, ...]) -> None:
-    pytest.importorskip("torch")
+    pytest.importorskip("torch"), pytest.importorskip("peft")
     flags = (
         "--side",
         "64",
@@ -120,7 +137,7 @@ def test_training(tmp_path: Path, more: tuple[str, ...]) -> None:
 @slow
 def test_merging() -> None:
     """What an adapter changes survives beside the weights, and does not survive in bfloat16 where it is small."""
-    pytest.importorskip("torch")
+    pytest.importorskip("torch"), pytest.importorskip("peft")
     status, told = bench(
         "merging", *SMALL, "--side", "64", "--batch", "1", "--rank", "4", "--seconds", "0", "--std", "1e-5"
     )

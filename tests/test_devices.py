@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
+from tsdsr_jax import devices
 from tsdsr_jax.devices import memory_of
 
 CODE = """
@@ -41,6 +44,20 @@ def test_jax_own_variables_come_first(tmp_path):
 
     told(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
     assert not (tmp_path / "tsdsr_jax").exists()
+
+
+def test_what_compiles_in_a_tenth_of_a_second_is_kept_too(monkeypatch):
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 3)
+        devices.keep_programs()
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 3
+        monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+        devices.keep_programs()
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path):

@@ -418,7 +418,7 @@ def test_attention_counts_the_first_keys_only() -> None:
         assert error(out[row], expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("cores", "groups"), [(None, None), (1, 4), (4, 2), (64, 1)])
+@pytest.mark.parametrize(("cores", "groups"), [(None, None), (1, 4), (4, 2), (7, 2), (64, 1)])
 @pytest.mark.parametrize("lengths", [None, (31, 7)])
 def test_attention_on_cpus_equals_xlas(
     cores: int | None, groups: int | None, lengths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
@@ -427,8 +427,8 @@ def test_attention_on_cpus_equals_xlas(
     q, k, v = uniform("q", (2, 9, 4, 8)), uniform("k", (2, 40, 4, 8)), uniform("v", (2, 40, 4, 8))
     if cores:
         monkeypatch.setattr(models_attention, "_LOOP_SCORES", 2 * 4 * 9 * 40)
-        monkeypatch.setattr(models_attention.os, "cpu_count", lambda: cores)
-        assert 4 // models_attention._heads_together(4, 2) == groups
+        monkeypatch.setattr(models_attention, "_cores", lambda: cores)
+        assert 4 // models_attention._heads_together(4, 2, 2 * 9 * 40) == groups
     counted = None if lengths is None else jnp.asarray(lengths)
 
     def run(implementation: str):
@@ -441,6 +441,13 @@ def test_attention_on_cpus_equals_xlas(
     ((_, ours), slopes), ((_, theirs), expected) = run("cpu"), run("xla")
     assert error(ours, theirs) <= TOLERANCE
     assert all(error(*pair) <= TOLERANCE for pair in zip(slopes, expected, strict=True))
+
+
+def test_heads_whose_scores_leave_the_cache_go_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models_attention, "_cores", lambda: 64)
+    together = models_attention._heads_together
+    assert [together(24, 1, side**2) for side in (500, 1357, 2637, 4429)] == [12, 2, 1, 1]
+    assert together(38, 16, 1) == 2  # no divisor in between
 
 
 def test_runs_split_where_blocks_differ() -> None:

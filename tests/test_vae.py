@@ -12,6 +12,7 @@ import pytest
 
 from parity import TOLERANCE, config_of, error, lora_of, params_of, random_lora, random_params, uniform
 from tsdsr_jax import lora, torch_weights
+from tsdsr_jax.models import attention as models_attention
 from tsdsr_jax.models import vae
 from tsdsr_jax.models.attention import single_head_attention
 from tsdsr_jax.models.layers import Conv, GroupNorm
@@ -308,12 +309,17 @@ def test_portraits_lying_on_their_side_equal_upright(tiny: tuple[VAEConfig, Tree
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("max_scores", [1, 2 * 35 * 4, 2 * 35 * 12, 2 * 35 * 34])
-def test_chunked_attention_equals_whole(max_scores: int, masked: bool) -> None:
+def test_chunked_attention_equals_whole(
+    max_scores: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     query, key, value = (uniform(name, (2, 35, 8)) for name in ("query", "key", "value"))
     mask = uniform("mask", (2, 35)) > -0.5 if masked else None
     whole = single_head_attention(query, key, value, key_mask=mask)
     chunked = single_head_attention(query, key, value, key_mask=mask, max_scores=max_scores)
     assert error(chunked, whole) <= BAND_TOLERANCE
+    monkeypatch.setattr(models_attention, "_LOOP_QUERIES", 35)  # as CPUs do where there are many
+    monkeypatch.setattr(models_attention, "_CPU_QUERIES", 12)
+    assert error(single_head_attention(query, key, value, key_mask=mask), whole) <= BAND_TOLERANCE
     scores = np.einsum("bqh,bkh->bqk", query, key) / 8**0.5
     weights = np.exp(scores) * (1 if mask is None else mask[:, None])
     expected = np.einsum("bqk,bkh->bqh", weights / weights.sum(-1, keepdims=True), value)

@@ -72,14 +72,16 @@ def memory_of(device: jax.Device) -> int:
 def keep_programs() -> None:
     """Keeps compiled programs on disk, so that the next start does not compile again.
 
-    In ~/.cache/tsdsr_jax, at most 8 GB, and all that took a tenth of a second, unless JAX's own variables say otherwise:
-    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Without a home that can
-    be written nothing is kept.
+    In ~/.cache/tsdsr_jax, at most 8 GB, unless JAX's own variables say otherwise: JAX_COMPILATION_CACHE_DIR names another
+    folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Without a home that can be written nothing is kept. In either
+    folder it keeps what took a tenth of a second to compile, or JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS.
     """
+    if not jax.config.jax_enable_compilation_cache:
+        return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # JAX's second would leave out half of what a start of the small model compiles.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    if jax.config.jax_compilation_cache_dir is not None:
         return
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsdsr_jax"

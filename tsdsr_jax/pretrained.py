@@ -112,7 +112,8 @@ class NetworkFiles:
           lora_scale: factor on the adapter.
           put: (path, host array as stored) -> device array, to choose devices.
           progress: called with the number of values of each leaf that has been loaded.
-          on_host: give NumPy arrays; only what an adapter is merged into comes to a device on the way.
+          on_host: give NumPy arrays, as stored where nothing is merged into them; what is comes to a device on the way, a
+            layer at a time.
 
         Raises:
           UserError: the weights do not fit the config.
@@ -122,7 +123,7 @@ class NetworkFiles:
         def leaf_of(path: str, array: np.ndarray) -> Any:
             pair = lora_lib.pair_of(pairs, path)
             if pair is None:
-                return (array if on_host else put(path, array)).astype(dtype, copy=False)
+                return array if on_host else put(path, array).astype(dtype)
             pair = [np.asarray(half, np.float32) for half in pair]
 
             def merged(*parts: np.ndarray) -> jax.Array:

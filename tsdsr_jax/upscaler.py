@@ -152,7 +152,7 @@ class Upscaler:
     Args:
       transformer, vae: configs and parameters; the adapters merged, kept in any dtype. Of the transformer only what is left
         at t = 1000 and for this prompt stays on the devices (`models.folded`), and where its parameters lie on the host no
-        more than that and one layer ever comes to them.
+        more than that and two layers ever come to them.
       prompt: text embeddings, of the widths that the transformer's config asks for.
       settings: see `Settings`.
       dtype: computation dtype.

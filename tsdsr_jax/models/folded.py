@@ -195,7 +195,7 @@ def fold(
 ) -> Tree:
     """The parameters of `FoldedMMDiT`, computed in float32 from those of `MMDiT`, LoRA merged.
 
-    Layer after layer: where `params` lie on the host, the devices hold what is made and one layer of them.
+    Layer after layer: where `params` lie on the host, the devices hold what is made and two layers of them.
 
     Args:
       config: sizes.
@@ -220,16 +220,18 @@ def fold(
         if begin == 0:
             made["first"] = store(next(layers), conditioning, text)
         if rest := length - (begin == 0):
-            stacks.append(_stacked((store(layer, conditioning) for layer in layers), rest))
+            stacks.append(_stacked((store(layer, conditioning) for layer in layers), rest, sharding))
     return made | {f"blocks_{index}": stack for index, stack in enumerate(stacks)}
 
 
-def _stacked(layers: Iterable[Tree], length: int) -> Tree:
+def _stacked(layers: Iterable[Tree], length: int, sharding: Sharding | None) -> Tree:
     """Trees of arrays -> one with a leading axis, without ever holding all of them twice."""
     stack = None
     for index, layer in enumerate(layers):
         if stack is None:
-            stack = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(length, *leaf.shape)), layer)
+            stack = jax.tree.map(
+                lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype, device=sharding), layer
+            )
         # Without waiting, the next layers would come to the device before this one is done with.
         stack = jax.block_until_ready(_with_layer(stack, layer, index))
     return stack

@@ -418,7 +418,7 @@ def test_attention_counts_the_first_keys_only() -> None:
         assert error(out[row], expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("cores", "groups"), [(None, None), (1, 4), (4, 2), (7, 2), (64, 1)])
+@pytest.mark.parametrize(("cores", "groups"), [(None, None), (1, 4), (4, 2), (5, 2), (64, 1)])
 @pytest.mark.parametrize("lengths", [None, (31, 7)])
 def test_attention_on_cpus_equals_xlas(
     cores: int | None, groups: int | None, lengths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch

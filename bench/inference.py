@@ -78,7 +78,7 @@ def main() -> None:
     check(options)
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(devices.cores())
     timing.check_device(options.device)
     with tempfile.TemporaryDirectory() as programs:
         # What is compiled to be run is compiled again to ask how much memory it takes.

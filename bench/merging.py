@@ -71,7 +71,7 @@ def main() -> None:
     precision = options.mixed_precision or ("fp32" if options.device == "cpu" else "bf16")
     config = configs(options.size)[0]
     given = inputs(options, config)
-    base, dtype = random_base(config, jnp.float32), devices.DTYPES[precision]
+    base, dtype = random_base(config), devices.DTYPES[precision]
     adapter = random_adapter(base, options.rank, options.std[-1])
     rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
     runs = {how: passes(config, dtype, how, rounded, adapter, given) for how in ("beside", "merged")}
@@ -92,9 +92,7 @@ def exactness(
     config: MMDiTConfig, std: float, options: Options, given: tuple[jax.Array, ...]
 ) -> dict[str, float]:
     """In bfloat16: the share of the adapter's effect that is there, beside and merged."""
-    base = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), random_base(config, jnp.float32)
-    )
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), random_base(config))
     adapter = random_adapter(base, options.rank, std)
     wanted = passes(config, jnp.float32, "beside", base, adapter, given)()
     without = passes(config, jnp.float32, "beside", base, {}, given)()
@@ -159,12 +157,12 @@ def inputs(options: Options, config: MMDiTConfig) -> tuple[jax.Array, ...]:
     )
 
 
-def random_base(config: MMDiTConfig, dtype: Any) -> Tree:
+def random_base(config: MMDiTConfig) -> Tree:
     """Kernels of unit gain, small biases, scales of one."""
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name, key = path[-1].key, jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
-        noise = jax.random.normal(key, leaf.shape, dtype)
+        noise = jax.random.normal(key, leaf.shape)
         if name == "kernel":
             return noise * leaf.shape[-2] ** -0.5
         return 1 + 0.1 * noise if name == "scale" else 0.1 * noise

@@ -90,7 +90,7 @@ def main() -> None:
     cli.at_least(options, 1, "rank")
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(devices.cores())
     timing.check_device(options.device)
     precision = options.mixed_precision or ("fp32" if options.device == "cpu" else "bf16")
     data = random_data(options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from torch_pipeline import PNG_LEVEL
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 from oracle_pipeline import OraclePipeline
-from tsdsr_jax import cli, folder
+from tsdsr_jax import cli, devices, folder
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaler import Settings, Upscaler
 
@@ -53,7 +52,7 @@ def main() -> None:
     if options.process_size < 64 or options.process_size % 16:
         raise UserError(f"--process_size {options.process_size}: expected a multiple of 16 from 64")
     jax.config.update("jax_platforms", "cpu")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(devices.cores())
     networks = TorchNetworks.random(options.size, "cpu", torch.float32)
     settings = Settings(sample=False, process_size=options.process_size)
     upscaler = networks.upscaler(options.size, settings, "fp32")
@@ -63,10 +62,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         out = Path(made)
         jobs = folder.find_jobs(options.photos, out, ".png")
-        first, again = (
-            timed(lambda name=name: ours(upscaler, jobs, out, name)) for name in ("first", "again")
-        )
-        again = min(again, timed(lambda: ours(upscaler, jobs, out, "third")))
+        first = timed(lambda: ours(upscaler, jobs, out, "first"))
+        again = min(timed(lambda name=name: ours(upscaler, jobs, out, name)) for name in ("again", "third"))
         theirs = min(timed(lambda: in_torch(pipeline, jobs, out)) for _ in range(2))
         apart = max(difference(moved(job, out, "again"), moved(job, out, "torch")) for job in jobs)
     print(

@@ -30,6 +30,13 @@ def bench(name: str, *flags: str | Path) -> tuple[int, str]:
 
 
 @pytest.fixture
+def both_sides() -> None:
+    """What PyTorch's side needs."""
+    for package in ("torch", "diffusers", "peft"):
+        pytest.importorskip(package)
+
+
+@pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -58,8 +65,8 @@ def test_host(tmp_path: Path, photos: Path) -> None:
         (dict(device="cuda"), "PyTorch sees no GPU"),
     ],
 )
+@pytest.mark.usefixtures("both_sides")
 def test_flags_of_inference(changed: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch"), pytest.importorskip("peft")
     monkeypatch.syspath_prepend(ROOT / "bench")
     import inference
 
@@ -68,8 +75,8 @@ def test_flags_of_inference(changed: dict, message: str, monkeypatch: pytest.Mon
         inference.check(inference.Options(**dict(size="tiny", device="cpu") | changed))
 
 
+@pytest.mark.usefixtures("both_sides")
 def test_inference(tmp_path: Path) -> None:
-    pytest.importorskip("torch"), pytest.importorskip("peft")
     flags = ("--side", "64", "--seconds", "0", "--parts", "encode", "--parts", "end", "--against", "eager")
     status, told = bench("inference", *SMALL, *flags, "--json", tmp_path / "told.json")
     assert status == 0 and re.search(r"end +batch 1: .*; eager [\d.]+ \(", told)
@@ -83,8 +90,8 @@ def test_inference(tmp_path: Path) -> None:
 
 
 @slow
+@pytest.mark.usefixtures("both_sides")
 def test_results_that_differ_are_not_compared() -> None:
-    pytest.importorskip("torch"), pytest.importorskip("peft")
     code = (
         "import sys; sys.path.insert(0, 'bench'); import inference; inference.FARTHEST['fp32'] = 1e-9; "
         "from tsdsr_jax import cli; cli.run(inference.main)"
@@ -96,16 +103,16 @@ def test_results_that_differ_are_not_compared() -> None:
 
 
 @slow
+@pytest.mark.usefixtures("both_sides")
 def test_first_image() -> None:
-    pytest.importorskip("torch"), pytest.importorskip("peft")
     status, told = bench("first_image", *SMALL, "--against", "eager")
     assert status == 0 and re.search(r"eager: cold +[\d.]+ s, warm +[\d.]+ s  \(ratio", told)
     assert float(re.search(r"at most ([\d.]+) grey levels", told)[1]) <= 0.2
 
 
 @slow
+@pytest.mark.usefixtures("both_sides")
 def test_whole_folder(photos: Path) -> None:
-    pytest.importorskip("torch"), pytest.importorskip("peft")
     status, told = bench("whole_folder", "--photos", photos, "--process_size", "128")
     assert status == 0 and re.search(r"3 files to files: [\d.]+ s, with compilation", told)
 
@@ -114,20 +121,12 @@ def test_whole_folder(photos: Path) -> None:
 @pytest.mark.parametrize(
     "more", [(), ("--no_use_dasm", "--gradient_checkpointing")], ids=["dasm", "one point"]
 )
+@pytest.mark.usefixtures("both_sides")
 def test_training(tmp_path: Path, more: tuple[str, ...]) -> None:
-    pytest.importorskip("torch"), pytest.importorskip("peft")
-    flags = (
-        "--side",
-        "64",
-        "--batch",
-        "1",
-        "--rank",
-        "4",
-        "--seconds",
-        "0",
-        "--json",
+    flags = [
+        *["--side", "64", "--batch", "1", "--rank", "4", "--seconds", "0", "--json"],
         tmp_path / "told.json",
-    )
+    ]
     status, told = bench("training", *SMALL, *flags, *more)
     assert status == 0 and "ms a step" in told
     found = json.loads((tmp_path / "told.json").read_text())
@@ -135,11 +134,11 @@ def test_training(tmp_path: Path, more: tuple[str, ...]) -> None:
 
 
 @slow
+@pytest.mark.usefixtures("both_sides")
 def test_merging() -> None:
     """What an adapter changes survives beside the weights, and does not survive in bfloat16 where it is small."""
-    pytest.importorskip("torch"), pytest.importorskip("peft")
     status, told = bench(
-        "merging", *SMALL, "--side", "64", "--batch", "1", "--rank", "4", "--seconds", "0", "--std", "1e-5"
+        "merging", *SMALL, *["--side", "64", "--batch", "1", "--rank", "4", "--seconds", "0", "--std", "1e-5"]
     )
     beside, merged = map(float, re.search(r"kept (-?[\d.]+) beside, (-?[\d.]+) merged", told).groups())
     assert status == 0 and beside > 0.95 and merged < 0.5

@@ -427,7 +427,7 @@ def test_attention_on_cpus_equals_xlas(
     q, k, v = uniform("q", (2, 9, 4, 8)), uniform("k", (2, 40, 4, 8)), uniform("v", (2, 40, 4, 8))
     if cores:
         monkeypatch.setattr(models_attention, "_LOOP_SCORES", 2 * 4 * 9 * 40)
-        monkeypatch.setattr(models_attention, "_cores", lambda: cores)
+        monkeypatch.setattr(models_attention, "cores", lambda: cores)
         assert 4 // models_attention._heads_together(4, 2, 2 * 9 * 40) == groups
     counted = None if lengths is None else jnp.asarray(lengths)
 
@@ -444,7 +444,7 @@ def test_attention_on_cpus_equals_xlas(
 
 
 def test_heads_whose_scores_leave_the_cache_go_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models_attention, "_cores", lambda: 64)
+    monkeypatch.setattr(models_attention, "cores", lambda: 64)
     together = models_attention._heads_together
     assert [together(24, 1, side**2) for side in (500, 1357, 2637, 4429)] == [12, 2, 1, 1]
     assert together(38, 16, 1) == 2  # no divisor in between

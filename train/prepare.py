@@ -40,7 +40,7 @@ from tsdsr_jax.atomic import replacing
 from tsdsr_jax.checkpoint import Hash
 from tsdsr_jax.dataset import read_ahead
 from tsdsr_jax.degradation import degrade, to_bytes
-from tsdsr_jax.devices import DTYPES, keep_programs, matmul_precision
+from tsdsr_jax.devices import DTYPES, cores, keep_programs, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import read_photo
 from tsdsr_jax.networks import Networks, load_text, text_hash
@@ -134,8 +134,7 @@ class Options(PairOptions):
     def workers(self) -> int:
         if self.dataloader_num_workers is not None:
             return self.dataloader_num_workers
-        # Those that this process may use, not all that there are.
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+        return cores()
 
 
 def main() -> None:

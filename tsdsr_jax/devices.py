@@ -57,6 +57,13 @@ def select_devices(name: str | None) -> list[jax.Device]:
     return [devices[int(index)]]
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def memory_of(device: jax.Device) -> int:
     """Bytes that may be used on a device; a CPU does not tell, and gets half of what the machine or the container has."""
     told = (device.memory_stats() or {}).get("bytes_limit")

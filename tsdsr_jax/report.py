@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from tsdsr_jax.atomic import replacing
+from tsdsr_jax.devices import cores
 from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.images import Photo, read_photo
 
@@ -214,7 +215,7 @@ class _Encoded:
 
 def _encoded(entries: Sequence[Entry]) -> Iterator[tuple[Entry, _Encoded]]:
     """Reads and encodes in threads, a few entries ahead."""
-    threads = min(8, os.cpu_count() or 1)
+    threads = min(8, cores())
     waiting: deque[tuple[Entry, Future[_Encoded]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for entry in entries:

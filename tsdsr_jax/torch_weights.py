@@ -7,7 +7,6 @@ per scanned layer, and each torch tensor must be consumed exactly once.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tsdsr_jax.devices import cores
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora import Tree, pair_shapes
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -80,7 +80,7 @@ _LORA_LEAVES = {"a": "lora_A.weight", "b": "lora_B.weight"}
 # Side of what is transposed at a time.
 TILE = 128
 # Layers read at a time, each held once more meanwhile.
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, cores())
 
 
 class Transform(NamedTuple):

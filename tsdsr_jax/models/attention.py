@@ -5,12 +5,13 @@ Axes: B batch, Q query tokens, K key tokens, N heads, H head dim.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from tsdsr_jax.devices import cores
 
 Implementation = Literal["auto", "cudnn", "cpu", "xla"]
 
@@ -89,11 +90,13 @@ def _on_cpus(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Ar
         return (weights @ v) / weights.sum(-1)[..., None]
 
     batch, queries, heads, _ = query.shape
-    if batch * heads * queries * key.shape[1] < _LOOP_SCORES:
-        return attend(parts).transpose(1, 2, 0, 3).astype(query.dtype)
-    together = _heads_together(heads, batch, batch * queries * key.shape[1])
-    groups = [part.reshape(-1, together, *part.shape[1:]) for part in parts]
-    out = jax.lax.map(attend, groups).reshape(parts[0].shape)
+    scores = batch * queries * key.shape[1]
+    if heads * scores < _LOOP_SCORES:
+        out = attend(parts)
+    else:
+        together = _heads_together(heads, batch, scores)
+        groups = [part.reshape(-1, together, *part.shape[1:]) for part in parts]
+        out = jax.lax.map(attend, groups).reshape(parts[0].shape)
     return out.transpose(1, 2, 0, 3).astype(query.dtype)
 
 
@@ -104,15 +107,8 @@ def _heads_together(heads: int, batch: int, scores: int) -> int:
       heads, batch: there are.
       scores: of one head.
     """
-    wanted = max(1, min(heads, -(-_cores() // batch), _LOOP_SCORES // scores))
+    wanted = max(1, min(heads, -(-cores() // batch), _LOOP_SCORES // scores))
     return next(count for count in range(wanted, 0, -1) if heads % count == 0)
-
-
-def _cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _has_flash_attention() -> bool:

@@ -4,11 +4,13 @@ The suite runs on eight virtual CPU devices, so that sharding is exercised every
 runs it on what the machine has instead.
 """
 
+import gc
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -41,6 +43,14 @@ EXPECTED_SKIPS_WITHOUT_TORCH = (
 )
 
 _unexpected_skips: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_collections() -> Iterator[None]:
+    """Leaves what earlier modules and imports have made out of garbage collections, which took a fifth of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
 
 
 def is_expected_skip(reason: str, python: tuple[int, int] = sys.version_info[:2]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -18,15 +19,17 @@ import tiny_checkpoint as tiny
 import tiny_training
 from commands import Command
 from train import distill
-from tsdsr_jax import checkpoint, cli, options, sharding
+from tsdsr_jax import checkpoint, cli, options, sharding, validation
 from tsdsr_jax import lora as lora_lib
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL as FlaxVAE
 from tsdsr_jax.prompts import save_prompt_embeds
 from tsdsr_jax.run_log import read_rows
+from tsdsr_jax.stepping import JittedStep
 from tsdsr_jax.torch_pickle import write_tensor
 from tsdsr_jax.torch_weights import Tree, to_tree
+from tsdsr_jax.training import Trainer
 
 RANK = tiny_training.RANK
 
@@ -38,7 +41,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(cache: Path) -> Iterator[None]:
-    with tiny.compiled_once(cache):
+    """Runs of equal settings share their programs, as the steps of one run do."""
+    steps, restores = {}, {}
+    step, restore = distill.jit_step, validation.jit_restore
+
+    def shared_step(trainer: Trainer, mesh: Mesh) -> JittedStep:
+        settings = trainer.losses, trainer.config, trainer.dynamic_scale, mesh
+        return steps.setdefault(settings, step(trainer, mesh))
+
+    with tiny.compiled_once(cache), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "jit_step", shared_step)
+        patch.setattr(validation, "jit_restore", lambda *key: restores.setdefault(key, restore(*key)))
         yield
 
 
@@ -290,10 +303,16 @@ def test_earlier_work_is_not_overwritten(finished, command, tmp_path):
         (("--ema_decay", "0.9"), "ema: False there, True here"),
         (("--data_dir", "OTHER"), "data set: 10 samples there, 14 samples here"),
         (("--pretrained_model_name_or_path", "OTHER"), "autoencoder: "),
+        (("--pretrained_model_name_or_path", "OTHER SCHEDULE"), "schedule's shift: 3.0 there, 1.0 here"),
         (("--no_use_default_prompt",), "default prompt: "),
     ],
 )
 def test_another_run_is_not_resumed_and_what_differs_is_said(finished, root, command, tmp_path, flags, words):
+    if flags[1:] == ("OTHER SCHEDULE",):
+        other = shutil.copytree(root / "sd3", tmp_path / "sd3")
+        (other / "scheduler").mkdir()
+        (other / "scheduler" / "scheduler_config.json").write_text('{"shift": 1.0}')
+        flags = (flags[0], str(other))
     if flags[1:] == ("OTHER",):
         other = root / "held out"
         if flags[0] != "--data_dir":

@@ -275,12 +275,19 @@ def test_validation_prompts_of_another_length_are_refused(command, root, tmp_pat
     assert "with --validation_dir: its embedding has 5 tokens, the images' have 7" in said
 
 
-def test_another_noise_schedule_is_not_resumed(command, root, tmp_path):
-    command.done(tmp_path / "run", "--max_train_steps", "2")
+def test_another_noise_schedule_is_not_resumed(command, finished, root, tmp_path):
     other = shutil.copytree(root / "sd3", tmp_path / "sd3")
     (other / "scheduler").mkdir()
     (other / "scheduler" / "scheduler_config.json").write_text('{"shift": 1.0}')
-    flags = ("--pretrained_model_name_or_path", str(other), "--resume_from_checkpoint", "latest")
+    middle = str(finished / "checkpoint_0000002")
+    flags = (
+        "--pretrained_model_name_or_path",
+        str(other),
+        "--resume_from_checkpoint",
+        middle,
+        "--ema_decay",
+        "0.9",
+    )
     assert "schedule's shift: 3.0 there, 1.0 here" in command.refused(tmp_path / "run", *flags)
 
 

@@ -267,7 +267,7 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
         new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
         files=partial(adapter_files, networks),
         export=LORA,
-        identity=identity | options.ranks()._asdict() | options.kept(),
+        identity=identity | {"schedule's shift": model.shift()} | options.ranks()._asdict() | options.kept(),
         losses=LOSSES,
         counts=COUNTS,
         curves=CURVES,

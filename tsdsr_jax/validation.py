@@ -33,15 +33,7 @@ class Validation:
     def __init__(self, losses: Losses, mesh: Mesh, base: Base, records: Sequence[Record]):
         self.base, self.records = base, records
         self._batches = place_samples(records, mesh)
-
-        def restore(student: Student, base: Base, samples: Samples) -> tuple[jax.Array, jax.Array]:
-            batch = losses.with_latents(base, to_batch(samples, base.default), None)
-            fake = losses.student_latent(base, student, batch, jnp.zeros_like(batch.latent_hr))
-            errors = jnp.square(fake - batch.latent_hr).mean((1, 2, 3))
-            decoded = losses.decode(base, fake)
-            return jnp.round((decoded + 1) * 127.5).astype(jnp.uint8), errors
-
-        self._restore = jax.jit(restore, out_shardings=replicated(mesh))
+        self._restore = jit_restore(losses, mesh)
 
     def __call__(self, student: Student) -> tuple[dict[str, float], Image.Image]:
         """Mean latent error and PSNR (RGB, dB) over the samples, and the comparison sheet."""
@@ -58,6 +50,21 @@ class Validation:
         ]
         values = {"validation_mse": float(errors.mean()), "validation_psnr": float(np.mean(ratios))}
         return values, comparison_sheet(rows, TITLES)
+
+
+def jit_restore(
+    losses: Losses, mesh: Mesh
+) -> Callable[[Student, Base, Samples], tuple[jax.Array, jax.Array]]:
+    """`(student, base, samples) -> (pictures, errors)`: (B, H, W, 3) uint8 and the latents' (B,) mean squared errors."""
+
+    def restore(student: Student, base: Base, samples: Samples) -> tuple[jax.Array, jax.Array]:
+        batch = losses.with_latents(base, to_batch(samples, base.default), None)
+        fake = losses.student_latent(base, student, batch, jnp.zeros_like(batch.latent_hr))
+        errors = jnp.square(fake - batch.latent_hr).mean((1, 2, 3))
+        decoded = losses.decode(base, fake)
+        return jnp.round((decoded + 1) * 127.5).astype(jnp.uint8), errors
+
+    return jax.jit(restore, out_shardings=replicated(mesh))
 
 
 def place_samples(records: Sequence[Record], mesh: Mesh) -> list[Samples]:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 
@@ -21,8 +22,12 @@ _PROGRAMS = None
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     _PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tsdsr-programs-")
 if PLATFORM == "cpu":
-    # Compiling is most of what the suite does. This has LLVM hurry; XLA's own passes are as they are for users.
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+    # Compiling is most of what the suite does. This has LLVM hurry, on one core; XLA's passes are as they are for users,
+    # but for the older of its two ways from a fusion to code, a third cheaper, while it has both.
+    hurry = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    if version("jaxlib").startswith("0.10."):
+        hurry += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{hurry} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # torch's threads; more only fight with XLA's over these tiny tensors

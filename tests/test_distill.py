@@ -329,6 +329,15 @@ def test_another_run_is_not_resumed_and_what_differs_is_said(finished, root, com
     assert said.count(" there, ") == (2 if flags[0] == "--data_dir" else 1), said
 
 
+def test_a_checkpoint_that_keeps_less_than_this_version_is_resumed(finished, command, tmp_path):
+    shutil.copytree(finished / "checkpoint_0000004", tmp_path / "out" / "checkpoint_0000004")
+    (path,) = (file for file in (tmp_path / "out").rglob("meta/*") if "schedule" in file.read_text())
+    meta = json.loads(path.read_text())
+    del meta["identity"]["schedule's shift"]
+    path.write_text(json.dumps(meta))
+    assert command(tmp_path / "out", "--resume_from_checkpoint", "latest").status == 0
+
+
 def test_other_changes_are_told(finished, command, tmp_path):
     path = str(finished / "checkpoint_0000004")
     said = command(

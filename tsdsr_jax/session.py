@@ -202,7 +202,9 @@ class _Run:
         return Start(), self.task.new_state()
 
     def resume(self, path: Path, meta: Mapping[str, Any]) -> tuple[Start, Any] | None:
-        if differing := differences(meta["identity"], self.identity):
+        # What an earlier version did not keep, nobody can compare.
+        known = {name: value for name, value in self.identity.items() if name in meta["identity"]}
+        if differing := differences(meta["identity"], known):
             listed = "".join(f"\n  {line}" for line in differing)
             raise UserError(
                 f"{path}: belongs to another run than this, and is not resumed. What differs:{listed}"

@@ -10,7 +10,6 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib.metadata import version
 
 import pytest
@@ -51,11 +50,10 @@ _unexpected_skips: list[str] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
-def light_collections() -> Iterator[None]:
+def light_collections() -> None:
     """Leaves what earlier modules and imports have made out of garbage collections, which took a fifth of the time."""
     gc.collect()
     gc.freeze()
-    yield
 
 
 def is_expected_skip(reason: str, python: tuple[int, int] = sys.version_info[:2]) -> bool:

@@ -309,10 +309,7 @@ def test_earlier_work_is_not_overwritten(finished, command, tmp_path):
 )
 def test_another_run_is_not_resumed_and_what_differs_is_said(finished, root, command, tmp_path, flags, words):
     if flags[1:] == ("OTHER SCHEDULE",):
-        other = shutil.copytree(root / "sd3", tmp_path / "sd3")
-        (other / "scheduler").mkdir()
-        (other / "scheduler" / "scheduler_config.json").write_text('{"shift": 1.0}')
-        flags = (flags[0], str(other))
+        flags = (flags[0], str(tiny_training.with_shift(root / "sd3", tmp_path / "sd3", 1.0)))
     if flags[1:] == ("OTHER",):
         other = root / "held out"
         if flags[0] != "--data_dir":
@@ -329,11 +326,16 @@ def test_another_run_is_not_resumed_and_what_differs_is_said(finished, root, com
     assert said.count(" there, ") == (2 if flags[0] == "--data_dir" else 1), said
 
 
-def test_a_checkpoint_that_keeps_less_than_this_version_is_resumed(finished, command, tmp_path):
+def test_a_checkpoint_from_before_the_schedule_was_kept_is_resumed(finished, command, tmp_path):
     shutil.copytree(finished / "checkpoint_0000004", tmp_path / "out" / "checkpoint_0000004")
     (path,) = (file for file in (tmp_path / "out").rglob("meta/*") if "schedule" in file.read_text())
     meta = json.loads(path.read_text())
+    rank = meta["identity"].pop("rank")
     del meta["identity"]["schedule's shift"]
+    path.write_text(json.dumps(meta))
+    said = command.refused(tmp_path / "out", "--resume_from_checkpoint", "latest")
+    assert "rank: None there, 2 here" in said and said.count(" there, ") == 1
+    meta["identity"]["rank"] = rank
     path.write_text(json.dumps(meta))
     assert command(tmp_path / "out", "--resume_from_checkpoint", "latest").status == 0
 

@@ -276,19 +276,10 @@ def test_validation_prompts_of_another_length_are_refused(command, root, tmp_pat
 
 
 def test_another_noise_schedule_is_not_resumed(command, finished, root, tmp_path):
-    other = shutil.copytree(root / "sd3", tmp_path / "sd3")
-    (other / "scheduler").mkdir()
-    (other / "scheduler" / "scheduler_config.json").write_text('{"shift": 1.0}')
-    middle = str(finished / "checkpoint_0000002")
-    flags = (
-        "--pretrained_model_name_or_path",
-        str(other),
-        "--resume_from_checkpoint",
-        middle,
-        "--ema_decay",
-        "0.9",
-    )
-    assert "schedule's shift: 3.0 there, 1.0 here" in command.refused(tmp_path / "run", *flags)
+    other = tiny_training.with_shift(root / "sd3", tmp_path / "sd3", 1.0)
+    resume = ("--resume_from_checkpoint", str(finished / "checkpoint_0000002"), "--ema_decay", "0.9")
+    said = command.refused(tmp_path / "run", "--pretrained_model_name_or_path", str(other), *resume)
+    assert "schedule's shift: 3.0 there, 1.0 here" in said and said.count(" there, ") == 1
 
 
 def test_masters_are_float32_whatever_is_computed_in(command, root, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +29,14 @@ def save_models(root: Path) -> tuple[Tree, Tree]:
     for seed, name in enumerate(("default", "null")):
         save_prompt_embeds(root / name, tiny.random_prompt(transformer, 10 + seed))
     return params
+
+
+def with_shift(model: Path, copy: Path, shift: float) -> Path:
+    """A copy of a checkpoint folder with another noise schedule."""
+    shutil.copytree(model, copy)
+    (copy / "scheduler").mkdir()
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": shift}))
+    return copy
 
 
 def save_set(

@@ -202,9 +202,8 @@ class _Run:
         return Start(), self.task.new_state()
 
     def resume(self, path: Path, meta: Mapping[str, Any]) -> tuple[Start, Any] | None:
-        # What an earlier version did not keep, nobody can compare.
-        known = {name: value for name, value in self.identity.items() if name in meta["identity"]}
-        if differing := differences(meta["identity"], known):
+        lacking = {name: self.identity.get(name) for name in _LATER}
+        if differing := differences(lacking | meta["identity"], self.identity):
             listed = "".join(f"\n  {line}" for line in differing)
             raise UserError(
                 f"{path}: belongs to another run than this, and is not resumed. What differs:{listed}"
@@ -390,6 +389,8 @@ def agree(step: int, identity: Mapping[str, Any]) -> None:
         )
 
 
+# Parts of a run's identity that checkpoints of earlier versions may lack.
+_LATER = ("schedule's shift",)
 # Flags that may change between two parts of a run without changing what it computes.
 _HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", "log_code", "report_to", "logging_steps",
              "coordinator_address", "process_id", "num_processes", "multi_host", "dataloader_num_workers",

@@ -91,6 +91,15 @@ def default_photos() -> dict[str, Image.Image]:
     }
 
 
+def enlarged_photos() -> dict[str, Image.Image]:
+    """Below 128 a side, at sizes whose enlargement the original truncates, to an even number of pixels."""
+    sizes = [(128, 96), (70, 101), (109, 89), (105, 114), (144, 124)]
+    return {
+        f"{width}x{height}": centre_crop(image, (width, height))
+        for (width, height), image in zip(sizes, photos(len(sizes)), strict=True)
+    }
+
+
 def smaller_photos() -> dict[str, Image.Image]:
     """Whole photographs, but for the odd row and column, and one that is enlarged first."""
     images = photos(12)
@@ -119,25 +128,34 @@ def run(monkeypatch: pytest.MonkeyPatch, arguments: list[str], main: object = No
     (main or upscale.main)()
 
 
+SETS = {
+    "defaults": (DEFAULTS, default_photos),
+    "enlarged": (DEFAULTS, enlarged_photos),
+    "smaller": (SMALLER, smaller_photos),
+}
+
+
 @functools.cache
 def expected(networks: tuple, name: str) -> dict[str, tuple[Image.Image, Image.Image, Image.Image]]:
     """By photograph: the photograph, the oracle's result without a colour fix, that result in 8 bits."""
-    flags, images = {"defaults": (DEFAULTS, default_photos), "smaller": (SMALLER, smaller_photos)}[name]
+    flags, images = SETS[name]
     pipeline = OraclePipeline(*networks, **flags)
     return {
         key: (image, *pipeline.upscale_image(image, "nofix", capture=True)) for key, image in images().items()
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["defaults", "smaller"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, method) for name in ("defaults", "smaller") for method in METHODS), ("enlarged", "nofix")],
+)
 def test_photographs_come_out_as_from_the_original(root, networks, monkeypatch, name, method):
     source, output = root / f"{name}_photos", root / f"{name}_{method}"
     source.mkdir(exist_ok=True)
     photographs = expected(networks, name)
     for key, (image, _, _) in photographs.items():
         image.save(source / f"{key}.png")
-    flags = {"defaults": DEFAULTS, "smaller": SMALLER}[name]
+    flags, _ = SETS[name]
     run(monkeypatch, command(root, source, output, flags, "--align_method", method))
 
     assert {file.stem for file in output.iterdir()} == set(photographs)

@@ -25,9 +25,12 @@ def plan(source: tuple[int, int], **changes: float) -> SizePlan:
         ((1000, 64), (8000, 512), (8000, 512), (4000, 256)),
         # Short sides at which its truncation makes 127 of 128, and a latent side of 63.
         ((49, 49), (512, 512), (512, 512), (196, 196)),
-        ((98, 120), (512, 628), (512, 632), (392, 480)),
+        ((98, 120), (512, 624), (512, 624), (392, 480)),
         ((103, 103), (512, 512), (512, 512), (412, 412)),
         ((140, 107), (668, 512), (672, 512), (560, 428)),
+        # Long sides are truncated as they are there: 170.67 to 170.
+        ((96, 128), (512, 680), (512, 680), (384, 512)),
+        ((128, 96), (680, 512), (680, 512), (512, 384)),
         # Extremes.
         ((1, 1), (512, 512), (512, 512), (4, 4)),
         ((1, 300), (512, 128 * 300 * 4), (512, 128 * 300 * 4), (4, 1200)),
@@ -46,7 +49,7 @@ def test_sizes_at_the_defaults(source, resized, padded, output):
         # Below 512 // upscale the short side is enlarged.
         (dict(upscale=1), (300, 600), (512, 1024), (512, 1024), (300, 600)),
         (dict(upscale=1), (513, 600), (513, 600), (520, 600), (513, 600)),
-        (dict(upscale=2), (200, 320), (512, 820), (512, 824), (400, 640)),
+        (dict(upscale=2), (200, 320), (512, 818), (512, 824), (400, 640)),
         (dict(upscale=3), (170, 255), (510, 765), (512, 768), (510, 765)),  # 512 // 3 = 170
         (dict(upscale=8), (64, 65), (512, 520), (512, 520), (512, 520)),
         (dict(upscale=2.5), (204, 301), (510, 752), (512, 752), (510, 752)),  # 752.5 rounds to even
@@ -65,6 +68,20 @@ def test_sizes_with_other_flags(flags, source, resized, padded, output):
     assert (result.resized, result.padded, result.output) == (resized, padded, output)
 
 
+@pytest.mark.parametrize("short", range(64, 128))
+def test_small_photographs_get_the_originals_sizes(short):
+    """Its rule in its own order, s = 128 / min(W, H), int(s·W), int(s·H); but the short side is never below 128."""
+    for long in (short, short + 1, 98, 103, 107, 127, 128, 2 * short, 333, 1000):
+        width, height = max(long, short), short
+        scale = 128 / min(width, height)
+        theirs = int(scale * height), int(scale * width)
+        loses = theirs[0] < 128
+        assert loses == (short in (98, 103, 107))
+        expected = tuple(4 * max(128, side) for side in theirs)
+        assert plan((height, width)).resized == expected
+        assert plan((width, height)).resized == expected[::-1]
+
+
 def test_properties_of_many_sizes():
     draw = random.Random(0)
     for _ in range(2000):
@@ -81,10 +98,10 @@ def test_properties_of_many_sizes():
             assert result.padded[axis] == 8 * latent, case
             assert latent > tile or latent % 2 == 0, case
             assert 0 <= result.padded[axis] - result.resized[axis] < (16 if latent <= tile else 8), case
-        # Enlarged as a whole, not stretched: half a source pixel of rounding on each side.
+        # Enlarged as a whole, not stretched: at most a source pixel of truncation.
         enlargement = max(1.0, int(process // upscale) / min(source))
         for side, resized in zip(source, result.resized, strict=True):
-            assert abs(resized - side * enlargement * upscale) <= 0.5 * upscale + 0.5, case
+            assert abs(resized - side * enlargement * upscale) <= upscale + 0.5, case
         if enlargement == 1:
             assert result.resized == result.output, case
         assert result.lying == tuple(sorted(result.padded)), case

@@ -49,15 +49,17 @@ class SizePlan:
 def plan_size(source: Size, upscale: float, process_size: int, latent_tile: int) -> SizePlan:
     """Plans one photograph.
 
-    A photograph whose short side would come out below `process_size` is enlarged until it does not. Sides are then
-    padded to multiples of 8 (the autoencoder), and where the latent is not longer than a tile, to multiples of 16,
-    because the tile must hold whole patches; longer sides are covered by overlapping tiles and need none.
+    A photograph whose short side would come out below `process_size` is enlarged until it does not, to the size that
+    the original gives it: multiplied in floating point, and truncated. Sides are then padded to multiples of 8 (the
+    autoencoder), and where the latent is not longer than a tile, to multiples of 16, because the tile must hold whole
+    patches; longer sides are covered by overlapping tiles and need none.
     """
     minimum = max(1, int(process_size // upscale))
     height, width = source
     if min(source) < minimum:
-        # Rounded: the original truncates, which leaves some sides one pixel short of the minimum and crashes.
-        height, width = (max(minimum, round(side * minimum / min(source))) for side in source)
+        scale = minimum / min(source)
+        # Truncation leaves short sides of 49, 98, 103 and 107 a pixel below 128, where the original crashes.
+        height, width = (max(minimum, int(scale * side)) for side in source)
     resized = round(height * upscale), round(width * upscale)
 
     def pad(side: int) -> int:

@@ -12,11 +12,22 @@ from tsdsr_jax.tsd import Text
 
 
 def test_losses_and_gradients():
+    check_golden()
+
+
+def check_golden(implementation="auto"):
+    """Compares everything with the stored answers.
+
+    Args:
+      implementation: of the transformer's attention.
+    """
     with np.load(golden.FILE) as file:
         answers = dict(file)
     data = golden.problem()
     losses = Losses(
-        MMDiT(golden.TRANSFORMER, remat=True), AutoencoderKL(golden.VAE, remat=True), golden.CONFIG
+        MMDiT(golden.TRANSFORMER, remat=True, implementation=implementation),
+        AutoencoderKL(golden.VAE, remat=True),
+        golden.CONFIG,
     )
     null = Text(data["null_states"], data["null_pooled"])
     base = Base(random_params(golden.TRANSFORMER), random_params(golden.VAE), golden.adapter("teacher"), null)

@@ -5,7 +5,8 @@ Axes: B batch, Q query tokens, K key tokens, N heads, H head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -41,6 +42,8 @@ def attention(
       implementation: "cudnn" (flash attention; fp16/bf16 on an NVIDIA GPU), "cpu", "xla", or "auto", which takes the first
         that applies.
 
+    Any number of queries and keys is differentiable, also where cuDNN takes only even ones.
+
     Returns:
       (B, Q, N, H) in the query's dtype. The softmax runs in float32.
     """
@@ -54,6 +57,15 @@ def attention(
         # Only GPUs offer the product that JAX then asks for, of float16 values summed in float32.
         in_float32 = (array.astype(jnp.float32) for array in (query, key, value))
         return attention(*in_float32, lengths=lengths, implementation=implementation).astype(query.dtype)
+    if implementation == "cudnn" and (query.shape[1] % 2 or key.shape[1] % 2):
+        return padded_in_training(query, key, value, lengths, implementation)
+    return _dot_product(query, key, value, lengths, implementation)
+
+
+def _dot_product(
+    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None, implementation: str
+) -> jax.Array:
+    """JAX's own attention; arguments as of `attention`."""
     if lengths is None:
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
     # cuDNN wants both lengths or none; every query row is computed, padded or not. On a mesh each device may see this
@@ -67,6 +79,48 @@ def attention(
         key_value_seq_lengths=lengths.astype(jnp.int32),
         implementation=implementation,
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def padded_in_training(
+    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None, implementation: str
+) -> jax.Array:
+    """Attention that pads odd numbers of queries or keys with a row of zeros, but only where it is differentiated.
+
+    cuDNN differentiates even numbers only (JAX 0.10 to 0.12 refuse others), and evaluates any. SD3 at 512² has 1024 + 333
+    tokens. A padded key is masked by the lengths; a padded query's result is cut off, so that no gradient enters there.
+
+    Args:
+      query, key, value, lengths: as of `attention`.
+      implementation: as of `jax.nn.dot_product_attention`.
+    """
+    return _dot_product(query, key, value, lengths, implementation)
+
+
+def _padded_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None, implementation: str
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
+    if lengths is None:
+        lengths = jnp.full(key.shape[:1], key.shape[1], jnp.int32)
+
+    def padded(*arrays: jax.Array) -> jax.Array:
+        return _dot_product(*map(_to_even, arrays), lengths, implementation)[:, : query.shape[1]]
+
+    return jax.vjp(padded, query, key, value)
+
+
+def _padded_backward(
+    implementation: str, pullback: Callable[[jax.Array], tuple[jax.Array, ...]], cotangent: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    return *pullback(cotangent), None  # none for the lengths
+
+
+padded_in_training.defvjp(_padded_forward, _padded_backward)
+
+
+def _to_even(tokens: jax.Array) -> jax.Array:
+    """(B, T, N, H), with a row of zeros at the end where T is odd."""
+    return jnp.pad(tokens, ((0, 0), (0, tokens.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def _on_cpus(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None) -> jax.Array:

@@ -232,6 +232,7 @@ def test_devices_share_the_work(command, tmp_path):
         (("--crop_size", "20"), "--crop_size 20: expected"),
         (("--hr_dir", "{root}/none"), "no such folder"),
         (("--lambda_kl", "-1"), "--lambda_kl -1"),
+        (("--lambda_gradient", "inf"), "--lambda_gradient inf: expected a finite number"),
         (("--lambda_lpips", "1", "--lpips_path", "{root}/none"), "not found"),
         (("--lambda_lpips", "1", "--crop_size", "16"), "too small for LPIPS"),
     ],

@@ -489,6 +489,13 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         (("--use_dasms",), "did you mean --use_dasm?"),
         (("--guidance_scale", "nan"), "--guidance_scale nan: expected a finite number"),
         (("--adam_epsilon", "0"), "--adam_epsilon 0: expected more than 0"),
+        (
+            ("--adam_epsilon", "1e-46"),
+            "--adam_epsilon 1e-46: expected more than 0, and more than float32 can tell",
+        ),
+        (("--max_grad_norm", "inf"), "--max_grad_norm inf: expected a finite number"),
+        (("--learning_rate", "1e39"), "--learning_rate 1e+39: expected a finite number of float32"),
+        (("--adam_beta2", "0.99999999"), "--adam_beta2 1: expected at least 0 and less than 1"),
         (("--seed", "4294967296"), "--seed 4294967296: expected less than 2**32"),
         (("--use_random_bias", "--dasm_stride", "12"), "expected at least 26 with --use_random_bias"),
         (

@@ -285,6 +285,26 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
     assert float(metrics["update_norm"]) == 0
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_that_is_not_finite_changes_nothing_but_counters(optimizer, monkeypatch):
+    """Finite gradients, and an optimiser that makes NaN of them: an epsilon of 0 where gradients are."""
+    config = OptimizerConfig(schedule="constant", optimizer=optimizer, ema_decay=0.9)
+    sound = config.transformation
+
+    def broken(self, peak):
+        return optax.chain(sound(peak), optax.scale(np.inf), optax.scale(0.0))
+
+    monkeypatch.setattr(OptimizerConfig, "transformation", broken)
+    objective = lambda trained, base, batch, key: (jnp.square(trained["kernel"] - batch).sum(), {})  # noqa: E731
+    trainer = Trainer(objective, config, dynamic_scale=True)
+    state = trainer.init({"kernel": np.ones((3, 4), np.float32)})
+    after, metrics = jax.jit(trainer.step)(state, {}, np.zeros((1, 3, 4), np.float32), jax.random.key(0))
+    assert float(metrics["gradient_norm"]) > 0 and float(metrics["update_norm"]) == 0
+    assert int(after.bad_steps) == 1 and float(after.loss_scale.value) == float(state.loss_scale.value) / 2
+    for name in ("trained", "optimizer", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+
+
 def test_a_new_network_is_the_identity_and_says_nothing():
     config = tiny.tiny_mmdit_config()
     params = new_params(config, jax.random.key(0))

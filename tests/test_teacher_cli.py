@@ -249,6 +249,8 @@ def test_eight_devices_train_all_weights_like_one(command, tmp_path, fsdp):
         (("--prompt_dropout", "1.5"), "--prompt_dropout 1.5: expected 0 to 1"),
         (("--logit_std", "0"), "--logit_std 0: expected more than 0"),
         (("--rank", "0"), "--rank 0: expected at least 1"),
+        (("--adam_epsilon", "1e-46"), "--adam_epsilon 1e-46: expected more than 0"),
+        (("--sampling_guidance=-inf",), "--sampling_guidance -inf: expected a finite number"),
         (("--ema_decay", "1"), "--ema_decay 1: expected at least 0 and less than 1"),
         (("--checkpoint_path", "/nowhere"), "/nowhere: not found"),
         (("--hr_dir", "/nowhere"), "no such folder"),

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from tsdsr_jax import flow
+from tsdsr_jax.training import INITIAL_SCALE
 from tsdsr_jax.tsd import (
+    LARGEST_TERM,
     Text,
     TSDConfig,
     auxiliary_loss,
@@ -150,6 +152,49 @@ def test_non_finite_predictions_do_not_spread_and_are_counted():
     assert np.isfinite(gradient).all()
     # One value at each of the four points, and no other.
     assert replaced == 4 and np.count_nonzero(np.asarray(gradient) == 0) == 1
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 3e38, -2e6])
+@pytest.mark.parametrize("config", [TSDConfig(), TSDConfig().without_dasm()])
+def test_an_infinite_teacher_is_capped_so_that_its_square_is_finite_and_is_counted(value, config):
+    broken = lambda x, t: network(0.7)(x, t).at[0, 0, 0, 0].set(value)  # noqa: E731
+    index = jnp.asarray([50, 400, 949])
+    gradient, replaced = tsd_gradient(
+        normal(0),
+        normal(1),
+        normal(2),
+        index,
+        index * 0,
+        broken,
+        network(0.3),
+        jnp.asarray(flow.sigmas()),
+        config,
+    )
+    assert replaced >= 1
+    assert abs(float(gradient[0, 0, 0, 0])) == LARGEST_TERM * len(config.point_weights)
+    assert np.isfinite(float(tsd_loss(jnp.asarray(normal(0)), gradient)))
+    # What the others get is what they get from a sound teacher.
+    sound, none = tsd_gradient(
+        normal(0),
+        normal(1),
+        normal(2),
+        index,
+        index * 0,
+        network(0.7),
+        network(0.3),
+        jnp.asarray(flow.sigmas()),
+        config,
+    )
+    assert none == 0
+    np.testing.assert_array_equal(gradient[1:], sound[1:])
+
+
+def test_a_capped_value_survives_float16s_loss_scale():
+    """At the size of a 512×512 photograph; float16 ends at 65504."""
+    fake = jnp.zeros((1, 64, 64, 16))
+    gradient = fake.at[0, 0, 0, 0].set(4 * LARGEST_TERM)
+    slope = jax.grad(lambda fake: INITIAL_SCALE * tsd_loss(fake, gradient))(fake)
+    assert 0 < float(slope.max()) < 65504 / 10
 
 
 def test_the_loss_passes_the_gradient_on_exactly():

@@ -48,7 +48,7 @@ from tsdsr_jax.networks import (
     text_hash,
 )
 from tsdsr_jax.objective import Base, LossConfig, Student
-from tsdsr_jax.options import DataOptions, OptimizerOptions, RunOptions, finite
+from tsdsr_jax.options import DataOptions, OptimizerOptions, RunOptions
 from tsdsr_jax.pretrained import check_fit, open_checkpoint
 from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.run_log import Curve
@@ -192,7 +192,6 @@ def check(options: Options) -> None:
     cli.at_least(options, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride")
     cli.at_least(options, 0, "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips", "dasm_gamma",
              "first_index")  # fmt: skip
-    finite(options, "guidance_scale", "logit_mean", "logit_std", "mode_scale")
     if not 0 <= options.lambda_vsd <= 1:
         raise UserError(f"--lambda_vsd {options.lambda_vsd:g}: expected 0 to 1, it is a share")
     if not options.first_index <= options.last_index < 999:

@@ -44,7 +44,7 @@ from tsdsr_jax.networks import (
     text_hash,
 )
 from tsdsr_jax.objective import Samples
-from tsdsr_jax.options import DataOptions, OptimizerOptions, RunOptions, finite
+from tsdsr_jax.options import DataOptions, OptimizerOptions, RunOptions
 from tsdsr_jax.pretrained import (
     TORCH_STEM,
     Checkpoint,
@@ -146,7 +146,6 @@ def check(options: Options) -> None:
     options.check_optimizer()
     cli.at_least(options, 1, "rank", "sampling_steps")
     cli.at_least(options, 0, "learning_rate")
-    finite(options, "logit_mean", "sampling_guidance")
     if not 0 <= options.prompt_dropout <= 1:
         raise UserError(f"--prompt_dropout {options.prompt_dropout:g}: expected 0 to 1, it is a probability")
     if not 0 < options.logit_std < float("inf"):

@@ -33,6 +33,9 @@ _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
 _NEGATIVE_NUMBER = re.compile(r"-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
 
 
+_LARGEST_FLOAT32 = 3.4028234e38
+
+
 class _UsageError(Exception):
     """A command line that cannot be understood; the message is the one line to print."""
 
@@ -146,6 +149,14 @@ def at_least(options: Any, bound: int, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not bound <= value < float("inf"):
             raise UserError(f"--{name} {value:g}: expected at least {bound}")
+
+
+def finite(options: Any) -> None:
+    """Raises UserError for the first number among the flags that is not finite in float32, in which it is used."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT32:
+            raise UserError(f"--{field.name} {value:g}: expected a finite number of float32")
 
 
 def script_name() -> str:

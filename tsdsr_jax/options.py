@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax.cli import at_least
+from tsdsr_jax.cli import at_least, finite
 from tsdsr_jax.degradation import DegradationConfig, light
 from tsdsr_jax.devices import DTYPES, join_processes, keep_programs
 from tsdsr_jax.errors import UserError
@@ -104,6 +104,7 @@ class RunOptions:
         at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp",
                  "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
                  "logging_steps", "max_bad_steps")  # fmt: skip
+        finite(self)
         at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")
         if self.seed >= 2**32:
             raise UserError(f"--seed {self.seed}: expected less than 2**32")
@@ -168,12 +169,12 @@ class OptimizerOptions:
     def check_optimizer(self) -> None:
         at_least(self, 1, "lr_num_cycles")
         at_least(self, 0, "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay")
-        finite(self, "lr_power")
         for name in ("max_grad_norm", "adam_epsilon"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} {getattr(self, name):g}: expected more than 0")
+            if not np.float32(value := getattr(self, name)) > 0:
+                below = ", and more than float32 can tell from it" if value > 0 else ""
+                raise UserError(f"--{name} {value:g}: expected more than 0{below}")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
-            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+            if (value := getattr(self, name)) is not None and not 0 <= np.float32(value) < 1:
                 raise UserError(f"--{name} {value:g}: expected at least 0 and less than 1")
 
     def kept(self) -> dict[str, Any]:
@@ -281,10 +282,3 @@ def check_writable(folder: Path, flag: str = "--output_dir") -> None:
         raise UserError(f"{flag} {folder}: {place} is a file; expected a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {folder}: {place} is not writable")
-
-
-def finite(options: Any, *names: str) -> None:
-    """Raises UserError for the first flag that is no finite number."""
-    for name in names:
-        if not math.isfinite(value := getattr(options, name)):
-            raise UserError(f"--{name} {value:g}: expected a finite number")

@@ -14,7 +14,14 @@ from jax.sharding import Mesh
 from tsdsr_jax.objective import Metrics
 from tsdsr_jax.sharding import base_shardings, replicated
 from tsdsr_jax.torch_weights import Tree
-from tsdsr_jax.training import LossScale, OptimizerConfig, accumulated, average, updates_done
+from tsdsr_jax.training import (
+    LossScale,
+    OptimizerConfig,
+    accumulated,
+    average,
+    kept_where,
+    updates_done,
+)
 
 # (what is trained, frozen arrays, batch, key) -> (loss, metrics); pure.
 Objective = Callable[[Tree, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
@@ -98,8 +105,8 @@ class Trainer:
           key: the run's key; the step number and the part are folded in.
 
         Returns:
-          The new state, and the objective's metrics with the step's own. Where the gradient is not finite only the counters
-          change.
+          The new state, and the objective's metrics with the step's own. Where a gradient or an update is not finite only
+          the counters and the loss scale change.
         """
         rate = self._rate(updates_done(state.optimizer))
         key = jax.random.fold_in(key, state.step)
@@ -111,14 +118,16 @@ class Trainer:
 
         metrics, gradient = accumulated(of_part, parts)
         gradient_norm = optax.global_norm(gradient)
-        finite = jnp.isfinite(gradient_norm)
         # A branch, not a choice between two results: those would both be there, a network's moments among them.
-        trained, optimizer, ema, update_norm = jax.lax.cond(finite, self._update, _keep, state, gradient)
+        trained, optimizer, ema, update_norm = jax.lax.cond(
+            jnp.isfinite(gradient_norm), self._update, _keep, state, gradient
+        )
+        finite = jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
         scale = state.loss_scale.after(finite) if self.dynamic_scale else state.loss_scale
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         metrics = metrics | {
             "gradient_norm": gradient_norm,
-            "update_norm": update_norm,
+            "update_norm": jnp.where(finite, update_norm, 0),
             "norm": optax.global_norm(trained),
             "learning_rate": rate,
             "bad_steps": bad_steps,
@@ -127,10 +136,18 @@ class Trainer:
         return TrainState(state.step + 1, bad_steps, trained, optimizer, ema, scale), metrics
 
     def _update(self, state: TrainState, gradient: Tree) -> tuple[Tree, Any, Tree, jax.Array]:
+        """The state after the optimiser, unless that made NaN of a finite gradient; and the norm that tells."""
         updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
+        update_norm = optax.global_norm(updates)
+        if self.config.optimizer == "adamw" and jax.default_backend() != "cpu":
+            # AdamW's updates are cheap. Computed again once their norm is known, they need not be kept until then, which
+            # would take three quarters of the network's memory on a GPU.
+            (state, gradient), update_norm = jax.lax.optimization_barrier(((state, gradient), update_norm))
+            updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        ema = average(self.config.ema_decay, state.ema, trained)
-        return trained, optimizer, ema, optax.global_norm(updates)
+        moved = trained, optimizer, average(self.config.ema_decay, state.ema, trained)
+        *kept, _ = _keep(state, gradient)
+        return *kept_where(jnp.isfinite(update_norm), moved, tuple(kept)), update_norm
 
     def _gradient(self, state: TrainState, base: Any, batch: Any, key: jax.Array) -> tuple[Metrics, Tree]:
         scale = state.loss_scale.value

@@ -210,9 +210,7 @@ class Trainer:
             average(self.config.ema_decay, state.ema, student),
         )
         stayed = state.student, state.auxiliary, state.student_optimizer, state.auxiliary_optimizer, state.ema
-        student, auxiliary, student_optimizer, auxiliary_optimizer, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), moved, stayed
-        )
+        student, auxiliary, student_optimizer, auxiliary_optimizer, ema = kept_where(finite, moved, stayed)
         new_state = TrainState(
             step=state.step + 1,
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
@@ -286,6 +284,11 @@ def average(decay: float | None, ema: Any, new: Any) -> Any:
     return (
         ema if decay is None else jax.tree.map(lambda mean, now: decay * mean + (1 - decay) * now, ema, new)
     )
+
+
+def kept_where(finite: jax.Array, new: Any, old: Any) -> Any:
+    """The new tree after a good step, the old one after a bad."""
+    return jax.tree.map(lambda moved, stayed: jnp.where(finite, moved, stayed), new, old)
 
 
 def with_new_scale(state: Any, dynamic: bool) -> Any:

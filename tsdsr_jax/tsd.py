@@ -19,6 +19,11 @@ import jax.numpy as jnp
 
 from tsdsr_jax.flow import STEPS, add_noise, euler_step, per_sample, timesteps, to_clean
 
+# Largest value of a term of the gradient: what infinity counts as. A true one is far below it: velocities are of size 1 to
+# 10, and guidance multiplies their differences by 7.5. The original caps at float16's 65504, which float16 training
+# does not survive: times the loss scale it overflows on the way back, so that one bad value costs the whole step.
+LARGEST_TERM = 1024.0
+
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 Weighting = Literal["logit_normal", "sigma_sqrt", "mode"]
 
@@ -144,8 +149,8 @@ def tsd_gradient(
       schedule: (1000,) noise levels.
 
     Returns:
-      The gradient, (B, h, w, C) float32, finite, through which none flows; and how many of its terms were not finite, a
-      scalar: as in the original, NaN counts as 0 and infinity as the largest number.
+      The gradient, (B, h, w, C) float32, through which none flows; and how many of its terms were not finite or above
+      `LARGEST_TERM`, a scalar: as in the original, NaN counts as 0 and infinity as the largest value.
     """
     points = len(config.point_weights)
     levels = schedule[trajectory(index, bias, points, config.stride)].T  # (points + 1, B)
@@ -164,7 +169,9 @@ def tsd_gradient(
         variational, matching = teacher_fake - auxiliary_fake, teacher_fake - teacher_real
         mixed = config.balance * variational + (1 - config.balance) * matching
         term = per_sample(jnp.square(sigma), mixed) * weight * mixed
-        gradient, replaced = jnp.nan_to_num(term), jnp.sum(~jnp.isfinite(term))
+        # Clipped after NaN is gone, because a clip passes NaN on.
+        gradient = jnp.clip(jnp.nan_to_num(term), -LARGEST_TERM, LARGEST_TERM)
+        replaced = jnp.sum(~(jnp.abs(term) <= LARGEST_TERM))
         onward = (
             euler_step(fake_n, auxiliary_fake, sigma, following),
             euler_step(real_n, teacher_real, sigma, following),
@@ -172,7 +179,7 @@ def tsd_gradient(
         return onward, (gradient, replaced)
 
     _, (gradients, replaced) = jax.lax.scan(visit, start, (levels[:-1], levels[1:], weights))
-    return jax.lax.stop_gradient(jnp.nan_to_num(gradients.sum(0))), replaced.sum()
+    return jax.lax.stop_gradient(gradients.sum(0)), replaced.sum()
 
 
 def tsd_loss(fake: jax.Array, gradient: jax.Array) -> jax.Array:

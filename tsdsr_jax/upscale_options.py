@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -151,8 +150,7 @@ def check(options: UpscaleOptions) -> None:
     """
     if not 1 <= options.upscale <= 64:
         raise UserError(f"--upscale {options.upscale:g}: expected 1 to 64")
-    if not math.isfinite(options.lora_scale):
-        raise UserError(f"--lora_scale {options.lora_scale:g}: expected a finite number")
+    cli.finite(options)
     if options.process_size < 16:
         raise UserError(f"--process_size {options.process_size}: expected at least 16")
     if options.latent_tiled_size < PATCH_SIZE or options.latent_tiled_size % PATCH_SIZE:

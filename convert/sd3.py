@@ -88,8 +88,10 @@ def main() -> None:
             raise UserError(f"{network.folder}: not a folder written by this script; nothing to convert back")
         if network.is_converted and not options.to_diffusers and not options.lora_dir:
             raise UserError(f"{network.folder}: converted already; --to_diffusers would convert it back")
-        network.specs  # noqa: B018 (both networks are checked before a byte is written)
+        network.specs  # noqa: B018 (names and shapes; all is checked before a byte is written)
     loras = [load_part(options.lora_dir, network) for network in networks]
+    for network in networks:
+        network.check_finite()
     for network, lora in zip(networks, loras, strict=True):
         convert(network, lora, options.output / network.part / name, options)
     copy_small_files(checkpoint.folder, options.output)

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from tsdsr_jax import lora as lora_lib
 from tsdsr_jax import torch_weights
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.finite import is_finite, refuse_broken
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.sizes import LATENT_FACTOR, PATCH_SIZE
@@ -95,6 +96,19 @@ class NetworkFiles:
             return torch_weights.read_base(self.reader, self.config)
         return ((path, self.reader.read(path)) for path in self.specs)
 
+    def check_finite(self) -> None:
+        """Reads every tensor once.
+
+        Raises:
+          UserError: some have values that are NaN or infinite, by torch's names in either layout.
+        """
+        if self.is_converted:
+            entries = torch_weights.base_entries(self.config)
+            broken = [name for entry in entries for name in entry.broken(self.reader.view(entry.path))]
+        else:
+            broken = [name for name in self.reader.specs if not is_finite(self.reader.view(name))]
+        refuse_broken(self.reader.source, broken)
+
     def load(
         self,
         dtype: DTypeLike,
@@ -116,7 +130,8 @@ class NetworkFiles:
             layer at a time.
 
         Raises:
-          UserError: the weights do not fit the config.
+          UserError: the weights do not fit the config, or have values that are NaN or infinite. A converted folder's
+            values were looked at when it was converted.
         """
         pairs = flatten_dict(lora or {}, sep="/")
 
@@ -135,7 +150,9 @@ class NetworkFiles:
             return np.asarray(merged(array, *pair)) if on_host else merged(array, *pair)
 
         loaded = []
-        for path, array in self.leaves():
+        for entry, (path, array) in zip(torch_weights.base_entries(self.config), self.leaves(), strict=True):
+            if not self.is_converted:
+                refuse_broken(self.reader.source, entry.broken(array))
             loaded.append((path, leaf_of(path, array)))
             progress(array.size)
         return torch_weights.to_tree(loaded)

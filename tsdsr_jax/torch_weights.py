@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tsdsr_jax.devices import cores
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.finite import is_finite
 from tsdsr_jax.lora import Tree, pair_shapes
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
@@ -161,6 +162,13 @@ class Entry(NamedTuple):
             made = np.empty(tensor.shape, tensor.dtype)
             copy_into(made, tensor)
             yield name, made
+
+    def broken(self, leaf: np.ndarray) -> list[str]:
+        """The torch names of those layers that have a NaN or an infinity."""
+        if is_finite(leaf):
+            return []
+        layers = leaf if self.stacked else [leaf]
+        return [name for name, layer in zip(self.names, layers, strict=True) if not is_finite(layer)]
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:

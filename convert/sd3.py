@@ -32,12 +32,12 @@ from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora import pair_of
+from tsdsr_jax.lora_files import load_lora
 from tsdsr_jax.pretrained import (
     PARAMS_FILE,
     PARTS,
     TORCH_STEM,
     NetworkFiles,
-    load_lora,
     open_checkpoint,
     read_json,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from tsdsr_jax.finite import is_finite, refuse_broken
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.sizes import LATENT_FACTOR, PATCH_SIZE
-from tsdsr_jax.tensor_files import TensorReader, TensorSpec, find_weights, open_tensors, save_tensors
+from tsdsr_jax.tensor_files import TensorReader, TensorSpec, find_weights, open_tensors
 from tsdsr_jax.torch_weights import Config, Tree
 
 Part = Literal["transformer", "vae"]
@@ -289,59 +289,3 @@ def torch_config(config: Config) -> dict[str, Any]:
         "use_quant_conv": False,
         "use_post_quant_conv": False,
     }
-
-
-LORA_FORMAT = "tsdsr_jax.lora"
-
-
-def is_own_lora(reader: TensorReader) -> bool:
-    """Whether a LoRA file is ours (paths as names) rather than PEFT's."""
-    return reader.metadata.get("format") == LORA_FORMAT
-
-
-def load_lora(path: Path, config: Config, model: str = torch_weights.DESCRIBED) -> Tree:
-    """Reads an adapter, PEFT's or ours, for the network that `config` describes; stored dtype, host arrays.
-
-    `model` is what messages call that network.
-
-    Raises:
-      UserError: the file is missing, damaged, or made for another network; the tensors are named.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: not found; expected LoRA weights there")
-    reader = open_tensors(path)
-    found, expected = lora_part(reader.specs), "transformer" if isinstance(config, MMDiTConfig) else "vae"
-    if found != expected:
-        raise UserError(
-            f"{path}: is a LoRA for the {found}, expected one for the {expected}; are two files swapped?"
-        )
-    if not is_own_lora(reader):
-        return torch_weights.read_lora(reader.specs, reader.read, config, path, model=model)
-    torch_weights.check_lora(reader.specs, config, path, model)
-    return torch_weights.to_tree((name, reader.read(name)) for name in sorted(reader.specs))
-
-
-def save_lora(path: Path, lora: Tree, part: Part) -> None:
-    """Writes an adapter in our own layout, atomically."""
-    leaves = {name: np.asarray(leaf) for name, leaf in sorted(flatten_dict(lora, sep="/").items())}
-    save_tensors(path, leaves, {"format": LORA_FORMAT, "network": part})
-
-
-def lora_part(names: Mapping[str, Any]) -> Part:
-    """Which network an adapter file belongs to, by its module names."""
-    autoencoder = re.compile(r"(transformer\.)?(encoder|decoder)[./]")
-    return "vae" if any(autoencoder.match(name) for name in names) else "transformer"
-
-
-def check_rank(lora: Tree, rank: int, path: Path, flag: str) -> None:
-    """Compares every module's rank with the flag's.
-
-    Raises:
-      UserError: naming the modules that differ and the flag that would fit.
-    """
-    others = {module: found for module, found in lora_lib.modules(lora).items() if found != rank}
-    if others:
-        module, found = next(iter(others.items()))
-        more = f" and {len(others) - 1} more modules" if len(others) > 1 else ""
-        hint = f"pass {flag} {found}" if len(set(others.values())) == 1 else "its ranks are mixed"
-        raise UserError(f"{path}: rank {found} in {module}{more}, but {flag} is {rank}; {hint}")

@@ -185,10 +185,10 @@ def test_the_largest_numbers_convert(tmp_path: Path, sd3: Callable[..., None], d
     assert all(ours.read(name).tobytes() == theirs.read(name).tobytes() for name in theirs.specs)
 
 
-def test_loading_a_diffusers_folder_names_the_tensor(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "sd3", {MIDDLE: np.nan})
+def test_loading_a_diffusers_folder_names_the_tensors(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "sd3", {MIDDLE: np.nan, FIRST: np.inf})
     for on_host in (False, True):
-        with pytest.raises(UserError, match=rf"NaN or infinite in 1 tensor: {MIDDLE};"):
+        with pytest.raises(UserError, match=rf"NaN or infinite in 2 tensors: {MIDDLE}, {FIRST};"):
             NetworkFiles(source / "transformer", "transformer").load(jnp.float32, on_host=on_host)
 
 

@@ -40,6 +40,7 @@ from tsdsr_jax.lora_files import (
 )
 from tsdsr_jax.lora_scaling import METADATA_KEY
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.pretrained import NetworkFiles
 from tsdsr_jax.tensor_files import open_tensors, save_tensors
 from tsdsr_jax.torch_weights import base_entries, write_lora
@@ -449,6 +450,30 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float, own:
         UserError, match=rf"x\.safetensors: has values .* infinite in 1 tensor: {re.escape(name)};"
     ):
         load_lora(file, CONFIG)
+
+
+def test_all_tensors_that_are_not_finite_are_named_and_counted() -> None:
+    named = tensors()
+    for name in (f"transformer.{Q1}.lora_A.weight", "transformer.proj_out.lora_B.weight"):
+        named[name][0, 0] = math.inf
+    with pytest.raises(
+        UserError, match=rf"in 2 tensors: transformer\.{Q1}\.lora_A\.weight, transformer\.proj_out\.lora_B"
+    ):
+        read(named)
+    every = {name: np.full_like(array, math.nan) for name, array in named.items()}
+    with pytest.raises(UserError, match=rf"in {len(every)} tensors: .* and {len(every) - 10} more;"):
+        read(every)
+
+
+@pytest.mark.parametrize("changes", NAMES.values(), ids=NAMES)
+def test_names_of_an_autoencoders_lora(tmp_path: Path, changes: Any) -> None:
+    network = VAEConfig.tiny()
+    named = write_lora(random_lora(network, lora.VAE_ENCODER_TARGETS, 3), network)
+    save_tensors(tmp_path / "plain.safetensors", named)
+    save_tensors(tmp_path / "vae.safetensors", renamed(named | alphas(named, 6), *changes))
+    adapter = open_lora(tmp_path / "vae.safetensors", network)
+    assert adapter.factors == (2.0,)
+    assert_same(adapter.tree, lora.scale(load_lora(tmp_path / "plain.safetensors", network), np.float32(2)))
 
 
 def test_a_factor_beyond_float32_is_refused() -> None:

@@ -103,10 +103,12 @@ def read_lora(reader: TensorReader, config: Config, model: str = DESCRIBED) -> A
     check_names(specs, expected_shapes(runs, config), reader.source, model)
     ranks = {module: rank for run in runs for module, rank in run.ranks.items() if rank}
     factors = scalings(reader, names, ranks)
-    leaves = {}
+    leaves, broken = {}, []
     for run in runs:
         for entry in pair_entries(run, config):
-            leaves[entry.path] = gather(entry, reader, names, factors)
+            leaves[entry.path] = leaf = gather(entry, reader, names, factors)
+            broken += [names.tensors[name] for name in entry.broken(leaf)]
+    refuse_broken(reader.source, broken)
     filled = tuple(run.module for run in runs if set(run.ranks.values()) != {run.rank})
     return Adapter(to_tree(leaves.items()), tuple(sorted(set(factors.values()))), filled)
 
@@ -164,14 +166,12 @@ def gather(entry: Entry, reader: TensorReader, names: Names, factors: dict[str, 
             return np.zeros(entry.torch_shape, dtype)
         tensor = reader.read(names.tensors[name])
         if on_b.get(name, 1) != 1:
-            with np.errstate(over="ignore"):  # an infinity is refused below
+            with np.errstate(over="ignore"):  # an infinity is refused in `read_lora`
                 tensor = tensor.astype(np.float32) * np.float32(on_b[name])
         missing = [(0, full - size) for full, size in zip(entry.torch_shape, tensor.shape, strict=True)]
         return np.pad(tensor, missing) if np.any(missing) else tensor
 
-    leaf = entry.gather(read, dtype)
-    refuse_broken(reader.source, [names.tensors[name] for name in entry.broken(leaf)])
-    return leaf
+    return entry.gather(read, dtype)
 
 
 # --- ours ---------------------------------------------------------------------------------------------

@@ -149,12 +149,14 @@ class NetworkFiles:
                 return np.stack([np.asarray(merged(*layer)) for layer in zip(array, *pair, strict=True)])
             return np.asarray(merged(array, *pair)) if on_host else merged(array, *pair)
 
-        loaded = []
+        loaded, broken = [], []
         for entry, (path, array) in zip(torch_weights.base_entries(self.config), self.leaves(), strict=True):
             if not self.is_converted:
-                refuse_broken(self.reader.source, entry.broken(array))
-            loaded.append((path, leaf_of(path, array)))
+                broken += entry.broken(array)
+            if not broken:  # or else the rest is only looked at
+                loaded.append((path, leaf_of(path, array)))
             progress(array.size)
+        refuse_broken(self.reader.source, broken)
         return torch_weights.to_tree(loaded)
 
 

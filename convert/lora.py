@@ -4,7 +4,8 @@
     python convert/lora.py --input lora/tsdsr --output for_pytorch --base sd3
 
 The direction follows from each file. A folder converts all of its transformer.safetensors, vae.safetensors,
-teacher.safetensors and transformer_reg.safetensors. Round trips are bit-exact, tensor by tensor.
+teacher.safetensors and transformer_reg.safetensors. Where alpha is the rank, round trips are bit-exact, tensor by tensor;
+another strength is folded into B, and what is written has alpha = rank.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import tyro
 
 from tsdsr_jax import cli, lora
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.lora_files import Adapter, is_own_lora, open_lora, save_lora
+from tsdsr_jax.lora_names import part_of
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import NetworkFiles, Part, is_own_lora, load_lora, lora_part, save_lora
+from tsdsr_jax.pretrained import NetworkFiles, Part
 from tsdsr_jax.tensor_files import open_tensors, save_tensors
 from tsdsr_jax.torch_weights import Config, write_lora
 
@@ -76,22 +79,33 @@ def find_files(path: Path) -> list[Path]:
 def convert(source: Path, target: Path, base: Path | None) -> str:
     """Converts one file; returns a line that says what was done."""
     reader = open_tensors(source)
-    part = lora_part(reader.specs)
+    part = part_of(reader.specs)
     config = read_config(base, part)
     if source.name in KNOWN_FILES and (source.name == "vae.safetensors") != (part == "vae"):
         raise UserError(
             f"{source}: holds a LoRA for the {part}; by its name it should not: are two files swapped?"
         )
     model = "SD3-medium, which is assumed without --base" if base is None else f"the {part} of {base}"
-    adapter = load_lora(source, config, model)
+    adapter = open_lora(source, config, model)
     ours = is_own_lora(reader)
     if ours:
-        save_tensors(target, write_lora(adapter, config), {"format": "pt"})
+        save_tensors(target, write_lora(adapter.tree, config), {"format": "pt"})
     else:
-        save_lora(target, adapter, part)
-    modules = lora.modules(adapter)
-    ranks = "/".join(str(rank) for rank in sorted(set(modules.values())))
-    return f"{source} -> {target} ({'PEFT' if ours else 'tsdsr_jax'} layout, {part}, rank {ranks})"
+        save_lora(target, adapter.tree, part)
+    return f"{source} -> {target} ({'PEFT' if ours else 'tsdsr_jax'} layout, {part}, {describe(adapter)})"
+
+
+def describe(adapter: Adapter) -> str:
+    """Its ranks, and what reading it changed."""
+    modules = lora.modules(adapter.tree)
+    words = ["rank " + "/".join(str(rank) for rank in sorted(set(modules.values())))]
+    if adapter.factors != (1.0,):
+        smallest, largest = adapter.factors[0], adapter.factors[-1]
+        spread = f"{smallest:g}" if smallest == largest else f"{smallest:g} to {largest:g}"
+        words.append(f"alpha/rank {spread} folded in")
+    if adapter.filled:
+        words.append(f"smaller ranks or missing layers filled with zeros in {len(adapter.filled)} modules")
+    return ", ".join(words)
 
 
 def read_config(base: Path | None, part: Part) -> Config:

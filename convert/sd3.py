@@ -32,12 +32,12 @@ from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora import pair_of
+from tsdsr_jax.lora_files import load_lora
 from tsdsr_jax.pretrained import (
     PARAMS_FILE,
     PARTS,
     TORCH_STEM,
     NetworkFiles,
-    load_lora,
     open_checkpoint,
     read_json,
 )
@@ -88,8 +88,10 @@ def main() -> None:
             raise UserError(f"{network.folder}: not a folder written by this script; nothing to convert back")
         if network.is_converted and not options.to_diffusers and not options.lora_dir:
             raise UserError(f"{network.folder}: converted already; --to_diffusers would convert it back")
-        network.specs  # noqa: B018 (both networks are checked before a byte is written)
+        network.specs  # noqa: B018 (names and shapes; all is checked before a byte is written)
     loras = [load_part(options.lora_dir, network) for network in networks]
+    for network in networks:
+        network.check_finite()
     for network, lora in zip(networks, loras, strict=True):
         convert(network, lora, options.output / network.part / name, options)
     copy_small_files(checkpoint.folder, options.output)

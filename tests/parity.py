@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from numpy.typing import ArrayLike
 
-from tsdsr_jax import lora, torch_weights
+from tsdsr_jax import lora, lora_files, torch_weights
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.objective import Batch, Draws
@@ -127,6 +128,7 @@ class MemoryReader(NamedTuple):
 
     tensors: Mapping[str, np.ndarray]
     source: str = "memory"
+    metadata: Mapping[str, str] = MappingProxyType({})
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -162,7 +164,7 @@ def lora_of(oracle: Any, model: Any, adapter: str = "default") -> Tree:
     """Our tree of a model's PEFT adapter, read as a released file is."""
     state = arrays(oracle.lora_state(model, adapter))
     reader = MemoryReader({oracle.LORA_PREFIX + name: array for name, array in state.items()})
-    return torch_weights.read_lora(reader.specs, reader.read, config_of(model), "memory")
+    return lora_files.read_lora(reader, config_of(model)).tree
 
 
 # --- a training step's losses ---------------------------------------------------------------

@@ -676,7 +676,7 @@ def test_adapters_that_are_not_finite_are_refused(command, finished, tmp_path):
     tensors[next(iter(tensors))][:] = np.nan
     save_file(tensors, folder / "vae.safetensors")
     said = command.refused(tmp_path / "run", "--checkpoint_path", str(folder))
-    assert "vae.safetensors: has values that are NaN or infinite, in encoder/" in said
+    assert "vae.safetensors: has values that are NaN or infinite in 1 tensor: transformer.encoder." in said
 
 
 def test_validation_samples_of_another_size_are_left_out_aloud(command, copy, tmp_path):

@@ -13,12 +13,12 @@ pytest.importorskip("peft")
 
 import oracle_models  # noqa: E402
 import oracle_training as oracle  # noqa: E402
-from parity import losses_and_gradients, nhwc  # noqa: E402
+from parity import MemoryReader, losses_and_gradients, nhwc  # noqa: E402
+from tsdsr_jax.lora_files import read_lora  # noqa: E402
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig  # noqa: E402
 from tsdsr_jax.objective import Base, LossConfig, Losses, Student  # noqa: E402
-from tsdsr_jax.tensor_files import TensorSpec  # noqa: E402
-from tsdsr_jax.torch_weights import base_entries, read_lora, to_tree  # noqa: E402
+from tsdsr_jax.torch_weights import base_entries, to_tree  # noqa: E402
 from tsdsr_jax.tsd import Text, TSDConfig  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -58,8 +58,7 @@ def adapter(module, config, name="default"):
     state = {
         "transformer." + k: v.detach().numpy() for k, v in oracle_models.lora_state(module, name).items()
     }
-    specs = {k: TensorSpec(v.shape, v.dtype) for k, v in state.items()}
-    return read_lora(specs, state.__getitem__, config, name)
+    return read_lora(MemoryReader(state, name), config).tree
 
 
 def problem(seed, size, use_bias):

@@ -17,8 +17,9 @@ import tiny_training
 from commands import Command, Outcome
 from train import distill, teacher
 from tsdsr_jax import checkpoint, options, sharding
+from tsdsr_jax.lora_files import load_lora
 from tsdsr_jax.models.mmdit import MMDiT
-from tsdsr_jax.pretrained import load_lora, open_checkpoint
+from tsdsr_jax.pretrained import open_checkpoint
 from tsdsr_jax.run_log import read_rows
 from tsdsr_jax.torch_pickle import write_tensor
 

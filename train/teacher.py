@@ -34,6 +34,7 @@ from tsdsr_jax.checkpoint import LORA, MODEL, Files, on_host
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.loop import explained_memory
+from tsdsr_jax.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.networks import (
     Networks,
     check_latents,
@@ -49,8 +50,6 @@ from tsdsr_jax.pretrained import (
     TORCH_STEM,
     Checkpoint,
     check_fit,
-    check_rank,
-    load_lora,
     open_checkpoint,
     torch_config,
 )
@@ -255,8 +254,7 @@ def starting_adapter(options: Options, networks: Networks) -> Tree:
     adapter = load_lora(path, networks.transformer.config)
     check_rank(adapter, options.rank, path, "--rank")
     like = jax.eval_shape(partial(_new_adapter, options, networks))
-    if jax.tree.map(jnp.shape, adapter) != jax.tree.map(jnp.shape, like):
-        raise UserError(f"{path}: adapts other modules than the teacher's LoRA does")
+    check_start(adapter, like, path)
     say(f"starting from {path}")
     return adapter
 

@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from tsdsr_jax import lora
 from tsdsr_jax.checkpoint import Hash
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.networks import Networks
 from tsdsr_jax.objective import Base, LossConfig, Losses, Samples, Student, to_batch
-from tsdsr_jax.pretrained import NetworkFiles, check_rank, load_lora
+from tsdsr_jax.pretrained import NetworkFiles
 from tsdsr_jax.sharding import global_array, replicated
 from tsdsr_jax.stepping import JittedStep, jitted
 from tsdsr_jax.torch_weights import Tree, abstract_params, write_lora
@@ -84,18 +85,7 @@ def load_adapters(folder: Path, networks: Networks, ranks: Ranks) -> tuple[Stude
         path = folder / file
         adapter = load_lora(path, network.config)
         check_rank(adapter, rank, path, flag)
-        broken = [
-            name for name, leaf in flatten_dict(adapter, sep="/").items() if not np.isfinite(leaf).all()
-        ]
-        if broken:
-            raise UserError(f"{path}: has values that are NaN or infinite, in {', '.join(broken[:5])}")
-        found, expected = set(lora.modules(adapter)), set(lora.modules(like))
-        if found != expected:
-            missing, extra = sorted(expected - found), sorted(found - expected)
-            raise UserError(
-                f"{path}: adapts other modules than are trained; missing: {', '.join(missing[:5]) or 'none'}, extra: "
-                f"{', '.join(extra[:5]) or 'none'}"
-            )
+        check_start(adapter, like, path)
         return adapter
 
     loaded = Student(

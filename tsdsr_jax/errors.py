@@ -1,4 +1,6 @@
-"""The one exception that scripts turn into a single clear line."""
+"""The one exception that scripts turn into a single clear line, and what its messages are made of."""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -12,6 +14,12 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What another library's error says, for use inside a message of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def printable(text: str) -> str:

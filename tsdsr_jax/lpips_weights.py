@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.finite import refuse_broken
 from tsdsr_jax.models.lpips import LPIPS, SLICES, Network, minimum_side
 from tsdsr_jax.tensor_files import TensorSpec, open_tensors, save_tensors
 from tsdsr_jax.torch_weights import Entry, Transform, Tree, check_names, to_tree
@@ -103,7 +104,7 @@ def read_leaves(tensors: Tensors, network: Network, layout: Layout) -> dict[str,
     """Path -> float32 array of all that a file of this kind holds.
 
     Raises:
-      UserError: tensors are missing, extra or misshapen, all of them named; or they are the other network's.
+      UserError: tensors are missing, extra, misshapen or not finite, all of them named; or they are the other network's.
     """
     found = {name: spec for name, spec in tensors.specs.items() if not re.fullmatch(layout.ignored, name)}
     needed = entries(network, layout)
@@ -117,7 +118,9 @@ def read_leaves(tensors: Tensors, network: Network, layout: Layout) -> dict[str,
                     f" file for {network}"
                 ) from None
         raise
-    return {entry.path: entry.gather(tensors.read, np.dtype(np.float32)) for entry in needed}
+    leaves = {entry.path: entry.gather(tensors.read, np.dtype(np.float32)) for entry in needed}
+    refuse_broken(tensors.source, [name for entry in needed for name in entry.broken(leaves[entry.path])])
+    return leaves
 
 
 def _check(found: Mapping[str, TensorSpec], network: Network, layout: Layout, source: object) -> None:

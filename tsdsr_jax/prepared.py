@@ -22,13 +22,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tsdsr_jax.errors import UserError
+from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.images import IMAGE_SUFFIXES, read_photo
 from tsdsr_jax.prompts import (
     TORCH_POOLED_FOLDER,
     TORCH_PROMPT_FOLDER,
     PromptEmbeds,
-    listed,
     load_prompt_embeds,
     read_torch_pair,
 )

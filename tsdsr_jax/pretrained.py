@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +23,11 @@ from jax.typing import DTypeLike
 from tsdsr_jax import lora as lora_lib
 from tsdsr_jax import torch_weights
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.finite import is_finite, refuse_broken
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.sizes import LATENT_FACTOR, PATCH_SIZE
-from tsdsr_jax.tensor_files import TensorReader, TensorSpec, find_weights, open_tensors, save_tensors
+from tsdsr_jax.tensor_files import TensorReader, TensorSpec, find_weights, open_tensors
 from tsdsr_jax.torch_weights import Config, Tree
 
 Part = Literal["transformer", "vae"]
@@ -95,6 +96,19 @@ class NetworkFiles:
             return torch_weights.read_base(self.reader, self.config)
         return ((path, self.reader.read(path)) for path in self.specs)
 
+    def check_finite(self) -> None:
+        """Reads every tensor once.
+
+        Raises:
+          UserError: some have values that are NaN or infinite, by torch's names in either layout.
+        """
+        if self.is_converted:
+            entries = torch_weights.base_entries(self.config)
+            broken = [name for entry in entries for name in entry.broken(self.reader.view(entry.path))]
+        else:
+            broken = [name for name in self.reader.specs if not is_finite(self.reader.view(name))]
+        refuse_broken(self.reader.source, broken)
+
     def load(
         self,
         dtype: DTypeLike,
@@ -116,7 +130,8 @@ class NetworkFiles:
             layer at a time.
 
         Raises:
-          UserError: the weights do not fit the config.
+          UserError: the weights do not fit the config, or have values that are NaN or infinite. A converted folder's
+            values were looked at when it was converted.
         """
         pairs = flatten_dict(lora or {}, sep="/")
 
@@ -134,10 +149,14 @@ class NetworkFiles:
                 return np.stack([np.asarray(merged(*layer)) for layer in zip(array, *pair, strict=True)])
             return np.asarray(merged(array, *pair)) if on_host else merged(array, *pair)
 
-        loaded = []
-        for path, array in self.leaves():
-            loaded.append((path, leaf_of(path, array)))
+        loaded, broken = [], []
+        for entry, (path, array) in zip(torch_weights.base_entries(self.config), self.leaves(), strict=True):
+            if not self.is_converted:
+                broken += entry.broken(array)
+            if not broken:  # or else the rest is only looked at
+                loaded.append((path, leaf_of(path, array)))
             progress(array.size)
+        refuse_broken(self.reader.source, broken)
         return torch_weights.to_tree(loaded)
 
 
@@ -272,59 +291,3 @@ def torch_config(config: Config) -> dict[str, Any]:
         "use_quant_conv": False,
         "use_post_quant_conv": False,
     }
-
-
-LORA_FORMAT = "tsdsr_jax.lora"
-
-
-def is_own_lora(reader: TensorReader) -> bool:
-    """Whether a LoRA file is ours (paths as names) rather than PEFT's."""
-    return reader.metadata.get("format") == LORA_FORMAT
-
-
-def load_lora(path: Path, config: Config, model: str = torch_weights.DESCRIBED) -> Tree:
-    """Reads an adapter, PEFT's or ours, for the network that `config` describes; stored dtype, host arrays.
-
-    `model` is what messages call that network.
-
-    Raises:
-      UserError: the file is missing, damaged, or made for another network; the tensors are named.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: not found; expected LoRA weights there")
-    reader = open_tensors(path)
-    found, expected = lora_part(reader.specs), "transformer" if isinstance(config, MMDiTConfig) else "vae"
-    if found != expected:
-        raise UserError(
-            f"{path}: is a LoRA for the {found}, expected one for the {expected}; are two files swapped?"
-        )
-    if not is_own_lora(reader):
-        return torch_weights.read_lora(reader.specs, reader.read, config, path, model=model)
-    torch_weights.check_lora(reader.specs, config, path, model)
-    return torch_weights.to_tree((name, reader.read(name)) for name in sorted(reader.specs))
-
-
-def save_lora(path: Path, lora: Tree, part: Part) -> None:
-    """Writes an adapter in our own layout, atomically."""
-    leaves = {name: np.asarray(leaf) for name, leaf in sorted(flatten_dict(lora, sep="/").items())}
-    save_tensors(path, leaves, {"format": LORA_FORMAT, "network": part})
-
-
-def lora_part(names: Mapping[str, Any]) -> Part:
-    """Which network an adapter file belongs to, by its module names."""
-    autoencoder = re.compile(r"(transformer\.)?(encoder|decoder)[./]")
-    return "vae" if any(autoencoder.match(name) for name in names) else "transformer"
-
-
-def check_rank(lora: Tree, rank: int, path: Path, flag: str) -> None:
-    """Compares every module's rank with the flag's.
-
-    Raises:
-      UserError: naming the modules that differ and the flag that would fit.
-    """
-    others = {module: found for module, found in lora_lib.modules(lora).items() if found != rank}
-    if others:
-        module, found = next(iter(others.items()))
-        more = f" and {len(others) - 1} more modules" if len(others) > 1 else ""
-        hint = f"pass {flag} {found}" if len(set(others.values())) == 1 else "its ranks are mixed"
-        raise UserError(f"{path}: rank {found} in {module}{more}, but {flag} is {rank}; {hint}")

@@ -13,14 +13,14 @@ line.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from tsdsr_jax.errors import UserError
+from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.tensor_files import open_tensors, save_tensors
 from tsdsr_jax.torch_pickle import read_tensor
 
@@ -130,8 +130,8 @@ def refuse_existing(files: Iterable[Path], overwrite: bool) -> None:
 def convert_torch_embeds(
     source: str | os.PathLike[str], output: str | os.PathLike[str], overwrite: bool = False
 ) -> list[Path]:
-    """Turns the released code's `.pt` embeddings into safetensors; everything is checked before the first
-    write.
+    """Turns the released code's `.pt` embeddings into safetensors. What is there and what is in the way is checked before
+    the first write, each file's content before it is written.
 
     Args:
         source: a folder with `prompt_embeds.pt` and `pool_embeds.pt`, which becomes
@@ -187,12 +187,6 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as UTF-8 text ({error}).") from error
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """The first few of them, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _pairs(prompt_folder: Path, pooled_folder: Path) -> dict[str, tuple[Path, Path]]:
@@ -256,6 +250,6 @@ def _check(embeds: PromptEmbeds, prompt_source: str, pooled_source: str | None =
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             raise UserError(
-                f"{source}: {bad} of {array.size} values are NaN or infinite."
+                f"{source}: {bad} of {array.size} values of {expected} are NaN or infinite."
                 f" {_how_to_make(Path(source).parent)}"
             )

@@ -23,6 +23,7 @@ _DTYPE_CODES = {
     "I32": np.dtype(np.int32),
     "U8": np.dtype(np.uint8),
 }
+_LFS_START = b"version https://git-lfs.github.com/spec/"
 _CODES = {dtype: code for code, dtype in _DTYPE_CODES.items()}
 
 
@@ -52,6 +53,8 @@ class TensorReader:
         self.metadata: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         self._owners: dict[str, safe_open] = {}
+        self._paths: dict[str, Path] = {}
+        self._starts: dict[Path, dict[str, int]] = {}
         for path in files:
             self._add(path)
 
@@ -61,6 +64,10 @@ class TensorReader:
         try:
             handle = safe_open(path, framework="np")
         except (SafetensorError, OSError) as error:
+            if is_lfs_pointer(path):
+                raise UserError(
+                    f"{path}: is a Git LFS pointer, not the file it stands for; fetch that with `git lfs pull`"
+                ) from None
             raise UserError(
                 f"{path}: not a readable safetensors file ({error}); it may be truncated"
             ) from None
@@ -74,11 +81,41 @@ class TensorReader:
             if name in self.specs:
                 raise UserError(f"{path}: {name} is also in another shard of {self.source}")
             self.specs[name] = TensorSpec(tuple(view.get_shape()), _DTYPE_CODES[view.get_dtype()])
-            self._owners[name] = handle
+            self._owners[name], self._paths[name] = handle, path
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, as stored."""
         return self._owners[name].get_tensor(name)
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor where it lies in the file, read-only: to look at every value, several times as fast as `read`."""
+        path, spec = self._paths[name], self.specs[name]
+        if path not in self._starts:
+            self._starts[path] = data_starts(path)
+        if 0 in spec.shape:
+            return np.empty(spec.shape, spec.dtype)
+        size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
+        # A map for each tensor, so that no more than one counts as this process's memory.
+        data = np.memmap(path, np.uint8, "r", self._starts[path][name], (size,))
+        return data.view(np.ndarray).view(spec.dtype).reshape(spec.shape)
+
+
+def data_starts(path: Path) -> dict[str, int]:
+    """Where in a safetensors file each tensor begins."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a clone without Git LFS left its note in place of a large file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_LFS_START)) == _LFS_START
+    except OSError:
+        return False
 
 
 def open_tensors(path: Path) -> TensorReader:

@@ -20,7 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tsdsr_jax.devices import cores
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.lora import Tree, pair_shapes
+from tsdsr_jax.finite import is_finite
+from tsdsr_jax.lora import Tree
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.tensor_files import TensorReader, TensorSpec
@@ -134,9 +135,9 @@ class Entry(NamedTuple):
     torch_shape: tuple[int, ...]
     transform: Transform
 
-    def stored_dtype(self, specs: Mapping[str, TensorSpec], prefix: str = "") -> np.dtype:
+    def stored_dtype(self, specs: Mapping[str, TensorSpec]) -> np.dtype:
         """The dtype its torch tensors share; float32 where layers differ, so that stacking loses nothing."""
-        dtypes = {specs[prefix + name].dtype for name in self.names}
+        dtypes = {specs[name].dtype for name in self.names}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def gather(self, read: Callable[[str], np.ndarray], dtype: np.dtype) -> np.ndarray:
@@ -161,6 +162,13 @@ class Entry(NamedTuple):
             made = np.empty(tensor.shape, tensor.dtype)
             copy_into(made, tensor)
             yield name, made
+
+    def broken(self, leaf: np.ndarray) -> list[str]:
+        """The torch names of those layers that have a NaN or an infinity."""
+        if is_finite(leaf):
+            return []
+        layers = leaf if self.stacked else [leaf]
+        return [name for name, layer in zip(self.names, layers, strict=True) if not is_finite(layer)]
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:
@@ -238,6 +246,16 @@ def base_entries(config: Config) -> list[Entry]:
     return [_entry(config, path, leaf.shape, _BASE_LEAVES) for path, leaf in sorted(shapes.items())]
 
 
+def kernel_entries(config: Config) -> list[Entry]:
+    """The parameters that an adapter can change."""
+    return [entry for entry in base_entries(config) if entry.path.endswith("/kernel")]
+
+
+def lora_entry(config: Config, path: str, shape: tuple[int, ...]) -> Entry:
+    """A leaf of an adapter, a or b, with PEFT's tensors."""
+    return _entry(config, path, shape, _LORA_LEAVES)
+
+
 def check_names(
     found: Mapping[str, TensorSpec],
     expected: Mapping[str, tuple[int, ...]],
@@ -310,97 +328,12 @@ def write_base(params: Tree, config: Config) -> Iterator[tuple[str, np.ndarray]]
         yield from entry.scatter(np.asarray(leaves[entry.path]))
 
 
-def _module_of(name: str) -> str | None:
-    """`a.b.lora_A.weight` -> `a.b`; None for any other name."""
-    match = re.fullmatch(r"(.+)\.lora_[AB]\.weight", name)
-    return match and match[1]
-
-
-def read_lora(
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], np.ndarray],
-    config: Config,
-    source: object,
-    prefix: str = "transformer.",
-    model: str = DESCRIBED,
-) -> Tree:
-    """Reads a PEFT adapter as the tree `tsdsr_jax.lora` describes, in the stored dtype.
-
-    Args:
-      specs: the file's tensors.
-      read: name -> array.
-      config: of the network the adapter belongs to.
-      source: the file, for messages.
-      prefix: what stands before every module path; TSD-SR's files have "transformer." also for the VAE.
-      model: what messages call the network.
-
-    Raises:
-      UserError: tensors without the prefix or that are no LoRA pair, a pair's half missing, modules that the network
-        lacks, shapes or ranks that do not fit, or layers of a scanned run adapted only in part. All are named.
-    """
-    foreign = [
-        name for name in specs if not name.startswith(prefix) or not _module_of(name.removeprefix(prefix))
-    ]
-    if foreign or not specs:
-        raise UserError(
-            f"{source}: not a PEFT LoRA for this network; expected names like {prefix}<module>.lora_A.weight, found "
-            + (", ".join(foreign) or "no tensors")
-        )
-    kernels = {
-        entry.path.removesuffix("/kernel"): entry
-        for entry in base_entries(config)
-        if entry.path.endswith("/kernel")
-    }
-    found = {name.removeprefix(prefix): spec for name, spec in specs.items()}
-    adapted = {_module_of(name) for name in found}
-    entries = []
-    for module, kernel in kernels.items():
-        names = [name.removesuffix(".weight") for name in kernel.names]
-        if not adapted & set(names):
-            continue
-        first = next(name for name in names if name in adapted)
-        half = found.get(f"{first}.lora_A.weight") or found.get(f"{first}.lora_B.weight")
-        rank = half.shape[0] if f"{first}.lora_A.weight" in found else half.shape[1]
-        a_shape, b_shape = pair_shapes(kernel.shape, rank)
-        entries += [_entry(config, f"{module}/{leaf}", shape, _LORA_LEAVES) for leaf, shape in
-                    (("a", a_shape), ("b", b_shape))]  # fmt: skip
-    expected = {name: entry.torch_shape for entry in entries for name in entry.names}
-    check_names(found, expected, source, model)
-    return to_tree(
-        (entry.path, entry.gather(lambda name: read(prefix + name), entry.stored_dtype(specs, prefix)))
-        for entry in entries
-    )
-
-
-def check_lora(
-    specs: Mapping[str, TensorSpec], config: Config, source: object, model: str = DESCRIBED
-) -> None:
-    """Checks an adapter in our own layout: each tensor half of a pair, for a kernel the network has.
-
-    Raises:
-      UserError: as `read_lora`.
-    """
-    shapes = flatten_dict(abstract_params(config), sep="/")
-    kernels = {
-        path.removesuffix("/kernel"): leaf.shape for path, leaf in shapes.items() if path.endswith("/kernel")
-    }
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, spec in specs.items():
-        module, _, half = name.rpartition("/")
-        if module not in kernels or half not in ("a", "b") or len(spec.shape) < 2:
-            continue
-        kernel, rank = kernels[module], spec.shape[-1] if half == "a" else spec.shape[-2]
-        for leaf, shape in zip(("a", "b"), pair_shapes(kernel, rank), strict=True):
-            expected.setdefault(f"{module}/{leaf}", shape)
-    check_names(specs, expected, source, model)
-
-
 def write_lora(lora: Tree, config: Config, prefix: str = "transformer.") -> dict[str, np.ndarray]:
     """The PEFT tensors of an adapter, names and layouts as PEFT loads them."""
     return {
         prefix + name: tensor
         for path, leaf in sorted(flatten_dict(lora, sep="/").items())
-        for name, tensor in _entry(config, path, leaf.shape, _LORA_LEAVES).scatter(np.asarray(leaf))
+        for name, tensor in lora_entry(config, path, leaf.shape).scatter(np.asarray(leaf))
     }
 
 

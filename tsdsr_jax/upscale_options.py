@@ -15,7 +15,8 @@ from tsdsr_jax import cli
 from tsdsr_jax.bundled import FOLDER, PROMPT, bundled_model
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.pretrained import NetworkFiles, check_fit, check_rank, load_lora, open_checkpoint
+from tsdsr_jax.lora_files import check_rank, load_lora
+from tsdsr_jax.pretrained import NetworkFiles, check_fit, open_checkpoint
 from tsdsr_jax.prompts import check_widths, load_prompt_embeds
 from tsdsr_jax.sizes import PATCH_SIZE
 from tsdsr_jax.torch_weights import Tree

@@ -51,7 +51,7 @@ class Options:
     """Encode this text."""
     prompt_file: Path | None = None
     """Encode this text file, or every .txt of this folder."""
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: cli.PathOrName | None = None
     """SD3 in the diffusers layout: a folder, or a hub id, of which only the text encoders are downloaded."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""

@@ -34,9 +34,11 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora import pair_of
 from tsdsr_jax.lora_files import load_lora
 from tsdsr_jax.pretrained import (
+    MERGED_FILE,
     PARAMS_FILE,
     PARTS,
     TORCH_STEM,
+    Checkpoint,
     NetworkFiles,
     open_checkpoint,
     read_json,
@@ -53,7 +55,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    input: Annotated[str, tyro.conf.arg(aliases=["-i"])]
+    input: Annotated[cli.PathOrName, tyro.conf.arg(aliases=["-i"])]
     """A diffusers SD3 folder or hub id (with --to_diffusers: a folder that this script wrote)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write."""
@@ -92,6 +94,7 @@ def main() -> None:
     loras = [load_part(options.lora_dir, network) for network in networks]
     for network in networks:
         network.check_finite()
+    mark(options, checkpoint)
     for network, lora in zip(networks, loras, strict=True):
         convert(network, lora, options.output / network.part / name, options)
     copy_small_files(checkpoint.folder, options.output)
@@ -179,6 +182,18 @@ def counted(tensors: Iterator[tuple[str, np.ndarray]], bar: tqdm) -> Iterator[tu
 
 def count_values(network: NetworkFiles) -> int:
     return sum(int(np.prod(spec.shape)) for spec in network.specs.values())
+
+
+def mark(options: Options, checkpoint: Checkpoint) -> None:
+    """Names the LoRAs in the weights, those of before and now, in a file; without any there is none."""
+    files = [*checkpoint.merged]
+    files += [f"{options.lora_dir}/{part}.safetensors" for part in PARTS] if options.lora_dir else []
+    path = options.output / MERGED_FILE
+    if files:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"loras": files}, indent=2) + "\n")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def copy_small_files(source: Path, output: Path) -> None:

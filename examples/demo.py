@@ -5,6 +5,7 @@ make demo        (or: python examples/demo.py)
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from tsdsr_jax import hints
 from tsdsr_jax.images import IMAGE_SUFFIXES
 from tsdsr_jax.sheet import comparison_sheet
 
@@ -41,9 +43,9 @@ def main() -> None:
 
 def run(script: str, *arguments: object) -> None:
     """Runs one of the project's scripts as a user would."""
-    command = [script, *map(str, arguments)]
-    print(f"$ python {' '.join(word.removeprefix(f'{ROOT}/') for word in command)}", flush=True)
-    result = subprocess.run([sys.executable, *command], cwd=ROOT)
+    words = [ROOT / script, *arguments]
+    print(f"$ {shlex.join([hints.interpreter(), *map(hints.shown, words)])}", flush=True)
+    result = subprocess.run([sys.executable, *map(str, words)])
     if result.returncode:
         sys.exit(f"{script} failed")
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 import tiny_checkpoint as tiny
 import tiny_training
-from commands import Command
+from commands import SPELLINGS, Command, resume_by_every_spelling
 from parity import error, nhwc, params_of
 from train import autoencoder
 from tsdsr_jax import checkpoint, options, sharding
@@ -199,6 +199,7 @@ def test_trained_exported_and_resumed(command, tmp_path):
     for part in ("vae", "ema/vae"):
         whole, rest = tensors(tmp_path / "whole", part), tensors(tmp_path / "rest", part)
         assert all(np.array_equal(whole[name], rest[name]) for name in whole)
+    resume_by_every_spelling(command, tmp_path / "whole", "--ema_decay", "0.9", spellings=SPELLINGS[:3])
 
 
 @pytest.mark.slow  # 2026-11: passed

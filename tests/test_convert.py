@@ -183,6 +183,23 @@ def test_adapters_are_merged(tmp_path: Path, back: bool, sd3: Callable[..., None
             np.testing.assert_array_equal(merged[name], expected)
 
 
+def test_merged_adapters_are_named_from_then_on(tmp_path: Path, sd3: Callable[..., None]) -> None:
+    """A folder says what is in its weights, whichever way they are converted later; other weights say nothing."""
+    write_folder(tmp_path / "diffusers", CONFIGS)
+    for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):
+        save_lora(tmp_path / "lora" / f"{part}.safetensors", random_lora(CONFIGS[part], targets, 2), part)
+    merging = ("--lora_dir", tmp_path / "lora")
+    names = tuple(f"{tmp_path}/lora/{part}.safetensors" for part in CONFIGS)
+    sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "merged", *merging)
+    sd3("-i", tmp_path / "merged", "-o", tmp_path / "back", "--to_diffusers")
+    sd3("-i", tmp_path / "back", "-o", tmp_path / "again")
+    sd3("-i", tmp_path / "merged", "-o", tmp_path / "twice", *merging)
+    for folder, expected in (("merged", names), ("back", names), ("again", names), ("twice", names * 2)):
+        assert open_checkpoint(tmp_path / folder).merged == expected
+    sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "merged", "--overwrite")
+    assert open_checkpoint(tmp_path / "merged").merged == () == open_checkpoint(tmp_path / "diffusers").merged
+
+
 def test_sums_beyond_float16_are_refused(tmp_path: Path, sd3: Callable[..., None]) -> None:
     write_folder(tmp_path / "diffusers", CONFIGS, np.float16)
     for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import tiny_checkpoint as tiny
 import tiny_training
-from commands import Command
+from commands import Command, resume_by_every_spelling
 from train import distill
 from tsdsr_jax import checkpoint, cli, options, sharding, validation
 from tsdsr_jax import lora as lora_lib
@@ -268,6 +268,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(finished, command, t
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
     assert log_of(output) == log_of(finished)
+
+
+def test_a_run_is_resumed_however_it_is_named(finished, copy, monkeypatch, capsys):
+    command = Distill(distill.main, "train/distill.py", copy, monkeypatch, capsys)
+    resume_by_every_spelling(command, finished)
 
 
 def test_latest_with_nothing_there_starts_new_and_a_signal_saves(command, tmp_path, monkeypatch):
@@ -603,7 +608,7 @@ def test_a_corrupt_image_is_left_out_by_name(command, copy, tmp_path):
     # Once where it is met, however often, and once at the end.
     assert outcome.out.count("left out: ") == 2 and "1 samples were left out" in outcome.out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == [
-        str(copy / "set" / "lr_bicubic" / "photo 03.png")
+        command.relative(str(copy / "set" / "lr_bicubic" / "photo 03.png"))
     ]
     said = command.refused(tmp_path / "strict", root=copy)
     assert (

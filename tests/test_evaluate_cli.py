@@ -112,7 +112,7 @@ def test_folders_of_one_name_are_told_by_their_paths(command, tmp_path):
     shutil.copytree(tmp_path / "sr", tmp_path / "deep/sr")
     both = ("--inp_imgs", f"{tmp_path}/sr", f"{tmp_path}/deep/sr")
     printed = command.done(tmp_path / "log", "--metrics", "psnr", *both)
-    assert f"\n{tmp_path}/sr " in printed and f"\n{tmp_path}/deep/sr " in printed
+    assert "\nsr " in printed and "\ndeep/sr " in printed
 
 
 def test_names_that_are_no_text(command, tmp_path):
@@ -190,8 +190,8 @@ def test_files_left_out_are_named_and_fail(command, tmp_path):
     (tmp_path / "sr/b.png").rename(tmp_path / "sr/bb.png")
     outcome = command(tmp_path / "log", "--metrics", "psnr")
     assert outcome.status == 1
-    assert f"{tmp_path / 'sr/a.png'}: is empty" in outcome.err
-    assert f"{tmp_path / 'sr/bb.png'}: no file of this name" in outcome.err
+    assert "\nsr/a.png: is empty" in outcome.err
+    assert "\nsr/bb.png: no file of this name" in outcome.err
     assert "3 of these; the means leave them out" in outcome.err
     figures = expected_one(tmp_path, "c")
     assert [float(cell) for cell in row(outcome.out, "sr")[1:]] == pytest.approx([figures, 1], abs=1.1e-4)
@@ -263,14 +263,14 @@ def test_report(command, tmp_path, monkeypatch):
     outcome = command(
         tmp_path / "log", "--metrics", "psnr", "musiq", "--report", str(tmp_path / "page.html"), *more
     )
-    assert outcome.status == 1 and written["path"] == tmp_path / "page.html"
+    assert outcome.status == 1 and written["path"] == Path("page.html")
     assert [entry.name for entry in written["entries"]] == ["a", "b", "c"]
     first = written["entries"][0]
     assert [(layer.title, layer.path) for layer in first.layers] == [
-        ("input", tmp_path / "hr/a.png"),
-        ("sr", tmp_path / "sr/a.png"),
-        ("other", tmp_path / "other/a.png"),
-        ("reference", tmp_path / "hr/a.png"),
+        ("input", Path("hr/a.png")),
+        ("sr", Path("sr/a.png")),
+        ("other", Path("other/a.png")),
+        ("reference", Path("hr/a.png")),
     ]
     for name in ("sr", "other"):
         pair = [np.asarray(Image.open(tmp_path / folder / "a.png")) for folder in (name, "hr")]
@@ -294,6 +294,6 @@ def test_report_of_different_references(command, tmp_path):
     )
     page = tmp_path / "page.html"
     printed = command.done(tmp_path / "log", "--metrics", "psnr", "--report", str(page), *more)
-    assert f"Look at {page}" in printed
+    assert f"Look at {page.name}" in printed
     text = page.read_text()
     assert "other/a" in text and "sr/a" in text

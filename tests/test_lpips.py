@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from parity import error, leaves, uniform
 from tsdsr_jax import lpips_weights
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.hints import interpreter
 from tsdsr_jax.lpips_weights import LIN, TORCHVISION, load_lpips, read_torch_lpips, save_lpips
 from tsdsr_jax.models.lpips import LPIPS, minimum_side, unit_length
 from tsdsr_jax.tensor_files import save_tensors
@@ -484,14 +485,15 @@ def test_files_in_each_others_place_are_told_apart(files: dict, tmp_path: Path) 
         read_torch_lpips("alex", backbone)
 
 
-def test_missing_weights_come_with_the_way_to_get_them(tmp_path: Path) -> None:
+def test_missing_weights_come_with_the_way_to_get_them(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
     path = tmp_path / "lpips_vgg.safetensors"
     with pytest.raises(UserError) as caught:
         load_lpips(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: not found") and "lpips/weights/v0.1/vgg.pth" in message
     assert message.split("\n")[-1].strip() == (
-        f"python convert/lpips.py --network vgg --backbone vgg16-397923af.pth --lin vgg.pth --output {path}"
+        f"{interpreter()} convert/lpips.py --network vgg --backbone vgg16-397923af.pth --lin vgg.pth --output {path}"
     )
     with pytest.raises(
         UserError, match=r"--network alex --backbone alexnet-owt-7be5be79\.pth --lin alex\.pth"

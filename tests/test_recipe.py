@@ -27,7 +27,7 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
     )
     assert made.returncode == 0, made.stderr
     model = tmp_path / "runs" / "model-dasm-0"
-    assert {path.name for path in model.iterdir()} == {"transformer", "vae", "scheduler"}
+    assert {path.name for path in model.iterdir()} == {"transformer", "vae", "scheduler", "merged.json"}
     stages = {
         "autoencoder",
         "new",

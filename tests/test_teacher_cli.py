@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import tiny_checkpoint as tiny
 import tiny_training
-from commands import Command, Outcome
+from commands import Command, Outcome, resume_by_every_spelling
 from train import distill, teacher
 from tsdsr_jax import checkpoint, options, sharding
 from tsdsr_jax.lora_files import load_lora
@@ -158,6 +158,13 @@ def test_a_stopped_run_continues_bit_for_bit(command, root, tmp_path):
     assert steps_of(tmp_path / "rest")[-2:] == steps_of(tmp_path / "whole")[-2:]
     said = command.refused(tmp_path / "other", *flags, "--rank", "3", "--resume_from_checkpoint", middle)
     assert "rank: 2 there, 3 here" in said
+
+
+def test_a_run_is_resumed_however_it_is_named(finished, root, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    command = Teacher(teacher.main, "train/teacher.py", copy, monkeypatch, capsys)
+    on_devices(monkeypatch, 1)
+    resume_by_every_spelling(command, finished, "--ema_decay", "0.9")
 
 
 def test_training_goes_on_from_a_lora(command, finished, tmp_path):

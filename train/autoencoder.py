@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tsdsr_jax import cli, session
+from tsdsr_jax import cli, hints, session
 from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, new_params
 from tsdsr_jax.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.checkpoint import MODEL, Files, on_host
@@ -81,7 +81,7 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
     """Weight of the latents' divergence from the standard normal."""
     lambda_lpips: float = 0.0
     """Weight of LPIPS; needs --lpips_path."""
-    lpips_path: Path = Path("checkpoint/lpips_alex.safetensors")
+    lpips_path: Path = hints.LPIPS_FILE
     """LPIPS weights written by convert/lpips.py."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
@@ -110,10 +110,11 @@ def check(options: Options) -> None:
 
 def check_crop(options: Options, config: VAEConfig) -> None:
     """Refuses crops that the autoencoder or LPIPS cannot take."""
-    given = " ".join(map(str, options.crop_size))
-    if any(side % config.factor for side in options.crop_size):
+    sides = options.crop().height, options.crop().width
+    given = " ".join(map(str, options.crop_size or (sides[0],)))
+    if any(side % config.factor for side in sides):
         raise UserError(f"--crop_size {given}: expected multiples of {config.factor}, the pixels of a latent")
-    if options.lambda_lpips and min(options.crop_size) < minimum_side("alex"):
+    if options.lambda_lpips and min(sides) < minimum_side("alex"):
         raise UserError(
             f"--crop_size {given}: too small for LPIPS, which needs {minimum_side('alex')} pixels"
         )

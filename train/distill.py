@@ -13,7 +13,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
-import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax import cli, session
+from tsdsr_jax import cli, hints, session
 from tsdsr_jax.checkpoint import LORA
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.distillation import (
@@ -49,7 +48,7 @@ from tsdsr_jax.networks import (
 )
 from tsdsr_jax.objective import Base, LossConfig, Student
 from tsdsr_jax.options import DataOptions, OptimizerOptions, RunOptions
-from tsdsr_jax.pretrained import check_fit, open_checkpoint
+from tsdsr_jax.pretrained import Checkpoint, check_fit, open_checkpoint
 from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.run_log import Curve
 from tsdsr_jax.session import say
@@ -83,7 +82,7 @@ MEMORY_REMEDIES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(RunOptions, OptimizerOptions, DataOptions):
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: cli.PathOrName
     """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -93,7 +92,7 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     """The teacher's LoRA, used with --use_teacher_lora: a file, or a folder with teacher.safetensors."""
     checkpoint_path: Path | None = None
     """Folder of student LoRAs to start from (transformer.safetensors, vae.safetensors), as released or exported here."""
-    lpips_path: Path = Path("checkpoint/lpips_alex.safetensors")
+    lpips_path: Path = hints.LPIPS_FILE
     """LPIPS weights written by convert/lpips.py."""
 
     use_default_prompt: bool = False
@@ -175,12 +174,15 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
+    options = options.prompted(options.pretrained_model_name_or_path)
     check(options)
     mesh = options.start()
     start = session.find_start(options)
+    model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
+    options = options.fitted(model.longest_side) if options.hr_dir else options
     data = open_data(options, options.seed, "pairs", say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
-        task = prepare(options, mesh, data, new=start is None)
+        task = prepare(options, model, mesh, data, new=start is None)
     session.run(options, task, data, mesh, start)
 
 
@@ -216,9 +218,14 @@ def check(options: Options) -> None:
         )
 
 
-def notes(options: Options, steps: int) -> list[str]:
-    """Flags that do nothing, or perhaps not what was meant."""
+def notes(options: Options, steps: int, merged: bool = False) -> list[str]:
+    """Flags that do nothing, or perhaps not what was meant; `merged` models are students already."""
     found = options.notes()
+    if merged and options.lambda_tsd:
+        found.append(
+            "this model has LoRAs merged in: it is a finished student, and TSD has no teacher to learn from there; "
+            "--lambda_tsd 0 trains it with the other losses"
+        )
     if options.use_random_bias and not options.use_dasm:
         found.append("--use_random_bias has no effect without --use_dasm")
     if options.teacher_lora_path and not options.use_teacher_lora:
@@ -226,14 +233,13 @@ def notes(options: Options, steps: int) -> list[str]:
     return found + options.warmup_notes(steps)
 
 
-def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task:
+def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Checks everything by its headers, then loads the frozen base and describes the training."""
-    model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
     check_fit(networks.transformer, networks.vae)
     lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
     perceptual = LPIPS(lpips[0]) if lpips else None
-    check_shapes(data.shapes, networks, perceptual)
+    check_shapes(data.shapes, networks, perceptual, prepared=bool(options.data_dir))
     null, default = load_texts(options, networks, data.shapes, options.use_default_prompt)
     held_out, shapes = data.source, data.shapes
     if options.validation_dir:
@@ -245,7 +251,7 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
     loaded = starting_adapters(options, networks) if new else (None, None)
 
     steps = options.steps(len(data.source), mesh)
-    session.describe(options, mesh, data, steps, notes(options, steps))
+    session.describe(options, mesh, data, steps, notes(options, steps, bool(model.merged)))
     base, identity = load_base(options, networks, null, default, lpips[1] if lpips else {})
     if new and data.shapes.latent_hr:
         check_latents(*first_sample(data.source), networks, base.vae)
@@ -276,15 +282,22 @@ def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task
 
 
 def how_to_use(options: Options, path: Path) -> str:
-    flags = [
-        "--pretrained_model_name_or_path",
-        options.pretrained_model_name_or_path,
-        "--lora_dir",
-        path / "lora",
-    ]
-    flags += ["--rank", options.rank, "--rank_vae", options.rank_vae]
-    flags += ["--embedding_dir", options.default_embedding_dir] if options.use_default_prompt else []
-    return f"upscale with it: python infer/upscale.py {shlex.join(map(str, flags))} -i PHOTOS -o RESULTS"
+    """The command that upscales with the adapters of a checkpoint: those that were validated."""
+    folder = options.default_embedding_dir
+    upscaling = hints.command(
+        "infer/upscale.py",
+        **hints.given(options, *hints.MODEL),
+        lora_dir=path / LORA if options.ema_decay is None else path / LORA / "ema",
+        rank=options.rank,
+        rank_vae=options.rank_vae,
+        embedding_dir=folder,
+        input_dir=hints.PHOTOS,
+        output_dir=hints.new_folder(options.output_dir, "upscaled"),
+    )
+    if folder.exists():
+        return f"upscale with it: {upscaling}"
+    needed = f"upscaling needs the default prompt's embedding in {folder}."
+    return f"{needed} {hints.how_to_encode(options, 'default', folder)}\nthen upscale with it: {upscaling}"
 
 
 def starting_adapters(options: Options, networks: Networks) -> tuple[Student | None, Tree | None]:

@@ -26,7 +26,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +35,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from tsdsr_jax import cli
+from tsdsr_jax import cli, hints
 from tsdsr_jax.atomic import replacing
+from tsdsr_jax.bundled import is_bundled, prompt_folder
 from tsdsr_jax.checkpoint import Hash
-from tsdsr_jax.dataset import read_ahead
+from tsdsr_jax.dataset import first_sample, read_ahead
 from tsdsr_jax.degradation import degrade, to_bytes
 from tsdsr_jax.devices import DTYPES, cores, keep_programs, matmul_precision
 from tsdsr_jax.errors import UserError
@@ -49,14 +50,14 @@ from tsdsr_jax.pairs import Crops, Layout, Pairs, Planned, plan
 from tsdsr_jax.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
 from tsdsr_jax.preparation import Embedder, Encoder, PromptChoice, Prompts, find_prompts, finish
 from tsdsr_jax.pretrained import Checkpoint, check_fit, open_checkpoint
-from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds
+from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds, load_prompt_embeds
 from tsdsr_jax.session import versions
 from tsdsr_jax.set_writers import Manifest, Part, SetPlan, Writer, make_writer
 from tsdsr_jax.sharding import make_mesh
 from tsdsr_jax.shards import read_manifest
 from tsdsr_jax.sheet import comparison_sheet
 from tsdsr_jax.text_encoders import EncoderOptions, find_encoders
-from tsdsr_jax.training_data import look_at
+from tsdsr_jax.training_data import look_at, open_sets
 
 PREVIEW_DRAWS = 3
 SHEET_MARK = ("Comment", "degraded samples by tsdsr_jax")
@@ -68,7 +69,7 @@ class Options(PairOptions):
     """Folder of photographs, searched with its subfolders; repeat for several."""
     output_dir: Path | None = None
     """Folder for the set."""
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: cli.PathOrName | None = None
     """SD3, whose autoencoder makes the latents: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -95,8 +96,8 @@ class Options(PairOptions):
     prompts: PromptChoice = "default"
     """TSD-SR's default prompt for all; the .txt beside each photograph; or that where there is one, else the default."""
     default_embedding_dir: Path | None = None
-    """Embeddings of the default prompt; without, it is encoded."""
-    text_encoder_path: str | None = None
+    """Embeddings of the default prompt; without, it is encoded. Default with weights/tiny: its own."""
+    text_encoder_path: cli.PathOrName | None = None
     """A folder or hub id with SD3's text encoders, if the model's has none."""
     no_t5: bool = False
     """Leave T5 out: zeros take its place, as in SD3's pipeline."""
@@ -140,6 +141,8 @@ class Options(PairOptions):
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     check(options)
+    model = find_model(options)
+    options = completed(options, model)
     if options.prompt_device != "cpu":
         # The text encoders are PyTorch's and share the GPU; JAX would take three quarters of it at its first word.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -147,7 +150,22 @@ def main() -> None:
     if options.preview:
         preview(options, found)
     else:
-        prepare(options, found)
+        prepare(options, model, found)
+
+
+def find_model(options: Options) -> Checkpoint | None:
+    """None for a preview without one."""
+    name = options.pretrained_model_name_or_path
+    return open_checkpoint(name, options.revision, options.variant) if name else None
+
+
+def completed(options: Options, model: Checkpoint | None) -> Options:
+    """With the defaults that depend on the model."""
+    options = options.fitted(model.longest_side) if model else options
+    if options.default_embedding_dir is None and is_bundled(options.pretrained_model_name_or_path):
+        prompt = prompt_folder(options.pretrained_model_name_or_path, "default")
+        return dataclasses.replace(options, default_embedding_dir=prompt)
+    return options
 
 
 def check(options: Options) -> None:
@@ -228,8 +246,7 @@ def first_crop(options: Options, photographs: Sequence[Photograph], index: int) 
 # --- the set --------------------------------------------------------------------------------------
 
 
-def prepare(options: Options, found: Survey) -> None:
-    model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
+def prepare(options: Options, model: Checkpoint, found: Survey) -> None:
     check_fit(model.network("transformer"), model.network("vae"))
     photographs = Photographs(
         found.photographs, options.crop(), options.degradation(), options.seed, own_prompts=False
@@ -249,7 +266,8 @@ def prepare(options: Options, found: Survey) -> None:
     # Texts first: their encoders, PyTorch's, need the memory that JAX would take.
     write_prompts(options, writer, prompts, known, manifest)
     write_samples(options, photographs, samples, model, writer, manifest)
-    report(options, found, writer, manifest, len(samples))
+    if report(options, found, writer, manifest, len(samples)):
+        print(how_to_use(options, model))
 
 
 def names(found: Survey, samples: list[Planned]) -> list[str]:
@@ -284,7 +302,7 @@ def known_prompts(options: Options, model: Checkpoint) -> dict[str, PromptEmbeds
     if options.default_embedding_dir is None:
         return {}
     config = model.network("transformer").config
-    return {DEFAULT_PROMPT: load_text(options.default_embedding_dir, "--default_embedding_dir", config)}
+    return {DEFAULT_PROMPT: load_text(options, "default", config)}
 
 
 def describe(
@@ -375,14 +393,15 @@ def write_samples(
                 writer.close()
 
 
-def report(options: Options, found: Survey, writer: Writer, manifest: Manifest, planned: int) -> None:
+def report(options: Options, found: Survey, writer: Writer, manifest: Manifest, planned: int) -> bool:
+    """Says what there is now; whether it is all."""
     more = {"planned": planned, "small": found.small, "unreadable": found.unreadable, "versions": versions()}
     missing = manifest.finish(writer, more)
     if missing:
         of = options.part().of
         others = "run the same command again" if of == 1 else f"those of the {of - 1} other parts, perhaps"
         print(f"{options.output_dir}: this part is done; {missing} pieces are missing, {others}")
-        return
+        return False
     made, problems = sum(read_manifest(options.output_dir)["samples"]), manifest.problems()
     size = sum(path.stat().st_size for path in options.output_dir.rglob("*") if path.is_file())
     if not made:
@@ -391,7 +410,33 @@ def report(options: Options, found: Survey, writer: Writer, manifest: Manifest, 
         f"{options.output_dir}: {made} samples, {size / 1e6:.1f} MB, {size / made / 1e6:.2f} MB each"
         + (f"; {len(problems)} could not be made" if problems else "")
     )
-    print(f"train on it: python train/distill.py --data_dir {options.output_dir} ...")
+    return True
+
+
+def how_to_use(options: Options, model: Checkpoint) -> str:
+    """The command that trains on the set, and before it the one that makes the empty prompt where that is not there."""
+    null, made = find_null(options)
+    flags = {"data_dir": options.output_dir}
+    flags |= hints.given(options, *hints.MODEL, "default_embedding_dir") | {"null_embedding_dir": null}
+    if model.merged:  # there is no teacher in it that TSD could learn from
+        flags["lambda_tsd"] = 0
+    training = hints.distilling(options.output_dir, flags)
+    if made:
+        return f"train on it: {training}"
+    how = hints.how_to_encode(options, "null", null)
+    return f"training needs the empty prompt's embedding in {null}. {how}\nthen train on it: {training}"
+
+
+def find_null(options: Options) -> tuple[Path, bool]:
+    """The folder of the empty prompt's embedding, in the form of the set's prompts, and whether it is there."""
+    usual = prompt_folder(options.pretrained_model_name_or_path, "null")
+    beside = options.default_embedding_dir.parent / "null" if options.default_embedding_dir else usual
+    wanted = first_sample(open_sets([options.output_dir]))[1].prompt.shape
+    for folder in (beside, usual):
+        with suppress(UserError):
+            if load_prompt_embeds(folder).prompt.shape == wanted:
+                return folder, True
+    return (hints.new_folder(options.output_dir, "null") if usual.exists() else usual), False
 
 
 if __name__ == "__main__":

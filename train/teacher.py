@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax import cli, session
+from tsdsr_jax import cli, hints, session
 from tsdsr_jax.checkpoint import LORA, MODEL, Files, on_host
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.errors import UserError
@@ -91,7 +90,7 @@ TEACHER_FILE = "teacher.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(RunOptions, OptimizerOptions, DataOptions):
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: cli.PathOrName
     """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -129,12 +128,16 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
+    options = options.prompted(options.pretrained_model_name_or_path)
     check(options)
     mesh = options.start()
     start = session.find_start(options)
+    model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
+    check_base(options, model)
+    options = options.fitted(model.longest_side) if options.hr_dir else options
     data = open_data(options, options.seed, "latents", say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
-        task = prepare(options, mesh, data, new=start is None)
+        task = prepare(options, model, mesh, data, new=start is None)
     session.run(options, task, data, mesh, start)
 
 
@@ -155,20 +158,29 @@ def check(options: Options) -> None:
         raise UserError("--checkpoint_path is a LoRA, for --train lora; give other weights as the model")
 
 
+def check_base(options: Options, model: Checkpoint) -> None:
+    """Refuses to train a teacher on a student."""
+    if model.merged and not options.from_scratch:
+        raise UserError(
+            f"{options.pretrained_model_name_or_path}: is a finished one-step student ({', '.join(model.merged)} merged in) "
+            "and no base that a teacher can be trained on; give the model that the LoRAs were made for"
+        )
+
+
 def notes(options: Options, steps: int) -> list[str]:
     return options.notes() + options.warmup_notes(steps)
 
 
-def prepare(options: Options, mesh: Mesh, data: Data, new: bool) -> session.Task:
+def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Checks everything by its headers, then loads what is frozen and describes the training."""
-    model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
     check_fit(networks.transformer, networks.vae)
-    check_shapes(data.shapes, networks)
+    check_shapes(data.shapes, networks, prepared=bool(options.data_dir))
     null, default = load_texts(options, networks, data.shapes, with_default=False)
     held_out = validation_source(options, data)
     shapes = Shapes.of_source(held_out)
-    check_shapes(shapes, networks, what="validation images")
+    prepared = bool(options.data_dir or options.validation_dir)
+    check_shapes(shapes, networks, what="validation images", prepared=prepared)
     if shapes.prompt is None and default is None:
         raise UserError("the validation images have no prompts of their own, as the training images do")
     if shapes.prompt:
@@ -233,12 +245,14 @@ def validation_source(options: Options, data: Data) -> Source:
 
 
 def how_to_use(options: Options, path: Path) -> str:
-    name = ["--pretrained_model_name_or_path", options.pretrained_model_name_or_path]
+    """The command that distils the teacher of a checkpoint, on the same data: the weights that were validated."""
+    made = path / (LORA if options.adapter else MODEL) / ("" if options.ema_decay is None else "ema")
     if options.adapter:
-        flags = [*name, "--use_teacher_lora", "--teacher_lora_path", path / LORA]
+        flags = hints.given(options, *hints.MODEL) | {"use_teacher_lora": True, "teacher_lora_path": made}
     else:
-        flags = ["--pretrained_model_name_or_path", path / MODEL]
-    return f"distil it: python train/distill.py {shlex.join(map(str, flags))} ..."
+        flags = {"pretrained_model_name_or_path": made}
+    flags |= hints.given(options, *hints.DATA, *hints.STEPS)
+    return f"distil it: {hints.distilling(options.output_dir, flags)}"
 
 
 # --- what is trained ------------------------------------------------------------------------------

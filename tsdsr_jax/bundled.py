@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from tsdsr_jax.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "weights" / "tiny"
 PROMPT = FOLDER / "prompt" / "default"
+
+
+def is_bundled(model: str | None) -> bool:
+    """Whether a model's name means this one, however it is spelled."""
+    return bool(model) and Path(model).expanduser().resolve() == FOLDER.resolve()
+
+
+def prompt_folder(model: str | None, prompt: Literal["default", "null"]) -> Path:
+    """Where the embedding of the default or the empty prompt is looked for, unless a flag says so."""
+    return FOLDER / "prompt" / prompt if is_bundled(model) else Path("dataset") / prompt
 
 
 def bundled_model() -> Path:

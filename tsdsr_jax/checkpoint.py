@@ -236,6 +236,7 @@ def find(folder: Path, wanted: str) -> Path | None:
 
 def step_of(path: Path) -> int | None:
     """The step of a complete checkpoint's folder, None for anything else."""
+    path = path.resolve()  # a link may be called otherwise, and `..` is no name
     match = re.fullmatch(rf"{PREFIX}_(\d+)", path.name)
     return int(match[1]) if match and path.is_dir() and ocp.utils.is_checkpoint_finalized(path) else None
 
@@ -266,17 +267,18 @@ def read_state(path: Path, like: Any) -> Any:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [leaf_name(key) for key, _ in leaves]
+    state = path.resolve() / STATE  # Orbax finds nothing by a relative path
     _quiet()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             target = {
                 name: np.zeros(leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)
             }
-            stored = checkpointer.metadata(path / STATE).item_metadata
+            stored = checkpointer.metadata(state).item_metadata
             if stored is None:
                 raise OSError(0, f"{STATE} is missing or damaged")
             _check_leaves(path, target, stored.tree if hasattr(stored, "tree") else stored)
-            found = checkpointer.restore(path / STATE, target)
+            found = checkpointer.restore(state, target)
     except UserError:
         raise
     except Exception as error:  # damaged in whatever way

@@ -30,6 +30,9 @@ Options = TypeVar("Options")
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "0"), False
 )
+# Marks text that may be a path: `str` where a hub id or a word such as "none" will do, too.
+_PERHAPS_A_PATH = "perhaps a path"
+PathOrName = Annotated[str, _PERHAPS_A_PATH]
 _NEGATIVE_NUMBER = re.compile(r"-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
 
 
@@ -66,6 +69,10 @@ class _Flag:
         return self.kind is bool and self.default is not dataclasses.MISSING
 
     @property
+    def takes_paths(self) -> bool:
+        return _may_be_path(self.hint)
+
+    @property
     def arity(self) -> tuple[int, bool]:
         """How many values the flag takes at least, and whether more may follow."""
         origin, arguments = typing.get_origin(self.kind), typing.get_args(self.kind)
@@ -83,7 +90,8 @@ def parse(options_class: type[Options], *, description: str, argv: Sequence[str]
 
     `--align_method` and `--align-method` are the same flag, and `--flag value` the same as `--flag=value`. A
     boolean field can be given bare (`--is_use_tile`), negated (`--no_is_use_tile`) or with a value
-    (`--is_use_tile false`). A flag of type `tuple[T, ...]` may be repeated; of any other flag the last counts.
+    (`--is_use_tile false`). A flag of type `tuple[T, ...]` may be repeated; of any other flag the last counts. In paths `~`
+    is the home folder, as shells leave it in `--flag=~/x`.
 
     Args:
       options_class: a frozen dataclass of plain values. The docstring below a field is its help text; short
@@ -99,6 +107,9 @@ def parse(options_class: type[Options], *, description: str, argv: Sequence[str]
         if any(token in ("-h", "--help") for token in argv):
             return _tyro(options_class, ["--help"], description, repeating=False)
         given = _read(argv, flags)
+        for flag in flags:
+            if flag.takes_paths and flag.name in given:
+                given[flag.name] = [os.path.expanduser(value) for value in given[flag.name]]
         missing = [f.display for f in flags if f.default is dataclasses.MISSING and f.name not in given]
         if missing:
             raise _UsageError(f"{_join(missing, 'and')} must be given; --help explains the flags")
@@ -161,6 +172,11 @@ def finite(options: Any) -> None:
 
 def script_name() -> str:
     return Path(sys.argv[0]).name
+
+
+def _may_be_path(hint: Any) -> bool:
+    marked = _PERHAPS_A_PATH in getattr(hint, "__metadata__", ())
+    return hint is Path or marked or any(map(_may_be_path, typing.get_args(hint)))
 
 
 def _flags_of(options_class: type) -> list[_Flag]:

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.finite import refuse_broken
+from tsdsr_jax.hints import command
 from tsdsr_jax.models.lpips import LPIPS, SLICES, Network, minimum_side
 from tsdsr_jax.tensor_files import TensorSpec, open_tensors, save_tensors
 from tsdsr_jax.torch_weights import Entry, Transform, Tree, check_names, to_tree
@@ -199,10 +200,11 @@ def open_torch_file(path: Path, network: Network) -> Tensors:
 def how_to_get(network: Network, output: Path | None = None) -> str:
     """Where the weights come from, and the command that makes our file of them."""
     backbone, output = TORCHVISION_FILES[network], output or Path(f"lpips_{network}.safetensors")
+    flags = {"network": network, "backbone": backbone, "lin": f"{network}.pth", "output": output}
     return (
         f"LPIPS is made from two files, torchvision's {backbone} (https://download.pytorch.org/models/{backbone})"
-        f" and lin layers, lpips/weights/v0.1/{network}.pth of https://github.com/richzhang/PerceptualSimilarity:\n"
-        f"  python convert/lpips.py --network {network} --backbone {backbone} --lin {network}.pth --output {output}"
+        f" and lin layers, lpips/weights/v0.1/{network}.pth of https://github.com/richzhang/PerceptualSimilarity;"
+        f" with both in this folder:\n  {command('convert/lpips.py', **flags)}"
     )
 
 

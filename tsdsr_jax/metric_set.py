@@ -20,6 +20,7 @@ import numpy as np
 
 from tsdsr_jax import metrics, niqe, pyiqa_metrics
 from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.hints import command
 from tsdsr_jax.lpips_weights import load_lpips
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.niqe_model import load_pristine
@@ -27,7 +28,7 @@ from tsdsr_jax.torch_weights import Tree
 
 OWN_FILES = {
     "niqe": "--niqe_params (BasicSR's niqe_pris_params.npz, also in TSD-SR's repository, or pyiqa's .mat), or ",
-    "lpips": "--lpips_weights (python convert/lpips.py --help says how to make them), or ",
+    "lpips": "--lpips_weights (convert/lpips.py makes them), or ",
 }
 Better = Literal["higher", "lower"]
 
@@ -195,7 +196,7 @@ def _niqe(path: Path) -> Metric:
 def _lpips(path: Path) -> Metric:
     if not os.path.isfile(path):
         raise UserError(
-            f"--lpips_weights {path}: not found; python convert/lpips.py --help says how to make them"
+            f"--lpips_weights {path}: not found; {command('convert/lpips.py', help=True)} says how to make them"
         )
     network, params = load_lpips(path)
     # One program per size: its convolutions see the borders, which padding to a common size would move.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tsdsr_jax.checkpoint import Hash
 from tsdsr_jax.dataset import Shapes
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.hints import how_to_encode
 from tsdsr_jax.models.layers import Placement
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -88,10 +89,15 @@ def _load(
     return network.load(dtype, put=put, progress=progress), digest.value()
 
 
-def load_text(folder: Path, flag: str, config: MMDiTConfig) -> PromptEmbeds:
-    """A flag's prompt embedding; UserError where it does not fit the transformer."""
-    embeds = load_prompt_embeds(folder)
-    check_widths(embeds, config.joint_attention_dim, config.pooled_projection_dim, f"{flag} {folder}")
+def load_text(options: Any, prompt: Literal["default", "null"], config: MMDiTConfig) -> PromptEmbeds:
+    """The embedding of --default_embedding_dir or --null_embedding_dir; UserError where it does not fit the transformer."""
+    folder = getattr(options, f"{prompt}_embedding_dir")
+    try:
+        embeds = load_prompt_embeds(folder)
+    except UserError as error:
+        raise UserError(f"{error} {how_to_encode(options, prompt, folder)}") from None
+    source = f"--{prompt}_embedding_dir {folder}"
+    check_widths(embeds, config.joint_attention_dim, config.pooled_projection_dim, source)
     return embeds
 
 
@@ -102,10 +108,10 @@ def load_texts(
     other.
     """
     config = networks.transformer.config
-    null = load_text(options.null_embedding_dir, "--null_embedding_dir", config)
+    null = load_text(options, "null", config)
     default = None
     if with_default or not shapes.prompt:
-        default = load_text(options.default_embedding_dir, "--default_embedding_dir", config)
+        default = load_text(options, "default", config)
     tokens = shapes.prompt[0] if shapes.prompt else default.prompt.shape[0]
     check_tokens(tokens, f"--null_embedding_dir {options.null_embedding_dir}", null)
     if default:
@@ -129,9 +135,13 @@ def text_hash(embeds: PromptEmbeds) -> str:
 
 
 def check_shapes(
-    shapes: Shapes, networks: Networks, perceptual: LPIPS | None = None, what: str = "training images"
+    shapes: Shapes,
+    networks: Networks,
+    perceptual: LPIPS | None = None,
+    what: str = "training images",
+    prepared: bool = True,
 ) -> None:
-    """Refuses a data set that does not fit the networks.
+    """Refuses a data set that does not fit the networks; `prepared` or cut out of photographs on the way.
 
     Raises:
       UserError: sizes, channels or widths differ; the message names both.
@@ -148,10 +158,12 @@ def check_shapes(
             f"latent_hr has shape {_chw(shapes.latent_hr)}, but images of {width}×{height} have latents {_chw(latent)} "
             "with this model; was the set prepared with another one?"
         )
-    if max(latent[:2]) > patch * transformer.pos_embed_max_size:
+    longest = step * transformer.pos_embed_max_size
+    if max(height, width) > longest:
+        remedy = "prepare the set again with" if prepared else "pass"
         raise UserError(
-            f"the {what} are {width}×{height}; this transformer's position table ends at "
-            f"{step * transformer.pos_embed_max_size}"
+            f"the {what} are {width}×{height}; this transformer's position table ends at {longest}: {remedy} --crop_size "
+            f"{longest}"
         )
     widths = transformer.joint_attention_dim, transformer.pooled_projection_dim
     if shapes.prompt is not None and (shapes.prompt[-1], shapes.pooled[-1]) != widths:

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax.cli import at_least, finite
+from tsdsr_jax.bundled import prompt_folder
+from tsdsr_jax.cli import PathOrName, at_least, finite
 from tsdsr_jax.degradation import DegradationConfig, light
 from tsdsr_jax.devices import DTYPES, join_processes, keep_programs
 from tsdsr_jax.errors import UserError
@@ -69,7 +70,7 @@ class RunOptions:
     """Save every so many steps, and at the end."""
     checkpoints_total_limit: int | None = None
     """Checkpoints to keep; older ones are deleted. Default: all."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: PathOrName | None = None
     """latest, or a checkpoint folder; latest with nothing there starts new."""
     validation_steps: int = 5000
     """Try it on fixed samples every so many steps, at the start and at the end."""
@@ -212,15 +213,21 @@ class OptimizerOptions:
 class CropOptions:
     """How photographs are cut up; the same flags for preparing and for training."""
 
-    crop_size: tuple[int, ...] = (512,)
-    """Side of the crops, or their height and width; multiples of 16."""
+    crop_size: tuple[int, ...] = ()
+    """Side of the crops, or their height and width; multiples of 16. Default: 512, or all that a smaller model has positions
+    for."""
     min_size: int | None = None
     """Leave photographs out that have fewer than this many pixels squared. Default: 3/4 of the crops' shorter side."""
     sharpen_gt: bool = True
     """Unsharp-mask the photographs before they serve as target and as source, as the published pipeline does by default."""
 
+    def fitted(self, longest_side: int) -> Self:
+        """With the default of --crop_size for a model that ends there."""
+        return self if self.crop_size else dataclasses.replace(self, crop_size=(min(512, longest_side),))
+
     def crop(self) -> CropConfig:
-        height, width = self.crop_size if len(self.crop_size) == 2 else self.crop_size * 2
+        sides = self.crop_size or (512,)
+        height, width = sides if len(sides) == 2 else sides * 2
         minimum = min(height, width) * 3 // 4 if self.min_size is None else self.min_size
         return CropConfig(height, width, minimum)
 
@@ -228,7 +235,7 @@ class CropOptions:
         return DegradationConfig(sharpen=self.sharpen_gt)
 
     def check_crop(self) -> None:
-        if len(self.crop_size) not in (1, 2) or any(side < 1 or side % CROP_STEP for side in self.crop_size):
+        if len(self.crop_size) > 2 or any(side < 1 or side % CROP_STEP for side in self.crop_size):
             given = " ".join(map(str, self.crop_size))
             raise UserError(
                 f"--crop_size {given}: expected one side, or height and width, multiples of {CROP_STEP}"
@@ -260,10 +267,17 @@ class DataOptions(PairOptions):
     pool_embeds); repeat for several."""
     hr_dir: tuple[Path, ...] = ()
     """Instead: a folder of photographs, searched with its subfolders, to crop and degrade on the way; repeat for several."""
-    default_embedding_dir: Path = Path("dataset/default")
-    """Embeddings of the default prompt: for photographs that have none beside them, or for all where a flag says so."""
-    null_embedding_dir: Path = Path("dataset/null")
-    """Embeddings of the empty prompt, for guidance."""
+    default_embedding_dir: Path | None = None
+    """Embeddings of the default prompt: for photographs that have none beside them, or for all where a flag says so.
+    Default: dataset/default, or weights/tiny's."""
+    null_embedding_dir: Path | None = None
+    """Embeddings of the empty prompt, for guidance. Default: dataset/null, or weights/tiny's."""
+
+    def prompted(self, model: str) -> Self:
+        """With the defaults of the prompts' folders for a model."""
+        default = self.default_embedding_dir or prompt_folder(model, "default")
+        null = self.null_embedding_dir or prompt_folder(model, "null")
+        return dataclasses.replace(self, default_embedding_dir=default, null_embedding_dir=null)
 
     def check_data(self) -> None:
         self.check_crop()

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tsdsr_jax.errors import UserError, listed
+from tsdsr_jax.hints import command
 from tsdsr_jax.images import IMAGE_SUFFIXES, read_photo
 from tsdsr_jax.prompts import (
     TORCH_POOLED_FOLDER,
@@ -148,8 +149,7 @@ def find_files(root: Path) -> list[Files]:
         lines += [f"  {folder}/ lacks {listed(stems)}" for folder, stems in missing.items()]
         if TORCH_PROMPT_FOLDER in missing:
             lines.append(
-                "  prompts come from: python convert/prompts.py --prompt_file FOLDER_OF_TXT"
-                f" --pretrained_model_name_or_path SD3_FOLDER --output {root / TORCH_PROMPT_FOLDER}"
+                f"  prompts come from convert/prompts.py --prompt_file; see {command('convert/prompts.py', help=True)}"
             )
         raise UserError("\n".join(lines))
     if made and len(found) != sum(made["samples"]):

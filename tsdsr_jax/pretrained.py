@@ -1,7 +1,8 @@
 """Checkpoints on disk: diffusers folders, hub ids and folders written by `convert/sd3.py`.
 
 A converted folder looks like the diffusers folder it came from (`transformer/config.json`, `vae/config.json`, ...), but
-its weights are `params.safetensors`, already laid out and stacked as this library uses them.
+its weights are `params.safetensors`, already laid out and stacked as this library uses them. Where LoRAs were merged into
+the weights, `merged.json` names their files.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ PARTS: tuple[Part, ...] = ("transformer", "vae")
 
 TORCH_STEM = "diffusion_pytorch_model"
 PARAMS_FILE = "params.safetensors"
+MERGED_FILE = "merged.json"
 _CONFIG_CLASSES = {"transformer": MMDiTConfig, "vae": VAEConfig}
 _TORCH_CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
 
@@ -170,6 +172,26 @@ class Checkpoint:
     def network(self, part: Part) -> NetworkFiles:
         return NetworkFiles(self.folder / part, part, self.variant)
 
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Files of the LoRAs in these weights, which make them a finished upscaler; none: a base.
+
+        Raises:
+          UserError: the file that names them is damaged.
+        """
+        path = self.folder / MERGED_FILE
+        if not path.is_file():
+            return ()
+        files = read_json(path).get("loras")
+        if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
+            raise UserError(f"{path}: expected a list of LoRA files, as convert/sd3.py --lora_dir writes it")
+        return tuple(files)
+
+    @property
+    def longest_side(self) -> int:
+        """Of an image, in pixels, that the transformer has positions for."""
+        return LATENT_FACTOR * PATCH_SIZE * self.network("transformer").config.pos_embed_max_size
+
     def shift(self) -> float:
         """The noise schedule's shift, of `scheduler/scheduler_config.json`; SD3's 3 where there is none.
 
@@ -235,7 +257,7 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise UserError(f"{repo_id}: no such folder (nor is it a hub id, which reads owner/name)")
     infix = f".{variant}" if variant else ""
-    small = [f"{part}/*.json" for part in PARTS] + ["scheduler/*", "model_index.json"]
+    small = [f"{part}/*.json" for part in PARTS] + ["scheduler/*", "model_index.json", MERGED_FILE]
     weights = [
         *(f"{TORCH_STEM}{infix}.safetensors", f"{TORCH_STEM}{infix}-*-of-*.safetensors"),
         *(f"{TORCH_STEM}-*-of-?????{infix}.safetensors", PARAMS_FILE),

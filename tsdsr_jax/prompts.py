@@ -64,7 +64,7 @@ def load_prompt_embeds(path: str | os.PathLike[str]) -> PromptEmbeds:
     if path.is_file() and path.suffix == ".safetensors":
         return _read_safetensors(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder of prompt embeddings. {_how_to_make(path)}")
+        raise UserError(f"{path}: no such folder of prompt embeddings. {_EXPECTED}")
     if (path / SAFETENSORS_NAME).is_file():
         return _read_safetensors(path / SAFETENSORS_NAME)
     return _read_torch_folder(path)
@@ -168,12 +168,10 @@ _TORCH_LAYOUTS = (
 )
 
 
-def _how_to_make(folder: Path) -> str:
-    return (
-        f"Expected {SAFETENSORS_NAME}, or the released {TORCH_PROMPT_NAME} and {TORCH_POOLED_NAME}. Make it"
-        f" with: python convert/prompts.py --default --pretrained_model_name_or_path SD3_FOLDER --output"
-        f" {folder} (--null instead of --default for the empty prompt)"
-    )
+_EXPECTED = (
+    f"Expected {SAFETENSORS_NAME}, or the released {TORCH_PROMPT_NAME} and {TORCH_POOLED_NAME};"
+    " convert/prompts.py makes the first."
+)
 
 
 def read_text(file: Path) -> str:
@@ -209,7 +207,7 @@ def _read_torch_folder(folder: Path) -> PromptEmbeds:
     files = folder / TORCH_PROMPT_NAME, folder / TORCH_POOLED_NAME
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise UserError(f"{folder} lacks {' and '.join(missing)}. {_how_to_make(folder)}")
+        raise UserError(f"{folder} lacks {' and '.join(missing)}. {_EXPECTED}")
     return read_torch_pair(*files)
 
 
@@ -225,7 +223,7 @@ def _read_safetensors(file: Path) -> PromptEmbeds:
     reader = open_tensors(file)
     missing = [name for name in ("prompt_embeds", "pooled_embeds") if name not in reader.specs]
     if missing:
-        raise UserError(f"{file} lacks the tensor {' and '.join(missing)}. {_how_to_make(file.parent)}")
+        raise UserError(f"{file} lacks the tensor {' and '.join(missing)}. {_EXPECTED}")
     prompt, pooled = reader.read("prompt_embeds"), reader.read("pooled_embeds")
     embeds = PromptEmbeds(_without_batch(prompt, 2), _without_batch(pooled, 1))
     _check(embeds, str(file))
@@ -250,6 +248,5 @@ def _check(embeds: PromptEmbeds, prompt_source: str, pooled_source: str | None =
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             raise UserError(
-                f"{source}: {bad} of {array.size} values of {expected} are NaN or infinite."
-                f" {_how_to_make(Path(source).parent)}"
+                f"{source}: {bad} of {array.size} values of {expected} are NaN or infinite. {_EXPECTED}"
             )

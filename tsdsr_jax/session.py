@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
@@ -314,7 +315,7 @@ class _Run:
         self.checkpoints.save(step, state, meta, self.task.files(state))
 
     def plot(self) -> None:
-        title = f"{self.options.log_name}: {self.folder.name}"
+        title = f"{self.options.log_name}: {self.folder.resolve().name}"
         try:
             plot_curves(read_rows(self.log.path), self.task.curves, self.folder / "curves.png", title)
         except Exception as error:  # as above, whatever it is
@@ -323,15 +324,15 @@ class _Run:
     # --- ending ------------------------------------------------------------------------------
 
     def finish(self, step: int, stop: loop.StopSignal) -> None:
-        path = self.checkpoints.path(step)
+        path = self.folder / self.checkpoints.path(step).name
         unsaved = self.checkpoints.failed is not None
         if stop.received is not None and step < self.steps:
-            where, again = "could not save", self.options.resume_from_checkpoint
-            if not unsaved and path.is_dir():
-                where, again = f"saved {path}", "latest"
-            elif not unsaved:
-                where, again = "nothing new to save", self.start.path
-            hint = f"; --resume_from_checkpoint {again} goes on" if again else ""
+            where = (
+                "could not save" if unsaved else f"saved {path}" if path.is_dir() else "nothing new to save"
+            )
+            # With one in the folder, any other place to go on from would be refused.
+            again = "latest" if checkpoint.find(self.folder, "latest") else self.start.path
+            hint = f"; --resume_from_checkpoint {shlex.quote(str(again))} goes on" if again else ""
             say(f"stopped after {step} of {self.steps} steps; {where}{hint}")
             raise SystemExit(1 if unsaved else 128 + stop.received)
         if self.log:
@@ -395,7 +396,10 @@ _LATER = ("schedule's shift",)
 _HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", "log_code", "report_to", "logging_steps",
              "coordinator_address", "process_id", "num_processes", "multi_host", "dataloader_num_workers",
              "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_dir",
-             "num_validation_images", "data_dir")  # fmt: skip
+             "num_validation_images",
+             # The identity has what lies there.
+             "data_dir", "hr_dir", "pretrained_model_name_or_path", "vae_dir", "default_embedding_dir", "null_embedding_dir",
+             "teacher_lora_path")  # fmt: skip
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -197,6 +197,12 @@ def find_encoders(
     return Path(_download(name_or_path, revision, variant, use_t5))
 
 
+def has_encoders(name_or_path: str) -> bool:
+    """Whether a folder holds SD3's text encoders; a hub id is believed to."""
+    folder = Path(name_or_path)
+    return (folder / "text_encoder").is_dir() if folder.is_dir() else bool(_HUB_ID.fullmatch(name_or_path))
+
+
 def _download(repository: str, revision: str | None, variant: str | None, use_t5: bool) -> str:
     from huggingface_hub import errors, snapshot_download
 

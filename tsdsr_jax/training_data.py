@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from tsdsr_jax import hints
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.options import CropOptions, DataOptions, PairOptions
@@ -20,6 +21,7 @@ from tsdsr_jax.prepared import PreparedFolder
 from tsdsr_jax.prompts import load_prompt_embeds
 from tsdsr_jax.record import Record, Source
 from tsdsr_jax.shards import PreparedShards, is_sharded
+from tsdsr_jax.text_encoders import has_encoders
 
 # What a run needs of its samples.
 Parts = Literal["pairs", "latents"]
@@ -176,8 +178,16 @@ def _open_photographs(
             )
         texts = sum(photo.path.with_suffix(".txt").is_file() for photo in found.photographs)
         if texts:
-            note(
-                f"{texts} photographs have a .txt beside them, which is read only when it is encoded: "
-                "python convert/prompts.py --prompt_file FOLDER --output FOLDER, or train/prepare.py --prompts txt"
-            )
+            read = f"{texts} photographs have a .txt beside them, which is read only when a set is prepared"
+            note(f"{read}{_how_to_prepare(options, output, whole=texts == len(source))}")
     return source
+
+
+def _how_to_prepare(options: DataOptions, output: Path | None, whole: bool) -> str:
+    """The command that prepares the photographs with their texts, where the model can encode them."""
+    flags = hints.given(options, *hints.MODEL, "hr_dir", *hints.CROPS)
+    if output is None or not has_encoders(flags.get("pretrained_model_name_or_path", "")):
+        return ", by train/prepare.py --prompts txt and a model with text encoders"
+    prompts = "txt" if whole else "txt_or_default"
+    target = hints.new_folder(output, "set")
+    return f": {hints.command('train/prepare.py', **flags, prompts=prompts, output_dir=target)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -12,12 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from tsdsr_jax import cli
-from tsdsr_jax.bundled import FOLDER, PROMPT, bundled_model
+from tsdsr_jax.bundled import bundled_model, is_bundled, prompt_folder
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.hints import how_to_encode
 from tsdsr_jax.lora_files import check_rank, load_lora
 from tsdsr_jax.pretrained import NetworkFiles, check_fit, open_checkpoint
-from tsdsr_jax.prompts import check_widths, load_prompt_embeds
+from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.sizes import PATCH_SIZE
 from tsdsr_jax.torch_weights import Tree
 from tsdsr_jax.upscaler import Settings, Upscaler
@@ -30,9 +32,9 @@ Options = TypeVar("Options", bound="UpscaleOptions")
 class UpscaleOptions:
     """The model, and how photographs go through it."""
 
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: cli.PathOrName | None = None
     """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py. Default: the small model in weights/tiny."""
-    lora_dir: str | None = None
+    lora_dir: cli.PathOrName | None = None
     """Folder with transformer.safetensors and vae.safetensors, PEFT's layout or ours; "none": no LoRA. Default:
     checkpoint/tsdsr; weights/tiny has its LoRAs merged in."""
     embedding_dir: Path | None = None
@@ -105,34 +107,31 @@ def completed(options: Options) -> Options:
     Raises:
       UserError: a LoRA without its model, or no model at all.
     """
+    lora_dir = options.lora_dir
     if options.pretrained_model_name_or_path is None:
         folder = bundled_model()
         print(f"no --pretrained_model_name_or_path: using the small model in {folder}")
         options = dataclasses.replace(options, pretrained_model_name_or_path=str(folder))
-    lora_dir, prompt = options.lora_dir, Path("dataset/default")
-    if is_bundled(options.pretrained_model_name_or_path):
         if (lora_dir or "none").lower() != "none":
             raise UserError(
                 f"--lora_dir {lora_dir}: give the model it belongs to with --pretrained_model_name_or_path; "
                 "the small one in weights/tiny has its LoRAs merged in"
             )
-        if options.lora_scale != 1:
+    if is_bundled(options.pretrained_model_name_or_path):
+        lora_dir = lora_dir or "none"
+        if options.lora_scale != 1 and lora_dir.lower() == "none":
             print("--lora_scale has no effect: the small model has its LoRAs merged in")
-        lora_dir, prompt = "none", PROMPT
     tile, overlap = options.latent_tiled_size, options.latent_tiled_overlap
     if tile is None:
         tile = largest_tile(options.pretrained_model_name_or_path)
     return dataclasses.replace(
         options,
         lora_dir="checkpoint/tsdsr" if lora_dir is None else lora_dir,
-        embedding_dir=options.embedding_dir or prompt,
+        embedding_dir=options.embedding_dir
+        or prompt_folder(options.pretrained_model_name_or_path, "default"),
         latent_tiled_size=tile,
         latent_tiled_overlap=min(8, tile // 2) if overlap is None else overlap,
     )
-
-
-def is_bundled(model: str) -> bool:
-    return Path(model).expanduser().resolve() == FOLDER
 
 
 def largest_tile(model: str) -> int:
@@ -183,15 +182,9 @@ def load(options: UpscaleOptions, settings: Settings, devices: list[jax.Device])
     transformer, vae = checkpoint.network("transformer"), checkpoint.network("vae")
     check_tile(options.latent_tiled_size, PATCH_SIZE * transformer.config.pos_embed_max_size)
     check_fit(transformer, vae)
-    prompt = load_prompt_embeds(options.embedding_dir)
-    check_widths(
-        prompt,
-        transformer.config.joint_attention_dim,
-        transformer.config.pooled_projection_dim,
-        options.embedding_dir,
-    )
+    prompt = load_prompt(options, transformer)
     dtype = select_dtype(options.mixed_precision, devices)
-    loras = load_loras(options, transformer, vae)
+    loras = load_loras(options, transformer, vae, checkpoint.merged)
     names = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
     print(f"{names}, {jnp.dtype(dtype)}")
     params = []
@@ -219,13 +212,29 @@ def load(options: UpscaleOptions, settings: Settings, devices: list[jax.Device])
     )
 
 
+def load_prompt(options: UpscaleOptions, transformer: NetworkFiles) -> PromptEmbeds:
+    """The prompt's embedding; UserError where there is none or it does not fit."""
+    config, folder = transformer.config, options.embedding_dir
+    try:
+        prompt = load_prompt_embeds(folder)
+    except UserError as error:
+        raise UserError(f"{error} {how_to_encode(options, 'default', folder)}") from None
+    check_widths(prompt, config.joint_attention_dim, config.pooled_projection_dim, folder)
+    return prompt
+
+
 def load_loras(
-    options: UpscaleOptions, transformer: NetworkFiles, vae: NetworkFiles
+    options: UpscaleOptions, transformer: NetworkFiles, vae: NetworkFiles, merged: Sequence[str]
 ) -> tuple[Tree | None, Tree | None]:
+    """The LoRAs of --lora_dir; `merged` are those that the model has in its weights."""
     if options.lora_dir.lower() in ("none", ""):
-        if not is_bundled(options.pretrained_model_name_or_path):
+        if not merged:
             print("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
         return None, None
+    if merged:
+        print(
+            f"note: this model has LoRAs merged in already ({', '.join(merged)}); --lora_dir is added to them"
+        )
     if Path(options.lora_dir).is_file():
         raise UserError(
             f"{options.lora_dir}: is a file; --lora_dir is the folder of transformer.safetensors and vae.safetensors"

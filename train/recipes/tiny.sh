@@ -16,16 +16,17 @@
 #
 # The result, OUTPUT/model-STUDENT-SEED, has the LoRAs merged in and is used as weights/tiny is:
 #
-#   python infer/upscale.py --pretrained_model_name_or_path OUTPUT/model-dasm-0 --lora_dir none
-#       --embedding_dir weights/tiny/prompt/default -i PHOTOS -o RESULTS
+#   python infer/upscale.py --pretrained_model_name_or_path OUTPUT/model-dasm-0 --lora_dir none \
+#     --embedding_dir weights/tiny/prompt/default -i PHOTOS -o RESULTS
+#
+# The whole command is printed at the end.
 set -euo pipefail
-here=$PWD
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 
 fail() { echo "tiny.sh: $*" >&2; exit 2; }
 # A folder that is there, in one spelling.
 folder() { (CDPATH='' cd -- "$2" 2>/dev/null && pwd -P) || fail "$1 $2: no such folder"; }
-absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$here/$1" ;; esac; }
+absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$PWD/$1" ;; esac; }
 
 photos=() folders=() validation="" output="" budget=cpu seed=0 student=dasm
 while (($#)); do
@@ -68,7 +69,7 @@ if [[ -z $python ]]; then
 elif [[ $python == */* ]]; then
   python=$(absolute "$python")
 fi
-cd -- "$root"
+# The scripts run in the user's folder, so that the commands they print work there.
 "$python" -c 'import flax, grain, jax, optax' 2>/dev/null ||
   fail "$python: lacks what tsdsr_jax needs; install it there, or name another interpreter with PYTHON"
 # Pictures of a stage would be the next one's photographs.
@@ -87,7 +88,7 @@ else
   printf '%s\n' "$described" >"$output/recipe"
 fi
 
-weights=weights/tiny
+weights=$root/weights/tiny
 prompts=(--default_embedding_dir "$weights/prompt/default" --null_embedding_dir "$weights/prompt/null")
 crop=(--crop_size 128 --min_size 128)
 common=(--mixed_precision no --resume_from_checkpoint latest --checkpoints_total_limit 2)
@@ -98,7 +99,7 @@ steps() { printf '%07d' "$1"; }
 train() {
   local script=$1 count=$2 batch=$3; shift 3
   local every=$(((count + 9) / 10))
-  "$python" "train/$script.py" "${common[@]}" --max_train_steps "$count" --train_batch_size "$batch" \
+  "$python" "$root/train/$script.py" "${common[@]}" --max_train_steps "$count" --train_batch_size "$batch" \
     --checkpointing_steps "$every" --validation_steps "$every" "$@"
 }
 
@@ -115,7 +116,7 @@ cp -r "$made" "$weights/scheduler" "$output/new"
 cp "$weights/transformer/config.json" "$output/new/transformer"
 
 say "training set: $crops crops of each photograph, degraded and encoded"
-"$python" train/prepare.py "${photos[@]}" --output_dir "$output/pairs" --pretrained_model_name_or_path "$output/new" \
+"$python" "$root/train/prepare.py" "${photos[@]}" --output_dir "$output/pairs" --pretrained_model_name_or_path "$output/new" \
   --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$crops" \
   --degradation_strength light "${crop[@]}"
 
@@ -148,7 +149,17 @@ student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora
 say "merging"
 merged=$output/merged-$student-$seed
 rm -rf -- "$merged"
-"$python" convert/sd3.py --input "$model" --lora_dir "$student_lora" --output "$merged"
-"$python" convert/sd3.py --input "$merged" --to_diffusers --dtype float16 --overwrite --output "$output/model-$student-$seed"
+"$python" "$root/convert/sd3.py" --input "$model" --lora_dir "$student_lora" --output "$merged"
+"$python" "$root/convert/sd3.py" --input "$merged" --to_diffusers --dtype float16 --overwrite \
+  --output "$output/model-$student-$seed"
 rm -rf -- "$merged"
 echo "made $output/model-$student-$seed"
+"$python" -c '
+import sys
+from pathlib import Path
+from tsdsr_jax import hints
+model, prompt = sys.argv[1:]
+flags = {"pretrained_model_name_or_path": model, "lora_dir": "none", "embedding_dir": prompt}
+results = hints.new_folder(Path(model), "upscaled")
+print("upscale with it:", hints.command("infer/upscale.py", **flags, input_dir=hints.PHOTOS, output_dir=results))
+' "$output/model-$student-$seed" "$weights/prompt/default"

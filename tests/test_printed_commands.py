@@ -1,0 +1,323 @@
+"""What training and preparing print to go on with is run word for word, from the folder that they were called in."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny_checkpoint as tiny
+import tiny_training
+from commands import Command, printed
+from infer import upscale
+from train import distill, prepare, teacher
+from tsdsr_jax import hints, options, sharding
+from tsdsr_jax.bundled import FOLDER
+from tsdsr_jax.pretrained import MERGED_FILE
+
+ONE_STEP = ("--max_train_steps", "1", "--checkpointing_steps", "9", "--validation_steps", "9")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    root = tmp_path_factory.mktemp("printed")
+    _, vae = tiny_training.save_models(root)
+    tiny_training.save_set(root / "set", vae, 2)
+    tiny_training.save_photos(root / "photos", 2)
+    return root
+
+
+@pytest.fixture
+def root(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with all of it, one device, and a small photograph to try upscaling with."""
+    folder = shutil.copytree(models, tmp_path / "here")
+    (tmp_path / "examples").mkdir()
+    Image.fromarray(tiny.synthetic_photo(24, 24, 0)).save(tmp_path / "examples" / "a photo.png")
+    monkeypatch.setattr(hints, "PHOTOS", tmp_path / "examples")
+    monkeypatch.setattr(options, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:1], fsdp))
+    monkeypatch.setattr(prepare, "make_mesh", lambda: sharding.make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(upscale, "select_devices", lambda name: jax.devices()[:1])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield folder
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Distill(Command):
+    def flags(self, output: Path, *more: str) -> Sequence[str]:
+        return tiny_training.flags(self.root, output, *ONE_STEP, "--no_use_default_prompt", *more)
+
+
+class Teacher(Command):
+    def flags(self, output: Path, *more: str) -> Sequence[str]:
+        return [
+            "--pretrained_model_name_or_path", str(self.root / "sd3"), "--output_dir", str(output),
+            "--default_embedding_dir", str(self.root / "default"), "--null_embedding_dir", str(self.root / "null"),
+            "--train_batch_size", "2", "--mixed_precision", "no", "--sampling_steps", "1", *ONE_STEP, *more,
+        ]  # fmt: skip
+
+
+class Prepare(Command):
+    def flags(self, output: Path, *more: str) -> Sequence[str]:
+        return ["--hr_dir", str(self.root / "photos"), "--output_dir", str(output), "--min_size", "16",
+                "--dataloader_num_workers", "0", *more]  # fmt: skip
+
+
+def upscaled(command: Command, said: str) -> Path:
+    """Runs the command that upscales; where its picture is."""
+    (words,) = printed(said)
+    assert Path(words[1]).name == "upscale.py" and "1 upscaled" in command.obeys(words)
+    return command.root / words[-1] / "a photo.png"
+
+
+@pytest.mark.parametrize(
+    ("flags", "lora"),
+    [
+        (("--hr_dir", "photos", "--crop_size", "32"), "lora"),
+        (("--use_default_prompt", "--ema_decay", "0.9"), "lora/ema"),
+    ],
+)
+def test_a_student_upscales(root, monkeypatch, capsys, flags, lora):
+    """From photographs or a set, on its default prompt or the images' own; with an average, that is taken."""
+    command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
+    said = command.done(root / "runs" / "a student", *flags)
+    assert f"'runs/a student/checkpoint_0000001/{lora}'" in said and "--embedding_dir default" in said
+    picture = upscaled(command, said)
+    assert Image.open(picture).size == (96, 96) and picture.parent.name == "a student-upscaled"
+    # The same once more would be skipped; another run's hint names a folder of its own.
+    again = distill.Options(
+        pretrained_model_name_or_path="sd3",
+        default_embedding_dir=root,
+        output_dir=root / "runs" / "a student",
+    )
+    assert "a student-upscaled-2" in distill.how_to_use(again, root)
+
+
+def test_where_the_default_prompt_is_missing_it_is_asked_for(root, monkeypatch, capsys):
+    """A set with prompts of its own trains without; upscaling needs it."""
+    command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
+    said = command.done(root / "run", "--default_embedding_dir", "new/default")
+    assert "upscaling needs the default prompt's embedding in new/default" in said
+    assert "sd3 has no text encoders to make it with" in said
+    (words,) = printed(said)
+    assert "--embedding_dir new/default" in shlex.join(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [("--data_dir", "set"), ("--hr_dir", "photos", "--crop_size", "32", "--train", "base")]
+)
+def test_a_teacher_is_distilled_and_its_student_upscales(root, monkeypatch, capsys, flags):
+    command = Teacher(teacher.main, "train/teacher.py", root, monkeypatch, capsys)
+    said = command.done(root / "runs" / "teacher", *flags, "--ema_decay", "0.9")
+    (words,) = printed(said)
+    assert {"--train_batch_size", "--mixed_precision", "--null_embedding_dir", flags[0]} <= set(words)
+    assert words[-2:] == ["--output_dir", "runs/teacher-distilled"] and ("--use_teacher_lora" in words) == (
+        len(flags) == 2
+    )
+    upscaled(command, command.obeys(words))
+
+
+@pytest.mark.slow
+def test_a_prepared_set_is_trained_on(root, monkeypatch, capsys):
+    """The empty prompt's embedding lies beside the default one's."""
+    command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
+    model = (
+        "--pretrained_model_name_or_path",
+        "sd3",
+        "--default_embedding_dir",
+        "default",
+        "--crop_size",
+        "32",
+    )
+    said = command.done(root / "sets" / "a set", *model)
+    (words,) = printed(said)
+    assert "--null_embedding_dir null --lambda_lpips 0 --output_dir 'sets/a set-distilled'" in shlex.join(
+        words
+    )
+    upscaled(command, command.obeys(words))
+
+
+def test_the_empty_prompt_is_asked_for_where_it_is_not(root, monkeypatch, capsys):
+    shutil.move(root / "null", root / "elsewhere")
+    command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
+    model = (
+        "--pretrained_model_name_or_path",
+        "sd3",
+        "--default_embedding_dir",
+        "default",
+        "--crop_size",
+        "32",
+    )
+    said = command.done(root / "set 2", *model)
+    assert "training needs the empty prompt's embedding in dataset/null. sd3 has no text encoders" in said
+    (root / "sd3" / "text_encoder").mkdir()
+    first, then = printed(command.done(root / "set 2", *model))
+    assert first[1:] == [str(hints.ROOT / "convert/prompts.py"), "--null", "--pretrained_model_name_or_path", "sd3",
+                         "--output", "dataset/null"]  # fmt: skip
+    assert "--null_embedding_dir dataset/null" in shlex.join(then)
+
+
+# --- the bundled model ----------------------------------------------------------------------------
+
+
+def link(root: Path) -> str:
+    (root / "a link").symlink_to(FOLDER)
+    return "a link"
+
+
+@pytest.mark.parametrize("name", [lambda root: str(FOLDER), lambda root: os.path.relpath(FOLDER, root), link])
+def test_the_bundled_model_brings_crops_and_prompts(root, monkeypatch, capsys, name):
+    """However it is named; what is printed names all that is needed, on a student without TSD."""
+    command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
+    said = command.done(root / "made", "--pretrained_model_name_or_path", name(root))
+    assert json.loads((root / "made/manifest.json").read_text())["settings"]["crop"]["height"] == 128
+    (words,) = printed(said)
+    assert f"--null_embedding_dir {FOLDER}/prompt/null --lambda_tsd 0 --lambda_lpips 0" in shlex.join(words)
+
+
+def test_a_lora_on_the_bundled_model_upscales_where_the_model_is_named(root, monkeypatch, capsys):
+    from tsdsr_jax import lora
+    from tsdsr_jax.pretrained import open_checkpoint
+
+    for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):
+        network = open_checkpoint(FOLDER).network(part)
+        adapter = tiny.random_lora(network.load("float32"), targets, 2, 0, 0.01)
+        tiny.save_peft(root / "lora" / f"{part}.safetensors", adapter, network.config)
+    command = Command(upscale.main, "infer/upscale.py", root, monkeypatch, capsys)
+    flags = (
+        "--lora_dir",
+        "lora",
+        "--rank",
+        "2",
+        "--rank_vae",
+        "2",
+        "--process_size",
+        "16",
+        "-i",
+        "../examples",
+        "-o",
+        "out",
+    )
+    outcome = command.typed("infer/upscale.py", "--pretrained_model_name_or_path", str(FOLDER), *flags)
+    assert outcome.status == 0, outcome.err
+    assert "this model has LoRAs merged in already (student-dasm-0/" in outcome.out
+    refused = command.typed("infer/upscale.py", *flags)
+    assert refused.status == 1 and "give the model it belongs to" in refused.err
+
+
+@pytest.mark.parametrize("train", ["lora", "base"])
+def test_a_finished_student_is_no_base_for_a_teacher(root, monkeypatch, capsys, train):
+    (root / "sd3" / MERGED_FILE).write_text('{"loras": ["a/transformer.safetensors"]}')
+    command = Teacher(teacher.main, "train/teacher.py", root, monkeypatch, capsys)
+    for model in ("sd3", str(FOLDER)):
+        said = command.refused(
+            root / "run", "--train", train, "--hr_dir", "photos", "--pretrained_model_name_or_path", model
+        )
+        assert f"{model}: is a finished one-step student" in said and said.count("\n") == 1
+    (root / "sd3" / MERGED_FILE).write_text("[]")
+    assert f"{MERGED_FILE}: expected a JSON object" in command.refused(root / "run", "--hr_dir", "photos")
+
+
+def test_distilling_a_finished_student_says_what_is_of_use(root, monkeypatch, capsys):
+    (root / "sd3" / MERGED_FILE).write_text('{"loras": ["a/transformer.safetensors"]}')
+    command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
+    monkeypatch.setattr(distill, "load_base", lambda *_: pytest.exit("far enough"))
+
+    def notes(*flags: str) -> str:
+        with pytest.raises(pytest.exit.Exception):
+            command.typed("train/distill.py", *map(command.relative, command.flags(root / "run", *flags)))
+        return capsys.readouterr().out
+
+    assert "TSD has no teacher to learn from there; --lambda_tsd 0" in notes()
+    assert "no teacher" not in notes("--lambda_tsd", "0")
+
+
+# --- crops that fit -------------------------------------------------------------------------------
+
+
+def test_crops_that_are_too_large_say_which_would_fit(root, monkeypatch, capsys):
+    command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
+    config = json.loads((root / "sd3/transformer/config.json").read_text())
+    (root / "sd3/transformer/config.json").write_text(json.dumps(config | {"pos_embed_max_size": 1}))
+    said = command.refused(root / "run", "--hr_dir", "photos", "--crop_size", "32")
+    assert "position table ends at 16: pass --crop_size 16" in said
+    said = command.refused(root / "run")
+    assert "position table ends at 16: prepare the set again with --crop_size 16" in said
+
+
+def test_the_default_crop_agrees_with_the_same_one_given():
+    from tsdsr_jax.options import DataOptions
+    from tsdsr_jax.training_data import crop_identity
+
+    for longest, side in ((128, 128), (1536, 512)):
+        given = DataOptions(crop_size=(side,))
+        assert (
+            crop_identity(DataOptions().fitted(longest))
+            == crop_identity(given)
+            == crop_identity(given.fitted(64))
+        )
+    assert DataOptions().crop().height == 512
+
+
+# --- in a shell -----------------------------------------------------------------------------------
+
+
+def shell(line: str, folder: Path) -> str:
+    environment = os.environ | {
+        "PYTHONPATH": str(hints.ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
+    done = subprocess.run(
+        line, shell=True, cwd=folder, env=environment, text=True, capture_output=True, timeout=900
+    )
+    assert done.returncode == 0, (line, done.stdout, done.stderr)
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_from_photographs_to_pictures_through_the_shell(models, tmp_path):
+    """Prepared on the bundled model, trained on and upscaled with: three lines, two of them printed."""
+    folder = shutil.copytree(models, tmp_path / "a folder")
+    for photo in (folder / "photos").rglob("*.png"):
+        Image.fromarray(tiny.synthetic_photo(128, 140, 0)).save(photo)
+    script = shlex.join([hints.interpreter(), str(hints.ROOT / "train/prepare.py")])
+    line = f"{script} --hr_dir photos --output_dir 'my set' --pretrained_model_name_or_path {FOLDER}"
+    for word in ("train on it: ", "upscale with it: "):
+        line = re.search(f"^{word}(.*)", shell(line, folder), re.MULTILINE)[1]
+    shell(line, folder)
+    assert len(list((folder / "my set-distilled-upscaled").glob("*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_the_first_lines_of_the_readmes_training_part_work(tmp_path):
+    section = (hints.ROOT / "README.md").read_text().partition("\n## Train\n")[2]
+    block = re.search("```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
+    train, use = (
+        line.replace("python ", f"{hints.interpreter()} ", 1) for line in block.strip().splitlines()
+    )
+    # In a folder that has what a checkout has, but gets the results.
+    for name in ("train", "infer", "weights", "examples"):
+        (tmp_path / name).symlink_to(hints.ROOT / name)
+    output = shell(train, tmp_path)
+    assert "upscale with it" in output
+    shell(use, tmp_path)
+    pictures = list(tmp_path.glob("runs/*/*.png"))
+    assert any(np.asarray(Image.open(path)).std() > 10 for path in pictures)

@@ -1,0 +1,115 @@
+"""Commands for the user to type next: complete, quoted, and right from the folder that the user is in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tsdsr_jax.prompts import target_file
+from tsdsr_jax.text_encoders import has_encoders
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ROOT / "examples" / "photos"
+# Where train/distill.py looks for LPIPS's weights.
+LPIPS_FILE = Path("checkpoint/lpips_alex.safetensors")
+
+# Flags that scripts share.
+MODEL = ("pretrained_model_name_or_path", "revision", "variant")
+CROPS = ("crop_size", "min_size", "sharpen_gt", "jpeg", "degradation_strength")
+DATA = ("data_dir", "hr_dir", *CROPS, "default_embedding_dir", "null_embedding_dir")
+STEPS = ("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "fsdp",
+         "dataloader_num_workers")  # fmt: skip
+ENCODERS = ("no_t5", "max_sequence_length")
+PROMPT_ENCODERS = ("prompt_dtype", "prompt_device")
+
+
+def command(script: str, /, **flags: Any) -> str:
+    """A command line.
+
+    Args:
+      script: its path in the repository.
+      flags: name -> value. Of None there is no flag, a tuple stands for several values.
+    """
+    return shlex.join([interpreter(), shown(ROOT / script), *_words(flags)])
+
+
+def interpreter() -> str:
+    """This Python as the user can type it."""
+    found = shutil.which("python")
+    # Not `samefile`: the interpreter of an environment is a link to one outside, which lacks its packages.
+    if found and _place(found) == _place(sys.executable):
+        return "python"
+    path = shown(Path(sys.executable))
+    return path if "/" in path else sys.executable  # a bare name would be looked for on PATH
+
+
+def _place(file: str) -> tuple[str, str]:
+    return os.path.realpath(os.path.dirname(file)), os.path.realpath(file)
+
+
+def shown(value: Any) -> str:
+    """A flag's value; an absolute path below the current folder as a relative one."""
+    short = isinstance(value, Path) and value.is_relative_to(Path.cwd())
+    return str(value.relative_to(Path.cwd()) if short else value)
+
+
+def _words(flags: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            yield f"--{name}" if value else f"--no_{name}"
+        elif value is not None:
+            values = [shown(each) for each in (value if isinstance(value, tuple) else (value,))]
+            # A value that begins like a flag has to be tied to its own.
+            yield from (
+                [f"--{name}={each}" for each in values] if values[0][:1] == "-" else [f"--{name}", *values]
+            )
+
+
+def given(options: Any, *names: str) -> dict[str, Any]:
+    """Those of the flags that a script has and whose values are not its defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    return {
+        name: getattr(options, name)
+        for name in names
+        if name in defaults and getattr(options, name) != defaults[name]
+    }
+
+
+def new_folder(run: Path, word: str) -> Path:
+    """A folder beside a run's that is not there yet, called after it."""
+    run = run.resolve() if run.name in ("", "..") else run
+    names = (f"{run.name}-{word}{number}" for number in ("", *(f"-{count}" for count in range(2, 1000))))
+    return next(path for name in names if not (path := run.with_name(name)).exists())
+
+
+def distilling(run: Path, flags: Mapping[str, Any]) -> str:
+    """The command that distils with these flags, after the run in this folder; without LPIPS where its weights are not."""
+    lpips = None if LPIPS_FILE.is_file() else 0
+    return command("train/distill.py", **flags, lambda_lpips=lpips, output_dir=new_folder(run, "distilled"))
+
+
+def encoding(options: Any, prompt: Literal["default", "null"], folder: Path) -> str | None:
+    """The command that makes a prompt's embedding as the options encode texts; None where no text encoders are at hand."""
+    flags = given(options, *MODEL, *ENCODERS)
+    # What train/prepare.py calls otherwise.
+    flags |= {name.removeprefix("prompt_"): value for name, value in given(options, *PROMPT_ENCODERS).items()}
+    flags["pretrained_model_name_or_path"] = model = (
+        getattr(options, "text_encoder_path", None) or options.pretrained_model_name_or_path
+    )
+    if not has_encoders(model):
+        return None
+    overwrite = True if target_file(folder).exists() else None
+    return command("convert/prompts.py", **{prompt: True}, **flags, output=folder, overwrite=overwrite)
+
+
+def how_to_encode(options: Any, prompt: Literal["default", "null"], folder: Path) -> str:
+    """What to do where a prompt's embedding is missing; a sentence."""
+    if made := encoding(options, prompt, folder):
+        return f"Make it with: {made}"
+    return f"{options.pretrained_model_name_or_path} has no text encoders to make it with: give an embedding that fits it."

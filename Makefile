@@ -28,12 +28,13 @@ endif
 BASE_STAMP := $(VENV)/.installed-base
 TEST_STAMP := $(VENV)/.installed-test-torch$(if $(filter 1,$(TORCH)),1,0)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format cuda-compiler clean
 
 help:
 	@echo "make demo     run examples/demo.py on the example photographs; a CPU is enough"
 	@echo "make test     run the test suite      (TESTFLAGS='-k lora', TORCH=0, PYTHON=python3.12)"
 	@echo "make lint     check style and formatting"
+	@echo "make cuda-compiler   what the test needs that compiles for a GPU without one (140 MB)"
 	@echo "make format   apply the formatter and the safe fixes"
 	@echo "make clean    remove .venv, caches and what the demo wrote"
 
@@ -65,6 +66,13 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "tsdsr_jax needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo 'not there'): try make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
+
+# Beside the environment, not in it: there JAX would look for a GPU at every start.
+cuda-compiler: $(TEST_STAMP)
+	@version=$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)'); folder=$(VENV)/cuda-compiler-$$version; \
+	  test -d $$folder || { echo "Installing JAX's CUDA plugin into $$folder"; \
+	  $(PIP) install --no-deps --target $$folder.part jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version && \
+	  mv $$folder.part $$folder; }
 
 clean:
 	rm -rf .venv build dist demo *.egg-info .pytest_cache .ruff_cache

@@ -77,6 +77,7 @@ def _in_ci() -> bool:
 # the others have nothing to do.
 FIRST = (
     "test_distill_processes.py",
+    "test_gpu_programs.py",
     "test_parity.py",
     "test_sharding.py",
     "test_objective.py",

@@ -20,6 +20,11 @@ from conftest import is_expected_skip
         ("Skipped: could not import 'scipy': No module named 'scipy'", (3, 12), False),
         ("Skipped: ../shared/data is not there", (3, 11), True),
         ("Skipped: needs a GPU", (3, 11), True),
+        (
+            "Skipped: JAX's CUDA plugin is not in .venv/cuda-compiler-0.10.2: make cuda-compiler",
+            (3, 11),
+            False,
+        ),
         ("Skipped: flaky", (3, 12), False),
     ],
 )

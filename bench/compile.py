@@ -24,8 +24,8 @@ import training_memory
 from tsdsr_jax import cli
 from tsdsr_jax.models.folded import FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
+from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.torch_weights import abstract_params
 
 TOKENS = 333
 LATENT = 64

@@ -38,7 +38,7 @@ from torch_pipeline import DTYPES
 
 from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.sizes import LATENT_FACTOR
+from tsdsr_jax.models.params import LATENT_FACTOR
 from tsdsr_jax.upscaler import Settings
 
 Other = Literal["eager", "compiled", "lora"]

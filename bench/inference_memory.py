@@ -27,9 +27,8 @@ from tsdsr_jax.devices import DTYPES
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.folded import FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import LATENT_FACTOR, abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, whole_image_bytes
-from tsdsr_jax.sizes import LATENT_FACTOR
-from tsdsr_jax.torch_weights import abstract_params
 
 GB = 1e9
 TOKENS = 333

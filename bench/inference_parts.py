@@ -19,8 +19,9 @@ from torch_networks import TOKENS, TorchNetworks, synchronized
 from tsdsr_jax import devices
 from tsdsr_jax.models import attention
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
+from tsdsr_jax.models.params import LATENT_FACTOR
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.sizes import LATENT_FACTOR, batch_size, slices
+from tsdsr_jax.sizes import batch_size, slices
 from tsdsr_jax.upscaler import Prepared, Upscaler
 
 Part = Literal["encode", "transformer", "decode", "end"]

@@ -30,7 +30,7 @@ from tsdsr_jax import cli, devices, lora
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.layers import Dense
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
-from tsdsr_jax.torch_weights import Tree, abstract_params
+from tsdsr_jax.models.params import Tree, abstract_params
 
 GUIDED = 2
 

@@ -21,11 +21,12 @@ from torch_pipeline import Text, TorchPipeline
 from tsdsr_jax import devices
 from tsdsr_jax.models.folded import EightBits
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Config, Tree
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.pretrained import torch_config
 from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.tensor_files import TensorSpec
-from tsdsr_jax.torch_weights import Config, Tree, read_base, to_tree
+from tsdsr_jax.torch_weights import read_base, to_tree
 from tsdsr_jax.upscaler import Settings, Upscaler
 
 Size = Literal["tiny", "half", "full"]

@@ -33,6 +33,7 @@ from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora import pair_of
 from tsdsr_jax.lora_files import load_lora
+from tsdsr_jax.models.params import Tree
 from tsdsr_jax.pretrained import (
     MERGED_FILE,
     PARAMS_FILE,
@@ -44,7 +45,7 @@ from tsdsr_jax.pretrained import (
     read_json,
 )
 from tsdsr_jax.tensor_files import TensorSpec, write_tensors
-from tsdsr_jax.torch_weights import Tree, base_entries
+from tsdsr_jax.torch_weights import base_entries
 
 DTYPES = {
     "float16": np.dtype(np.float16),

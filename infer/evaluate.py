@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from tsdsr_jax import cli, evaluation_report, evaluation_tables
 from tsdsr_jax.atomic import replacing
+from tsdsr_jax.cli import check_writable
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError, printable
 from tsdsr_jax.evaluation import by_name, find_pairs, measure
 from tsdsr_jax.evaluation_tables import Method
+from tsdsr_jax.identity import versions
 from tsdsr_jax.metric_set import PAPER, Metric, Sources, load_metrics
-from tsdsr_jax.options import check_writable
 from tsdsr_jax.report import check_report_path
-from tsdsr_jax.session import versions
 
 LOGS = ("txt", "csv", "json")
 

@@ -15,8 +15,8 @@ import numpy as np
 from parity import random_lora, random_tensors, uniform
 from tsdsr_jax import lora, torch_weights
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.torch_weights import Tree
 
 FILE = Path(__file__).parent / "golden" / "networks.npz"
 

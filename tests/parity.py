@@ -20,13 +20,13 @@ from flax.traverse_util import flatten_dict
 from numpy.typing import ArrayLike
 
 from tsdsr_jax import lora, lora_files, torch_weights
+from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.objective import Batch, Draws
 from tsdsr_jax.pretrained import TORCH_STEM, Part, torch_config
 from tsdsr_jax.tensor_files import TensorSpec, save_tensors
-from tsdsr_jax.torch_weights import Config, Tree
-from tsdsr_jax.tsd import Text
 
 # Float32 against float32, another order of summation: single layers agree to 1e-6, whole networks to this.
 TOLERANCE = 1e-5
@@ -107,7 +107,7 @@ def random_lora(
     config: Config, targets: tuple[str, ...], rank: int, seed: int = 0, strength: float = 0.3
 ) -> Tree:
     """A random adapter whose A B is about `strength` times as large as the kernel."""
-    abstract = torch_weights.abstract_params(config)
+    abstract = abstract_params(config)
     tree = jax.eval_shape(lambda key: lora.init(key, abstract, targets, rank), jax.random.key(0))
     pairs = {}
     for path, leaf in flatten_dict(tree, sep="/").items():

@@ -31,6 +31,7 @@ from tsdsr_jax import lora, torch_weights
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora_files import load_lora, save_lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.pretrained import PARAMS_FILE, PARTS, TORCH_STEM, open_checkpoint
 from tsdsr_jax.tensor_files import TensorReader, open_tensors, save_tensors
@@ -716,7 +717,7 @@ def test_mistakes_with_adapters(
 
 def test_a_lora_in_the_other_networks_file_is_refused(tmp_path: Path) -> None:
     """Swapped files would convert without a complaint, and fail much later."""
-    shapes = torch_weights.abstract_params(CONFIGS["transformer"])
+    shapes = abstract_params(CONFIGS["transformer"])
     adapter = lora.init(jax.random.key(0), shapes, lora.AUXILIARY_TARGETS, 2)
     save_lora(tmp_path / "vae.safetensors", adapter, "transformer")
     with pytest.raises(

@@ -19,17 +19,18 @@ import tiny_checkpoint as tiny
 import tiny_training
 from commands import Command, resume_by_every_spelling
 from train import distill
-from tsdsr_jax import checkpoint, cli, options, sharding, validation
+from tsdsr_jax import checkpoint, cli, distill_validation, options, sharding
 from tsdsr_jax import lora as lora_lib
+from tsdsr_jax.distill_step import Trainer
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL as FlaxVAE
 from tsdsr_jax.prompts import save_prompt_embeds
 from tsdsr_jax.run_log import read_rows
 from tsdsr_jax.stepping import JittedStep
 from tsdsr_jax.torch_pickle import write_tensor
-from tsdsr_jax.torch_weights import Tree, to_tree
-from tsdsr_jax.training import Trainer
+from tsdsr_jax.torch_weights import to_tree
 
 RANK = tiny_training.RANK
 
@@ -43,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_compilation(cache: Path) -> Iterator[None]:
     """Runs of equal settings share their programs, as the steps of one run do."""
     steps, restores = {}, {}
-    step, restore = distill.jit_step, validation.jit_restore
+    step, restore = distill.jit_step, distill_validation.jit_restore
 
     def shared_step(trainer: Trainer, mesh: Mesh) -> JittedStep:
         settings = trainer.losses, trainer.config, trainer.dynamic_scale, mesh
@@ -51,7 +52,7 @@ def quick_compilation(cache: Path) -> Iterator[None]:
 
     with tiny.compiled_once(cache), pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "jit_step", shared_step)
-        patch.setattr(validation, "jit_restore", lambda *key: restores.setdefault(key, restore(*key)))
+        patch.setattr(distill_validation, "jit_restore", lambda *key: restores.setdefault(key, restore(*key)))
         yield
 
 

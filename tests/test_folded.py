@@ -13,7 +13,7 @@ from tsdsr_jax.models import folded as models_folded
 from tsdsr_jax.models.folded import FoldedMMDiT, fold, quantized
 from tsdsr_jax.models.layers import Dense
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig, grid_positions, patchify
-from tsdsr_jax.torch_weights import abstract_params
+from tsdsr_jax.models.params import abstract_params
 
 TOKENS = 7
 KINDS = {

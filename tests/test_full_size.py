@@ -189,8 +189,8 @@ def run_jax(network: str, folder: Path) -> np.ndarray:
     import jax
     import jax.numpy as jnp
 
+    from tsdsr_jax.models.params import network as network_of
     from tsdsr_jax.pretrained import open_checkpoint
-    from tsdsr_jax.torch_weights import network as network_of
 
     part = "transformer" if network == "transformer" else "vae"
     files = open_checkpoint(folder).network(part)

@@ -11,8 +11,8 @@ import make_golden as golden
 from parity import TOLERANCE, error, random_params, uniform
 from tsdsr_jax import lora
 from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.torch_weights import Tree
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from train import prepare, teacher
-from tsdsr_jax import hints
+from tsdsr_jax import hints, prompt_hints
 from tsdsr_jax.hints import command, given, new_folder
 
 
@@ -101,7 +101,7 @@ def test_missing_embeddings_are_made_by_a_command_or_asked_for(here):
         hr_dir=(), pretrained_model_name_or_path="sd3", no_t5=True, prompt_device="cuda"
     )
     (here / "sd3").mkdir()
-    assert "sd3 has no text encoders" in hints.how_to_encode(options, "null", Path("dataset/null"))
+    assert "sd3 has no text encoders" in prompt_hints.how_to_encode(options, "null", Path("dataset/null"))
     (here / "sd3" / "text_encoder").mkdir()
     made = [
         "--null",
@@ -113,9 +113,9 @@ def test_missing_embeddings_are_made_by_a_command_or_asked_for(here):
         "--output",
         "dataset/null",
     ]
-    assert words(hints.encoding(options, "null", Path("dataset/null")))[1:] == made
+    assert words(prompt_hints.encoding(options, "null", Path("dataset/null")))[1:] == made
     elsewhere = dataclasses.replace(options, text_encoder_path="owner/encoders")
-    assert "owner/encoders" in hints.encoding(elsewhere, "default", Path("dataset/default"))
+    assert "owner/encoders" in prompt_hints.encoding(elsewhere, "default", Path("dataset/default"))
     (here / "dataset" / "null").mkdir(parents=True)
     (here / "dataset" / "null" / "prompt.safetensors").touch()
-    assert words(hints.encoding(options, "null", Path("dataset/null")))[1:] == [*made, "--overwrite"]
+    assert words(prompt_hints.encoding(options, "null", Path("dataset/null")))[1:] == [*made, "--overwrite"]

@@ -16,9 +16,9 @@ from parity import config_of, leaves, random_lora, random_params, uniform
 from tiny_checkpoint import save_network
 from tsdsr_jax import lora, torch_weights
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.pretrained import NetworkFiles
-from tsdsr_jax.torch_weights import Config, Tree
 
 pytest_plugins = "parity"
 
@@ -50,7 +50,7 @@ def test_targets_cover_what_peft_adapts(oracle: Any, kind: str, overrides: dict[
 
 def adapter_shapes(kind: str, config: Config, rank: int) -> Tree:
     """A new adapter's leaves as shapes."""
-    abstract = torch_weights.abstract_params(config)
+    abstract = abstract_params(config)
     return jax.eval_shape(lambda key: lora.init(key, abstract, OUR_TARGETS[kind], rank), jax.random.key(0))
 
 
@@ -106,7 +106,7 @@ def test_covers(targets: tuple[str, ...], module: str, covered: bool) -> None:
 @pytest.mark.parametrize("rank", [2, 16])
 def test_new_adapters_are_gaussian(rank: int) -> None:
     config = MMDiTConfig.tiny()
-    abstract = torch_weights.abstract_params(config)
+    abstract = abstract_params(config)
     adapter = leaves(lora.init(jax.random.key(3), abstract, lora.STUDENT_TARGETS, rank))
     firsts = np.concatenate([leaf.reshape(-1) for path, leaf in adapter.items() if path.endswith("/a")])
     assert all(not leaf.any() for path, leaf in adapter.items() if path.endswith("/b"))
@@ -221,7 +221,7 @@ def test_merging_while_loading_to_the_host(tmp_path: Path, dtype: Any) -> None:
 
 
 def test_errors_of_init() -> None:
-    abstract = torch_weights.abstract_params(MMDiTConfig.tiny())
+    abstract = abstract_params(MMDiTConfig.tiny())
     for rank in (0, -3):
         with pytest.raises(ValueError, match=f"rank of at least 1, not {rank}"):
             lora.init(jax.random.key(0), abstract, lora.STUDENT_TARGETS, rank)

@@ -23,8 +23,8 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.hints import interpreter
 from tsdsr_jax.lpips_weights import LIN, TORCHVISION, load_lpips, read_torch_lpips, save_lpips
 from tsdsr_jax.models.lpips import LPIPS, minimum_side, unit_length
+from tsdsr_jax.models.params import Tree
 from tsdsr_jax.tensor_files import save_tensors
-from tsdsr_jax.torch_weights import Tree
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ("alex", "vgg")

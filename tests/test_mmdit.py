@@ -37,7 +37,7 @@ from tsdsr_jax.models.mmdit import (
     sincos_table,
     unpatchify,
 )
-from tsdsr_jax.torch_weights import Tree
+from tsdsr_jax.models.params import Tree
 
 pytest_plugins = "parity"
 

@@ -23,12 +23,12 @@ from test_golden_losses import check_golden
 from tsdsr_jax import lora
 from tsdsr_jax.models import attention as models_attention
 from tsdsr_jax.models.attention import attention
+from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig, grid_positions
+from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.teacher import FlowBase, FlowConfig, FlowDraws, FlowLoss, split_fixed
-from tsdsr_jax.torch_weights import Tree
 from tsdsr_jax.training import accumulated
-from tsdsr_jax.tsd import Text
 
 TOLERANCE = 1e-6
 # Through the layers of a network, in float32.

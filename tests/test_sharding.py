@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from tsdsr_jax import lora
+from tsdsr_jax.distill_step import Trainer
+from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
+from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.objective import Base, Batch, LossConfig, Losses, Student
 from tsdsr_jax.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
-from tsdsr_jax.torch_weights import abstract_params
-from tsdsr_jax.training import OptimizerConfig, Trainer
-from tsdsr_jax.tsd import Text
+from tsdsr_jax.training import OptimizerConfig
 
 # As small as compiles fast: one scanned block of each kind, an autoencoder of two levels.
 MMDIT = MMDiTConfig.tiny(num_layers=2)

@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from tsdsr_jax.sizes import SizePlan, plan_buckets, plan_size, token_levels
+from tsdsr_jax.buckets import plan_buckets
+from tsdsr_jax.sizes import SizePlan, plan_size, token_levels
 
 
 def plan(source: tuple[int, int], **changes: float) -> SizePlan:

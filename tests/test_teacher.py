@@ -10,9 +10,11 @@ from flax.traverse_util import flatten_dict
 import tiny_checkpoint as tiny
 from parity import error, lora_of, nhwc, params_of
 from tsdsr_jax import flow
+from tsdsr_jax.batch import Samples, encode
+from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.objective import Samples, encode
 from tsdsr_jax.teacher import (
     FlowBase,
     FlowBatch,
@@ -26,10 +28,9 @@ from tsdsr_jax.teacher import (
     split_fixed,
     to_flow_batch,
 )
-from tsdsr_jax.torch_weights import abstract_params, write_base, write_lora
+from tsdsr_jax.torch_weights import write_base, write_lora
 from tsdsr_jax.trainer import Trainer
 from tsdsr_jax.training import OptimizerConfig
-from tsdsr_jax.tsd import Text
 
 pytest_plugins = "parity"
 TOLERANCE = 1e-4

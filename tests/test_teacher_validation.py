@@ -7,13 +7,13 @@ import pytest
 
 import tiny_checkpoint as tiny
 from tsdsr_jax import flow
+from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.record import Record
 from tsdsr_jax.sharding import make_mesh
 from tsdsr_jax.teacher import FlowBase, FlowConfig, FlowLoss
 from tsdsr_jax.teacher_validation import INDICES, TeacherValidation, sample
-from tsdsr_jax.tsd import Text
 
 SHIFT = 3.0
 

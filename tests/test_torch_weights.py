@@ -16,8 +16,8 @@ from parity import MemoryReader, arrays, config_of, leaves, random_lora, random_
 from tsdsr_jax import lora, lora_files, torch_weights
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Config
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.torch_weights import Config
 
 pytest_plugins = "parity"
 

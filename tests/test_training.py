@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from tsdsr_jax.distill_step import Trainer
+from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.objective import Base, Batch, LossConfig, Student
 from tsdsr_jax.schedules import learning_rate
-from tsdsr_jax.training import OptimizerConfig, Trainer
-from tsdsr_jax.tsd import Text
+from tsdsr_jax.training import OptimizerConfig
 
 KEY = jax.random.key(0)
 BASE = Base({}, {}, {}, Text(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1))))

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from tsdsr_jax import flow
+from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.training import INITIAL_SCALE
 from tsdsr_jax.tsd import (
     LARGEST_TERM,
-    Text,
     TSDConfig,
     auxiliary_loss,
-    guided,
     sample_weights,
     trajectory,
     tsd_gradient,

@@ -22,10 +22,11 @@ from tiny_checkpoint import (
 )
 from tsdsr_jax import tiling
 from tsdsr_jax import upscaler as upscaler_module
+from tsdsr_jax.buckets import plan_buckets
 from tsdsr_jax.folder import FileOptions, Report, find_jobs, plan_groups, unfinished, upscale
 from tsdsr_jax.models import layers
 from tsdsr_jax.models.mmdit import MMDiT
-from tsdsr_jax.sizes import SizePlan, plan_buckets
+from tsdsr_jax.sizes import SizePlan
 from tsdsr_jax.upscaler import Prepared, Settings, Upscaler, latent_noise, prepare
 
 # Small pictures: 64 pixels are processed as they are, tiles span 64 pixels.

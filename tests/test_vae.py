@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from parity import TOLERANCE, config_of, error, lora_of, params_of, random_lora, random_params, uniform
-from tsdsr_jax import lora, torch_weights
+from tsdsr_jax import lora
 from tsdsr_jax.models import attention as models_attention
 from tsdsr_jax.models import vae
 from tsdsr_jax.models.attention import single_head_attention
 from tsdsr_jax.models.layers import Conv, GroupNorm
+from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.torch_weights import Tree
 
 pytest_plugins = "parity"
 
@@ -275,7 +275,7 @@ def test_bands_hold_less_memory_than_the_whole() -> None:
     all convolutions were set up at the start, bands took 4.87 and 7.76 GB.
     """
     config = VAEConfig.sd3()
-    params = torch_weights.abstract_params(config)
+    params = abstract_params(config)
     inputs = {"encode": ((1, 1024, 1024, 3), 256**2, 0.75), "decode": ((1, 128, 128, 16), 32**2, 0.6)}
     for method, (shape, pixels, share) in inputs.items():
         x = jax.ShapeDtypeStruct(shape, jnp.float32)

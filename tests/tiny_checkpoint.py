@@ -19,11 +19,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tsdsr_jax import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.pretrained import TORCH_STEM, torch_config
 from tsdsr_jax.prompts import PromptEmbeds, save_prompt_embeds
 from tsdsr_jax.tensor_files import save_tensors
-from tsdsr_jax.torch_weights import Config, Tree, abstract_params, write_base, write_lora
+from tsdsr_jax.torch_weights import write_base, write_lora
 
 TOKENS = 5
 

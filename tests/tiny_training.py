@@ -13,11 +13,11 @@ from PIL import Image
 
 import tiny_checkpoint as tiny
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.prompts import save_prompt_embeds
 from tsdsr_jax.resize import bicubic
 from tsdsr_jax.torch_pickle import write_tensor
-from tsdsr_jax.torch_weights import Tree
 
 RANK = 2
 

@@ -21,9 +21,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax import cli, hints, session
+from tsdsr_jax import cli, hints, prompt_hints, session
 from tsdsr_jax.checkpoint import LORA
+from tsdsr_jax.data_options import DataOptions
 from tsdsr_jax.dataset import Shapes, first_sample
+from tsdsr_jax.distill_step import Trainer
+from tsdsr_jax.distill_validation import Validation
 from tsdsr_jax.distillation import (
     AUXILIARY_FILE,
     Ranks,
@@ -38,27 +41,20 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.loop import explained_memory
 from tsdsr_jax.lpips_weights import how_to_get, load_lpips
 from tsdsr_jax.models.lpips import LPIPS, Network
-from tsdsr_jax.networks import (
-    Networks,
-    check_latents,
-    check_shapes,
-    load_texts,
-    place_text,
-    text_hash,
-)
+from tsdsr_jax.models.params import Tree
+from tsdsr_jax.networks import Networks, check_latents, check_shapes, load_texts, place_text, text_hash
 from tsdsr_jax.objective import Base, LossConfig, Student
-from tsdsr_jax.options import DataOptions, OptimizerOptions, RunOptions
+from tsdsr_jax.options import OptimizerOptions, RunOptions
 from tsdsr_jax.pretrained import Checkpoint, check_fit, open_checkpoint
 from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.run_log import Curve
 from tsdsr_jax.session import say
 from tsdsr_jax.sharding import global_array, replicated
 from tsdsr_jax.stepping import Step
-from tsdsr_jax.torch_weights import Tree
-from tsdsr_jax.training import Trainer, with_new_scale
+from tsdsr_jax.training import with_new_scale
 from tsdsr_jax.training_data import Data, open_data, open_sets
 from tsdsr_jax.tsd import TSDConfig, Weighting
-from tsdsr_jax.validation import Validation, pick
+from tsdsr_jax.validation import pick
 
 CURVES = (
     Curve("student's loss", ("student",)),
@@ -297,7 +293,7 @@ def how_to_use(options: Options, path: Path) -> str:
     if folder.exists():
         return f"upscale with it: {upscaling}"
     needed = f"upscaling needs the default prompt's embedding in {folder}."
-    return f"{needed} {hints.how_to_encode(options, 'default', folder)}\nthen upscale with it: {upscaling}"
+    return f"{needed} {prompt_hints.how_to_encode(options, 'default', folder)}\nthen upscale with it: {upscaling}"
 
 
 def starting_adapters(options: Options, networks: Networks) -> tuple[Student | None, Tree | None]:

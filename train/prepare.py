@@ -35,23 +35,25 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from tsdsr_jax import cli, hints
+from tsdsr_jax import cli, hints, prompt_hints
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.bundled import is_bundled, prompt_folder
 from tsdsr_jax.checkpoint import Hash
+from tsdsr_jax.cli import check_writable
+from tsdsr_jax.data_options import PairOptions
 from tsdsr_jax.dataset import first_sample, read_ahead
 from tsdsr_jax.degradation import degrade, to_bytes
 from tsdsr_jax.devices import DTYPES, cores, keep_programs, matmul_precision
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.identity import versions
 from tsdsr_jax.images import read_photo
+from tsdsr_jax.latents import LatentEncoder
 from tsdsr_jax.networks import Networks, load_text, text_hash
-from tsdsr_jax.options import PairOptions, check_writable
 from tsdsr_jax.pairs import Crops, Layout, Pairs, Planned, plan
 from tsdsr_jax.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
-from tsdsr_jax.preparation import Embedder, Encoder, PromptChoice, Prompts, find_prompts, finish
+from tsdsr_jax.preparation import Embedder, PromptChoice, Prompts, find_prompts, finish
 from tsdsr_jax.pretrained import Checkpoint, check_fit, open_checkpoint
 from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds, load_prompt_embeds
-from tsdsr_jax.session import versions
 from tsdsr_jax.set_writers import Manifest, Part, SetPlan, Writer, make_writer
 from tsdsr_jax.sharding import make_mesh
 from tsdsr_jax.shards import read_manifest
@@ -375,7 +377,7 @@ def write_samples(
     with matmul_precision(dtype):
         networks = Networks(model.network("transformer"), model.network("vae"), make_mesh(), dtype)
         ((vae, _),) = networks.load([networks.vae])
-        encoder = Encoder(networks, vae, options.batch_size, options.seed)
+        encoder = LatentEncoder(networks, vae, options.batch_size, options.seed)
         pairs = Pairs(photographs, [samples[position] for position in pending], options.layout)
         with (
             closing(read_ahead(pairs, options.workers)) as made,
@@ -423,7 +425,7 @@ def how_to_use(options: Options, model: Checkpoint) -> str:
     training = hints.distilling(options.output_dir, flags)
     if made:
         return f"train on it: {training}"
-    how = hints.how_to_encode(options, "null", null)
+    how = prompt_hints.how_to_encode(options, "null", null)
     return f"training needs the empty prompt's embedding in {null}. {how}\nthen train on it: {training}"
 
 

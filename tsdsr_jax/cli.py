@@ -347,3 +347,14 @@ def _unframed(text: str) -> str:
     lines = [line for line in lines if line and line != "Value error" and "For full helptext" not in line]
     message = re.sub(r"^Error parsing \w+: ", "", " ".join(lines))
     return message or "the flags do not fit together"
+
+
+def check_writable(folder: Path, flag: str = "--output_dir") -> None:
+    """Raises UserError where a flag's folder cannot be made or written, without making it."""
+    place = folder.resolve()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{flag} {folder}: {place} is a file; expected a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: {place} is not writable")

@@ -15,17 +15,19 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tsdsr_jax import lora
+from tsdsr_jax.batch import Samples
 from tsdsr_jax.checkpoint import Hash
+from tsdsr_jax.distill_step import Trainer, TrainState
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.models.lpips import LPIPS
+from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.networks import Networks
-from tsdsr_jax.objective import Base, LossConfig, Losses, Samples, Student, to_batch
+from tsdsr_jax.objective import Base, LossConfig, Losses, Student, to_batch
 from tsdsr_jax.pretrained import NetworkFiles
 from tsdsr_jax.sharding import global_array, replicated
 from tsdsr_jax.stepping import JittedStep, jitted
-from tsdsr_jax.torch_weights import Tree, abstract_params, write_lora
-from tsdsr_jax.training import Trainer, TrainState
+from tsdsr_jax.torch_weights import write_lora
 
 STUDENT_FILES = {"transformer": "transformer.safetensors", "vae": "vae.safetensors"}
 AUXILIARY_FILE = "transformer_reg.safetensors"

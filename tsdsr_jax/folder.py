@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from tsdsr_jax import color
+from tsdsr_jax.buckets import Size, plan_buckets
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import (
     IMAGE_SUFFIXES,
@@ -28,7 +29,7 @@ from tsdsr_jax.images import (
     write_photo,
 )
 from tsdsr_jax.resize import pillow_bicubic
-from tsdsr_jax.sizes import Size, SizePlan, batch_size, plan_buckets, slices
+from tsdsr_jax.sizes import SizePlan, batch_size, slices
 from tsdsr_jax.upscaler import Launched, Prepared, Settings, Upscaler, finish, latent_noise, prepare
 
 Writing = deque[Future[None]]

@@ -9,10 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-from tsdsr_jax.prompts import target_file
-from tsdsr_jax.text_encoders import has_encoders
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT / "examples" / "photos"
@@ -25,8 +22,6 @@ CROPS = ("crop_size", "min_size", "sharpen_gt", "jpeg", "degradation_strength")
 DATA = ("data_dir", "hr_dir", *CROPS, "default_embedding_dir", "null_embedding_dir")
 STEPS = ("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "fsdp",
          "dataloader_num_workers")  # fmt: skip
-ENCODERS = ("no_t5", "max_sequence_length")
-PROMPT_ENCODERS = ("prompt_dtype", "prompt_device")
 
 
 def command(script: str, /, **flags: Any) -> str:
@@ -92,24 +87,3 @@ def distilling(run: Path, flags: Mapping[str, Any]) -> str:
     """The command that distils with these flags, after the run in this folder; without LPIPS where its weights are not."""
     lpips = None if LPIPS_FILE.is_file() else 0
     return command("train/distill.py", **flags, lambda_lpips=lpips, output_dir=new_folder(run, "distilled"))
-
-
-def encoding(options: Any, prompt: Literal["default", "null"], folder: Path) -> str | None:
-    """The command that makes a prompt's embedding as the options encode texts; None where no text encoders are at hand."""
-    flags = given(options, *MODEL, *ENCODERS)
-    # What train/prepare.py calls otherwise.
-    flags |= {name.removeprefix("prompt_"): value for name, value in given(options, *PROMPT_ENCODERS).items()}
-    flags["pretrained_model_name_or_path"] = model = (
-        getattr(options, "text_encoder_path", None) or options.pretrained_model_name_or_path
-    )
-    if not has_encoders(model):
-        return None
-    overwrite = True if target_file(folder).exists() else None
-    return command("convert/prompts.py", **{prompt: True}, **flags, output=folder, overwrite=overwrite)
-
-
-def how_to_encode(options: Any, prompt: Literal["default", "null"], folder: Path) -> str:
-    """What to do where a prompt's embedding is missing; a sentence."""
-    if made := encoding(options, prompt, folder):
-        return f"Make it with: {made}"
-    return f"{options.pretrained_model_name_or_path} has no text encoders to make it with: give an embedding that fits it."

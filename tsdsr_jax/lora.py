@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-Tree = dict[str, Any]
+from tsdsr_jax.models.params import Tree
 
 # Which modules an adapter covers: regular expressions that a module's path must match as a whole, or in its last
 # components (PEFT's rule: `linear` covers `norm_out/linear` but not `linear_1`).

@@ -14,22 +14,22 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from tsdsr_jax.batch import to_unit
 from tsdsr_jax.checkpoint import Hash
+from tsdsr_jax.data_options import DataOptions
 from tsdsr_jax.dataset import Shapes
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.hints import how_to_encode
+from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.layers import Placement
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
+from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.objective import to_unit
-from tsdsr_jax.options import DataOptions
 from tsdsr_jax.pretrained import NetworkFiles
+from tsdsr_jax.prompt_hints import how_to_encode
 from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.record import Record
 from tsdsr_jax.sharding import base_shardings, global_array, placement, replicated
-from tsdsr_jax.torch_weights import Tree, abstract_params
-from tsdsr_jax.tsd import Text
 
 
 @dataclasses.dataclass(frozen=True)

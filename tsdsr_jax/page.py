@@ -23,10 +23,10 @@ import gradio as gr
 import jax
 
 from tsdsr_jax import color, folder
+from tsdsr_jax.buckets import Size
 from tsdsr_jax.errors import UserError, printable
 from tsdsr_jax.images import FORMATS, Photo, read_photo, write_photo
 from tsdsr_jax.resize import pillow_bicubic
-from tsdsr_jax.sizes import Size
 from tsdsr_jax.upscale_options import UpscaleOptions, check, check_tile
 from tsdsr_jax.upscaler import Progress, Upscaler
 

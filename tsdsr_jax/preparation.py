@@ -5,63 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.networks import Networks
-from tsdsr_jax.objective import to_unit
 from tsdsr_jax.pairs import Pair
 from tsdsr_jax.photos import Photograph
 from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds, read_text
-from tsdsr_jax.sharding import batch_sharding
 from tsdsr_jax.text_encoders import EncoderOptions, encode_prompts
-from tsdsr_jax.torch_weights import Tree
 
 PromptChoice = Literal["default", "txt", "txt_or_default"]
-_NOISE_STREAM = 0x6C617465  # keeps the posteriors' noise apart from other draws
 
 
-class Encoder:
-    """Photographs to latents, on all devices of a mesh.
+class Encoder(Protocol):
+    """Encodes at most `batch` images at a time; see `latents.LatentEncoder`."""
 
-    Args:
-      networks: for the autoencoder and the mesh.
-      vae: its parameters.
-      batch: images per device.
-      seed: of the posteriors' noise.
-    """
+    batch: int
 
-    def __init__(self, networks: Networks, vae: Tree, batch: int, seed: int):
-        self.networks, self.vae, self.seed = networks, vae, seed
-        self.batch = batch * networks.mesh.size
-        self._rows = batch_sharding(networks.mesh)
-        network, scale = networks.autoencoder(), networks.vae.config.scaling_factor
-
-        @jax.jit
-        def encode(vae: Tree, images: jax.Array, noise: jax.Array) -> jax.Array:
-            posterior = network.apply({"params": vae}, to_unit(images), method="encode")
-            return posterior.sample(noise) * scale
-
-        self._encode = encode
-
-    def noise(self, position: int, height: int, width: int) -> np.ndarray:
-        """Of the sample at a position of the plan, (h, w, C), whatever it is encoded together with."""
-        factor, channels = self.networks.vae.config.factor, self.networks.vae.config.latent_channels
-        generator = np.random.default_rng([_NOISE_STREAM, self.seed, position])
-        return generator.standard_normal((height // factor, width // factor, channels), np.float32)
-
-    def launch(self, positions: Sequence[int], images: Sequence[np.ndarray]) -> jax.Array:
-        """Starts to encode at most `batch` images (H, W, 3) uint8 of one size; a full batch of latents follows."""
-        images = [*images, *[images[-1]] * (self.batch - len(images))]
-        positions = [*positions, *[positions[-1]] * (self.batch - len(positions))]
-        noise = [self.noise(position, *images[0].shape[:2]) for position in positions]
-        put = partial(jax.device_put, device=self._rows)
-        return self._encode(self.vae, put(np.stack(images)), put(np.stack(noise)))
+    def launch(self, positions: Sequence[int], images: Sequence[np.ndarray]) -> jax.Array: ...
 
 
 class Finished(NamedTuple):

@@ -26,10 +26,9 @@ from tsdsr_jax import torch_weights
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.finite import is_finite, refuse_broken
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import LATENT_FACTOR, PATCH_SIZE, Config, Tree
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.sizes import LATENT_FACTOR, PATCH_SIZE
 from tsdsr_jax.tensor_files import TensorReader, TensorSpec, find_weights, open_tensors
-from tsdsr_jax.torch_weights import Config, Tree
 
 Part = Literal["transformer", "vae"]
 PARTS: tuple[Part, ...] = ("transformer", "vae")

@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from tsdsr_jax.atomic import replacing
 from tsdsr_jax.dataset import BadSamples, Batches, LocalBatch, Rows, read_ahead
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.identity import differences, versions
 from tsdsr_jax.options import RunOptions
 from tsdsr_jax.run_log import (
     Curve,
@@ -400,30 +399,3 @@ _HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", 
              # The identity has what lies there.
              "data_dir", "hr_dir", "pretrained_model_name_or_path", "vae_dir", "default_embedding_dir", "null_embedding_dir",
              "teacher_lora_path")  # fmt: skip
-
-
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two mappings, in words."""
-
-    def short(value: Any) -> str:
-        text = str(value)
-        if len(text) == 64:  # a hash
-            return f"{text[:12]}…"
-        return text if len(text) < 100 else f"{text[:40]}…{text[-40:]}"
-
-    return [
-        f"{name}: {short(saved.get(name))} there, {short(now.get(name))} here"
-        for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name)
-    ]
-
-
-def versions() -> dict[str, str]:
-    """Of what a run depends on; a checkout that is on the path without being installed has none."""
-    found = {"python": platform.python_version()}
-    for package in ("tsdsr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

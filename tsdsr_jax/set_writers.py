@@ -19,11 +19,11 @@ from uuid import uuid4
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.identity import differences
 from tsdsr_jax.pairs import Layout
 from tsdsr_jax.preparation import Finished, Prompts
 from tsdsr_jax.prepared import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
 from tsdsr_jax.prompts import TORCH_POOLED_FOLDER, TORCH_PROMPT_FOLDER, PromptEmbeds
-from tsdsr_jax.session import differences
 from tsdsr_jax.shards import (
     FORMAT,
     MANIFEST,

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tsdsr_jax import flow, lora
+from tsdsr_jax.batch import Metrics, Samples, encode, repeated, to_unit
+from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, sincos_table
+from tsdsr_jax.models.params import Config, Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.objective import Metrics, Samples, encode, repeated, to_unit
-from tsdsr_jax.torch_weights import Config, Tree, init_params
-from tsdsr_jax.tsd import Text
 
 # The schedule's positions are no weight: checkpoints store them, but nobody trains them.
 FIXED = ("pos_embed/table",)

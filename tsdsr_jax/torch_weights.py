@@ -10,24 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tsdsr_jax.devices import cores
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.finite import is_finite
-from tsdsr_jax.lora import Tree
-from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
-from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.tensor_files import TensorReader, TensorSpec
-
-Config = MMDiTConfig | VAEConfig
-
 
 # What messages call a network unless told otherwise.
 DESCRIBED = "the model its config.json describes"
@@ -180,37 +173,6 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
         for column in range(0, source.shape[1], TILE):
             tile = slice(row, row + TILE), slice(column, column + TILE)
             target[tile] = source[tile]
-
-
-def network(config: Config, **options: Any) -> MMDiT | AutoencoderKL:
-    """The module a config describes; options go to its constructor."""
-    return MMDiT(config, **options) if isinstance(config, MMDiTConfig) else AutoencoderKL(config, **options)
-
-
-def init_params(config: Config, key: jax.Array) -> Tree:
-    """A network's parameters as its layers initialise them."""
-    if isinstance(config, MMDiTConfig):
-        side = 2 * config.patch_size
-        inputs = (
-            jnp.zeros((1, side, side, config.in_channels)),
-            jnp.zeros((1,)),
-            jnp.zeros((1, 1, config.joint_attention_dim)),
-            jnp.zeros((1, config.pooled_projection_dim)),
-        )
-    else:
-        inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
-    return network(config).init(key, *inputs)["params"]
-
-
-@lru_cache(maxsize=16)
-def _abstract_params(config: Config) -> Tree:
-    return jax.eval_shape(partial(init_params, config), jax.random.key(0))
-
-
-def abstract_params(config: Config) -> Tree:
-    """Shapes and dtypes (float32) of a network's parameters, without computing any."""
-    # Callers may change the tree they get; the cached one stays as it is.
-    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
 
 
 def _locate(config: Config, module: str) -> tuple[Rule, tuple[str, ...]]:

@@ -11,17 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tsdsr_jax.objective import Metrics
+from tsdsr_jax.batch import Metrics
+from tsdsr_jax.models.params import Tree
 from tsdsr_jax.sharding import base_shardings, replicated
-from tsdsr_jax.torch_weights import Tree
-from tsdsr_jax.training import (
-    LossScale,
-    OptimizerConfig,
-    accumulated,
-    average,
-    kept_where,
-    updates_done,
-)
+from tsdsr_jax.training import LossScale, OptimizerConfig, accumulated, average, kept_where, updates_done
 
 # (what is trained, frozen arrays, batch, key) -> (loss, metrics); pure.
 Objective = Callable[[Tree, Any, Any, jax.Array], tuple[jax.Array, Metrics]]

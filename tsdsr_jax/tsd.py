@@ -11,28 +11,20 @@ Source: Dong et al. 2025, §3.2 (target score matching) and §3.3 (distribution-
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from tsdsr_jax.flow import STEPS, add_noise, euler_step, per_sample, timesteps, to_clean
+from tsdsr_jax.models.guidance import Predict, interleave, separate
 
 # Largest value of a term of the gradient: what infinity counts as. A true one is far below it: velocities are of size 1 to
 # 10, and guidance multiplies their differences by 7.5. The original caps at float16's 65504, which float16 training
 # does not survive: times the loss scale it overflows on the way back, so that one bad value costs the whole step.
 LARGEST_TERM = 1024.0
 
-Predict = Callable[[jax.Array, jax.Array], jax.Array]
 Weighting = Literal["logit_normal", "sigma_sqrt", "mode"]
-
-
-class Text(NamedTuple):
-    """Text conditioning: states (B, S, D) and pooled vector (B, P)."""
-
-    states: jax.Array
-    pooled: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,59 +56,6 @@ def trajectory(index: jax.Array, bias: jax.Array, points: int, stride: int) -> j
     last = jnp.minimum(index + stride * points + bias, STEPS - 1)
     steps = jnp.arange(points + 1, dtype=jnp.int32)
     return index[:, None] + (last - index)[:, None] * steps // points
-
-
-def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Two (B, ...) arrays -> (2B, ...), each sample's two values beside each other.
-
-    Concatenating them instead would put a sample's values on different devices, and move every activation there.
-    """
-    return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
-
-
-def separate(both: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Undoes `interleave`."""
-    pairs = both.reshape(-1, 2, *both.shape[1:])
-    return pairs[:, 0], pairs[:, 1]
-
-
-def guided(
-    network: Callable[[jax.Array, jax.Array, Text], jax.Array],
-    prompt: Text,
-    null: Text,
-    scale: float,
-    split: bool = False,
-) -> Predict:
-    """Classifier-free guidance, v_null + scale·(v_prompt − v_null).
-
-    Args:
-      network: (latents, timesteps, text) -> velocities.
-      prompt, null: texts, of batch B, or of a divisor of the batch they will meet: then each is repeated for
-        neighbouring samples, as `interleave` orders them.
-      scale: guidance scale; at 1 only the prompt is evaluated.
-      split: two evaluations of B instead of one of 2B; half the memory.
-    """
-
-    def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-        batch = latents.shape[0]
-        # jnp.repeat, not tile: copies of a sample's text must lie beside each other, as its latents do.
-        with_prompt, without = (
-            Text(*(jnp.repeat(part, batch // part.shape[0], axis=0) for part in text))
-            for text in (prompt, null)
-        )
-        if scale == 1:
-            return network(latents, timestep, with_prompt)
-        if split:
-            v_null = network(latents, timestep, without)
-            v_prompt = network(latents, timestep, with_prompt)
-        else:
-            both = Text(*map(interleave, without, with_prompt))
-            v_null, v_prompt = separate(
-                network(interleave(latents, latents), interleave(timestep, timestep), both)
-            )
-        return v_null + scale * (v_prompt - v_null)
-
-    return predict
 
 
 def tsd_gradient(

@@ -16,12 +16,11 @@ from tsdsr_jax import cli
 from tsdsr_jax.bundled import bundled_model, is_bundled, prompt_folder
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.hints import how_to_encode
 from tsdsr_jax.lora_files import check_rank, load_lora
+from tsdsr_jax.models.params import PATCH_SIZE, Tree
 from tsdsr_jax.pretrained import NetworkFiles, check_fit, open_checkpoint
+from tsdsr_jax.prompt_hints import how_to_encode
 from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
-from tsdsr_jax.sizes import PATCH_SIZE
-from tsdsr_jax.torch_weights import Tree
 from tsdsr_jax.upscaler import Settings, Upscaler
 
 LARGEST_TILE = 64

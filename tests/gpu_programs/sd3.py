@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Config
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.pretrained import TORCH_STEM, torch_config
 from tsdsr_jax.prompts import PromptEmbeds, save_prompt_embeds
-from tsdsr_jax.torch_weights import Config, base_entries
+from tsdsr_jax.torch_weights import base_entries
 
 TOKENS = 333  # 77 of CLIP and 256 of T5
 

@@ -1,0 +1,90 @@
+"""The flags of data: how photographs are cut up and degraded, and where samples and prompts come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, Self
+
+from tsdsr_jax.bundled import prompt_folder
+from tsdsr_jax.degradation import DegradationConfig, light
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.photos import CROP_STEP, CropConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CropOptions:
+    """How photographs are cut up; the same flags for preparing and for training."""
+
+    crop_size: tuple[int, ...] = ()
+    """Side of the crops, or their height and width; multiples of 16. Default: 512, or all that a smaller model has positions
+    for."""
+    min_size: int | None = None
+    """Leave photographs out that have fewer than this many pixels squared. Default: 3/4 of the crops' shorter side."""
+    sharpen_gt: bool = True
+    """Unsharp-mask the photographs before they serve as target and as source, as the published pipeline does by default."""
+
+    def fitted(self, longest_side: int) -> Self:
+        """With the default of --crop_size for a model that ends there."""
+        return self if self.crop_size else dataclasses.replace(self, crop_size=(min(512, longest_side),))
+
+    def crop(self) -> CropConfig:
+        sides = self.crop_size or (512,)
+        height, width = sides if len(sides) == 2 else sides * 2
+        minimum = min(height, width) * 3 // 4 if self.min_size is None else self.min_size
+        return CropConfig(height, width, minimum)
+
+    def degradation(self) -> DegradationConfig:
+        return DegradationConfig(sharpen=self.sharpen_gt)
+
+    def check_crop(self) -> None:
+        if len(self.crop_size) > 2 or any(side < 1 or side % CROP_STEP for side in self.crop_size):
+            given = " ".join(map(str, self.crop_size))
+            raise UserError(
+                f"--crop_size {given}: expected one side, or height and width, multiples of {CROP_STEP}"
+            )
+        if self.min_size is not None and self.min_size < 1:
+            raise UserError(f"--min_size {self.min_size}: expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairOptions(CropOptions):
+    """How photographs become training pairs."""
+
+    jpeg: Literal["model", "codec"] = "model"
+    """Compress with the published pipeline's model of JPEG, or with a real codec."""
+    degradation_strength: Literal["published", "light"] = "published"
+    """How much the photographs are degraded: as published, or with less blur, noise and JPEG, for small crops."""
+
+    def degradation(self) -> DegradationConfig:
+        config = dataclasses.replace(super().degradation(), codec=self.jpeg == "codec")
+        return light(config) if self.degradation_strength == "light" else config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(PairOptions):
+    """Where a training script's samples and prompts come from."""
+
+    data_dir: tuple[Path, ...] = ()
+    """Prepared training set, of train/prepare.py or in the original's folders (gt, lr_bicubic, latent_hr, prompt_embeds,
+    pool_embeds); repeat for several."""
+    hr_dir: tuple[Path, ...] = ()
+    """Instead: a folder of photographs, searched with its subfolders, to crop and degrade on the way; repeat for several."""
+    default_embedding_dir: Path | None = None
+    """Embeddings of the default prompt: for photographs that have none beside them, or for all where a flag says so.
+    Default: dataset/default, or weights/tiny's."""
+    null_embedding_dir: Path | None = None
+    """Embeddings of the empty prompt, for guidance. Default: dataset/null, or weights/tiny's."""
+
+    def prompted(self, model: str) -> Self:
+        """With the defaults of the prompts' folders for a model."""
+        default = self.default_embedding_dir or prompt_folder(model, "default")
+        null = self.null_embedding_dir or prompt_folder(model, "null")
+        return dataclasses.replace(self, default_embedding_dir=default, null_embedding_dir=null)
+
+    def check_data(self) -> None:
+        self.check_crop()
+        if bool(self.data_dir) == bool(self.hr_dir):
+            raise UserError(
+                "give either prepared sets with --data_dir or folders of photographs with --hr_dir"
+            )

@@ -1,0 +1,67 @@
+"""What the student makes of a few fixed samples: pictures to look at, and two figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from tsdsr_jax.batch import Samples
+from tsdsr_jax.objective import Base, Losses, Student, to_batch
+from tsdsr_jax.record import Record
+from tsdsr_jax.sharding import replicated
+from tsdsr_jax.sheet import comparison_sheet
+from tsdsr_jax.validation import place_samples, psnr
+
+TITLES = ("low quality", "student", "high quality")
+
+
+class Validation:
+    """Runs the student on fixed samples, at the posterior's mean, so that pictures of different steps compare.
+
+    Args:
+      losses: for the networks.
+      mesh: the devices; each takes its share of the samples.
+      base: frozen arrays, in place.
+      records: the samples.
+    """
+
+    def __init__(self, losses: Losses, mesh: Mesh, base: Base, records: Sequence[Record]):
+        self.base, self.records = base, records
+        self._batches = place_samples(records, mesh)
+        self._restore = jit_restore(losses, mesh)
+
+    def __call__(self, student: Student) -> tuple[dict[str, float], Image.Image]:
+        """Mean latent error and PSNR (RGB, dB) over the samples, and the comparison sheet."""
+        count = len(self.records)
+        restored = [self._restore(student, self.base, batch) for batch in self._batches]
+        pictures, errors = (
+            np.concatenate([np.asarray(part) for part in parts])[:count]
+            for parts in zip(*restored, strict=True)
+        )
+        ratios = [psnr(picture, record.hr) for picture, record in zip(pictures, self.records, strict=True)]
+        rows = [
+            [Image.fromarray(image) for image in (record.lr, picture, record.hr)]
+            for record, picture in zip(self.records, pictures, strict=True)
+        ]
+        values = {"validation_mse": float(errors.mean()), "validation_psnr": float(np.mean(ratios))}
+        return values, comparison_sheet(rows, TITLES)
+
+
+def jit_restore(
+    losses: Losses, mesh: Mesh
+) -> Callable[[Student, Base, Samples], tuple[jax.Array, jax.Array]]:
+    """`(student, base, samples) -> (pictures, errors)`: (B, H, W, 3) uint8 and the latents' (B,) mean squared errors."""
+
+    def restore(student: Student, base: Base, samples: Samples) -> tuple[jax.Array, jax.Array]:
+        batch = losses.with_latents(base, to_batch(samples, base.default), None)
+        fake = losses.student_latent(base, student, batch, jnp.zeros_like(batch.latent_hr))
+        errors = jnp.square(fake - batch.latent_hr).mean((1, 2, 3))
+        decoded = losses.decode(base, fake)
+        return jnp.round((decoded + 1) * 127.5).astype(jnp.uint8), errors
+
+    return jax.jit(restore, out_shardings=replicated(mesh))

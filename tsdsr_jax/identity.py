@@ -1,0 +1,35 @@
+"""What two runs have to agree in, and the versions that one depends on."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two mappings, in words."""
+
+    def short(value: Any) -> str:
+        text = str(value)
+        if len(text) == 64:  # a hash
+            return f"{text[:12]}…"
+        return text if len(text) < 100 else f"{text[:40]}…{text[-40:]}"
+
+    return [
+        f"{name}: {short(saved.get(name))} there, {short(now.get(name))} here"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of what a run depends on; a checkout that is on the path without being installed has none."""
+    found = {"python": platform.python_version()}
+    for package in ("tsdsr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

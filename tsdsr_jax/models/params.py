@@ -1,0 +1,54 @@
+"""What both networks have in common: trees of parameters, their shapes, and SD3's sizes."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+
+Tree = dict[str, Any]
+
+
+Config = MMDiTConfig | VAEConfig
+
+
+def network(config: Config, **options: Any) -> MMDiT | AutoencoderKL:
+    """The module a config describes; options go to its constructor."""
+    return MMDiT(config, **options) if isinstance(config, MMDiTConfig) else AutoencoderKL(config, **options)
+
+
+def init_params(config: Config, key: jax.Array) -> Tree:
+    """A network's parameters as its layers initialise them."""
+    if isinstance(config, MMDiTConfig):
+        side = 2 * config.patch_size
+        inputs = (
+            jnp.zeros((1, side, side, config.in_channels)),
+            jnp.zeros((1,)),
+            jnp.zeros((1, 1, config.joint_attention_dim)),
+            jnp.zeros((1, config.pooled_projection_dim)),
+        )
+    else:
+        inputs = (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
+    return network(config).init(key, *inputs)["params"]
+
+
+@lru_cache(maxsize=16)
+def _abstract_params(config: Config) -> Tree:
+    return jax.eval_shape(partial(init_params, config), jax.random.key(0))
+
+
+def abstract_params(config: Config) -> Tree:
+    """Shapes and dtypes (float32) of a network's parameters, without computing any."""
+    # Callers may change the tree they get; the cached one stays as it is.
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
+
+
+LATENT_FACTOR, PATCH_SIZE = 8, 2  # SD3's: pixels a latent pixel spans, latent pixels a token spans
+
+
+STUDENT_TIMESTEP = 1000.0

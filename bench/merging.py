@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import timing
 from torch_networks import TOKENS, Size, configs
 
-from tsdsr_jax import cli, devices, lora
+from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.layers import Dense
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree, abstract_params

@@ -25,11 +25,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from tsdsr_jax import cli, lora
+from tsdsr_jax import cli
 from tsdsr_jax.batch import Samples
 from tsdsr_jax.distill_step import Trainer
 from tsdsr_jax.distillation import jit_step
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig

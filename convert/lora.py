@@ -22,10 +22,11 @@ from typing import Annotated
 
 import tyro
 
-from tsdsr_jax import cli, lora
+from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora_files import Adapter, is_own_lora, open_lora, save_lora
 from tsdsr_jax.lora_names import part_of
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config
 from tsdsr_jax.models.vae import VAEConfig

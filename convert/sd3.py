@@ -31,8 +31,8 @@ import tsdsr_jax
 from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.lora import pair_of
 from tsdsr_jax.lora_files import load_lora
+from tsdsr_jax.models.lora import pair_of
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.pretrained import (
     MERGED_FILE,

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from parity import random_lora, random_tensors, uniform
-from tsdsr_jax import lora, torch_weights
+from tsdsr_jax import torch_weights
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import VAEConfig

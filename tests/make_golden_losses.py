@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from parity import random_lora, random_tensors, uniform
-from tsdsr_jax import lora
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import VAEConfig

@@ -19,7 +19,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from numpy.typing import ArrayLike
 
-from tsdsr_jax import lora, lora_files, torch_weights
+from tsdsr_jax import lora_files, torch_weights
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params

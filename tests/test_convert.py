@@ -27,9 +27,10 @@ from flax.traverse_util import flatten_dict
 import convert.lora
 import convert.sd3
 from parity import arrays, error, leaves, random_lora, uniform, write_folder
-from tsdsr_jax import lora, torch_weights
+from tsdsr_jax import torch_weights
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora_files import load_lora, save_lora
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import VAEConfig

@@ -20,9 +20,9 @@ import tiny_training
 from commands import Command, resume_by_every_spelling
 from train import distill
 from tsdsr_jax import checkpoint, cli, distill_validation, options, sharding
-from tsdsr_jax import lora as lora_lib
 from tsdsr_jax.distill_step import Trainer
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL as FlaxVAE

@@ -9,7 +9,7 @@ import pytest
 
 import make_golden as golden
 from parity import TOLERANCE, error, random_params, uniform
-from tsdsr_jax import lora
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL

@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict
 
 from parity import config_of, leaves, random_lora, random_params, uniform
 from tiny_checkpoint import save_network
-from tsdsr_jax import lora, torch_weights
+from tsdsr_jax import torch_weights
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig

@@ -27,7 +27,7 @@ import convert.sd3
 import train.teacher
 from parity import MemoryReader, error, leaves, random_lora
 from tiny_checkpoint import random_params, save_network, save_peft, tiny_mmdit_config, tiny_vae_config
-from tsdsr_jax import distillation, lora
+from tsdsr_jax import distillation
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.lora_files import (
     check_rank,
@@ -39,6 +39,7 @@ from tsdsr_jax.lora_files import (
     save_lora,
 )
 from tsdsr_jax.lora_scaling import METADATA_KEY
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.pretrained import NetworkFiles

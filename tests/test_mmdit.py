@@ -24,8 +24,8 @@ from parity import (
     random_params,
     uniform,
 )
-from tsdsr_jax import lora
 from tsdsr_jax.models import attention as models_attention
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.attention import attention
 from tsdsr_jax.models.mmdit import (
     Block,

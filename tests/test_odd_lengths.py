@@ -20,8 +20,8 @@ import pytest
 import make_golden_losses as golden
 from parity import nhwc, random_lora, random_params, uniform
 from test_golden_losses import check_golden
-from tsdsr_jax import lora
 from tsdsr_jax.models import attention as models_attention
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.attention import attention
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig, grid_positions

@@ -193,7 +193,7 @@ def test_the_bundled_model_brings_crops_and_prompts(root, monkeypatch, capsys, n
 
 
 def test_a_lora_on_the_bundled_model_upscales_where_the_model_is_named(root, monkeypatch, capsys):
-    from tsdsr_jax import lora
+    from tsdsr_jax.models import lora
     from tsdsr_jax.pretrained import open_checkpoint
 
     for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):

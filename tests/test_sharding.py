@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from tsdsr_jax import lora
 from tsdsr_jax.distill_step import Trainer
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import abstract_params

@@ -9,8 +9,8 @@ from flax.traverse_util import flatten_dict
 
 import tiny_checkpoint as tiny
 from parity import error, lora_of, nhwc, params_of
-from tsdsr_jax import flow
 from tsdsr_jax.batch import Samples, encode
+from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import abstract_params

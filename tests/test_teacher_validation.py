@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tiny_checkpoint as tiny
-from tsdsr_jax import flow
+from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL

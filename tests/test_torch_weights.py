@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from parity import MemoryReader, arrays, config_of, leaves, random_lora, random_tensors, torch_shapes
-from tsdsr_jax import lora, lora_files, torch_weights
+from tsdsr_jax import lora_files, torch_weights
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config
 from tsdsr_jax.models.vae import VAEConfig

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsdsr_jax import flow
+from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.training import INITIAL_SCALE
 from tsdsr_jax.tsd import (

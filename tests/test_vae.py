@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from parity import TOLERANCE, config_of, error, lora_of, params_of, random_lora, random_params, uniform
-from tsdsr_jax import lora
 from tsdsr_jax.models import attention as models_attention
-from tsdsr_jax.models import vae
+from tsdsr_jax.models import lora, vae
 from tsdsr_jax.models.attention import single_head_attention
 from tsdsr_jax.models.layers import Conv, GroupNorm
 from tsdsr_jax.models.params import Tree, abstract_params

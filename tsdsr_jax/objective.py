@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tsdsr_jax import flow
 from tsdsr_jax.batch import Metrics, Samples, decode, encode, repeated, to_unit
+from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree

@@ -21,10 +21,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
-from tsdsr_jax import lora as lora_lib
 from tsdsr_jax import torch_weights
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.finite import is_finite, refuse_broken
+from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import LATENT_FACTOR, PATCH_SIZE, Config, Tree
 from tsdsr_jax.models.vae import VAEConfig

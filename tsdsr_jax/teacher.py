@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tsdsr_jax import flow, lora
 from tsdsr_jax.batch import Metrics, Samples, encode, repeated, to_unit
+from tsdsr_jax.models import flow, lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, sincos_table
 from tsdsr_jax.models.params import Config, Tree, init_params

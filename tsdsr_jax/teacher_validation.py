@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from tsdsr_jax import flow
 from tsdsr_jax.batch import Samples, decode
+from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL

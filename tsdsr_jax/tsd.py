@@ -16,7 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from tsdsr_jax.flow import STEPS, add_noise, euler_step, per_sample, timesteps, to_clean
+from tsdsr_jax.models.flow import STEPS, add_noise, euler_step, per_sample, timesteps, to_clean
 from tsdsr_jax.models.guidance import Predict, interleave, separate
 
 # Largest value of a term of the gradient: what infinity counts as. A true one is far below it: velocities are of size 1 to

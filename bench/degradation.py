@@ -39,9 +39,9 @@ import numpy as np
 from tsdsr_jax import cli, degradation
 from tsdsr_jax.degradation import DegradationConfig, Mode, Order, Pair, Range
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import IMAGE_SUFFIXES, read_photo
+from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
+from tsdsr_jax.images.resize import reflect_pad
 from tsdsr_jax.jpeg_model import CHROMA, LUMA
-from tsdsr_jax.resize import reflect_pad
 
 try:
     import torch

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from tsdsr_jax import cli, folder
-from tsdsr_jax.buckets import Size
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import FORMATS
+from tsdsr_jax.images.buckets import Size
+from tsdsr_jax.images.files import FORMATS
 from tsdsr_jax.upscaler import Prepared, Settings
 
 

@@ -26,7 +26,7 @@ import oracle_metrics
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import Pair, find_pairs, measure
-from tsdsr_jax.images import read_photo
+from tsdsr_jax.images.files import read_photo
 from tsdsr_jax.metric_set import Sources, load_metrics
 from tsdsr_jax.niqe_model import PristineModel, load_pristine
 

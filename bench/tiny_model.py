@@ -31,7 +31,7 @@ from tsdsr_jax.degradation import DegradationConfig, light, low_resolution, to_b
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import by_name, find_pairs, measure
 from tsdsr_jax.evaluation_tables import layout
-from tsdsr_jax.images import read_photo, read_size
+from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.metric_set import Metric, Sources, load_metrics
 from tsdsr_jax.metrics import psnr_y
 from tsdsr_jax.models.vae import AutoencoderKL

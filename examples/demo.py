@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from tsdsr_jax import hints
-from tsdsr_jax.images import IMAGE_SUFFIXES
-from tsdsr_jax.sheet import comparison_sheet
+from tsdsr_jax.images.files import IMAGE_SUFFIXES
+from tsdsr_jax.images.sheet import comparison_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT / "examples" / "photos"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli, folder
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import read_size
+from tsdsr_jax.images.files import read_size
 from tsdsr_jax.report import Entry, Layer, check_report_path, write_report
 from tsdsr_jax.upscale_options import UpscaleOptions, check, completed, load, several_on
 from tsdsr_jax.upscaler import Settings

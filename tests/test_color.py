@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tsdsr_jax.color import BLUR_DILATIONS, METHODS, adain, align, wavelet
+from tsdsr_jax.images.color import BLUR_DILATIONS, METHODS, adain, align, wavelet
 
 
 def _noise(*size: int, seed: int = 0) -> np.ndarray:

@@ -7,7 +7,7 @@ from PIL import Image
 from examples import demo
 from tsdsr_jax import bundled
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import IMAGE_SUFFIXES
+from tsdsr_jax.images.files import IMAGE_SUFFIXES
 
 MEGABYTE = 1_000_000
 

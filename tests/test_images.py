@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from tsdsr_jax import images
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import FORMATS, IMAGE_SUFFIXES, Photo, read_photo, read_size, write_photo
+from tsdsr_jax.images import files
+from tsdsr_jax.images.files import FORMATS, IMAGE_SUFFIXES, Photo, read_photo, read_size, write_photo
 
 LIMIT = 10**6
 ORIENTATION, MAKE, EXIF_IFD, PIXEL_WIDTH, TAKEN = 0x0112, 0x010F, 0x8769, 0xA002, 0x9003
@@ -385,7 +385,7 @@ def test_modes_that_pillow_has_only_in_memory(mode: str) -> None:
         image = Image.frombytes(mode, (4, 3), np.full((3, 4), 25700, ">u2" if big else "<u2").tobytes())
     else:
         image = image.convert(mode)
-    rgb, alpha, grey = images._pixels(image, "", "a")
+    rgb, alpha, grey = files._pixels(image, "", "a")
     assert rgb.dtype == np.uint8 and rgb.shape == (3, 4, 3)
     assert grey == (mode[0] in "LI")
     assert (alpha is not None) == (mode in ("RGBa", "La", "PA"))
@@ -734,7 +734,7 @@ def test_arrays_of_the_wrong_kind_are_a_bug(
 def test_the_temporary_file_is_beside_and_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     replace = os.replace
-    monkeypatch.setattr(images.os, "replace", lambda a, b: moved.append((Path(a), Path(b))) or replace(a, b))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: moved.append((Path(a), Path(b))) or replace(a, b))
     target = tmp_path / ("n" * 251 + ".png")  # As long as file systems allow.
     write_photo(target, _rgb(), _plain())
     [(temporary, final)] = moved
@@ -767,7 +767,7 @@ def test_the_temporary_file_goes_when_the_last_step_fails(
         raise failure
 
     path = _put(tmp_path / "a.png", b"the old file")
-    monkeypatch.setattr(images.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="Permission denied" if expected is UserError else None):
         write_photo(path, _rgb(), _plain())

@@ -13,8 +13,8 @@ import oracle_metrics
 from photos import data_folder, photos
 from tsdsr_jax import metrics, niqe
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.images.resize import bicubic, pillow_bicubic
 from tsdsr_jax.niqe_model import PristineModel, load_pristine
-from tsdsr_jax.resize import bicubic, pillow_bicubic
 
 # float32 against float64, over hundreds of thousands of pixels.
 PSNR_DB, SSIM = 1e-4, 2e-5

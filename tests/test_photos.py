@@ -14,9 +14,9 @@ from tsdsr_jax.data_options import DataOptions
 from tsdsr_jax.dataset import Batches, Rows, Shapes, read_ahead
 from tsdsr_jax.degradation import DegradationConfig
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.images.search import find_photographs
 from tsdsr_jax.photos import CropConfig, Photographs, left_out, random_crop, survey
 from tsdsr_jax.prompts import save_prompt_embeds
-from tsdsr_jax.search import find_photographs
 from tsdsr_jax.training_data import open_data
 
 CROP = CropConfig(32, 32, 24)

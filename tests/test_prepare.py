@@ -163,8 +163,8 @@ def test_grids_and_whole_photographs(command, tmp_path):
 
 def test_crops_are_those_of_training_on_the_way(command, root, tmp_path):
     from tsdsr_jax.degradation import DegradationConfig
+    from tsdsr_jax.images.search import find_photographs
     from tsdsr_jax.photos import CropConfig, Photographs, survey
-    from tsdsr_jax.search import find_photographs
 
     command.done(tmp_path / "set", "--crops_per_photo", "2", "--seed", "3")
     files = [(path, root / "photos") for path in find_photographs(root / "photos")]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tsdsr_jax.resize import bicubic, reflect_pad
+from tsdsr_jax.images.resize import bicubic, reflect_pad
 
 
 def _noise(*shape: int) -> np.ndarray:

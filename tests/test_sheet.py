@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from tsdsr_jax.sheet import comparison_sheet
+from tsdsr_jax.images.sheet import comparison_sheet
 
 
 def solid(colour: tuple[int, int, int], width: int, height: int) -> Image.Image:

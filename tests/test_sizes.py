@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from tsdsr_jax.buckets import plan_buckets
+from tsdsr_jax.images.buckets import plan_buckets
 from tsdsr_jax.sizes import SizePlan, plan_size, token_levels
 
 

@@ -22,8 +22,8 @@ from tiny_checkpoint import (
 )
 from tsdsr_jax import tiling
 from tsdsr_jax import upscaler as upscaler_module
-from tsdsr_jax.buckets import plan_buckets
 from tsdsr_jax.folder import FileOptions, Report, find_jobs, plan_groups, unfinished, upscale
+from tsdsr_jax.images.buckets import plan_buckets
 from tsdsr_jax.models import layers
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.sizes import SizePlan

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 import tiny_checkpoint as tiny
+from tsdsr_jax.images.resize import bicubic
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.prompts import save_prompt_embeds
-from tsdsr_jax.resize import bicubic
 from tsdsr_jax.torch_pickle import write_tensor
 
 RANK = 2

@@ -46,7 +46,8 @@ from tsdsr_jax.degradation import degrade, to_bytes
 from tsdsr_jax.devices import DTYPES, cores, keep_programs, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
-from tsdsr_jax.images import read_photo
+from tsdsr_jax.images.files import read_photo
+from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.latents import LatentEncoder
 from tsdsr_jax.networks import Networks, load_text, text_hash
 from tsdsr_jax.pairs import Crops, Layout, Pairs, Planned, plan
@@ -57,7 +58,6 @@ from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds, load_prompt_embeds
 from tsdsr_jax.set_writers import Manifest, Part, SetPlan, Writer, make_writer
 from tsdsr_jax.sharding import make_mesh
 from tsdsr_jax.shards import read_manifest
-from tsdsr_jax.sheet import comparison_sheet
 from tsdsr_jax.text_encoders import EncoderOptions, find_encoders
 from tsdsr_jax.training_data import look_at, open_sets
 

@@ -16,10 +16,10 @@ from threading import Lock
 import jax
 import numpy as np
 
-from tsdsr_jax import color
-from tsdsr_jax.buckets import Size, plan_buckets
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import (
+from tsdsr_jax.images import color
+from tsdsr_jax.images.buckets import Size, plan_buckets
+from tsdsr_jax.images.files import (
     IMAGE_SUFFIXES,
     WITH_ALPHA,
     Photo,
@@ -28,7 +28,7 @@ from tsdsr_jax.images import (
     read_size,
     write_photo,
 )
-from tsdsr_jax.resize import pillow_bicubic
+from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.sizes import SizePlan, batch_size, slices
 from tsdsr_jax.upscaler import Launched, Prepared, Settings, Upscaler, finish, latent_noise, prepare
 

@@ -22,11 +22,12 @@ from typing import get_args
 import gradio as gr
 import jax
 
-from tsdsr_jax import color, folder
-from tsdsr_jax.buckets import Size
+from tsdsr_jax import folder
 from tsdsr_jax.errors import UserError, printable
-from tsdsr_jax.images import FORMATS, Photo, read_photo, write_photo
-from tsdsr_jax.resize import pillow_bicubic
+from tsdsr_jax.images import color
+from tsdsr_jax.images.buckets import Size
+from tsdsr_jax.images.files import FORMATS, Photo, read_photo, write_photo
+from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.upscale_options import UpscaleOptions, check, check_tile
 from tsdsr_jax.upscaler import Progress, Upscaler
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.hints import command
-from tsdsr_jax.images import IMAGE_SUFFIXES, read_photo
+from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
 from tsdsr_jax.prompts import (
     TORCH_POOLED_FOLDER,
     TORCH_PROMPT_FOLDER,

@@ -31,7 +31,7 @@ from PIL import Image
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.devices import cores
 from tsdsr_jax.errors import UserError, first_line
-from tsdsr_jax.images import Photo, read_photo
+from tsdsr_jax.images.files import Photo, read_photo
 
 # By this an older report is known as ours, and may be replaced.
 _MARK = '<meta name="generator" content="tsdsr_jax report">'

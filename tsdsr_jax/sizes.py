@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tsdsr_jax.buckets import Size
+from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.models.params import LATENT_FACTOR, PATCH_SIZE
 
 Item = TypeVar("Item")

@@ -16,11 +16,11 @@ from tsdsr_jax import hints
 from tsdsr_jax.data_options import CropOptions, DataOptions, PairOptions
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.images.search import find_photographs
 from tsdsr_jax.photos import Photographs, Survey, left_out, survey
 from tsdsr_jax.prepared import PreparedFolder
 from tsdsr_jax.prompts import load_prompt_embeds
 from tsdsr_jax.record import Record, Source
-from tsdsr_jax.search import find_photographs
 from tsdsr_jax.shards import PreparedShards, is_sharded
 from tsdsr_jax.text_encoders import has_encoders
 

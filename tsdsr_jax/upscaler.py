@@ -22,15 +22,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from tsdsr_jax import color, tiling
-from tsdsr_jax.buckets import Size
+from tsdsr_jax import tiling
 from tsdsr_jax.devices import matmul_precision, memory_of
+from tsdsr_jax.images import color
+from tsdsr_jax.images.buckets import Size
+from tsdsr_jax.images.resize import bicubic, pillow_bicubic, reflect_pad
 from tsdsr_jax.models.folded import EightBits, FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import LATENT_FACTOR, Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask, whole_image_bytes
 from tsdsr_jax.prompts import PromptEmbeds
-from tsdsr_jax.resize import bicubic, pillow_bicubic, reflect_pad
 from tsdsr_jax.sizes import SizePlan, in_two_sizes, plan_size, token_levels
 
 TIMESTEP = 1000.0

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import IMAGE_SUFFIXES
+from tsdsr_jax.images.files import IMAGE_SUFFIXES
 
 
 def find_photographs(root: Path, output: Path | None = None) -> list[Path]:

@@ -29,7 +29,7 @@ from torch_pipeline import DTYPES
 
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.prompts import PromptEmbeds, save_prompt_embeds
+from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "examples" / "photos" / "cat.png"

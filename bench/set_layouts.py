@@ -33,9 +33,9 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.pairs import Layout, Pairs, Planned
 from tsdsr_jax.photos import CropConfig, Photographs
 from tsdsr_jax.preparation import Finished, Prompts
-from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.set_writers import Manifest, Part, SetPlan, make_writer
 from tsdsr_jax.training_data import look_at, open_sets
+from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 try:
     import torch

@@ -26,7 +26,6 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from tsdsr_jax import cli
-from tsdsr_jax.bundled import PROMPT
 from tsdsr_jax.degradation import DegradationConfig, light, low_resolution, to_bytes
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import by_name, find_pairs, measure
@@ -35,7 +34,8 @@ from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.metric_set import Metric, Sources, load_metrics
 from tsdsr_jax.metrics import psnr_y
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.pretrained import open_checkpoint
+from tsdsr_jax.weights.bundled import PROMPT
+from tsdsr_jax.weights.sd3_folder import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("psnr", "ssim", "niqe", "detail")

@@ -23,11 +23,11 @@ from tsdsr_jax.models.folded import EightBits
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import torch_config
-from tsdsr_jax.prompts import PromptEmbeds
-from tsdsr_jax.tensor_files import TensorSpec
-from tsdsr_jax.torch_weights import read_base, to_tree
 from tsdsr_jax.upscaler import Settings, Upscaler
+from tsdsr_jax.weights.prompt_files import PromptEmbeds
+from tsdsr_jax.weights.sd3_folder import torch_config
+from tsdsr_jax.weights.tensor_files import TensorSpec
+from tsdsr_jax.weights.torch_names import read_base, to_tree
 
 Size = Literal["tiny", "half", "full"]
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")

@@ -24,15 +24,15 @@ import tyro
 
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.lora_files import Adapter, is_own_lora, open_lora, save_lora
-from tsdsr_jax.lora_names import part_of
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import NetworkFiles, Part
-from tsdsr_jax.tensor_files import open_tensors, save_tensors
-from tsdsr_jax.torch_weights import write_lora
+from tsdsr_jax.weights.lora_files import Adapter, is_own_lora, open_lora, save_lora
+from tsdsr_jax.weights.lora_names import part_of
+from tsdsr_jax.weights.sd3_folder import NetworkFiles, Part
+from tsdsr_jax.weights.tensor_files import open_tensors, save_tensors
+from tsdsr_jax.weights.torch_names import write_lora
 
 KNOWN_FILES = (
     "transformer.safetensors",

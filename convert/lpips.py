@@ -23,7 +23,7 @@ import tyro
 
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.lpips_weights import read_torch_lpips, save_lpips
+from tsdsr_jax.weights.lpips_files import read_torch_lpips, save_lpips
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Literal
 
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.prompts import (
+from tsdsr_jax.weights.prompt_files import (
     DEFAULT_PROMPT,
     convert_torch_embeds,
     load_prompt_embeds,
@@ -31,7 +31,7 @@ from tsdsr_jax.prompts import (
     save_prompt_embeds,
     target_file,
 )
-from tsdsr_jax.text_encoders import EncoderOptions, encode_prompts, find_encoders
+from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts, find_encoders
 
 # Texts encoded between two loads of the encoders: their results wait in memory, 2.7 MB each in 16 bits.
 TEXTS_PER_LOAD = 1024

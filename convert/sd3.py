@@ -31,10 +31,10 @@ import tsdsr_jax
 from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.lora_files import load_lora
 from tsdsr_jax.models.lora import pair_of
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.pretrained import (
+from tsdsr_jax.weights.lora_files import load_lora
+from tsdsr_jax.weights.sd3_folder import (
     MERGED_FILE,
     PARAMS_FILE,
     PARTS,
@@ -44,8 +44,8 @@ from tsdsr_jax.pretrained import (
     open_checkpoint,
     read_json,
 )
-from tsdsr_jax.tensor_files import TensorSpec, write_tensors
-from tsdsr_jax.torch_weights import base_entries
+from tsdsr_jax.weights.tensor_files import TensorSpec, write_tensors
+from tsdsr_jax.weights.torch_names import base_entries
 
 DTYPES = {
     "float16": np.dtype(np.float16),

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from parity import random_lora, random_tensors, uniform
-from tsdsr_jax import torch_weights
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.weights import torch_names
 
 FILE = Path(__file__).parent / "golden" / "networks.npz"
 
@@ -65,7 +65,7 @@ def main() -> None:
         return model
 
     def adapt(model: Any, targets: Any, adapter: Tree, config: Any) -> None:
-        tensors = torch_weights.write_lora(adapter, config)
+        tensors = torch_names.write_lora(adapter, config)
         rank = next(iter(lora.modules(adapter).values()))
         oracle.inject_lora(model, targets, rank, "default")
         state = {name.removeprefix(oracle.LORA_PREFIX): torch.from_numpy(a) for name, a in tensors.items()}

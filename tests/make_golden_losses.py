@@ -17,7 +17,7 @@ from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.objective import LossConfig
-from tsdsr_jax.torch_weights import write_lora
+from tsdsr_jax.weights.torch_names import write_lora
 
 FILE = Path(__file__).parent / "golden" / "losses.npz"
 TRANSFORMER = MMDiTConfig.tiny(num_layers=2)

@@ -19,15 +19,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 from numpy.typing import ArrayLike
 
-from tsdsr_jax import lora_files, torch_weights
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.objective import Batch, Draws
-from tsdsr_jax.pretrained import TORCH_STEM, Part, torch_config
-from tsdsr_jax.tensor_files import TensorSpec, save_tensors
+from tsdsr_jax.weights import lora_files, torch_names
+from tsdsr_jax.weights.sd3_folder import TORCH_STEM, Part, torch_config
+from tsdsr_jax.weights.tensor_files import TensorSpec, save_tensors
 
 # Float32 against float32, another order of summation: single layers agree to 1e-6, whole networks to this.
 TOLERANCE = 1e-5
@@ -90,7 +90,7 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarra
 
 def torch_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the torch network that a config describes."""
-    entries = torch_weights.base_entries(config)
+    entries = torch_names.base_entries(config)
     return {name: entry.torch_shape for entry in entries for name in entry.names}
 
 
@@ -118,7 +118,7 @@ def random_lora(
             strength / math.sqrt(rank) if path.endswith("/b") else 1 / math.sqrt(math.prod(shape[stacked:-1]))
         )
         pairs[path] = jnp.asarray(uniform(path, shape, seed) * np.float32(factor))
-    return torch_weights.to_tree(pairs.items())
+    return torch_names.to_tree(pairs.items())
 
 
 # --- between torch's tensors and our trees ----------------------------------------------------
@@ -141,8 +141,8 @@ class MemoryReader(NamedTuple):
 
 def params_from(tensors: Mapping[str, np.ndarray], config: Config) -> Tree:
     """Our parameters, on the device."""
-    read = torch_weights.read_base(MemoryReader(tensors), config)
-    return torch_weights.to_tree((path, jnp.asarray(array)) for path, array in read)
+    read = torch_names.read_base(MemoryReader(tensors), config)
+    return torch_names.to_tree((path, jnp.asarray(array)) for path, array in read)
 
 
 def arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -206,9 +206,9 @@ def losses_and_gradients(
     fake, metrics, gradients, slope = step(student, auxiliary)
     transformer, vae = losses.mmdit.config, losses.vae.config
     torch_gradients = {
-        "student": torch_weights.write_lora(gradients.transformer, transformer, prefix=""),
-        "vae": torch_weights.write_lora(gradients.vae, vae, prefix=""),
-        "auxiliary": torch_weights.write_lora(slope, transformer, prefix=""),
+        "student": torch_names.write_lora(gradients.transformer, transformer, prefix=""),
+        "vae": torch_names.write_lora(gradients.vae, vae, prefix=""),
+        "auxiliary": torch_names.write_lora(slope, transformer, prefix=""),
     }
     return np.asarray(fake), {name: float(value) for name, value in metrics.items()}, torch_gradients
 

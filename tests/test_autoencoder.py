@@ -24,9 +24,9 @@ from train import autoencoder
 from tsdsr_jax import checkpoint, options, sharding
 from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, gradient_distance, new_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.pretrained import NetworkFiles, torch_config
 from tsdsr_jax.run_log import read_rows
-from tsdsr_jax.torch_weights import write_base
+from tsdsr_jax.weights.sd3_folder import NetworkFiles, torch_config
+from tsdsr_jax.weights.torch_names import write_base
 
 pytest_plugins = "parity"
 

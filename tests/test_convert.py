@@ -27,15 +27,15 @@ from flax.traverse_util import flatten_dict
 import convert.lora
 import convert.sd3
 from parity import arrays, error, leaves, random_lora, uniform, write_folder
-from tsdsr_jax import torch_weights
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.lora_files import load_lora, save_lora
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import PARAMS_FILE, PARTS, TORCH_STEM, open_checkpoint
-from tsdsr_jax.tensor_files import TensorReader, open_tensors, save_tensors
+from tsdsr_jax.weights import torch_names
+from tsdsr_jax.weights.lora_files import load_lora, save_lora
+from tsdsr_jax.weights.sd3_folder import PARAMS_FILE, PARTS, TORCH_STEM, open_checkpoint
+from tsdsr_jax.weights.tensor_files import TensorReader, open_tensors, save_tensors
 
 pytest_plugins = "parity"
 
@@ -124,7 +124,7 @@ def test_layouts_that_diffusers_writes(
     assert {array.dtype for array in ours.values()} == {np.dtype(DTYPES[dtype])}
     for part, model in networks.items():
         config = open_checkpoint(target).network(part).config
-        for entry in torch_weights.base_entries(config):
+        for entry in torch_names.base_entries(config):
             leaf = ours[f"{part}/{entry.path}"]
             for name, tensor in entry.scatter(leaf):
                 expected = model.state_dict()[name].to(getattr(torch, dtype)).float().numpy()
@@ -572,7 +572,7 @@ def peft_folder(tmp_path: Path) -> Path:
     """TSD-SR's four adapter files in PEFT's layout, made without torch."""
     for name, (_, rank, targets) in ADAPTERS.items():
         config = CONFIGS["vae" if name == "vae" else "transformer"]
-        tensors = torch_weights.write_lora(random_lora(config, targets, rank), config)
+        tensors = torch_names.write_lora(random_lora(config, targets, rank), config)
         save_tensors(tmp_path / "peft" / f"{name}.safetensors", tensors)
     return tmp_path / "peft"
 
@@ -648,7 +648,7 @@ def test_own_adapter_file_holds_our_tree(
     adapter = random_lora(CONFIGS["transformer"], lora.STUDENT_TARGETS, 3)
     save_lora(tmp_path / "trained.safetensors", adapter, "transformer")
     convert_lora("-i", tmp_path / "trained.safetensors", "-o", tmp_path / "peft", "--base", pristine["ours"])
-    expected = torch_weights.write_lora(adapter, CONFIGS["transformer"])
+    expected = torch_names.write_lora(adapter, CONFIGS["transformer"])
     assert_identical(read_all(tmp_path / "peft" / "trained.safetensors"), expected)
     assert leaves(adapter).keys() == read_all(tmp_path / "trained.safetensors").keys()
 

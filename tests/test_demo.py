@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from examples import demo
-from tsdsr_jax import bundled
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.files import IMAGE_SUFFIXES
+from tsdsr_jax.weights import bundled
 
 MEGABYTE = 1_000_000
 

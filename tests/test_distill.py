@@ -26,11 +26,11 @@ from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL as FlaxVAE
-from tsdsr_jax.prompts import save_prompt_embeds
 from tsdsr_jax.run_log import read_rows
 from tsdsr_jax.stepping import JittedStep
-from tsdsr_jax.torch_pickle import write_tensor
-from tsdsr_jax.torch_weights import to_tree
+from tsdsr_jax.weights.prompt_files import save_prompt_embeds
+from tsdsr_jax.weights.torch_names import to_tree
+from tsdsr_jax.weights.torch_pickle import write_tensor
 
 RANK = tiny_training.RANK
 
@@ -449,7 +449,7 @@ def test_lpips_is_needed_unless_left_out(command, tmp_path):
 
 
 def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
-    from tsdsr_jax.lpips_weights import param_shapes, save_lpips
+    from tsdsr_jax.weights.lpips_files import param_shapes, save_lpips
 
     generator = np.random.default_rng(0)
     params = {

@@ -16,9 +16,9 @@ import oracle_metrics
 from tsdsr_jax import metric_set, pyiqa_metrics
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import Pair, find_pairs, measure
-from tsdsr_jax.lpips_weights import save_lpips
 from tsdsr_jax.metric_set import Metric, Sources, load_metrics
 from tsdsr_jax.models.lpips import LPIPS
+from tsdsr_jax.weights.lpips_files import save_lpips
 
 
 @pytest.fixture

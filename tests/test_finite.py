@@ -14,10 +14,10 @@ import pytest
 import convert.sd3
 from tiny_checkpoint import random_params, save_network, tiny_mmdit_config, tiny_vae_config
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.finite import CHUNK, is_finite, refuse_broken
-from tsdsr_jax.lpips_weights import OWN, Tensors, entries, read_leaves
-from tsdsr_jax.pretrained import PARAMS_FILE, TORCH_STEM, NetworkFiles
-from tsdsr_jax.tensor_files import TensorReader, TensorSpec, open_tensors, save_tensors, write_tensors
+from tsdsr_jax.weights.finite import CHUNK, is_finite, refuse_broken
+from tsdsr_jax.weights.lpips_files import OWN, Tensors, entries, read_leaves
+from tsdsr_jax.weights.sd3_folder import PARAMS_FILE, TORCH_STEM, NetworkFiles
+from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec, open_tensors, save_tensors, write_tensors
 
 FLOATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 CONFIGS = {"transformer": tiny_mmdit_config(num_layers=3), "vae": tiny_vae_config()}

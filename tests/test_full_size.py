@@ -24,8 +24,8 @@ import pytest
 from parity import error, random_tensor, torch_shapes, uniform
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import TORCH_STEM, torch_config
-from tsdsr_jax.tensor_files import TensorSpec, write_tensors
+from tsdsr_jax.weights.sd3_folder import TORCH_STEM, torch_config
+from tsdsr_jax.weights.tensor_files import TensorSpec, write_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -190,7 +190,7 @@ def run_jax(network: str, folder: Path) -> np.ndarray:
     import jax.numpy as jnp
 
     from tsdsr_jax.models.params import network as network_of
-    from tsdsr_jax.pretrained import open_checkpoint
+    from tsdsr_jax.weights.sd3_folder import open_checkpoint
 
     part = "transformer" if network == "transformer" else "vae"
     files = open_checkpoint(folder).network(part)

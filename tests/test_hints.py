@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from train import prepare, teacher
-from tsdsr_jax import hints, prompt_hints
+from tsdsr_jax import hints
 from tsdsr_jax.hints import command, given, new_folder
+from tsdsr_jax.weights import prompt_hints
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from flax.traverse_util import flatten_dict
 
 from parity import config_of, leaves, random_lora, random_params, uniform
 from tiny_checkpoint import save_network
-from tsdsr_jax import torch_weights
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import NetworkFiles
+from tsdsr_jax.weights import torch_names
+from tsdsr_jax.weights.sd3_folder import NetworkFiles
 
 pytest_plugins = "parity"
 
@@ -43,7 +43,7 @@ def test_targets_cover_what_peft_adapts(oracle: Any, kind: str, overrides: dict[
     getattr(oracle, f"add_{kind}_lora")(model, rank=3, seed=2)
     theirs = {name: tuple(tensor.shape) for name, tensor in oracle.lora_state(model).items()}
     adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape), adapter_shapes(kind, config, rank=3))
-    ours = torch_weights.write_lora(adapter, config)
+    ours = torch_names.write_lora(adapter, config)
     assert {name: tensor.shape for name, tensor in ours.items()} == {
         oracle.LORA_PREFIX + name: shape for name, shape in theirs.items()
     }

@@ -29,7 +29,11 @@ from parity import MemoryReader, error, leaves, random_lora
 from tiny_checkpoint import random_params, save_network, save_peft, tiny_mmdit_config, tiny_vae_config
 from tsdsr_jax import distillation
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.lora_files import (
+from tsdsr_jax.models import lora
+from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.upscale_options import load_loras
+from tsdsr_jax.weights.lora_files import (
     check_rank,
     check_start,
     idle_modules,
@@ -38,14 +42,10 @@ from tsdsr_jax.lora_files import (
     read_lora,
     save_lora,
 )
-from tsdsr_jax.lora_scaling import METADATA_KEY
-from tsdsr_jax.models import lora
-from tsdsr_jax.models.mmdit import MMDiTConfig
-from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import NetworkFiles
-from tsdsr_jax.tensor_files import open_tensors, save_tensors
-from tsdsr_jax.torch_weights import base_entries, write_lora
-from tsdsr_jax.upscale_options import load_loras
+from tsdsr_jax.weights.lora_scaling import METADATA_KEY
+from tsdsr_jax.weights.sd3_folder import NetworkFiles
+from tsdsr_jax.weights.tensor_files import open_tensors, save_tensors
+from tsdsr_jax.weights.torch_names import base_entries, write_lora
 
 pytest_plugins = "parity"
 

@@ -18,13 +18,13 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from parity import error, leaves, uniform
-from tsdsr_jax import lpips_weights
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.hints import interpreter
-from tsdsr_jax.lpips_weights import LIN, TORCHVISION, load_lpips, read_torch_lpips, save_lpips
 from tsdsr_jax.models.lpips import LPIPS, minimum_side, unit_length
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.tensor_files import save_tensors
+from tsdsr_jax.weights import lpips_files
+from tsdsr_jax.weights.lpips_files import LIN, TORCHVISION, load_lpips, read_torch_lpips, save_lpips
+from tsdsr_jax.weights.tensor_files import save_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ("alex", "vgg")
@@ -54,7 +54,7 @@ def random_files(network: str, folder: Path) -> tuple[Path, Path]:
     files = []
     for layout in (TORCHVISION, LIN):
         tensors = {}
-        for entry in lpips_weights.entries(network, layout):
+        for entry in lpips_files.entries(network, layout):
             (name,), shape = entry.names, entry.torch_shape
             noise = uniform(name, shape)
             if layout is LIN:

@@ -16,8 +16,8 @@ from tsdsr_jax.degradation import DegradationConfig
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.search import find_photographs
 from tsdsr_jax.photos import CropConfig, Photographs, left_out, random_crop, survey
-from tsdsr_jax.prompts import save_prompt_embeds
 from tsdsr_jax.training_data import open_data
+from tsdsr_jax.weights.prompt_files import save_prompt_embeds
 
 CROP = CropConfig(32, 32, 24)
 

@@ -24,11 +24,11 @@ from tsdsr_jax import set_writers, shards
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.prepared import PreparedFolder
-from tsdsr_jax.prompts import load_prompt_embeds
 from tsdsr_jax.record import Record
 from tsdsr_jax.shards import PreparedShards
-from tsdsr_jax.torch_pickle import read_tensor
 from tsdsr_jax.training_data import open_sets
+from tsdsr_jax.weights.prompt_files import load_prompt_embeds
+from tsdsr_jax.weights.torch_pickle import read_tensor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -369,7 +369,7 @@ def test_texts_beside_the_photographs_are_encoded_once_each(
     command, root, encoders, tmp_path, monkeypatch, layout
 ):
     from tsdsr_jax import preparation
-    from tsdsr_jax.text_encoders import EncoderOptions, encode_prompts
+    from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts
 
     photos = shutil.copytree(root / "photos", tmp_path / "photos")
     texts = {f"{index % 3}/{index}.png": f"a {('cat', 'house')[index % 2]}" for index in range(8)}

@@ -21,8 +21,8 @@ from commands import Command, printed
 from infer import upscale
 from train import distill, prepare, teacher
 from tsdsr_jax import hints, options, sharding
-from tsdsr_jax.bundled import FOLDER
-from tsdsr_jax.pretrained import MERGED_FILE
+from tsdsr_jax.weights.bundled import FOLDER
+from tsdsr_jax.weights.sd3_folder import MERGED_FILE
 
 ONE_STEP = ("--max_train_steps", "1", "--checkpointing_steps", "9", "--validation_steps", "9")
 
@@ -194,7 +194,7 @@ def test_the_bundled_model_brings_crops_and_prompts(root, monkeypatch, capsys, n
 
 def test_a_lora_on_the_bundled_model_upscales_where_the_model_is_named(root, monkeypatch, capsys):
     from tsdsr_jax.models import lora
-    from tsdsr_jax.pretrained import open_checkpoint
+    from tsdsr_jax.weights.sd3_folder import open_checkpoint
 
     for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):
         network = open_checkpoint(FOLDER).network(part)

@@ -20,11 +20,11 @@ from safetensors.numpy import save_file
 
 from convert import prompts as script
 from tiny_text_encoders import save_clip, save_text_encoders
-from tsdsr_jax import prompts, text_encoders
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds, save_prompt_embeds
-from tsdsr_jax.text_encoders import EncoderOptions, encode_prompts, find_encoders
-from tsdsr_jax.torch_pickle import STORAGE_DTYPES, read_tensor, write_tensor
+from tsdsr_jax.weights import prompt_files, text_encoders
+from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds, save_prompt_embeds
+from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts, find_encoders
+from tsdsr_jax.weights.torch_pickle import STORAGE_DTYPES, read_tensor, write_tensor
 
 ROOT = Path(__file__).parents[1]
 REBUILD = "torch._utils _rebuild_tensor_v2"
@@ -170,7 +170,7 @@ def test_dotted_names_do_not_lead_past_the_allowed_ones(tmp_path):
 
 def test_a_pickle_cannot_change_what_is_loaded_after_it(tmp_path):
     # BUILD would set attributes on the function that stands for torch's; the next file must not see them.
-    from tsdsr_jax import torch_pickle
+    from tsdsr_jax.weights import torch_pickle
 
     before = dict(vars(torch_pickle._rebuild_tensor))
     ops = op_global(REBUILD) + b"}" + op_text("poison") + b"K\x01sb"
@@ -413,7 +413,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompts.os, "replace", fail)
+        patch.setattr(prompt_files.os, "replace", fail)
         with pytest.raises(UserError, match="disk full"):
             save_prompt_embeds(tmp_path, make_embeds(seed=2))
     assert_same(load_prompt_embeds(tmp_path), make_embeds(seed=1))
@@ -424,7 +424,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 def test_the_default_prompt_is_the_released_one_to_the_letter():
     digest = "5877002207b2a66e1e3cb24d37ff8c95dab40f96e8106e56cf7a31d071f0852c"
-    assert hashlib.sha256(prompts.DEFAULT_PROMPT.encode()).hexdigest() == digest
+    assert hashlib.sha256(prompt_files.DEFAULT_PROMPT.encode()).hexdigest() == digest
 
 
 def test_nothing_here_imports_torch_or_jax():
@@ -478,7 +478,7 @@ def test_unpaired_training_files_are_named_before_anything_is_written(tmp_path):
     write_array(tmp_path / "prompt_embeds" / "only_prompt.pt", VALUES)
     write_array(tmp_path / "pool_embeds" / "only_pool.pt", VALUES[0])
     with pytest.raises(UserError, match=r"only_pool\.pt, .*only_prompt\.pt") as error:
-        prompts.convert_torch_embeds(tmp_path, tmp_path / "out")
+        prompt_files.convert_torch_embeds(tmp_path, tmp_path / "out")
     assert "both.pt" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -486,7 +486,7 @@ def test_unpaired_training_files_are_named_before_anything_is_written(tmp_path):
 def test_conversion_reads_the_pt_files_even_beside_a_safetensors_file(tmp_path):
     write_torch_folder(tmp_path, make_embeds(seed=1))
     save_prompt_embeds(tmp_path, make_embeds(seed=2))
-    prompts.convert_torch_embeds(tmp_path, tmp_path, overwrite=True)
+    prompt_files.convert_torch_embeds(tmp_path, tmp_path, overwrite=True)
     assert_same(load_prompt_embeds(tmp_path), make_embeds(seed=1))
 
 
@@ -514,7 +514,7 @@ def test_what_each_mode_encodes_and_where_it_goes(tmp_path):
         found = script.texts_to_encode(script.Options(output=out, **options))
         return {str(file.relative_to(out)): text for file, text in found.items()}
 
-    default = prompts.DEFAULT_PROMPT
+    default = prompt_files.DEFAULT_PROMPT
     assert jobs(default=True) == {"prompt.safetensors": default}
     assert jobs(null=True) == {"prompt.safetensors": ""}
     both = {"default/prompt.safetensors": default, "null/prompt.safetensors": ""}
@@ -696,7 +696,7 @@ TEXTS = [
     "a photo of a cat",
     "",
     "Sharp, DETAILED  houses; 32k!",
-    prompts.DEFAULT_PROMPT,
+    prompt_files.DEFAULT_PROMPT,
     "é 漢 <|endoftext|> x",
 ]
 
@@ -886,12 +886,12 @@ def test_the_script_encodes_default_and_null(sd3_folder, tmp_path, monkeypatch, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         script.main(options)
-        prompt, pooled = diffusers_result(sd3_folder, [prompts.DEFAULT_PROMPT, ""], 256)
+        prompt, pooled = diffusers_result(sd3_folder, [prompt_files.DEFAULT_PROMPT, ""], 256)
     assert capsys.readouterr().out.count("prompt (333, 32), pooled (16,), float32") == 2
     written = [load_prompt_embeds(tmp_path / name) for name in ("default", "null")]
     assert_close(stacked(written), (prompt, pooled), 1e-5)
     with safe_open(tmp_path / "default" / "prompt.safetensors", framework="np") as tensors:
-        assert tensors.metadata() == {"text": prompts.DEFAULT_PROMPT, "encoder": f"{sd3_folder} fp32"}
+        assert tensors.metadata() == {"text": prompt_files.DEFAULT_PROMPT, "encoder": f"{sd3_folder} fp32"}
     with pytest.raises(
         UserError, match=r"default/prompt\.safetensors.*null/prompt\.safetensors.*--overwrite"
     ):

@@ -28,9 +28,9 @@ from tsdsr_jax.teacher import (
     split_fixed,
     to_flow_batch,
 )
-from tsdsr_jax.torch_weights import write_base, write_lora
 from tsdsr_jax.trainer import Trainer
 from tsdsr_jax.training import OptimizerConfig
+from tsdsr_jax.weights.torch_names import write_base, write_lora
 
 pytest_plugins = "parity"
 TOLERANCE = 1e-4

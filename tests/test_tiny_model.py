@@ -12,8 +12,8 @@ from PIL import Image
 import photos
 import tiny_checkpoint as tiny
 from bench import tiny_model
-from tsdsr_jax.bundled import FOLDER
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.weights.bundled import FOLDER
 
 
 def save_pairs(root: Path, sides: tuple[int, ...]) -> tuple[Path, Path]:

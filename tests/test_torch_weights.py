@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from parity import MemoryReader, arrays, config_of, leaves, random_lora, random_tensors, torch_shapes
-from tsdsr_jax import lora_files, torch_weights
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config
 from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.weights import lora_files, torch_names
 
 pytest_plugins = "parity"
 
@@ -46,7 +46,7 @@ def diffusers_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     import torch
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-    from tsdsr_jax.pretrained import torch_config
+    from tsdsr_jax.weights.sd3_folder import torch_config
 
     values = {key: value for key, value in torch_config(config).items() if key != "_class_name"}
     kind = SD3Transformer2DModel if isinstance(config, MMDiTConfig) else AutoencoderKL
@@ -66,14 +66,14 @@ def diffusers_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def test_every_tensor_of_diffusers_is_consumed_exactly_once(oracle: Any, name: str) -> None:
     config = CONFIGS[name]
     expected = diffusers_shapes(config)
-    consumed = Counter(name for entry in torch_weights.base_entries(config) for name in entry.names)
+    consumed = Counter(name for entry in torch_names.base_entries(config) for name in entry.names)
     assert set(consumed.values()) == {1}
     assert torch_shapes(config) == expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_is_made_of_what_fills_it(name: str) -> None:
-    entries = torch_weights.base_entries(CONFIGS[name])
+    entries = torch_names.base_entries(CONFIGS[name])
     names = [name for entry in entries for name in entry.names]
     assert len(names) == len(set(names))
     for entry in entries:
@@ -97,7 +97,7 @@ def test_sizes_of_the_real_networks() -> None:
 
 def test_stacked_layers_keep_their_order() -> None:
     config = CONFIGS["tiny SD3.5"]
-    entries = {entry.path: entry for entry in torch_weights.base_entries(config)}
+    entries = {entry.path: entry for entry in torch_names.base_entries(config)}
     for run, layers in enumerate(([0, 1], [2, 3], [4])):
         names = entries[f"blocks_{run}/ff/net_2/kernel"].names
         assert list(names) == [f"transformer_blocks.{layer}.ff.net.2.weight" for layer in layers]
@@ -111,9 +111,9 @@ def test_stacked_layers_keep_their_order() -> None:
 def test_round_trip_is_exact(name: str, dtype: Any) -> None:
     config = CONFIGS[name]
     tensors = {name: array.astype(dtype) for name, array in random_tensors(config).items()}
-    read = dict(torch_weights.read_base(MemoryReader(tensors), config))
+    read = dict(torch_names.read_base(MemoryReader(tensors), config))
     assert {array.dtype for array in read.values()} == {np.dtype(dtype)}
-    back = dict(torch_weights.write_base(torch_weights.to_tree(read.items()), config))
+    back = dict(torch_names.write_base(torch_names.to_tree(read.items()), config))
     assert back.keys() == tensors.keys()
     for name, array in tensors.items():
         assert back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes(), name
@@ -123,7 +123,7 @@ def test_layouts_are_as_torch_computes() -> None:
     """One tensor of each layout, indexed by hand."""
     config = CONFIGS["tiny"]
     tensors = random_tensors(config)
-    read = dict(torch_weights.read_base(MemoryReader(tensors), config))
+    read = dict(torch_names.read_base(MemoryReader(tensors), config))
     linear = tensors["transformer_blocks.1.ff.net.2.weight"]
     assert read["blocks_0/ff/net_2/kernel"][1, 200, 7] == linear[7, 200]
     patch, kernel = tensors["pos_embed.proj.weight"], read["pos_embed/proj/kernel"]
@@ -131,7 +131,7 @@ def test_layouts_are_as_torch_computes() -> None:
     assert read["pos_embed/table"][3, 40, 9] == tensors["pos_embed.pos_embed"][0, 3 * 48 + 40, 9]
     vae = CONFIGS["tiny VAE"]
     tensors = random_tensors(vae)
-    read = dict(torch_weights.read_base(MemoryReader(tensors), vae))
+    read = dict(torch_names.read_base(MemoryReader(tensors), vae))
     conv = tensors["encoder.down_blocks.1.downsamplers.0.conv.weight"]
     assert read["encoder/down_blocks_1/downsamplers_0/conv/kernel"][0, 2, 4, 11] == conv[11, 4, 0, 2]
 
@@ -146,13 +146,13 @@ def test_stored_dtypes_are_kept_and_mixed_ones_widened() -> None:
     tensors[mixed.format(1)] = tensors[mixed.format(1)].astype(ml_dtypes.bfloat16)
     tensors["proj_out.bias"] = tensors["proj_out.bias"].astype(np.float32)
     reader = MemoryReader(tensors)
-    read = dict(torch_weights.read_base(reader, config))
+    read = dict(torch_names.read_base(reader, config))
     wide = {path for path, array in read.items() if array.dtype != np.float16}
     assert wide == {"blocks_0/attn/to_q/kernel", "proj_out/bias"}
     for layer in (0, 1):
         expected = tensors[mixed.format(layer)].astype(np.float32).T
         np.testing.assert_array_equal(read["blocks_0/attn/to_q/kernel"][layer], expected)
-    specs = torch_weights.base_specs(reader, config)
+    specs = torch_names.base_specs(reader, config)
     assert {path: (a.shape, a.dtype) for path, a in read.items()} == {p: tuple(s) for p, s in specs.items()}
 
 
@@ -168,7 +168,7 @@ def test_every_offender_is_named_at_once() -> None:
     tensors["context_embedder.weight"] = np.zeros((64, 49), np.float32)
     tensors["transformer_blocks.2.attn.to_q.weight"] = np.zeros((64,), np.float32)
     with pytest.raises(UserError) as caught:
-        torch_weights.read_base(MemoryReader(tensors, source="some.safetensors"), config)
+        torch_names.read_base(MemoryReader(tensors, source="some.safetensors"), config)
     lines = str(caught.value).split("\n")
     assert lines[0].startswith("some.safetensors: ")
     assert sorted(line.strip() for line in lines[1:]) == sorted(
@@ -188,12 +188,12 @@ def test_a_tensor_in_another_layout_of_the_same_size_is_refused() -> None:
     tensors = random_tensors(config)
     tensors["context_embedder.weight"] = tensors["context_embedder.weight"].T
     with pytest.raises(UserError, match=r"context_embedder.weight is \(48, 64\), expected \(64, 48\)"):
-        torch_weights.check_base(MemoryReader(tensors), config)
+        torch_names.check_base(MemoryReader(tensors), config)
 
 
 def test_another_kind_of_checkpoint_is_recognised() -> None:
     with pytest.raises(UserError, match=r"not one tensor belongs .*another kind of checkpoint"):
-        torch_weights.check_base(MemoryReader(random_tensors(CONFIGS["tiny VAE"])), CONFIGS["tiny"])
+        torch_names.check_base(MemoryReader(random_tensors(CONFIGS["tiny VAE"])), CONFIGS["tiny"])
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_another_kind_of_checkpoint_is_recognised() -> None:
 
 def student_tensors(rank: int = 3) -> dict[str, np.ndarray]:
     config = CONFIGS["tiny"]
-    return torch_weights.write_lora(random_lora(config, lora.STUDENT_TARGETS, rank), config)
+    return torch_names.write_lora(random_lora(config, lora.STUDENT_TARGETS, rank), config)
 
 
 def read_lora(tensors: dict[str, np.ndarray], name: str = "tiny") -> Any:
@@ -220,7 +220,7 @@ def read_lora(tensors: dict[str, np.ndarray], name: str = "tiny") -> Any:
 )
 def test_adapter_round_trip_is_exact(name: str, targets: tuple[str, ...]) -> None:
     adapter = random_lora(CONFIGS[name], targets, rank=3)
-    tensors = torch_weights.write_lora(adapter, CONFIGS[name])
+    tensors = torch_names.write_lora(adapter, CONFIGS[name])
     expected, back = leaves(adapter), leaves(read_lora(tensors, name))
     assert back.keys() == expected.keys()
     for path, leaf in expected.items():
@@ -237,7 +237,7 @@ def test_adapter_names_and_layouts_are_pefts(oracle: Any) -> None:
         state = arrays(oracle.lora_state(model))
         tensors = {oracle.LORA_PREFIX + name: array for name, array in state.items()}
         reader, config = MemoryReader(tensors), config_of(model)
-        back = torch_weights.write_lora(lora_files.read_lora(reader, config).tree, config)
+        back = torch_names.write_lora(lora_files.read_lora(reader, config).tree, config)
         assert back.keys() == tensors.keys()
         for name, array in tensors.items():
             assert back[name].shape == array.shape and back[name].tobytes() == array.tobytes(), name
@@ -345,5 +345,5 @@ def test_transposed_copies(shape: tuple[int, ...]) -> None:
     """Whole tiles, parts of tiles, and what is no matrix."""
     source = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     target = np.empty(shape[::-1], np.float16)
-    torch_weights.copy_into(target, source.T)
+    torch_names.copy_into(target, source.T)
     np.testing.assert_array_equal(target, source.T.astype(np.float16))

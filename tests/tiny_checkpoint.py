@@ -21,10 +21,10 @@ from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import TORCH_STEM, torch_config
-from tsdsr_jax.prompts import PromptEmbeds, save_prompt_embeds
-from tsdsr_jax.tensor_files import save_tensors
-from tsdsr_jax.torch_weights import write_base, write_lora
+from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
+from tsdsr_jax.weights.sd3_folder import TORCH_STEM, torch_config
+from tsdsr_jax.weights.tensor_files import save_tensors
+from tsdsr_jax.weights.torch_names import write_base, write_lora
 
 TOKENS = 5
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tsdsr_jax import prompts
+from tsdsr_jax.weights import prompt_files
 
 _SENTENCES = [
-    prompts.DEFAULT_PROMPT,
+    prompt_files.DEFAULT_PROMPT,
     "a photo of a cat on a house",
     "the dog, the sun; the sea!",
     "sharp and detailed",

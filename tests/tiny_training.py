@@ -16,8 +16,8 @@ from tsdsr_jax.images.resize import bicubic
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.prompts import save_prompt_embeds
-from tsdsr_jax.torch_pickle import write_tensor
+from tsdsr_jax.weights.prompt_files import save_prompt_embeds
+from tsdsr_jax.weights.torch_pickle import write_tensor
 
 RANK = 2
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax import cli, hints, prompt_hints, session
+from tsdsr_jax import cli, hints, session
 from tsdsr_jax.checkpoint import LORA
 from tsdsr_jax.data_options import DataOptions
 from tsdsr_jax.dataset import Shapes, first_sample
@@ -39,14 +39,11 @@ from tsdsr_jax.distillation import (
 )
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.loop import explained_memory
-from tsdsr_jax.lpips_weights import how_to_get, load_lpips
 from tsdsr_jax.models.lpips import LPIPS, Network
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.networks import Networks, check_latents, check_shapes, load_texts, place_text, text_hash
 from tsdsr_jax.objective import Base, LossConfig, Student
 from tsdsr_jax.options import OptimizerOptions, RunOptions
-from tsdsr_jax.pretrained import Checkpoint, check_fit, open_checkpoint
-from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.run_log import Curve
 from tsdsr_jax.session import say
 from tsdsr_jax.sharding import global_array, replicated
@@ -55,6 +52,10 @@ from tsdsr_jax.training import with_new_scale
 from tsdsr_jax.training_data import Data, open_data, open_sets
 from tsdsr_jax.tsd import TSDConfig, Weighting
 from tsdsr_jax.validation import pick
+from tsdsr_jax.weights import prompt_hints
+from tsdsr_jax.weights.lpips_files import how_to_get, load_lpips
+from tsdsr_jax.weights.prompt_files import PromptEmbeds
+from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
 
 CURVES = (
     Curve("student's loss", ("student",)),

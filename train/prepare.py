@@ -35,9 +35,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from tsdsr_jax import cli, hints, prompt_hints
+from tsdsr_jax import cli, hints
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.bundled import is_bundled, prompt_folder
 from tsdsr_jax.checkpoint import Hash
 from tsdsr_jax.cli import check_writable
 from tsdsr_jax.data_options import PairOptions
@@ -53,13 +52,15 @@ from tsdsr_jax.networks import Networks, load_text, text_hash
 from tsdsr_jax.pairs import Crops, Layout, Pairs, Planned, plan
 from tsdsr_jax.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
 from tsdsr_jax.preparation import Embedder, PromptChoice, Prompts, find_prompts, finish
-from tsdsr_jax.pretrained import Checkpoint, check_fit, open_checkpoint
-from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds, load_prompt_embeds
 from tsdsr_jax.set_writers import Manifest, Part, SetPlan, Writer, make_writer
 from tsdsr_jax.sharding import make_mesh
 from tsdsr_jax.shards import read_manifest
-from tsdsr_jax.text_encoders import EncoderOptions, find_encoders
 from tsdsr_jax.training_data import look_at, open_sets
+from tsdsr_jax.weights import prompt_hints
+from tsdsr_jax.weights.bundled import is_bundled, prompt_folder
+from tsdsr_jax.weights.prompt_files import DEFAULT_PROMPT, PromptEmbeds, load_prompt_embeds
+from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
+from tsdsr_jax.weights.text_encoders import EncoderOptions, find_encoders
 
 PREVIEW_DRAWS = 3
 SHEET_MARK = ("Comment", "degraded samples by tsdsr_jax")

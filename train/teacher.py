@@ -35,7 +35,6 @@ from tsdsr_jax.data_options import DataOptions
 from tsdsr_jax.dataset import Shapes, first_sample
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.loop import explained_memory
-from tsdsr_jax.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.networks import (
     Networks,
@@ -47,7 +46,6 @@ from tsdsr_jax.networks import (
     text_hash,
 )
 from tsdsr_jax.options import OptimizerOptions, RunOptions
-from tsdsr_jax.pretrained import TORCH_STEM, Checkpoint, check_fit, open_checkpoint, torch_config
 from tsdsr_jax.record import Source
 from tsdsr_jax.run_log import Curve
 from tsdsr_jax.session import say
@@ -65,11 +63,13 @@ from tsdsr_jax.teacher import (
     to_flow_batch,
 )
 from tsdsr_jax.teacher_validation import TeacherValidation
-from tsdsr_jax.torch_weights import to_tree, write_base, write_lora
 from tsdsr_jax.trainer import Trainer, TrainState
 from tsdsr_jax.training import with_new_scale
 from tsdsr_jax.training_data import Data, open_data, open_sets
 from tsdsr_jax.validation import pick
+from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
+from tsdsr_jax.weights.sd3_folder import TORCH_STEM, Checkpoint, check_fit, open_checkpoint, torch_config
+from tsdsr_jax.weights.torch_names import to_tree, write_base, write_lora
 
 CURVES = (
     Curve("flow-matching loss", ("flow",)),

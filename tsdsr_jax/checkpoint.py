@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.tensor_files import save_tensors
+from tsdsr_jax.weights.tensor_files import save_tensors
 
 PREFIX, DIGITS = "checkpoint", 7
 STATE, META, LORA, MODEL = "state", "meta", "lora", "model"

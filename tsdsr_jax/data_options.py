@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, Self
 
-from tsdsr_jax.bundled import prompt_folder
 from tsdsr_jax.degradation import DegradationConfig, light
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.photos import CROP_STEP, CropConfig
+from tsdsr_jax.weights.bundled import prompt_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

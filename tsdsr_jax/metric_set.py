@@ -21,10 +21,10 @@ import numpy as np
 from tsdsr_jax import metrics, niqe, pyiqa_metrics
 from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.hints import command
-from tsdsr_jax.lpips_weights import load_lpips
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.niqe_model import load_pristine
+from tsdsr_jax.weights.lpips_files import load_lpips
 
 OWN_FILES = {
     "niqe": "--niqe_params (BasicSR's niqe_pris_params.npz, also in TSD-SR's repository, or pyiqa's .mat), or ",

@@ -25,11 +25,11 @@ from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.pretrained import NetworkFiles
-from tsdsr_jax.prompt_hints import how_to_encode
-from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.record import Record
 from tsdsr_jax.sharding import base_shardings, global_array, placement, replicated
+from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
+from tsdsr_jax.weights.prompt_hints import how_to_encode
+from tsdsr_jax.weights.sd3_folder import NetworkFiles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from tsdsr_jax.degradation import DegradationConfig, degrade, target
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.images.resize import reflect_pad
-from tsdsr_jax.prompts import PromptEmbeds, load_prompt_embeds
 from tsdsr_jax.record import Record, spread
+from tsdsr_jax.weights.prompt_files import PromptEmbeds, load_prompt_embeds
 
 # Half a gigabyte decoded: larger than any camera's picture, and a worker each holds one.
 MAX_PIXELS = 180_000_000

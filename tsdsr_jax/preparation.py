@@ -14,8 +14,8 @@ import numpy as np
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.pairs import Pair
 from tsdsr_jax.photos import Photograph
-from tsdsr_jax.prompts import DEFAULT_PROMPT, PromptEmbeds, read_text
-from tsdsr_jax.text_encoders import EncoderOptions, encode_prompts
+from tsdsr_jax.weights.prompt_files import DEFAULT_PROMPT, PromptEmbeds, read_text
+from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts
 
 PromptChoice = Literal["default", "txt", "txt_or_default"]
 

@@ -25,16 +25,16 @@ import numpy as np
 from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.hints import command
 from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
-from tsdsr_jax.prompts import (
+from tsdsr_jax.record import Record, spread
+from tsdsr_jax.shards import MANIFEST, check_complete, has_manifest, read_manifest
+from tsdsr_jax.weights.prompt_files import (
     TORCH_POOLED_FOLDER,
     TORCH_PROMPT_FOLDER,
     PromptEmbeds,
     load_prompt_embeds,
     read_torch_pair,
 )
-from tsdsr_jax.record import Record, spread
-from tsdsr_jax.shards import MANIFEST, check_complete, has_manifest, read_manifest
-from tsdsr_jax.torch_pickle import read_tensor
+from tsdsr_jax.weights.torch_pickle import read_tensor
 
 LR_FOLDER, HR_FOLDER, LATENT_FOLDER = "lr_bicubic", "gt", "latent_hr"
 # Larger pictures are no training crops.

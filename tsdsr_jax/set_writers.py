@@ -23,7 +23,6 @@ from tsdsr_jax.identity import differences
 from tsdsr_jax.pairs import Layout
 from tsdsr_jax.preparation import Finished, Prompts
 from tsdsr_jax.prepared import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
-from tsdsr_jax.prompts import TORCH_POOLED_FOLDER, TORCH_PROMPT_FOLDER, PromptEmbeds
 from tsdsr_jax.shards import (
     FORMAT,
     MANIFEST,
@@ -35,7 +34,8 @@ from tsdsr_jax.shards import (
     shard_path,
     write_shard,
 )
-from tsdsr_jax.torch_pickle import write_tensor
+from tsdsr_jax.weights.prompt_files import TORCH_POOLED_FOLDER, TORCH_PROMPT_FOLDER, PromptEmbeds
+from tsdsr_jax.weights.torch_pickle import write_tensor
 
 TEXT_FOLDER = "prompt_txt"
 PROMPTS_PER_FILE = 1024

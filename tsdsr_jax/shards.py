@@ -29,8 +29,8 @@ from safetensors.numpy import load, save
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.record import Record, spread
+from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 MANIFEST = "manifest.json"
 FORMAT = "tsdsr_jax training set 1"

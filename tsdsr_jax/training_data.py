@@ -19,10 +19,10 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.search import find_photographs
 from tsdsr_jax.photos import Photographs, Survey, left_out, survey
 from tsdsr_jax.prepared import PreparedFolder
-from tsdsr_jax.prompts import load_prompt_embeds
 from tsdsr_jax.record import Record, Source
 from tsdsr_jax.shards import PreparedShards, is_sharded
-from tsdsr_jax.text_encoders import has_encoders
+from tsdsr_jax.weights.prompt_files import load_prompt_embeds
+from tsdsr_jax.weights.text_encoders import has_encoders
 
 # What a run needs of its samples.
 Parts = Literal["pairs", "latents"]

@@ -13,15 +13,15 @@ import numpy as np
 from tqdm import tqdm
 
 from tsdsr_jax import cli
-from tsdsr_jax.bundled import bundled_model, is_bundled, prompt_folder
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.lora_files import check_rank, load_lora
 from tsdsr_jax.models.params import PATCH_SIZE, Tree
-from tsdsr_jax.pretrained import NetworkFiles, check_fit, open_checkpoint
-from tsdsr_jax.prompt_hints import how_to_encode
-from tsdsr_jax.prompts import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.upscaler import Settings, Upscaler
+from tsdsr_jax.weights.bundled import bundled_model, is_bundled, prompt_folder
+from tsdsr_jax.weights.lora_files import check_rank, load_lora
+from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
+from tsdsr_jax.weights.prompt_hints import how_to_encode
+from tsdsr_jax.weights.sd3_folder import NetworkFiles, check_fit, open_checkpoint
 
 LARGEST_TILE = 64
 Options = TypeVar("Options", bound="UpscaleOptions")

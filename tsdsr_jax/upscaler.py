@@ -31,8 +31,8 @@ from tsdsr_jax.models.folded import EightBits, FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import LATENT_FACTOR, Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask, whole_image_bytes
-from tsdsr_jax.prompts import PromptEmbeds
 from tsdsr_jax.sizes import SizePlan, in_two_sizes, plan_size, token_levels
+from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 TIMESTEP = 1000.0
 _PHOTO_PIXELS = 512**2

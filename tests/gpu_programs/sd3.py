@@ -11,9 +11,9 @@ import numpy as np
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.pretrained import TORCH_STEM, torch_config
-from tsdsr_jax.prompts import PromptEmbeds, save_prompt_embeds
-from tsdsr_jax.torch_weights import base_entries
+from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
+from tsdsr_jax.weights.sd3_folder import TORCH_STEM, torch_config
+from tsdsr_jax.weights.torch_names import base_entries
 
 TOKENS = 333  # 77 of CLIP and 256 of T5
 

@@ -89,7 +89,7 @@ class LPIPS(nn.Module):
     """Perceptual distance of two batches of images.
 
     The parameters, `slice1_0` and so on for the convolutions and `lin0` to `lin4`, are frozen if the caller never
-    differentiates by them. They come from `tsdsr_jax.lpips_weights.load_lpips`; `init` makes random ones.
+    differentiates by them. They come from `tsdsr_jax.weights.lpips_files.load_lpips`; `init` makes random ones.
 
     Attributes:
       network: whose features are compared.

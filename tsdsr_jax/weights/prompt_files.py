@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from tsdsr_jax.errors import UserError, listed
-from tsdsr_jax.tensor_files import open_tensors, save_tensors
-from tsdsr_jax.torch_pickle import read_tensor
+from tsdsr_jax.weights.tensor_files import open_tensors, save_tensors
+from tsdsr_jax.weights.torch_pickle import read_tensor
 
 # The text behind the embeddings that the authors ship (SPEC §6). The misspelling belongs to it: it is an
 # input.

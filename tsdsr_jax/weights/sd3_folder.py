@@ -21,14 +21,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
-from tsdsr_jax import torch_weights
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.finite import is_finite, refuse_broken
 from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import LATENT_FACTOR, PATCH_SIZE, Config, Tree
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.tensor_files import TensorReader, TensorSpec, find_weights, open_tensors
+from tsdsr_jax.weights import torch_names
+from tsdsr_jax.weights.finite import is_finite, refuse_broken
+from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec, find_weights, open_tensors
 
 Part = Literal["transformer", "vae"]
 PARTS: tuple[Part, ...] = ("transformer", "vae")
@@ -85,16 +85,16 @@ class NetworkFiles:
           UserError: missing, extra or misshapen tensors, all of them named.
         """
         if not self.is_converted:
-            torch_weights.check_base(self.reader, self.config)
-            return torch_weights.base_specs(self.reader, self.config)
-        expected = {entry.path: entry.shape for entry in torch_weights.base_entries(self.config)}
-        torch_weights.check_names(self.reader.specs, expected, self.reader.source)
+            torch_names.check_base(self.reader, self.config)
+            return torch_names.base_specs(self.reader, self.config)
+        expected = {entry.path: entry.shape for entry in torch_names.base_entries(self.config)}
+        torch_names.check_names(self.reader.specs, expected, self.reader.source)
         return {path: self.reader.specs[path] for path in expected}
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
         """(path, array in the stored dtype), in the order of `specs`, one at a time."""
         if not self.is_converted:
-            return torch_weights.read_base(self.reader, self.config)
+            return torch_names.read_base(self.reader, self.config)
         return ((path, self.reader.read(path)) for path in self.specs)
 
     def check_finite(self) -> None:
@@ -104,7 +104,7 @@ class NetworkFiles:
           UserError: some have values that are NaN or infinite, by torch's names in either layout.
         """
         if self.is_converted:
-            entries = torch_weights.base_entries(self.config)
+            entries = torch_names.base_entries(self.config)
             broken = [name for entry in entries for name in entry.broken(self.reader.view(entry.path))]
         else:
             broken = [name for name in self.reader.specs if not is_finite(self.reader.view(name))]
@@ -151,14 +151,14 @@ class NetworkFiles:
             return np.asarray(merged(array, *pair)) if on_host else merged(array, *pair)
 
         loaded, broken = [], []
-        for entry, (path, array) in zip(torch_weights.base_entries(self.config), self.leaves(), strict=True):
+        for entry, (path, array) in zip(torch_names.base_entries(self.config), self.leaves(), strict=True):
             if not self.is_converted:
                 broken += entry.broken(array)
             if not broken:  # or else the rest is only looked at
                 loaded.append((path, leaf_of(path, array)))
             progress(array.size)
         refuse_broken(self.reader.source, broken)
-        return torch_weights.to_tree(loaded)
+        return torch_names.to_tree(loaded)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tsdsr_jax.errors import UserError, first_line
-from tsdsr_jax.finite import refuse_broken
 from tsdsr_jax.hints import command
 from tsdsr_jax.models.lpips import LPIPS, SLICES, Network, minimum_side
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.tensor_files import TensorSpec, open_tensors, save_tensors
-from tsdsr_jax.torch_weights import Entry, Transform, check_names, to_tree
+from tsdsr_jax.weights.finite import refuse_broken
+from tsdsr_jax.weights.tensor_files import TensorSpec, open_tensors, save_tensors
+from tsdsr_jax.weights.torch_names import Entry, Transform, check_names, to_tree
 
 FORMAT = "tsdsr_jax.lpips"
 TORCHVISION_FILES: dict[Network, str] = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}

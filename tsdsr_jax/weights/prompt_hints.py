@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tsdsr_jax.hints import MODEL, command, given
-from tsdsr_jax.prompts import target_file
-from tsdsr_jax.text_encoders import has_encoders
+from tsdsr_jax.weights.prompt_files import target_file
+from tsdsr_jax.weights.text_encoders import has_encoders
 
 ENCODERS = ("no_t5", "max_sequence_length")
 

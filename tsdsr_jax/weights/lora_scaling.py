@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsdsr_jax.errors import UserError, listed
-from tsdsr_jax.lora_names import PEFT_PREFIX, Names
-from tsdsr_jax.pretrained import read_json
-from tsdsr_jax.tensor_files import TensorReader
+from tsdsr_jax.weights.lora_names import PEFT_PREFIX, Names
+from tsdsr_jax.weights.sd3_folder import read_json
+from tsdsr_jax.weights.tensor_files import TensorReader
 
 METADATA_KEY = "lora_adapter_metadata"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

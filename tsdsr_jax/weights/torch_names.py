@@ -17,10 +17,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tsdsr_jax.devices import cores
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.finite import is_finite
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
-from tsdsr_jax.tensor_files import TensorReader, TensorSpec
+from tsdsr_jax.weights.finite import is_finite
+from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec
 
 # What messages call a network unless told otherwise.
 DESCRIBED = "the model its config.json describes"

@@ -32,7 +32,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from tsdsr_jax.errors import UserError, first_line
-from tsdsr_jax.prompts import PromptEmbeds
+from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 if TYPE_CHECKING:
     import torch

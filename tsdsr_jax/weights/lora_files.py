@@ -13,15 +13,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tsdsr_jax.errors import UserError, listed
-from tsdsr_jax.finite import is_finite, refuse_broken
-from tsdsr_jax.lora_names import Names, part_of, understand
-from tsdsr_jax.lora_scaling import scalings
 from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
-from tsdsr_jax.pretrained import Part
-from tsdsr_jax.tensor_files import TensorReader, TensorSpec, open_tensors, save_tensors
-from tsdsr_jax.torch_weights import DESCRIBED, Entry, check_names, kernel_entries, lora_entry, to_tree
+from tsdsr_jax.weights.finite import is_finite, refuse_broken
+from tsdsr_jax.weights.lora_names import Names, part_of, understand
+from tsdsr_jax.weights.lora_scaling import scalings
+from tsdsr_jax.weights.sd3_folder import Part
+from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec, open_tensors, save_tensors
+from tsdsr_jax.weights.torch_names import DESCRIBED, Entry, check_names, kernel_entries, lora_entry, to_tree
 
 LORA_FORMAT = "tsdsr_jax.models.lora"
 

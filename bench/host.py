@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tsdsr_jax import cli, folder
+from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.files import FORMATS
-from tsdsr_jax.upscaler import Prepared, Settings
+from tsdsr_jax.upscaling import batch_run
+from tsdsr_jax.upscaling.upscaler import Prepared, Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +83,12 @@ def measured(options: Options, name: str) -> dict[str, float | str]:
     device, seconds, problems = NoDevice(), [], []
     with tempfile.TemporaryDirectory() as made:
         for index in range(options.repeat):
-            jobs = folder.find_jobs(options.photos, Path(made) / str(index), f".{name}")
-            report = folder.Report(problems.append)
-            files = folder.FileOptions("wavelet", name, 42, 10**8)
+            jobs = batch_run.find_jobs(options.photos, Path(made) / str(index), f".{name}")
+            report = batch_run.Report(problems.append)
+            files = batch_run.FileOptions("wavelet", name, 42, 10**8)
             start = time.perf_counter()
-            groups = folder.plan_groups(jobs, device.settings, 1, files, report)
-            folder.upscale(device, groups, files, report)
+            groups = batch_run.plan_groups(jobs, device.settings, 1, files, report)
+            batch_run.upscale(device, groups, files, report)
             seconds.append(time.perf_counter() - start)
     if problems:
         raise UserError(problems[0])

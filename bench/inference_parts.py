@@ -21,8 +21,8 @@ from tsdsr_jax.models import attention
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
 from tsdsr_jax.models.params import LATENT_FACTOR
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.sizes import batch_size, slices
-from tsdsr_jax.upscaler import Prepared, Upscaler
+from tsdsr_jax.upscaling.sizes import batch_size, slices
+from tsdsr_jax.upscaling.upscaler import Prepared, Upscaler
 
 Part = Literal["encode", "transformer", "decode", "end"]
 

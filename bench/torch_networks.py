@@ -23,7 +23,7 @@ from tsdsr_jax.models.folded import EightBits
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.upscaler import Settings, Upscaler
+from tsdsr_jax.upscaling.upscaler import Settings, Upscaler
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 from tsdsr_jax.weights.sd3_folder import torch_config
 from tsdsr_jax.weights.tensor_files import TensorSpec

@@ -27,9 +27,10 @@ from torch_pipeline import PNG_LEVEL
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 from oracle_pipeline import OraclePipeline
-from tsdsr_jax import cli, devices, folder
+from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.upscaler import Settings, Upscaler
+from tsdsr_jax.upscaling import batch_run
+from tsdsr_jax.upscaling.upscaler import Settings, Upscaler
 
 # Mean difference of a file, in grey levels.
 FARTHEST = 1.0
@@ -61,7 +62,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as made:
         out = Path(made)
-        jobs = folder.find_jobs(options.photos, out, ".png")
+        jobs = batch_run.find_jobs(options.photos, out, ".png")
         first = timed(lambda: ours(upscaler, jobs, out, "first"))
         again = min(timed(lambda name=name: ours(upscaler, jobs, out, name)) for name in ("again", "third"))
         theirs = min(timed(lambda: in_torch(pipeline, jobs, out)) for _ in range(2))
@@ -92,23 +93,23 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def ours(upscaler: Upscaler, jobs: list[folder.Job], out: Path, name: str) -> None:
+def ours(upscaler: Upscaler, jobs: list[batch_run.Job], out: Path, name: str) -> None:
     notes: list[str] = []
-    report = folder.Report(notes.append)
-    files = folder.FileOptions("wavelet", "png", 0, 10**8)
+    report = batch_run.Report(notes.append)
+    files = batch_run.FileOptions("wavelet", "png", 0, 10**8)
     again = [dataclasses.replace(job, target=moved(job, out, name)) for job in jobs]
-    groups = folder.plan_groups(again, upscaler.settings, 1, files, report)
-    folder.upscale(upscaler, groups, files, report)
+    groups = batch_run.plan_groups(again, upscaler.settings, 1, files, report)
+    batch_run.upscale(upscaler, groups, files, report)
     if notes or report.written != len(jobs):
         raise UserError((notes or [f"{report.written} of {len(jobs)} photographs were written"])[0])
 
 
-def moved(job: folder.Job, out: Path, name: str) -> Path:
+def moved(job: batch_run.Job, out: Path, name: str) -> Path:
     """A photograph's result in `out/name`."""
     return out / name / job.target.relative_to(out)
 
 
-def in_torch(pipeline: OraclePipeline, jobs: list[folder.Job], out: Path) -> None:
+def in_torch(pipeline: OraclePipeline, jobs: list[batch_run.Job], out: Path) -> None:
     for job in jobs:
         target = moved(job, out, "torch")
         target.parent.mkdir(parents=True, exist_ok=True)

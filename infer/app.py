@@ -28,7 +28,7 @@ from pathlib import Path
 from tsdsr_jax import cli
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.upscale_options import UpscaleOptions, check, completed, load
+from tsdsr_jax.upscaling.options import UpscaleOptions, check, completed, load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,14 @@ def run(options: Options, root: Path) -> None:
       UserError: Gradio is not installed, a flag is out of its range, or the networks cannot be loaded.
     """
     page = import_page()
-    if abs(options.seed) > page.LARGEST_WHOLE:
+    if abs(options.seed) > app.LARGEST_WHOLE:
         raise UserError(
             f"--seed {options.seed}: expected at most 2**53, up or down; browsers round beyond it"
         )
     devices = select_devices(options.device)
     upscaler = load(options, options.settings(devices[0].platform), devices)
-    blocks = page.build(upscaler, options, root, options.max_waiting)
-    page.serve(blocks, options.host, options.port, options.max_upload)
+    blocks = app.build(upscaler, options, root, options.max_waiting)
+    app.serve(blocks, options.host, options.port, options.max_upload)
     print(f"ready: {addresses(options.host, options.port)} (Ctrl-C ends it)", flush=True)
     while True:
         time.sleep(3600)
@@ -159,14 +159,14 @@ def check_server(options: Options) -> None:
 
 
 def import_page() -> types.ModuleType:
-    """`tsdsr_jax.page`, with Gradio's telemetry off.
+    """`tsdsr_jax.upscaling.app`, with Gradio's telemetry off.
 
     Raises:
       UserError: Gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        from tsdsr_jax import page
+        from tsdsr_jax.upscaling import app
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

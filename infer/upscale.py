@@ -23,13 +23,14 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from tsdsr_jax import cli, folder
+from tsdsr_jax import cli
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.files import read_size
 from tsdsr_jax.report import Entry, Layer, check_report_path, write_report
-from tsdsr_jax.upscale_options import UpscaleOptions, check, completed, load, several_on
-from tsdsr_jax.upscaler import Settings
+from tsdsr_jax.upscaling import batch_run
+from tsdsr_jax.upscaling.options import UpscaleOptions, check, completed, load, several_on
+from tsdsr_jax.upscaling.upscaler import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def main() -> None:
     check(options)
     cli.at_least(options, 1, "batch_size")
     part = shard_of(options)
-    jobs = folder.find_jobs(
+    jobs = batch_run.find_jobs(
         options.input_dir, options.output_dir, f".{options.format}", overwrite=options.overwrite
     )
     check_writable(options.output_dir)
@@ -68,19 +69,19 @@ def main() -> None:
 
     devices = select_devices(options.device)
     settings = options.settings(devices[0].platform)
-    files = folder.FileOptions(options.align_method, options.format, options.seed, options.max_pixels)
-    report = folder.Report(lambda line: tqdm.write(line, file=sys.stderr))
-    groups = folder.plan_groups(jobs, settings, len(devices), files, report, part)
+    files = batch_run.FileOptions(options.align_method, options.format, options.seed, options.max_pixels)
+    report = batch_run.Report(lambda line: tqdm.write(line, file=sys.stderr))
+    groups = batch_run.plan_groups(jobs, settings, len(devices), files, report, part)
     mine = [job for group in groups for job, _ in group.jobs]
     if not options.overwrite:
-        groups = folder.unfinished(groups, report)
+        groups = batch_run.unfinished(groups, report)
     others = 0
     if groups:
         upscaler = load(options, settings, devices)
         unread, left = len(report.failures), len(mine) - report.skipped
         with tqdm(total=left, unit=" images", disable=None) as bar:
             report.on_done = bar.update
-            folder.upscale(upscaler, groups, files, report, overwrite=options.overwrite)
+            batch_run.upscale(upscaler, groups, files, report, overwrite=options.overwrite)
             others = max(0, left - report.written - (len(report.failures) - unread))
             bar.update(others)
     older = f", {report.outdated} of them older than their photographs" if report.outdated else ""
@@ -114,7 +115,7 @@ def check_writable(output: Path) -> None:
         raise UserError(f"{output}: not writable; choose another --output_dir")
 
 
-def write_page(options: Options, jobs: Sequence[folder.Job], failures: Sequence[str]) -> None:
+def write_page(options: Options, jobs: Sequence[batch_run.Job], failures: Sequence[str]) -> None:
     """`--report`: of all photographs that have a result, whenever it was made."""
     root = options.input_dir if options.input_dir.is_dir() else options.input_dir.parent
     entries = []
@@ -129,7 +130,7 @@ def write_page(options: Options, jobs: Sequence[folder.Job], failures: Sequence[
     print(f"{len(entries)} compared in {options.report}")
 
 
-def sizes_of(job: folder.Job, max_pixels: int) -> dict[str, str]:
+def sizes_of(job: batch_run.Job, max_pixels: int) -> dict[str, str]:
     """Of the files as they are: a result may be of an earlier run with other flags."""
     try:
         sizes = [read_size(path, max_pixels) for path in (job.source, job.target)]

@@ -29,11 +29,11 @@ from infer import app, upscale
 from tsdsr_jax import cli
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.upscale_options import load
-from tsdsr_jax.upscaler import Launched, Upscaler
+from tsdsr_jax.upscaling.options import load
+from tsdsr_jax.upscaling.upscaler import Launched, Upscaler
 
 gr = pytest.importorskip("gradio")
-from tsdsr_jax import page as page_lib  # noqa: E402 (needs Gradio)
+from tsdsr_jax.upscaling import app as page_lib  # noqa: E402 (needs Gradio)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANK, WAITING = 2, 3
@@ -679,8 +679,8 @@ def test_mistakes_are_told_before_anything_starts(command, tmp_path, monkeypatch
         patch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
         assert "no temporary folder can be made (No such file or directory); set TMPDIR" in line()
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "tsdsr_jax.page")
-    monkeypatch.delattr("tsdsr_jax.page")
+    monkeypatch.delitem(sys.modules, "tsdsr_jax.upscaling.app")
+    monkeypatch.delattr("tsdsr_jax.upscaling.app")
     assert "pip install 'tsdsr_jax[app]'" in line()
 
 

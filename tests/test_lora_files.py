@@ -32,7 +32,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.upscale_options import load_loras
+from tsdsr_jax.upscaling.options import load_loras
 from tsdsr_jax.weights.lora_files import (
     check_rank,
     check_start,

@@ -23,7 +23,7 @@ import oracle_models as models  # noqa: E402
 from infer import upscale  # noqa: E402
 from oracle_pipeline import OraclePipeline, align_colour, to_image  # noqa: E402
 from tiny_checkpoint import compiled_once  # noqa: E402
-from tsdsr_jax.upscaler import Settings, Upscaler  # noqa: E402
+from tsdsr_jax.upscaling.upscaler import Settings, Upscaler  # noqa: E402
 
 RANK = 4
 METHODS = ("nofix", "wavelet", "adain")

@@ -21,9 +21,9 @@ import tiny_checkpoint as tiny
 from infer import upscale
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.folder import find_jobs
-from tsdsr_jax.upscale_options import completed
-from tsdsr_jax.upscaler import Settings, Upscaler
+from tsdsr_jax.upscaling.batch_run import find_jobs
+from tsdsr_jax.upscaling.options import completed
+from tsdsr_jax.upscaling.upscaler import Settings, Upscaler
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -20,14 +20,14 @@ from tiny_checkpoint import (
     tiny_mmdit_config,
     tiny_vae_config,
 )
-from tsdsr_jax import tiling
-from tsdsr_jax import upscaler as upscaler_module
-from tsdsr_jax.folder import FileOptions, Report, find_jobs, plan_groups, unfinished, upscale
 from tsdsr_jax.images.buckets import plan_buckets
 from tsdsr_jax.models import layers
 from tsdsr_jax.models.mmdit import MMDiT
-from tsdsr_jax.sizes import SizePlan
-from tsdsr_jax.upscaler import Prepared, Settings, Upscaler, latent_noise, prepare
+from tsdsr_jax.upscaling import tiling
+from tsdsr_jax.upscaling import upscaler as upscaler_module
+from tsdsr_jax.upscaling.batch_run import FileOptions, Report, find_jobs, plan_groups, unfinished, upscale
+from tsdsr_jax.upscaling.sizes import SizePlan
+from tsdsr_jax.upscaling.upscaler import Prepared, Settings, Upscaler, latent_noise, prepare
 
 # Small pictures: 64 pixels are processed as they are, tiles span 64 pixels.
 SMALL = Settings(upscale=2, process_size=64, latent_tile=8, latent_overlap=2)

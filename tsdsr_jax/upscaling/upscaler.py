@@ -22,7 +22,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from tsdsr_jax import tiling
 from tsdsr_jax.devices import matmul_precision, memory_of
 from tsdsr_jax.images import color
 from tsdsr_jax.images.buckets import Size
@@ -31,7 +30,8 @@ from tsdsr_jax.models.folded import EightBits, FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import LATENT_FACTOR, Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask, whole_image_bytes
-from tsdsr_jax.sizes import SizePlan, in_two_sizes, plan_size, token_levels
+from tsdsr_jax.upscaling import tiling
+from tsdsr_jax.upscaling.sizes import SizePlan, in_two_sizes, plan_size, token_levels
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 TIMESTEP = 1000.0

@@ -16,7 +16,7 @@ from tsdsr_jax import cli
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.params import PATCH_SIZE, Tree
-from tsdsr_jax.upscaler import Settings, Upscaler
+from tsdsr_jax.upscaling.upscaler import Settings, Upscaler
 from tsdsr_jax.weights.bundled import bundled_model, is_bundled, prompt_folder
 from tsdsr_jax.weights.lora_files import check_rank, load_lora
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds

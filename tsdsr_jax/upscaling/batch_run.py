@@ -29,8 +29,8 @@ from tsdsr_jax.images.files import (
     write_photo,
 )
 from tsdsr_jax.images.resize import pillow_bicubic
-from tsdsr_jax.sizes import SizePlan, batch_size, slices
-from tsdsr_jax.upscaler import Launched, Prepared, Settings, Upscaler, finish, latent_noise, prepare
+from tsdsr_jax.upscaling.sizes import SizePlan, batch_size, slices
+from tsdsr_jax.upscaling.upscaler import Launched, Prepared, Settings, Upscaler, finish, latent_noise, prepare
 
 Writing = deque[Future[None]]
 

@@ -22,14 +22,14 @@ from typing import get_args
 import gradio as gr
 import jax
 
-from tsdsr_jax import folder
 from tsdsr_jax.errors import UserError, printable
 from tsdsr_jax.images import color
 from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.files import FORMATS, Photo, read_photo, write_photo
 from tsdsr_jax.images.resize import pillow_bicubic
-from tsdsr_jax.upscale_options import UpscaleOptions, check, check_tile
-from tsdsr_jax.upscaler import Progress, Upscaler
+from tsdsr_jax.upscaling import batch_run
+from tsdsr_jax.upscaling.options import UpscaleOptions, check, check_tile
+from tsdsr_jax.upscaling.upscaler import Progress, Upscaler
 
 # The browser gets smaller copies of larger pictures; a phone could not hold the originals.
 PREVIEW_PIXELS, PREVIEW_SIDE = 8_000_000, 8192
@@ -130,15 +130,15 @@ def upscale_photo(
     """
     started = time.monotonic()
     settings = options.settings(upscaler.devices[0].platform)
-    files = folder.FileOptions(options.align_method, format, options.seed, options.max_pixels)
+    files = batch_run.FileOptions(options.align_method, format, options.seed, options.max_pixels)
     target = output / f"{source.stem}_x{options.upscale:g}.{format}"
     lines: list[str] = []
-    report = folder.Report(lines.append)
+    report = batch_run.Report(lines.append)
     devices = len(upscaler.devices)
-    groups = folder.plan_groups([folder.Job(source, target)], settings, devices, files, report)
+    groups = batch_run.plan_groups([batch_run.Job(source, target)], settings, devices, files, report)
     if shapes and groups and shapes.enter((groups[0].bucket, settings.latent_tile)) and progress:
         progress("compile", 0, 1)
-    folder.upscale(upscaler.with_settings(settings, progress), groups, files, report)
+    batch_run.upscale(upscaler.with_settings(settings, progress), groups, files, report)
     if report.failures:
         raise UserError(_without_folders(report.failures[0], source, target))
     seconds = time.monotonic() - started

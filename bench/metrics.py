@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import oracle_metrics
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation import Pair, find_pairs, measure
+from tsdsr_jax.evaluation.measure import Pair, find_pairs, measure
+from tsdsr_jax.evaluation.niqe_params import PristineModel, load_pristine
+from tsdsr_jax.evaluation.registry import Sources, load_metrics
 from tsdsr_jax.images.files import read_photo
-from tsdsr_jax.metric_set import Sources, load_metrics
-from tsdsr_jax.niqe_model import PristineModel, load_pristine
 
 NAMES = "psnr", "ssim", "niqe"
 MAX_PIXELS = 100_000_000

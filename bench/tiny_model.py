@@ -28,11 +28,11 @@ from tqdm import tqdm
 from tsdsr_jax import cli
 from tsdsr_jax.degradation import DegradationConfig, light, low_resolution, to_bytes
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation import by_name, find_pairs, measure
-from tsdsr_jax.evaluation_tables import layout
+from tsdsr_jax.evaluation.measure import by_name, find_pairs, measure
+from tsdsr_jax.evaluation.psnr_ssim import psnr_y
+from tsdsr_jax.evaluation.registry import Metric, Sources, load_metrics
+from tsdsr_jax.evaluation.tables import layout
 from tsdsr_jax.images.files import read_photo, read_size
-from tsdsr_jax.metric_set import Metric, Sources, load_metrics
-from tsdsr_jax.metrics import psnr_y
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.weights.bundled import PROMPT
 from tsdsr_jax.weights.sd3_folder import open_checkpoint

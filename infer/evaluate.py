@@ -23,16 +23,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tsdsr_jax import cli, evaluation_report, evaluation_tables
+from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.cli import check_writable
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError, printable
-from tsdsr_jax.evaluation import by_name, find_pairs, measure
-from tsdsr_jax.evaluation_tables import Method
+from tsdsr_jax.evaluation import report, tables
+from tsdsr_jax.evaluation.html import check_report_path
+from tsdsr_jax.evaluation.measure import by_name, find_pairs, measure
+from tsdsr_jax.evaluation.registry import PAPER, Metric, Sources, load_metrics
+from tsdsr_jax.evaluation.tables import Method
 from tsdsr_jax.identity import versions
-from tsdsr_jax.metric_set import PAPER, Metric, Sources, load_metrics
-from tsdsr_jax.report import check_report_path
 
 LOGS = ("txt", "csv", "json")
 
@@ -109,9 +110,9 @@ class Evaluation:
     @cached_property
     def tables(self) -> str:
         """The text that is printed."""
-        text = evaluation_tables.layout(evaluation_tables.means(self.methods, self.metrics))
+        text = tables.layout(tables.means(self.methods, self.metrics))
         if self.compared:
-            rows = evaluation_tables.layout(evaluation_tables.differences(self.methods, self.metrics))
+            rows = tables.layout(tables.differences(self.methods, self.metrics))
             text += f"\n\nDifferences to {self.methods[0].name}, on the same pictures\n{rows}"
         lines = self.not_computed()
         return text + ("\n\nNot computed\n" + "\n".join(lines) if lines else "")
@@ -212,7 +213,7 @@ def complain(problems: Sequence[str]) -> None:
 def write_logs(options: Options, files: Mapping[str, Path], evaluation: Evaluation) -> None:
     """All three files, or none."""
     methods, metrics = evaluation.methods, evaluation.metrics
-    content = evaluation_tables.as_json(methods, metrics, evaluation.missing, evaluation.compared)
+    content = tables.as_json(methods, metrics, evaluation.missing, evaluation.compared)
     content["folders"] = {
         "inp_imgs": [printable(str(folder)) for folder in options.inp_imgs],
         "gt_imgs": [printable(str(folder)) for folder in options.gt_imgs],
@@ -220,7 +221,7 @@ def write_logs(options: Options, files: Mapping[str, Path], evaluation: Evaluati
     content["versions"] = versions()
     written = {
         "txt": evaluation.tables + "\n",
-        "csv": evaluation_tables.as_csv(methods, metrics),
+        "csv": tables.as_csv(methods, metrics),
         "json": json.dumps(content, indent=2, ensure_ascii=False) + "\n",
     }
     with ExitStack() as stack:
@@ -237,7 +238,7 @@ def write_report(
     notes = [f"not computed: {line}" for line in evaluation.not_computed()]
     notes += [f"not measured: {line}" for line in evaluation.problems]
     with tqdm(desc="report", unit=" images", disable=None, leave=False) as bar:
-        evaluation_report.write(options.report, methods, metrics, inputs, together, notes, bar.update)
+        report.write(options.report, methods, metrics, inputs, together, notes, bar.update)
     print(f"Look at {options.report}")
 
 

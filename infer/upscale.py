@@ -26,8 +26,8 @@ from tqdm import tqdm
 from tsdsr_jax import cli
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.evaluation.html import Entry, Layer, check_report_path, write_report
 from tsdsr_jax.images.files import read_size
-from tsdsr_jax.report import Entry, Layer, check_report_path, write_report
 from tsdsr_jax.upscaling import batch_run
 from tsdsr_jax.upscaling.options import UpscaleOptions, check, completed, load, several_on
 from tsdsr_jax.upscaling.upscaler import Settings

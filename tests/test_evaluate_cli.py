@@ -17,8 +17,8 @@ from PIL import Image
 import oracle_metrics
 from commands import Command
 from infer import evaluate
-from tsdsr_jax import evaluation_report, evaluation_tables, pyiqa_metrics
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.evaluation import pyiqa_metrics, report, tables
 
 
 class Evaluate(Command):
@@ -138,7 +138,7 @@ def test_a_log_that_cannot_be_written_is_told_before_the_work(command, tmp_path,
 
 def test_what_was_left_out_is_named_even_if_the_log_fails(command, tmp_path, monkeypatch):
     (tmp_path / "sr/a.png").write_bytes(b"")
-    monkeypatch.setattr(evaluation_tables, "as_csv", fails)
+    monkeypatch.setattr(tables, "as_csv", fails)
     outcome = command(tmp_path / "log", "--metrics", "psnr")
     assert outcome.status == 1 and "a.png: is empty" in outcome.err and "no space" in outcome.err
     assert not list((tmp_path / "log").glob("*"))
@@ -255,9 +255,7 @@ def test_mistakes_are_one_line(command, tmp_path, flags, message):
 def test_report(command, tmp_path, monkeypatch):
     """Methods share an entry per picture: input, results, reference; every value and every gap is on the page."""
     written = {}
-    monkeypatch.setattr(
-        evaluation_report, "write_report", lambda path, **page: written.update(page, path=path)
-    )
+    monkeypatch.setattr(report, "write_report", lambda path, **page: written.update(page, path=path))
     (tmp_path / "other/c.png").write_bytes(b"")
     more = ("--inp_imgs", f"{tmp_path}/sr", f"{tmp_path}/other", "--lr_imgs", f"{tmp_path}/hr")
     outcome = command(

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 import oracle_metrics
-from tsdsr_jax import metric_set, pyiqa_metrics
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation import Pair, find_pairs, measure
-from tsdsr_jax.metric_set import Metric, Sources, load_metrics
+from tsdsr_jax.evaluation import pyiqa_metrics, registry
+from tsdsr_jax.evaluation.measure import Pair, find_pairs, measure
+from tsdsr_jax.evaluation.registry import Metric, Sources, load_metrics
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.weights.lpips_files import save_lpips
 
@@ -99,7 +99,7 @@ def test_values_of_many_sizes(tmp_path: Path, generator):
 
 
 def test_batches_that_are_not_full(tmp_path: Path, generator, monkeypatch):
-    monkeypatch.setattr("tsdsr_jax.evaluation._BATCH_PIXELS", 3 * 20 * 24)
+    monkeypatch.setattr("tsdsr_jax.evaluation.measure._BATCH_PIXELS", 3 * 20 * 24)
     for index in range(7):
         write(tmp_path / f"{index}.png", random_image(generator))
     metrics, _ = load_metrics(("psnr",), Sources(references=True))

@@ -11,10 +11,10 @@ from scipy import io
 
 import oracle_metrics
 from photos import data_folder, photos
-from tsdsr_jax import metrics, niqe
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.evaluation import niqe, psnr_ssim
+from tsdsr_jax.evaluation.niqe_params import PristineModel, load_pristine
 from tsdsr_jax.images.resize import bicubic, pillow_bicubic
-from tsdsr_jax.niqe_model import PristineModel, load_pristine
 
 # float32 against float64, over hundreds of thousands of pixels.
 PSNR_DB, SSIM = 1e-4, 2e-5
@@ -66,13 +66,13 @@ def test_psnr_and_ssim(generator, sizes):
     sizes = np.asarray(sizes, np.int32)
     pairs = list(zip(results, references, strict=True))
     np.testing.assert_allclose(
-        metrics.psnr_y(*batches, sizes), [oracle_metrics.psnr(*pair) for pair in pairs], atol=PSNR_DB
+        psnr_ssim.psnr_y(*batches, sizes), [oracle_metrics.psnr(*pair) for pair in pairs], atol=PSNR_DB
     )
     np.testing.assert_allclose(
-        metrics.ssim_y(*batches, sizes), [oracle_metrics.ssim(*pair) for pair in pairs], atol=SSIM
+        psnr_ssim.ssim_y(*batches, sizes), [oracle_metrics.ssim(*pair) for pair in pairs], atol=SSIM
     )
     np.testing.assert_allclose(
-        metrics.detail_correlation(*batches, sizes),
+        psnr_ssim.detail_correlation(*batches, sizes),
         [oracle_metrics.detail(*pair) for pair in pairs],
         atol=1e-5,
     )
@@ -81,10 +81,10 @@ def test_psnr_and_ssim(generator, sizes):
 def test_equal_and_opposite_pictures(generator):
     image = textured(generator, 40, 30)[None]
     sizes = np.array([[40, 30]], np.int32)
-    assert metrics.psnr_y(image, image, sizes)[0] == pytest.approx(80, abs=1e-3)
-    assert metrics.ssim_y(image, image, sizes)[0] == pytest.approx(1, abs=1e-6)
+    assert psnr_ssim.psnr_y(image, image, sizes)[0] == pytest.approx(80, abs=1e-3)
+    assert psnr_ssim.ssim_y(image, image, sizes)[0] == pytest.approx(1, abs=1e-6)
     # Negated: the contrast-structure term would be negative, and is clipped.
-    assert metrics.ssim_y(image, 255 - image, sizes)[0] == pytest.approx(
+    assert psnr_ssim.ssim_y(image, 255 - image, sizes)[0] == pytest.approx(
         oracle_metrics.ssim(image[0], 255 - image[0]), abs=SSIM
     )
 
@@ -95,7 +95,7 @@ def test_detail_is_not_won_by_noise():
     enlarged = pillow_bicubic(pillow_bicubic(image, 80, 80), 320, 320)
     noisy = disturbed(np.random.default_rng(0), enlarged)
     sizes = np.array([[320, 320]] * 3, np.int32)
-    same, plain, noise = metrics.detail_correlation(
+    same, plain, noise = psnr_ssim.detail_correlation(
         np.stack([image, enlarged, noisy]), np.stack([image] * 3), sizes
     )
     assert same == pytest.approx(1, abs=1e-5) and 1 > plain > noise > 0
@@ -119,7 +119,7 @@ def test_published_figures_on_drealsr():
         }
         for kind, result in results.items():
             pair = result[None], hr[None], sizes
-            found[kind].append((float(metrics.psnr_y(*pair)[0]), float(metrics.ssim_y(*pair)[0])))
+            found[kind].append((float(psnr_ssim.psnr_y(*pair)[0]), float(psnr_ssim.ssim_y(*pair)[0])))
     np.testing.assert_allclose(np.mean(found["pillow"], axis=0), [30.5440, 0.8298], atol=1e-4)
     np.testing.assert_allclose(np.mean(found["torch"], axis=0), [30.5392, 0.8302], atol=1e-4)
 

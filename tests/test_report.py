@@ -21,9 +21,9 @@ import tiny_checkpoint as tiny
 from browser import open_page
 from commands import Command
 from infer import upscale
-from tsdsr_jax import report
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.report import Column, Entry, Layer, Summary, check_report_path, write_report
+from tsdsr_jax.evaluation import html
+from tsdsr_jax.evaluation.html import Column, Entry, Layer, Summary, check_report_path, write_report
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (30, 200, 60), (40, 60, 220), (230, 210, 40)
 HOSTILE = (
@@ -121,14 +121,14 @@ def test_noise_in_a_large_picture(tmp_path):
 
 def test_a_picture_that_cannot_be_encoded_costs_no_other(tmp_path, monkeypatch):
     good, bad = picture(tmp_path, "good", RED), picture(tmp_path, "bad", GREEN, (31, 31))
-    encode = report._encode
+    encode = html._encode
 
     def refuse(image, photo):
         if image.size == (31, 31):
             raise OSError("broken data stream")
         return encode(image, photo)
 
-    monkeypatch.setattr(report, "_encode", refuse)
+    monkeypatch.setattr(html, "_encode", refuse)
     write_report(tmp_path / "r.html", "t", [Entry("x", (Layer("input", good), Layer("result", bad)))])
     layers = data_of((tmp_path / "r.html").read_text("utf-8"))["entries"][0]["layers"]
     assert layers[0]["encoding"] == "lossless" and "bad.png: broken data stream" in layers[1]["error"]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tsdsr_jax import statistics
-from tsdsr_jax.statistics import difference, estimate
+from tsdsr_jax.evaluation import statistics
+from tsdsr_jax.evaluation.statistics import difference, estimate
 
 
 def test_estimate_of_many():

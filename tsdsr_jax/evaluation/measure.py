@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 from tsdsr_jax.errors import UserError, first_line, printable
+from tsdsr_jax.evaluation.registry import Batch, Metric, Values
 from tsdsr_jax.images.buckets import Size, plan_buckets
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.images.search import find_photographs
-from tsdsr_jax.metric_set import Batch, Metric, Values
 
 _BATCH_PIXELS = 2**21  # eight pictures of 512×512
 

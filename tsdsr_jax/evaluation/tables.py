@@ -8,9 +8,9 @@ import io
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from tsdsr_jax.evaluation import Measured
-from tsdsr_jax.metric_set import Metric
-from tsdsr_jax.statistics import Difference, Estimate, difference, estimate
+from tsdsr_jax.evaluation.measure import Measured
+from tsdsr_jax.evaluation.registry import Metric
+from tsdsr_jax.evaluation.statistics import Difference, Estimate, difference, estimate
 
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 Rows = list[list[str]]

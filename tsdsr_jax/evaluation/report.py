@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tsdsr_jax import evaluation_tables
-from tsdsr_jax.evaluation import Pair
-from tsdsr_jax.evaluation_tables import Method
-from tsdsr_jax.metric_set import Metric
-from tsdsr_jax.report import Column, Entry, Layer, Summary, write_report
+from tsdsr_jax.evaluation import tables
+from tsdsr_jax.evaluation.html import Column, Entry, Layer, Summary, write_report
+from tsdsr_jax.evaluation.measure import Pair
+from tsdsr_jax.evaluation.registry import Metric
+from tsdsr_jax.evaluation.tables import Method
 
 
 def write(
@@ -38,7 +38,7 @@ def write(
     per_picture = [metric for metric in metrics if not metric.over_folders]
     groups = [methods] if together else [[method] for method in methods]
     entries = [entry for group in groups for entry in _entries(group, per_picture, inputs, not together)]
-    header, *rows = evaluation_tables.means(methods, metrics)
+    header, *rows = tables.means(methods, metrics)
     write_report(
         path,
         title=" · ".join(method.name for method in methods),

@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 from scipy import special
 
-from tsdsr_jax.metrics import filter_valid, gaussian_taps
-from tsdsr_jax.niqe_model import FEATURES, PristineModel
+from tsdsr_jax.evaluation.niqe_params import FEATURES, PristineModel
+from tsdsr_jax.evaluation.psnr_ssim import filter_valid, gaussian_taps
 
 BLOCK = 96
 _TAPS = gaussian_taps(7, 7 / 6)

@@ -18,12 +18,12 @@ from typing import Literal
 import jax
 import numpy as np
 
-from tsdsr_jax import metrics, niqe, pyiqa_metrics
 from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.evaluation import niqe, psnr_ssim, pyiqa_metrics
+from tsdsr_jax.evaluation.niqe_params import load_pristine
 from tsdsr_jax.hints import command
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.niqe_model import load_pristine
 from tsdsr_jax.weights.lpips_files import load_lpips
 
 OWN_FILES = {
@@ -134,13 +134,13 @@ def load_metrics(names: Sequence[str], sources: Sources) -> tuple[list[Metric], 
 def _load(name: str, sources: Sources) -> Metric | str:
     """A metric, or the reason why not."""
     if name == "psnr":
-        return Metric(name, "higher", True, "tsdsr_jax", _starting(metrics.psnr_y))
+        return Metric(name, "higher", True, "tsdsr_jax", _starting(psnr_ssim.psnr_y))
     if name == "ssim":
-        smallest = (metrics.SSIM_SIDE,) * 2
-        return Metric(name, "higher", True, "tsdsr_jax", _starting(metrics.ssim_y), smallest=smallest)
+        smallest = (psnr_ssim.SSIM_SIDE,) * 2
+        return Metric(name, "higher", True, "tsdsr_jax", _starting(psnr_ssim.ssim_y), smallest=smallest)
     if name == "detail":
         return Metric(
-            name, "higher", True, "tsdsr_jax", _starting(metrics.detail_correlation), smallest=(4, 4)
+            name, "higher", True, "tsdsr_jax", _starting(psnr_ssim.detail_correlation), smallest=(4, 4)
         )
     if name == "niqe" and sources.niqe_params:
         return _niqe(sources.niqe_params)

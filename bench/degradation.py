@@ -36,12 +36,13 @@ from unittest import mock
 import cv2
 import numpy as np
 
-from tsdsr_jax import cli, degradation
-from tsdsr_jax.degradation import DegradationConfig, Mode, Order, Pair, Range
+from tsdsr_jax import cli
+from tsdsr_jax.data import degradation
+from tsdsr_jax.data.degradation import DegradationConfig, Mode, Order, Pair, Range
+from tsdsr_jax.data.jpeg_model import CHROMA, LUMA
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
 from tsdsr_jax.images.resize import reflect_pad
-from tsdsr_jax.jpeg_model import CHROMA, LUMA
 
 try:
     import torch
@@ -257,7 +258,7 @@ def measure(
     return rates
 
 
-# Functions of `tsdsr_jax.degradation`, and methods of `TorchDegradation`.
+# Functions of `tsdsr_jax.data.degradation`, and methods of `TorchDegradation`.
 STAGES = {
     "sharpen": ("sharpen",),
     "kernels": ("draw_kernel", "draw_final_kernel"),

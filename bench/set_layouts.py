@@ -28,13 +28,13 @@ import numpy as np
 from PIL import Image
 
 from tsdsr_jax import cli
-from tsdsr_jax.degradation import DegradationConfig
+from tsdsr_jax.data.crops import Layout, Pairs, Planned
+from tsdsr_jax.data.degradation import DegradationConfig
+from tsdsr_jax.data.photos import CropConfig, Photographs
+from tsdsr_jax.data.preparation import Finished, Prompts
+from tsdsr_jax.data.sources import look_at, open_sets
+from tsdsr_jax.data.writers import Manifest, Part, SetPlan, make_writer
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.pairs import Layout, Pairs, Planned
-from tsdsr_jax.photos import CropConfig, Photographs
-from tsdsr_jax.preparation import Finished, Prompts
-from tsdsr_jax.set_writers import Manifest, Part, SetPlan, make_writer
-from tsdsr_jax.training_data import look_at, open_sets
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 try:

@@ -26,7 +26,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from tsdsr_jax import cli
-from tsdsr_jax.degradation import DegradationConfig, light, low_resolution, to_bytes
+from tsdsr_jax.data.degradation import DegradationConfig, light, low_resolution, to_bytes
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation.measure import by_name, find_pairs, measure
 from tsdsr_jax.evaluation.psnr_ssim import psnr_y

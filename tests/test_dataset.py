@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tsdsr_jax.dataset import (
+from tsdsr_jax.data.batches import (
     TRIES,
     BadSamples,
     Batches,
@@ -18,8 +18,8 @@ from tsdsr_jax.dataset import (
     read_ahead,
     sample_at,
 )
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.record import Record
 
 
 class Numbers:

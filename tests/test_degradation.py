@@ -10,10 +10,10 @@ from PIL import Image
 from scipy import ndimage
 
 import tiny_checkpoint as tiny
-from tsdsr_jax import degradation
-from tsdsr_jax.blur_kernels import blur_kernel, pulse, sinc_kernel
-from tsdsr_jax.degradation import DegradationConfig, Order, degrade, light
-from tsdsr_jax.jpeg_model import CHROMA, LUMA, jpeg, jpeg_codec
+from tsdsr_jax.data import degradation
+from tsdsr_jax.data.blur_kernels import blur_kernel, pulse, sinc_kernel
+from tsdsr_jax.data.degradation import DegradationConfig, Order, degrade, light
+from tsdsr_jax.data.jpeg_model import CHROMA, LUMA, jpeg, jpeg_codec
 
 CONFIG = DegradationConfig()
 

@@ -10,13 +10,13 @@ from PIL import Image
 
 import tiny_checkpoint as tiny
 from photos import data_folder
-from tsdsr_jax.data_options import DataOptions
-from tsdsr_jax.dataset import Batches, Rows, Shapes, read_ahead
-from tsdsr_jax.degradation import DegradationConfig
+from tsdsr_jax.data.batches import Batches, Rows, Shapes, read_ahead
+from tsdsr_jax.data.degradation import DegradationConfig
+from tsdsr_jax.data.options import DataOptions
+from tsdsr_jax.data.photos import CropConfig, Photographs, left_out, random_crop, survey
+from tsdsr_jax.data.sources import open_data
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.search import find_photographs
-from tsdsr_jax.photos import CropConfig, Photographs, left_out, random_crop, survey
-from tsdsr_jax.training_data import open_data
 from tsdsr_jax.weights.prompt_files import save_prompt_embeds
 
 CROP = CropConfig(32, 32, 24)

@@ -20,13 +20,13 @@ from commands import Command
 from photos import data_folder
 from tiny_text_encoders import save_text_encoders
 from train import prepare
-from tsdsr_jax import set_writers, shards
+from tsdsr_jax.data import shard_sets, writers
+from tsdsr_jax.data.folder_sets import PreparedFolder
+from tsdsr_jax.data.record import Record
+from tsdsr_jax.data.shard_sets import PreparedShards
+from tsdsr_jax.data.sources import open_sets
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.prepared import PreparedFolder
-from tsdsr_jax.record import Record
-from tsdsr_jax.shards import PreparedShards
-from tsdsr_jax.training_data import open_sets
 from tsdsr_jax.weights.prompt_files import load_prompt_embeds
 from tsdsr_jax.weights.torch_pickle import read_tensor
 
@@ -162,9 +162,9 @@ def test_grids_and_whole_photographs(command, tmp_path):
 
 
 def test_crops_are_those_of_training_on_the_way(command, root, tmp_path):
-    from tsdsr_jax.degradation import DegradationConfig
+    from tsdsr_jax.data.degradation import DegradationConfig
+    from tsdsr_jax.data.photos import CropConfig, Photographs, survey
     from tsdsr_jax.images.search import find_photographs
-    from tsdsr_jax.photos import CropConfig, Photographs, survey
 
     command.done(tmp_path / "set", "--crops_per_photo", "2", "--seed", "3")
     files = [(path, root / "photos") for path in find_photographs(root / "photos")]
@@ -184,7 +184,7 @@ def test_crops_are_those_of_training_on_the_way(command, root, tmp_path):
 def test_an_interrupted_run_goes_on_and_gives_the_same(command, tmp_path, monkeypatch, layout):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command.done(whole, "--layout", layout)
-    writer = set_writers.ShardWriter if layout == "shards" else set_writers.FolderWriter
+    writer = writers.ShardWriter if layout == "shards" else writers.FolderWriter
     add = writer.add
 
     def interrupted(self, sample):
@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(command, tmp_path, monkey
 
 @pytest.mark.parametrize("layout", ["shards", "folders"])
 def test_machines_share_the_work(command, tmp_path, monkeypatch, layout):
-    monkeypatch.setattr(set_writers, "_RUN", 3)
+    monkeypatch.setattr(writers, "_RUN", 3)
     shared = tmp_path / "shared"
     assert "pieces are missing, those of the 1 other parts" in command.done(
         shared, "--layout", layout, "--shard", "1/2"
@@ -232,7 +232,7 @@ def test_worker_processes_change_nothing(command, tmp_path):
         command.done(tmp_path / workers, "--dataloader_num_workers", workers)
     for number in range(3):
         contents = {
-            shards.shard_path(tmp_path / workers, "samples", number, 3).read_bytes() for workers in "023"
+            shard_sets.shard_path(tmp_path / workers, "samples", number, 3).read_bytes() for workers in "023"
         }
         assert len(contents) == 1
 
@@ -313,7 +313,7 @@ def test_flags_that_cannot_work_are_refused(command, tmp_path, flags, words):
 def test_damaged_shards_are_refused_by_name(command, tmp_path):
     output = tmp_path / "set"
     command.done(output)
-    path = shards.shard_path(output, "samples", 1, 3)
+    path = shard_sets.shard_path(output, "samples", 1, 3)
     content = path.read_bytes()
     path.unlink()
     with pytest.raises(UserError, match="1 of 3 samples files are missing, such as samples-00001-of-00003"):
@@ -321,7 +321,7 @@ def test_damaged_shards_are_refused_by_name(command, tmp_path):
     path.write_bytes(content[:1000])
     with pytest.raises(UserError, match=r"samples-00001-of-00003.arrayrecord: cannot be read"):
         open_sets([output])
-    shutil.copy(shards.shard_path(output, "samples", 2, 3), path)
+    shutil.copy(shard_sets.shard_path(output, "samples", 2, 3), path)
     with pytest.raises(UserError, match=r"8 samples in its files, 10 in manifest.json"):
         open_sets([output])
     path.write_bytes(content)
@@ -368,7 +368,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_texts_beside_the_photographs_are_encoded_once_each(
     command, root, encoders, tmp_path, monkeypatch, layout
 ):
-    from tsdsr_jax import preparation
+    from tsdsr_jax.data import preparation
     from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts
 
     photos = shutil.copytree(root / "photos", tmp_path / "photos")
@@ -415,7 +415,9 @@ def test_texts_beside_the_photographs_are_encoded_once_each(
         prompt = long.astype(np.float16) if text is None else expected[text].prompt
         np.testing.assert_array_equal(record.prompt, prompt)
     if layout == "shards":
-        stored = shards.ArrayRecordDataSource([str(shards.shard_path(tmp_path / "set", "prompts", 0, 1))])
+        stored = shard_sets.ArrayRecordDataSource(
+            [str(shard_sets.shard_path(tmp_path / "set", "prompts", 0, 1))]
+        )
         assert [load(stored[index])["text"].tobytes().decode()[:7] for index in range(3)] == [
             "a cat",
             "a house",
@@ -503,8 +505,7 @@ def test_a_folder_given_twice_counts_once(command, root, tmp_path):
 
 def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(root, tmp_path):
     manifests = [
-        set_writers.Manifest(tmp_path / "set", "shards", {"seed": seed}, set_writers.Part(seed, 2))
-        for seed in (0, 1)
+        writers.Manifest(tmp_path / "set", "shards", {"seed": seed}, writers.Part(seed, 2)) for seed in (0, 1)
     ]
     for each in manifests:
         each.check()
@@ -522,7 +523,7 @@ def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(
 @pytest.mark.parametrize("layout", ["shards", "folders"])
 def test_a_photograph_that_can_be_read_again_is_made_after_all(command, root, tmp_path, monkeypatch, layout):
     """As after a failure of the network: the file itself is what it was."""
-    from tsdsr_jax import photos
+    from tsdsr_jax.data import photos
 
     read = photos.read_photo
 
@@ -564,7 +565,7 @@ def test_prompts_are_read_by_many_threads_at_once(command, tmp_path, monkeypatch
 
     command.done(tmp_path / "set")
     source = open_sets([tmp_path / "set"])
-    monkeypatch.setattr(shards, "_PROMPTS_KEPT", 2)
+    monkeypatch.setattr(shard_sets, "_PROMPTS_KEPT", 2)
     monkeypatch.setattr(
         source, "_record", lambda _, number, kind: dict.fromkeys(("prompt_embeds", "pooled_embeds"), number)
     )

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import tiny_training
+from tsdsr_jax.data.folder_sets import PreparedFolder
+from tsdsr_jax.data.sources import open_sets
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.prepared import PreparedFolder
-from tsdsr_jax.training_data import open_sets
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
 from tsdsr_jax.weights.torch_pickle import read_tensor, write_tensor
 

@@ -263,8 +263,8 @@ def test_crops_that_are_too_large_say_which_would_fit(root, monkeypatch, capsys)
 
 
 def test_the_default_crop_agrees_with_the_same_one_given():
-    from tsdsr_jax.data_options import DataOptions
-    from tsdsr_jax.training_data import crop_identity
+    from tsdsr_jax.data.options import DataOptions
+    from tsdsr_jax.data.sources import crop_identity
 
     for longest, side in ((128, 128), (1536, 512)):
         given = DataOptions(crop_size=(side,))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import tiny_checkpoint as tiny
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.record import Record
 from tsdsr_jax.sharding import make_mesh
 from tsdsr_jax.teacher import FlowBase, FlowConfig, FlowLoss
 from tsdsr_jax.teacher_validation import INDICES, TeacherValidation, sample

@@ -29,8 +29,10 @@ from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, ne
 from tsdsr_jax.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.batch import Samples, to_unit
 from tsdsr_jax.checkpoint import MODEL, Files, on_host
-from tsdsr_jax.data_options import CropOptions
-from tsdsr_jax.dataset import Shapes
+from tsdsr_jax.data.batches import Shapes
+from tsdsr_jax.data.options import CropOptions
+from tsdsr_jax.data.record import Record
+from tsdsr_jax.data.sources import Data, open_images
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.loop import explained_memory
 from tsdsr_jax.models.lpips import LPIPS, Network, minimum_side
@@ -38,14 +40,12 @@ from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.networks import load_networks
 from tsdsr_jax.options import OptimizerOptions, RunOptions
-from tsdsr_jax.record import Record
 from tsdsr_jax.run_log import Curve
 from tsdsr_jax.session import say
 from tsdsr_jax.sharding import global_array, placement, replicated
 from tsdsr_jax.stepping import Step, jitted
 from tsdsr_jax.trainer import Trainer, TrainState
 from tsdsr_jax.training import with_new_scale
-from tsdsr_jax.training_data import Data, open_images
 from tsdsr_jax.validation import pick
 from tsdsr_jax.weights.lpips_files import load_lpips
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, NetworkFiles, torch_config

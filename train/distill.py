@@ -23,8 +23,9 @@ from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints, session
 from tsdsr_jax.checkpoint import LORA
-from tsdsr_jax.data_options import DataOptions
-from tsdsr_jax.dataset import Shapes, first_sample
+from tsdsr_jax.data.batches import Shapes, first_sample
+from tsdsr_jax.data.options import DataOptions
+from tsdsr_jax.data.sources import Data, open_data, open_sets
 from tsdsr_jax.distill_step import Trainer
 from tsdsr_jax.distill_validation import Validation
 from tsdsr_jax.distillation import (
@@ -49,7 +50,6 @@ from tsdsr_jax.session import say
 from tsdsr_jax.sharding import global_array, replicated
 from tsdsr_jax.stepping import Step
 from tsdsr_jax.training import with_new_scale
-from tsdsr_jax.training_data import Data, open_data, open_sets
 from tsdsr_jax.tsd import TSDConfig, Weighting
 from tsdsr_jax.validation import pick
 from tsdsr_jax.weights import prompt_hints

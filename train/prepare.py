@@ -39,9 +39,15 @@ from tsdsr_jax import cli, hints
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.checkpoint import Hash
 from tsdsr_jax.cli import check_writable
-from tsdsr_jax.data_options import PairOptions
-from tsdsr_jax.dataset import first_sample, read_ahead
-from tsdsr_jax.degradation import degrade, to_bytes
+from tsdsr_jax.data.batches import first_sample, read_ahead
+from tsdsr_jax.data.crops import Crops, Layout, Pairs, Planned, plan
+from tsdsr_jax.data.degradation import degrade, to_bytes
+from tsdsr_jax.data.options import PairOptions
+from tsdsr_jax.data.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
+from tsdsr_jax.data.preparation import Embedder, PromptChoice, Prompts, find_prompts, finish
+from tsdsr_jax.data.shard_sets import read_manifest
+from tsdsr_jax.data.sources import look_at, open_sets
+from tsdsr_jax.data.writers import Manifest, Part, SetPlan, Writer, make_writer
 from tsdsr_jax.devices import DTYPES, cores, keep_programs, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
@@ -49,13 +55,7 @@ from tsdsr_jax.images.files import read_photo
 from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.latents import LatentEncoder
 from tsdsr_jax.networks import Networks, load_text, text_hash
-from tsdsr_jax.pairs import Crops, Layout, Pairs, Planned, plan
-from tsdsr_jax.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
-from tsdsr_jax.preparation import Embedder, PromptChoice, Prompts, find_prompts, finish
-from tsdsr_jax.set_writers import Manifest, Part, SetPlan, Writer, make_writer
 from tsdsr_jax.sharding import make_mesh
-from tsdsr_jax.shards import read_manifest
-from tsdsr_jax.training_data import look_at, open_sets
 from tsdsr_jax.weights import prompt_hints
 from tsdsr_jax.weights.bundled import is_bundled, prompt_folder
 from tsdsr_jax.weights.prompt_files import DEFAULT_PROMPT, PromptEmbeds, load_prompt_embeds

@@ -31,8 +31,10 @@ from jax.sharding import Mesh
 from tsdsr_jax import cli, hints, session
 from tsdsr_jax.batch import Samples
 from tsdsr_jax.checkpoint import LORA, MODEL, Files, on_host
-from tsdsr_jax.data_options import DataOptions
-from tsdsr_jax.dataset import Shapes, first_sample
+from tsdsr_jax.data.batches import Shapes, first_sample
+from tsdsr_jax.data.options import DataOptions
+from tsdsr_jax.data.record import Source
+from tsdsr_jax.data.sources import Data, open_data, open_sets
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.loop import explained_memory
 from tsdsr_jax.models.params import Tree, abstract_params
@@ -46,7 +48,6 @@ from tsdsr_jax.networks import (
     text_hash,
 )
 from tsdsr_jax.options import OptimizerOptions, RunOptions
-from tsdsr_jax.record import Source
 from tsdsr_jax.run_log import Curve
 from tsdsr_jax.session import say
 from tsdsr_jax.sharding import global_array, replicated
@@ -65,7 +66,6 @@ from tsdsr_jax.teacher import (
 from tsdsr_jax.teacher_validation import TeacherValidation
 from tsdsr_jax.trainer import Trainer, TrainState
 from tsdsr_jax.training import with_new_scale
-from tsdsr_jax.training_data import Data, open_data, open_sets
 from tsdsr_jax.validation import pick
 from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, Checkpoint, check_fit, open_checkpoint, torch_config

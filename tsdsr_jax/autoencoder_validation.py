@@ -12,10 +12,10 @@ from PIL import Image
 
 from tsdsr_jax.autoencoder import AutoencoderLoss, divergence, latent_deviation
 from tsdsr_jax.batch import Samples, to_unit
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import Posterior
-from tsdsr_jax.record import Record
 from tsdsr_jax.sharding import replicated
 from tsdsr_jax.validation import place_samples, psnr
 

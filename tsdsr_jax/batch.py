@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.record import Record
 
 Metrics = dict[str, jax.Array]
 

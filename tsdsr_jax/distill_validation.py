@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from tsdsr_jax.batch import Samples
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.objective import Base, Losses, Student, to_batch
-from tsdsr_jax.record import Record
 from tsdsr_jax.sharding import replicated
 from tsdsr_jax.validation import place_samples, psnr
 

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from tsdsr_jax.batch import to_unit
 from tsdsr_jax.checkpoint import Hash
-from tsdsr_jax.data_options import DataOptions
-from tsdsr_jax.dataset import Shapes
+from tsdsr_jax.data.batches import Shapes
+from tsdsr_jax.data.options import DataOptions
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.layers import Placement
@@ -25,7 +26,6 @@ from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.record import Record
 from tsdsr_jax.sharding import base_shardings, global_array, placement, replicated
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.weights.prompt_hints import how_to_encode

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from tsdsr_jax import checkpoint, loop
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.dataset import BadSamples, Batches, LocalBatch, Rows, read_ahead
+from tsdsr_jax.data.batches import BadSamples, Batches, LocalBatch, Rows, read_ahead
+from tsdsr_jax.data.sources import Data
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import differences, versions
@@ -41,7 +42,6 @@ from tsdsr_jax.run_log import (
     summarise,
     summary_table,
 )
-from tsdsr_jax.training_data import Data
 
 ROOT = Path(__file__).resolve().parents[1]
 

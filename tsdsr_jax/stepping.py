@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax.batch import Metrics, Samples, to_samples
-from tsdsr_jax.dataset import LocalBatch
+from tsdsr_jax.data.batches import LocalBatch
 from tsdsr_jax.sharding import batch_sharding, global_array, replicated
 
 # (state, base, samples, key) -> (state, metrics)

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from tsdsr_jax.batch import Samples, decode
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.record import Record
 from tsdsr_jax.sharding import replicated
 from tsdsr_jax.teacher import FlowBase, FlowLoss, to_flow_batch
 from tsdsr_jax.validation import place_samples

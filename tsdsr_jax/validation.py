@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax.batch import Samples, to_samples
-from tsdsr_jax.dataset import Shapes
+from tsdsr_jax.data.batches import Shapes
+from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.record import Record, Source
 from tsdsr_jax.sharding import batch_sharding, global_array
 
 

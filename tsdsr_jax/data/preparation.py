@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from tsdsr_jax.data.crops import Pair
+from tsdsr_jax.data.photos import Photograph
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.pairs import Pair
-from tsdsr_jax.photos import Photograph
 from tsdsr_jax.weights.prompt_files import DEFAULT_PROMPT, PromptEmbeds, read_text
 from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts
 

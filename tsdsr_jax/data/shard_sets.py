@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from tsdsr_jax.atomic import replacing
+from tsdsr_jax.data.record import Record, spread
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.record import Record, spread
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 MANIFEST = "manifest.json"

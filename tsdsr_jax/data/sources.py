@@ -13,14 +13,14 @@ import numpy as np
 from tqdm import tqdm
 
 from tsdsr_jax import hints
-from tsdsr_jax.data_options import CropOptions, DataOptions, PairOptions
-from tsdsr_jax.dataset import Shapes, first_sample
+from tsdsr_jax.data.batches import Shapes, first_sample
+from tsdsr_jax.data.folder_sets import PreparedFolder
+from tsdsr_jax.data.options import CropOptions, DataOptions, PairOptions
+from tsdsr_jax.data.photos import Photographs, Survey, left_out, survey
+from tsdsr_jax.data.record import Record, Source
+from tsdsr_jax.data.shard_sets import PreparedShards, is_sharded
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.search import find_photographs
-from tsdsr_jax.photos import Photographs, Survey, left_out, survey
-from tsdsr_jax.prepared import PreparedFolder
-from tsdsr_jax.record import Record, Source
-from tsdsr_jax.shards import PreparedShards, is_sharded
 from tsdsr_jax.weights.prompt_files import load_prompt_embeds
 from tsdsr_jax.weights.text_encoders import has_encoders
 

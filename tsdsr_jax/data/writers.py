@@ -18,12 +18,10 @@ from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.errors import UserError
-from tsdsr_jax.identity import differences
-from tsdsr_jax.pairs import Layout
-from tsdsr_jax.preparation import Finished, Prompts
-from tsdsr_jax.prepared import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
-from tsdsr_jax.shards import (
+from tsdsr_jax.data.crops import Layout
+from tsdsr_jax.data.folder_sets import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
+from tsdsr_jax.data.preparation import Finished, Prompts
+from tsdsr_jax.data.shard_sets import (
     FORMAT,
     MANIFEST,
     count_records,
@@ -34,6 +32,8 @@ from tsdsr_jax.shards import (
     shard_path,
     write_shard,
 )
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.identity import differences
 from tsdsr_jax.weights.prompt_files import TORCH_POOLED_FOLDER, TORCH_PROMPT_FOLDER, PromptEmbeds
 from tsdsr_jax.weights.torch_pickle import write_tensor
 

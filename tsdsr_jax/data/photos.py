@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tsdsr_jax.degradation import DegradationConfig, degrade, target
+from tsdsr_jax.data.degradation import DegradationConfig, degrade, target
+from tsdsr_jax.data.record import Record, spread
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.images.resize import reflect_pad
-from tsdsr_jax.record import Record, spread
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, load_prompt_embeds
 
 # Half a gigabyte decoded: larger than any camera's picture, and a worker each holds one.

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 
+from tsdsr_jax.data.photos import CROP_STEP, Box, CropConfig, Photograph, Photographs
+from tsdsr_jax.data.shard_sets import pack_image
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.photos import CROP_STEP, Box, CropConfig, Photograph, Photographs
-from tsdsr_jax.shards import pack_image
 
 Crops = Literal["random", "grid", "whole"]
 Layout = Literal["shards", "folders"]

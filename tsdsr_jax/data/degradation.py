@@ -16,9 +16,9 @@ import cv2
 import numpy as np
 from scipy.sparse import csr_array
 
-from tsdsr_jax.blur_kernels import Shape, blur_kernel, pulse, sinc_kernel
+from tsdsr_jax.data.blur_kernels import Shape, blur_kernel, pulse, sinc_kernel
+from tsdsr_jax.data.jpeg_model import jpeg, jpeg_codec
 from tsdsr_jax.images.resize import bicubic
-from tsdsr_jax.jpeg_model import jpeg, jpeg_codec
 
 Range = tuple[float, float]
 Mode = Literal["area", "bilinear", "bicubic"]

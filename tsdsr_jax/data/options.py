@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, Self
 
-from tsdsr_jax.degradation import DegradationConfig, light
+from tsdsr_jax.data.degradation import DegradationConfig, light
+from tsdsr_jax.data.photos import CROP_STEP, CropConfig
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.photos import CROP_STEP, CropConfig
 from tsdsr_jax.weights.bundled import prompt_folder
 
 

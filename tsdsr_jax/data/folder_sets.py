@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tsdsr_jax.data.record import Record, spread
+from tsdsr_jax.data.shard_sets import MANIFEST, check_complete, has_manifest, read_manifest
 from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.hints import command
 from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
-from tsdsr_jax.record import Record, spread
-from tsdsr_jax.shards import MANIFEST, check_complete, has_manifest, read_manifest
 from tsdsr_jax.weights.prompt_files import (
     TORCH_POOLED_FOLDER,
     TORCH_PROMPT_FOLDER,

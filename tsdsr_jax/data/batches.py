@@ -21,8 +21,8 @@ import cv2
 import grain
 import numpy as np
 
+from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.record import Record, Source
 
 # How many samples in place of a bad one are tried before giving up.
 TRIES = 16

@@ -37,7 +37,6 @@ from torch_training import RATE, TorchStep
 import oracle_models
 import parity
 from tsdsr_jax import cli, devices
-from tsdsr_jax.batch import Samples
 from tsdsr_jax.distill_step import Trainer
 from tsdsr_jax.distillation import jit_step
 from tsdsr_jax.errors import UserError
@@ -45,8 +44,9 @@ from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.objective import Base, Batch, Draws, LossConfig, Losses, Student
-from tsdsr_jax.sharding import make_mesh
-from tsdsr_jax.training import OptimizerConfig
+from tsdsr_jax.training.batch import Samples
+from tsdsr_jax.training.optimizer import OptimizerConfig
+from tsdsr_jax.training.sharding import make_mesh
 from tsdsr_jax.tsd import TSDConfig
 
 # Relative, of each loss.

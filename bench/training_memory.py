@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 
 from tsdsr_jax import cli
-from tsdsr_jax.batch import Samples
 from tsdsr_jax.distill_step import Trainer
 from tsdsr_jax.distillation import jit_step
 from tsdsr_jax.errors import UserError
@@ -37,9 +36,10 @@ from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.objective import Base, LossConfig, Losses, Student
-from tsdsr_jax.options import PRECISIONS
-from tsdsr_jax.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
-from tsdsr_jax.training import OptimizerConfig
+from tsdsr_jax.training.batch import Samples
+from tsdsr_jax.training.optimizer import OptimizerConfig
+from tsdsr_jax.training.options import PRECISIONS
+from tsdsr_jax.training.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
 from tsdsr_jax.tsd import TSDConfig
 
 TOKENS = 333

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tsdsr_jax import checkpoint, cli, hints
+from tsdsr_jax import cli, hints
+from tsdsr_jax.training import checkpoint
 
 
 @dataclasses.dataclass

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tsdsr_jax import checkpoint
-from tsdsr_jax.checkpoint import Checkpoints, Hash, find, read_meta, read_state
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.training import checkpoint
+from tsdsr_jax.training.checkpoint import Checkpoints, Hash, find, read_meta, read_state
 
 
 class State(NamedTuple):

@@ -19,15 +19,16 @@ import tiny_checkpoint as tiny
 import tiny_training
 from commands import Command, resume_by_every_spelling
 from train import distill
-from tsdsr_jax import checkpoint, cli, distill_validation, options, sharding
+from tsdsr_jax import cli, distill_validation
 from tsdsr_jax.distill_step import Trainer
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL as FlaxVAE
-from tsdsr_jax.run_log import read_rows
-from tsdsr_jax.stepping import JittedStep
+from tsdsr_jax.training import checkpoint, options, sharding
+from tsdsr_jax.training.log import read_rows
+from tsdsr_jax.training.stepping import JittedStep
 from tsdsr_jax.weights.prompt_files import save_prompt_embeds
 from tsdsr_jax.weights.torch_names import to_tree
 from tsdsr_jax.weights.torch_pickle import write_tensor

@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny_training
-from tsdsr_jax import checkpoint
-from tsdsr_jax.run_log import read_rows
+from tsdsr_jax.training import checkpoint
+from tsdsr_jax.training.log import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # A checkpoint every few steps, so that kills meet some that are being written.

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from train.distill import MEMORY_REMEDIES
-from tsdsr_jax import loop
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.training import loop
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ import tiny_training
 from commands import Command, printed
 from infer import upscale
 from train import distill, prepare, teacher
-from tsdsr_jax import hints, options, sharding
+from tsdsr_jax import hints
+from tsdsr_jax.training import options, sharding
 from tsdsr_jax.weights.bundled import FOLDER
 from tsdsr_jax.weights.sd3_folder import MERGED_FILE
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.run_log import (
+from tsdsr_jax.training.log import (
     Curve,
     RunLog,
     TensorBoard,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tsdsr_jax.schedules import learning_rate
+from tsdsr_jax.training.schedules import learning_rate
 
 NAMES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 

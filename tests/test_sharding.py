@@ -14,8 +14,8 @@ from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.objective import Base, Batch, LossConfig, Losses, Student
-from tsdsr_jax.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
-from tsdsr_jax.training import OptimizerConfig
+from tsdsr_jax.training.optimizer import OptimizerConfig
+from tsdsr_jax.training.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
 
 # As small as compiles fast: one scanned block of each kind, an autoencoder of two levels.
 MMDIT = MMDiTConfig.tiny(num_layers=2)

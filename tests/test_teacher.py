@@ -9,7 +9,6 @@ from flax.traverse_util import flatten_dict
 
 import tiny_checkpoint as tiny
 from parity import error, lora_of, nhwc, params_of
-from tsdsr_jax.batch import Samples, encode
 from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
@@ -28,8 +27,9 @@ from tsdsr_jax.teacher import (
     split_fixed,
     to_flow_batch,
 )
-from tsdsr_jax.trainer import Trainer
-from tsdsr_jax.training import OptimizerConfig
+from tsdsr_jax.training.batch import Samples, encode
+from tsdsr_jax.training.optimizer import OptimizerConfig
+from tsdsr_jax.training.step import Trainer
 from tsdsr_jax.weights.torch_names import write_base, write_lora
 
 pytest_plugins = "parity"

@@ -16,9 +16,9 @@ import tiny_checkpoint as tiny
 import tiny_training
 from commands import Command, Outcome, resume_by_every_spelling
 from train import distill, teacher
-from tsdsr_jax import checkpoint, options, sharding
 from tsdsr_jax.models.mmdit import MMDiT
-from tsdsr_jax.run_log import read_rows
+from tsdsr_jax.training import checkpoint, options, sharding
+from tsdsr_jax.training.log import read_rows
 from tsdsr_jax.weights.lora_files import load_lora
 from tsdsr_jax.weights.sd3_folder import open_checkpoint
 from tsdsr_jax.weights.torch_pickle import write_tensor

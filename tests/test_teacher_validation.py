@@ -11,9 +11,9 @@ from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.sharding import make_mesh
 from tsdsr_jax.teacher import FlowBase, FlowConfig, FlowLoss
 from tsdsr_jax.teacher_validation import INDICES, TeacherValidation, sample
+from tsdsr_jax.training.sharding import make_mesh
 
 SHIFT = 3.0
 

@@ -12,8 +12,8 @@ import pytest
 from tsdsr_jax.distill_step import Trainer
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.objective import Base, Batch, LossConfig, Student
-from tsdsr_jax.schedules import learning_rate
-from tsdsr_jax.training import OptimizerConfig
+from tsdsr_jax.training.optimizer import OptimizerConfig
+from tsdsr_jax.training.schedules import learning_rate
 
 KEY = jax.random.key(0)
 BASE = Base({}, {}, {}, Text(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1))))
@@ -162,7 +162,7 @@ def test_the_loss_scale_halves_on_overflow_and_leaves_the_result_alone():
 
 
 def test_the_loss_scale_grows_after_enough_good_steps(monkeypatch):
-    monkeypatch.setattr("tsdsr_jax.training.GROWTH_STEPS", 3)
+    monkeypatch.setattr("tsdsr_jax.training.optimizer.GROWTH_STEPS", 3)
     _, history = run(Trainer(ToyLosses(), CONSTANT, dynamic_scale=True), 8)
     assert [row["loss_scale"] for row in history] == [65536] * 3 + [131072] * 3 + [262144] * 2
 

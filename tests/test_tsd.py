@@ -7,7 +7,7 @@ import pytest
 
 from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text, guided
-from tsdsr_jax.training import INITIAL_SCALE
+from tsdsr_jax.training.optimizer import INITIAL_SCALE
 from tsdsr_jax.tsd import (
     LARGEST_TERM,
     TSDConfig,

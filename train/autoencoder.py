@@ -24,29 +24,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tsdsr_jax import cli, hints, session
+from tsdsr_jax import cli, hints
 from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, new_params
 from tsdsr_jax.autoencoder_validation import AutoencoderValidation
-from tsdsr_jax.batch import Samples, to_unit
-from tsdsr_jax.checkpoint import MODEL, Files, on_host
 from tsdsr_jax.data.batches import Shapes
 from tsdsr_jax.data.options import CropOptions
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data, open_images
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.loop import explained_memory
 from tsdsr_jax.models.lpips import LPIPS, Network, minimum_side
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.networks import load_networks
-from tsdsr_jax.options import OptimizerOptions, RunOptions
-from tsdsr_jax.run_log import Curve
-from tsdsr_jax.session import say
-from tsdsr_jax.sharding import global_array, placement, replicated
-from tsdsr_jax.stepping import Step, jitted
-from tsdsr_jax.trainer import Trainer, TrainState
-from tsdsr_jax.training import with_new_scale
-from tsdsr_jax.validation import pick
+from tsdsr_jax.training import session
+from tsdsr_jax.training.batch import Samples, to_unit
+from tsdsr_jax.training.checkpoint import MODEL, Files, on_host
+from tsdsr_jax.training.log import Curve
+from tsdsr_jax.training.loop import explained_memory
+from tsdsr_jax.training.networks import load_networks
+from tsdsr_jax.training.optimizer import with_new_scale
+from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.session import say
+from tsdsr_jax.training.sharding import global_array, placement, replicated
+from tsdsr_jax.training.step import Trainer, TrainState
+from tsdsr_jax.training.stepping import Step, jitted
+from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lpips_files import load_lpips
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, NetworkFiles, torch_config
 from tsdsr_jax.weights.torch_names import write_base

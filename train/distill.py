@@ -21,8 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax import cli, hints, session
-from tsdsr_jax.checkpoint import LORA
+from tsdsr_jax import cli, hints
 from tsdsr_jax.data.batches import Shapes, first_sample
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.sources import Data, open_data, open_sets
@@ -39,19 +38,28 @@ from tsdsr_jax.distillation import (
     make_losses,
 )
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.loop import explained_memory
 from tsdsr_jax.models.lpips import LPIPS, Network
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.networks import Networks, check_latents, check_shapes, load_texts, place_text, text_hash
 from tsdsr_jax.objective import Base, LossConfig, Student
-from tsdsr_jax.options import OptimizerOptions, RunOptions
-from tsdsr_jax.run_log import Curve
-from tsdsr_jax.session import say
-from tsdsr_jax.sharding import global_array, replicated
-from tsdsr_jax.stepping import Step
-from tsdsr_jax.training import with_new_scale
+from tsdsr_jax.training import session
+from tsdsr_jax.training.checkpoint import LORA
+from tsdsr_jax.training.log import Curve
+from tsdsr_jax.training.loop import explained_memory
+from tsdsr_jax.training.networks import (
+    Networks,
+    check_latents,
+    check_shapes,
+    load_texts,
+    place_text,
+    text_hash,
+)
+from tsdsr_jax.training.optimizer import with_new_scale
+from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.session import say
+from tsdsr_jax.training.sharding import global_array, replicated
+from tsdsr_jax.training.stepping import Step
+from tsdsr_jax.training.validation import pick
 from tsdsr_jax.tsd import TSDConfig, Weighting
-from tsdsr_jax.validation import pick
 from tsdsr_jax.weights import prompt_hints
 from tsdsr_jax.weights.lpips_files import how_to_get, load_lpips
 from tsdsr_jax.weights.prompt_files import PromptEmbeds

@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 from tsdsr_jax import cli, hints
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.checkpoint import Hash
 from tsdsr_jax.cli import check_writable
 from tsdsr_jax.data.batches import first_sample, read_ahead
 from tsdsr_jax.data.crops import Crops, Layout, Pairs, Planned, plan
@@ -53,9 +52,10 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.images.files import read_photo
 from tsdsr_jax.images.sheet import comparison_sheet
-from tsdsr_jax.latents import LatentEncoder
-from tsdsr_jax.networks import Networks, load_text, text_hash
-from tsdsr_jax.sharding import make_mesh
+from tsdsr_jax.training.checkpoint import Hash
+from tsdsr_jax.training.latents import LatentEncoder
+from tsdsr_jax.training.networks import Networks, load_text, text_hash
+from tsdsr_jax.training.sharding import make_mesh
 from tsdsr_jax.weights import prompt_hints
 from tsdsr_jax.weights.bundled import is_bundled, prompt_folder
 from tsdsr_jax.weights.prompt_files import DEFAULT_PROMPT, PromptEmbeds, load_prompt_embeds

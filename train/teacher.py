@@ -28,30 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax import cli, hints, session
-from tsdsr_jax.batch import Samples
-from tsdsr_jax.checkpoint import LORA, MODEL, Files, on_host
+from tsdsr_jax import cli, hints
 from tsdsr_jax.data.batches import Shapes, first_sample
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.record import Source
 from tsdsr_jax.data.sources import Data, open_data, open_sets
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.loop import explained_memory
 from tsdsr_jax.models.params import Tree, abstract_params
-from tsdsr_jax.networks import (
-    Networks,
-    check_latents,
-    check_shapes,
-    check_tokens,
-    load_texts,
-    place_text,
-    text_hash,
-)
-from tsdsr_jax.options import OptimizerOptions, RunOptions
-from tsdsr_jax.run_log import Curve
-from tsdsr_jax.session import say
-from tsdsr_jax.sharding import global_array, replicated
-from tsdsr_jax.stepping import Step, jitted
 from tsdsr_jax.teacher import (
     FlowBase,
     FlowConfig,
@@ -64,9 +47,27 @@ from tsdsr_jax.teacher import (
     to_flow_batch,
 )
 from tsdsr_jax.teacher_validation import TeacherValidation
-from tsdsr_jax.trainer import Trainer, TrainState
-from tsdsr_jax.training import with_new_scale
-from tsdsr_jax.validation import pick
+from tsdsr_jax.training import session
+from tsdsr_jax.training.batch import Samples
+from tsdsr_jax.training.checkpoint import LORA, MODEL, Files, on_host
+from tsdsr_jax.training.log import Curve
+from tsdsr_jax.training.loop import explained_memory
+from tsdsr_jax.training.networks import (
+    Networks,
+    check_latents,
+    check_shapes,
+    check_tokens,
+    load_texts,
+    place_text,
+    text_hash,
+)
+from tsdsr_jax.training.optimizer import with_new_scale
+from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.session import say
+from tsdsr_jax.training.sharding import global_array, replicated
+from tsdsr_jax.training.step import Trainer, TrainState
+from tsdsr_jax.training.stepping import Step, jitted
+from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, Checkpoint, check_fit, open_checkpoint, torch_config
 from tsdsr_jax.weights.torch_names import to_tree, write_base, write_lora

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tsdsr_jax.batch import Metrics
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL, Posterior, VAEConfig
+from tsdsr_jax.training.batch import Metrics
 
 # Pixels that the gradients are taken over; edges and texture of these widths count by themselves.
 GRADIENT_SCALES = (1, 2, 4)

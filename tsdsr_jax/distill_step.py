@@ -12,10 +12,17 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from tsdsr_jax.batch import Metrics
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.objective import Base, Batch, Losses, Student, draw
-from tsdsr_jax.training import LossScale, OptimizerConfig, accumulated, average, kept_where, updates_done
+from tsdsr_jax.training.batch import Metrics
+from tsdsr_jax.training.optimizer import (
+    LossScale,
+    OptimizerConfig,
+    accumulated,
+    average,
+    kept_where,
+    updates_done,
+)
 
 _HR_LATENTS = 2**31
 

@@ -10,12 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from tsdsr_jax.batch import Samples
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.objective import Base, Losses, Student, to_batch
-from tsdsr_jax.sharding import replicated
-from tsdsr_jax.validation import place_samples, psnr
+from tsdsr_jax.training.batch import Samples
+from tsdsr_jax.training.sharding import replicated
+from tsdsr_jax.training.validation import place_samples, psnr
 
 TITLES = ("low quality", "student", "high quality")
 

@@ -14,17 +14,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from tsdsr_jax.batch import Samples
-from tsdsr_jax.checkpoint import Hash
 from tsdsr_jax.distill_step import Trainer, TrainState
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree, abstract_params
-from tsdsr_jax.networks import Networks
 from tsdsr_jax.objective import Base, LossConfig, Losses, Student, to_batch
-from tsdsr_jax.sharding import global_array, replicated
-from tsdsr_jax.stepping import JittedStep, jitted
+from tsdsr_jax.training.batch import Samples
+from tsdsr_jax.training.checkpoint import Hash
+from tsdsr_jax.training.networks import Networks
+from tsdsr_jax.training.sharding import global_array, replicated
+from tsdsr_jax.training.stepping import JittedStep, jitted
 from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.weights.sd3_folder import NetworkFiles
 from tsdsr_jax.weights.torch_names import write_lora

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tsdsr_jax.batch import Metrics, Samples, encode, repeated, to_unit
 from tsdsr_jax.models import flow, lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, sincos_table
 from tsdsr_jax.models.params import Config, Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.training.batch import Metrics, Samples, encode, repeated, to_unit
 
 # The schedule's positions are no weight: checkpoints store them, but nobody trains them.
 FIXED = ("pos_embed/table",)

@@ -11,16 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from tsdsr_jax.batch import Samples, decode
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.sharding import replicated
 from tsdsr_jax.teacher import FlowBase, FlowLoss, to_flow_batch
-from tsdsr_jax.validation import place_samples
+from tsdsr_jax.training.batch import Samples, decode
+from tsdsr_jax.training.sharding import replicated
+from tsdsr_jax.training.validation import place_samples
 
 # Schedule indices of the loss, and the one whose estimate is shown: much noise to little; σ there is 0.96, 0.86, 0.67, 0.33.
 INDICES = (100, 330, 600, 860)

@@ -154,10 +154,10 @@ def pretend(device: jax.Device, whole: NamedSharding) -> None:
 
 def replace_loading_and_running() -> None:
     """Weights become planned ones, and a run one step, the pictures and the files of a checkpoint."""
-    from tsdsr_jax import networks, session
     from tsdsr_jax.models import attention
     from tsdsr_jax.models.params import abstract_params
-    from tsdsr_jax.sharding import base_shardings
+    from tsdsr_jax.training import networks, session
+    from tsdsr_jax.training.sharding import base_shardings
 
     def load(network: Any, mesh: Mesh, dtype: Any, progress: Any) -> tuple[Any, str]:
         shapes = abstract_params(network.config)

@@ -14,8 +14,6 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from tsdsr_jax.batch import to_unit
-from tsdsr_jax.checkpoint import Hash
 from tsdsr_jax.data.batches import Shapes
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.record import Record
@@ -26,7 +24,9 @@ from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.sharding import base_shardings, global_array, placement, replicated
+from tsdsr_jax.training.batch import to_unit
+from tsdsr_jax.training.checkpoint import Hash
+from tsdsr_jax.training.sharding import base_shardings, global_array, placement, replicated
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.weights.prompt_hints import how_to_encode
 from tsdsr_jax.weights.sd3_folder import NetworkFiles

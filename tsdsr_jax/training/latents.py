@@ -8,10 +8,10 @@ from functools import partial
 import jax
 import numpy as np
 
-from tsdsr_jax.batch import to_unit
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.networks import Networks
-from tsdsr_jax.sharding import batch_sharding
+from tsdsr_jax.training.batch import to_unit
+from tsdsr_jax.training.networks import Networks
+from tsdsr_jax.training.sharding import batch_sharding
 
 _NOISE_STREAM = 0x6C617465  # keeps the posteriors' noise apart from other draws
 

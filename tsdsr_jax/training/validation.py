@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax.batch import Samples, to_samples
 from tsdsr_jax.data.batches import Shapes
 from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.sharding import batch_sharding, global_array
+from tsdsr_jax.training.batch import Samples, to_samples
+from tsdsr_jax.training.sharding import batch_sharding, global_array
 
 
 def place_samples(records: Sequence[Record], mesh: Mesh) -> list[Samples]:

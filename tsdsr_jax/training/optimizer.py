@@ -16,7 +16,7 @@ import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.schedules import Schedule, ScheduleName, learning_rate
+from tsdsr_jax.training.schedules import Schedule, ScheduleName, learning_rate
 
 Optimizer = Literal["adamw", "muon"]
 

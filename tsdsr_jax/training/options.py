@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from tsdsr_jax.cli import PathOrName, at_least, check_writable, finite
 from tsdsr_jax.devices import DTYPES, join_processes, keep_programs
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.run_log import ReportTo, check_trackers
-from tsdsr_jax.schedules import ScheduleName
-from tsdsr_jax.sharding import make_mesh
-from tsdsr_jax.training import OptimizerConfig
+from tsdsr_jax.training.log import ReportTo, check_trackers
+from tsdsr_jax.training.optimizer import OptimizerConfig
+from tsdsr_jax.training.schedules import ScheduleName
+from tsdsr_jax.training.sharding import make_mesh
 
 # The original's `--mixed_precision` calls float32 "no".
 PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}

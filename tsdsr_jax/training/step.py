@@ -11,10 +11,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tsdsr_jax.batch import Metrics
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.sharding import base_shardings, replicated
-from tsdsr_jax.training import LossScale, OptimizerConfig, accumulated, average, kept_where, updates_done
+from tsdsr_jax.training.batch import Metrics
+from tsdsr_jax.training.optimizer import (
+    LossScale,
+    OptimizerConfig,
+    accumulated,
+    average,
+    kept_where,
+    updates_done,
+)
+from tsdsr_jax.training.sharding import base_shardings, replicated
 
 # (what is trained, frozen arrays, batch, key) -> (loss, metrics); pure.
 Objective = Callable[[Tree, Any, Any, jax.Array], tuple[jax.Array, Metrics]]

@@ -22,15 +22,14 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from tsdsr_jax import checkpoint, loop
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.data.batches import BadSamples, Batches, LocalBatch, Rows, read_ahead
 from tsdsr_jax.data.sources import Data
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import differences, versions
-from tsdsr_jax.options import RunOptions
-from tsdsr_jax.run_log import (
+from tsdsr_jax.training import checkpoint, loop
+from tsdsr_jax.training.log import (
     Curve,
     RunLog,
     TensorBoard,
@@ -42,6 +41,7 @@ from tsdsr_jax.run_log import (
     summarise,
     summary_table,
 )
+from tsdsr_jax.training.options import RunOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 

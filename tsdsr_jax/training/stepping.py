@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax.batch import Metrics, Samples, to_samples
 from tsdsr_jax.data.batches import LocalBatch
-from tsdsr_jax.sharding import batch_sharding, global_array, replicated
+from tsdsr_jax.training.batch import Metrics, Samples, to_samples
+from tsdsr_jax.training.sharding import batch_sharding, global_array, replicated
 
 # (state, base, samples, key) -> (state, metrics)
 JittedStep = Callable[[Any, Any, Samples, jax.Array], tuple[Any, Metrics]]

@@ -18,8 +18,8 @@ from torch_networks import ADAPTED, ENCODER, STUDENT, Size, TorchNetworks
 from torch_pipeline import DTYPES
 
 import oracle_training as oracle
+from tsdsr_jax.distillation.losses import LossConfig
 from tsdsr_jax.models import flow
-from tsdsr_jax.objective import LossConfig
 
 RATE, RATE_AUXILIARY = 5e-6, 1e-6
 

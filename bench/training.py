@@ -37,17 +37,17 @@ from torch_training import RATE, TorchStep
 import oracle_models
 import parity
 from tsdsr_jax import cli, devices
-from tsdsr_jax.distill_step import Trainer
-from tsdsr_jax.distillation import jit_step
+from tsdsr_jax.distillation.adapters import jit_step
+from tsdsr_jax.distillation.losses import Base, Batch, Draws, LossConfig, Losses, Student
+from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.tsd import TSDConfig
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.objective import Base, Batch, Draws, LossConfig, Losses, Student
 from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.sharding import make_mesh
-from tsdsr_jax.tsd import TSDConfig
 
 # Relative, of each loss.
 FARTHEST = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.1}

@@ -26,8 +26,10 @@ import jax
 import jax.numpy as jnp
 
 from tsdsr_jax import cli
-from tsdsr_jax.distill_step import Trainer
-from tsdsr_jax.distillation import jit_step
+from tsdsr_jax.distillation.adapters import jit_step
+from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student
+from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.tsd import TSDConfig
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.guidance import Text
@@ -35,12 +37,10 @@ from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.objective import Base, LossConfig, Losses, Student
 from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.options import PRECISIONS
 from tsdsr_jax.training.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
-from tsdsr_jax.tsd import TSDConfig
 
 TOKENS = 333
 GB = 1e9

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from parity import random_lora, random_tensors, uniform
+from tsdsr_jax.distillation.losses import LossConfig
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.objective import LossConfig
 from tsdsr_jax.weights.torch_names import write_lora
 
 FILE = Path(__file__).parent / "golden" / "losses.npz"

@@ -19,12 +19,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from numpy.typing import ArrayLike
 
+from tsdsr_jax.distillation.losses import Batch, Draws
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.objective import Batch, Draws
 from tsdsr_jax.weights import lora_files, torch_names
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, Part, torch_config
 from tsdsr_jax.weights.tensor_files import TensorSpec, save_tensors

@@ -19,8 +19,9 @@ import tiny_checkpoint as tiny
 import tiny_training
 from commands import Command, resume_by_every_spelling
 from train import distill
-from tsdsr_jax import cli, distill_validation
-from tsdsr_jax.distill_step import Trainer
+from tsdsr_jax import cli
+from tsdsr_jax.distillation import validation
+from tsdsr_jax.distillation.step import Trainer
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiT
@@ -45,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_compilation(cache: Path) -> Iterator[None]:
     """Runs of equal settings share their programs, as the steps of one run do."""
     steps, restores = {}, {}
-    step, restore = distill.jit_step, distill_validation.jit_restore
+    step, restore = distill.jit_step, validation.jit_restore
 
     def shared_step(trainer: Trainer, mesh: Mesh) -> JittedStep:
         settings = trainer.losses, trainer.config, trainer.dynamic_scale, mesh
@@ -53,7 +54,7 @@ def quick_compilation(cache: Path) -> Iterator[None]:
 
     with tiny.compiled_once(cache), pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "jit_step", shared_step)
-        patch.setattr(distill_validation, "jit_restore", lambda *key: restores.setdefault(key, restore(*key)))
+        patch.setattr(validation, "jit_restore", lambda *key: restores.setdefault(key, restore(*key)))
         yield
 
 

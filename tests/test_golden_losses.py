@@ -5,10 +5,10 @@ import numpy as np
 
 import make_golden_losses as golden
 from parity import losses_and_gradients, random_params
+from tsdsr_jax.distillation.losses import Base, Losses, Student
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.objective import Base, Losses, Student
 
 
 def test_losses_and_gradients():

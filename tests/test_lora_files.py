@@ -27,7 +27,7 @@ import convert.sd3
 import train.teacher
 from parity import MemoryReader, error, leaves, random_lora
 from tiny_checkpoint import random_params, save_network, save_peft, tiny_mmdit_config, tiny_vae_config
-from tsdsr_jax import distillation
+from tsdsr_jax.distillation import adapters
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
@@ -634,7 +634,7 @@ def run(monkeypatch: pytest.MonkeyPatch, script: Any, *arguments: object) -> Non
 def test_upscaling_and_both_trainings_read_the_strength(both: SimpleNamespace) -> None:
     options = SimpleNamespace(lora_dir=str(both.lora), rank=4, rank_vae=4)
     networks = SimpleNamespace(**both.networks)
-    student, auxiliary = distillation.load_adapters(both.lora, networks, distillation.Ranks(4, 4, 4))
+    student, auxiliary = adapters.load_adapters(both.lora, networks, adapters.Ranks(4, 4, 4))
     starts = dict(zip(both.networks, student, strict=True))
     for part, adapter in zip(both.networks, load_loras(options, *both.networks.values()), strict=True):
         assert_merged(both.networks[part], adapter, both.expected[part])
@@ -649,7 +649,7 @@ def test_upscaling_and_both_trainings_read_the_strength(both: SimpleNamespace) -
 def test_the_teacher_of_distilling_has_its_strength(both: SimpleNamespace) -> None:
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     networks = SimpleNamespace(transformer=both.networks["transformer"], mesh=mesh, dtype=jnp.float32)
-    teacher, _ = distillation.load_teacher(both.lora / "transformer.safetensors", networks)
+    teacher, _ = adapters.load_teacher(both.lora / "transformer.safetensors", networks)
     assert_merged(both.networks["transformer"], teacher, both.expected["transformer"])
 
 

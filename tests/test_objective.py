@@ -14,11 +14,11 @@ pytest.importorskip("peft")
 import oracle_models  # noqa: E402
 import oracle_training as oracle  # noqa: E402
 from parity import MemoryReader, losses_and_gradients, nhwc  # noqa: E402
+from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student  # noqa: E402
+from tsdsr_jax.distillation.tsd import TSDConfig  # noqa: E402
 from tsdsr_jax.models.guidance import Text  # noqa: E402
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig  # noqa: E402
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig  # noqa: E402
-from tsdsr_jax.objective import Base, LossConfig, Losses, Student  # noqa: E402
-from tsdsr_jax.tsd import TSDConfig  # noqa: E402
 from tsdsr_jax.weights.lora_files import read_lora  # noqa: E402
 from tsdsr_jax.weights.torch_names import base_entries, to_tree  # noqa: E402
 

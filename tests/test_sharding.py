@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from tsdsr_jax.distill_step import Trainer
+from tsdsr_jax.distillation.losses import Base, Batch, LossConfig, Losses, Student
+from tsdsr_jax.distillation.step import Trainer
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.objective import Base, Batch, LossConfig, Losses, Student
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
 

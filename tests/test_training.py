@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from tsdsr_jax.distill_step import Trainer
+from tsdsr_jax.distillation.losses import Base, Batch, LossConfig, Student
+from tsdsr_jax.distillation.step import Trainer
 from tsdsr_jax.models.guidance import Text
-from tsdsr_jax.objective import Base, Batch, LossConfig, Student
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.schedules import learning_rate
 

@@ -5,10 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsdsr_jax.models import flow
-from tsdsr_jax.models.guidance import Text, guided
-from tsdsr_jax.training.optimizer import INITIAL_SCALE
-from tsdsr_jax.tsd import (
+from tsdsr_jax.distillation.tsd import (
     LARGEST_TERM,
     TSDConfig,
     auxiliary_loss,
@@ -17,6 +14,9 @@ from tsdsr_jax.tsd import (
     tsd_gradient,
     tsd_loss,
 )
+from tsdsr_jax.models import flow
+from tsdsr_jax.models.guidance import Text, guided
+from tsdsr_jax.training.optimizer import INITIAL_SCALE
 
 SHAPE = (3, 4, 6, 2)
 

@@ -25,9 +25,7 @@ from tsdsr_jax import cli, hints
 from tsdsr_jax.data.batches import Shapes, first_sample
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.sources import Data, open_data, open_sets
-from tsdsr_jax.distill_step import Trainer
-from tsdsr_jax.distill_validation import Validation
-from tsdsr_jax.distillation import (
+from tsdsr_jax.distillation.adapters import (
     AUXILIARY_FILE,
     Ranks,
     adapter_files,
@@ -37,10 +35,13 @@ from tsdsr_jax.distillation import (
     load_teacher,
     make_losses,
 )
+from tsdsr_jax.distillation.losses import Base, LossConfig, Student
+from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.tsd import TSDConfig, Weighting
+from tsdsr_jax.distillation.validation import Validation
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.lpips import LPIPS, Network
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.objective import Base, LossConfig, Student
 from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import LORA
 from tsdsr_jax.training.log import Curve
@@ -59,7 +60,6 @@ from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, replicated
 from tsdsr_jax.training.stepping import Step
 from tsdsr_jax.training.validation import pick
-from tsdsr_jax.tsd import TSDConfig, Weighting
 from tsdsr_jax.weights import prompt_hints
 from tsdsr_jax.weights.lpips_files import how_to_get, load_lpips
 from tsdsr_jax.weights.prompt_files import PromptEmbeds

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from tsdsr_jax.data.record import Record
+from tsdsr_jax.distillation.losses import Base, Losses, Student, to_batch
 from tsdsr_jax.images.sheet import comparison_sheet
-from tsdsr_jax.objective import Base, Losses, Student, to_batch
 from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.sharding import replicated
 from tsdsr_jax.training.validation import place_samples, psnr

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from tsdsr_jax.distillation.losses import Base, Batch, Losses, Student, draw
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.objective import Base, Batch, Losses, Student, draw
 from tsdsr_jax.training.batch import Metrics
 from tsdsr_jax.training.optimizer import (
     LossScale,

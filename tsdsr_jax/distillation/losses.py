@@ -15,13 +15,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tsdsr_jax.distillation.tsd import (
+    TSDConfig,
+    Weighting,
+    auxiliary_loss,
+    sample_weights,
+    tsd_gradient,
+    tsd_loss,
+)
 from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.training.batch import Metrics, Samples, decode, encode, repeated, to_unit
-from tsdsr_jax.tsd import TSDConfig, Weighting, auxiliary_loss, sample_weights, tsd_gradient, tsd_loss
 
 # (parameters, result, target), both images (B, H, W, 3) in [−1, 1] -> (B,) distances.
 Perceptual = Callable[[Tree, jax.Array, jax.Array], jax.Array]

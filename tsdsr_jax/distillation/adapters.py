@@ -14,12 +14,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from tsdsr_jax.distill_step import Trainer, TrainState
+from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student, to_batch
+from tsdsr_jax.distillation.step import Trainer, TrainState
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree, abstract_params
-from tsdsr_jax.objective import Base, LossConfig, Losses, Student, to_batch
 from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.checkpoint import Hash
 from tsdsr_jax.training.networks import Networks

@@ -21,8 +21,14 @@ import tiny_training
 from commands import SPELLINGS, Command, resume_by_every_spelling
 from parity import error, nhwc, params_of
 from train import autoencoder
-from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, gradient_distance, new_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.pretraining.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderLoss,
+    Frozen,
+    gradient_distance,
+    new_params,
+)
 from tsdsr_jax.training import checkpoint, options, sharding
 from tsdsr_jax.training.log import read_rows
 from tsdsr_jax.weights.sd3_folder import NetworkFiles, torch_config

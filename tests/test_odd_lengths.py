@@ -27,7 +27,7 @@ from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig, grid_positions
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.teacher import FlowBase, FlowConfig, FlowDraws, FlowLoss, split_fixed
+from tsdsr_jax.pretraining.teacher import FlowBase, FlowConfig, FlowDraws, FlowLoss, split_fixed
 from tsdsr_jax.training.optimizer import accumulated
 
 TOLERANCE = 1e-6

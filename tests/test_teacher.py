@@ -14,7 +14,7 @@ from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.teacher import (
+from tsdsr_jax.pretraining.teacher import (
     FlowBase,
     FlowBatch,
     FlowConfig,

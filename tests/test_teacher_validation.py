@@ -11,8 +11,8 @@ from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.teacher import FlowBase, FlowConfig, FlowLoss
-from tsdsr_jax.teacher_validation import INDICES, TeacherValidation, sample
+from tsdsr_jax.pretraining.teacher import FlowBase, FlowConfig, FlowLoss
+from tsdsr_jax.pretraining.teacher_validation import INDICES, TeacherValidation, sample
 from tsdsr_jax.training.sharding import make_mesh
 
 SHIFT = 3.0

@@ -25,8 +25,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
-from tsdsr_jax.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, new_params
-from tsdsr_jax.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.data.batches import Shapes
 from tsdsr_jax.data.options import CropOptions
 from tsdsr_jax.data.record import Record
@@ -35,6 +33,8 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.lpips import LPIPS, Network, minimum_side
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.pretraining.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, new_params
+from tsdsr_jax.pretraining.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.training import session
 from tsdsr_jax.training.batch import Samples, to_unit
 from tsdsr_jax.training.checkpoint import MODEL, Files, on_host

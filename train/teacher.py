@@ -35,7 +35,7 @@ from tsdsr_jax.data.record import Source
 from tsdsr_jax.data.sources import Data, open_data, open_sets
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.params import Tree, abstract_params
-from tsdsr_jax.teacher import (
+from tsdsr_jax.pretraining.teacher import (
     FlowBase,
     FlowConfig,
     FlowLoss,
@@ -46,7 +46,7 @@ from tsdsr_jax.teacher import (
     split_fixed,
     to_flow_batch,
 )
-from tsdsr_jax.teacher_validation import TeacherValidation
+from tsdsr_jax.pretraining.teacher_validation import TeacherValidation
 from tsdsr_jax.training import session
 from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.checkpoint import LORA, MODEL, Files, on_host

@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from tsdsr_jax.autoencoder import AutoencoderLoss, divergence, latent_deviation
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import Posterior
+from tsdsr_jax.pretraining.autoencoder import AutoencoderLoss, divergence, latent_deviation
 from tsdsr_jax.training.batch import Samples, to_unit
 from tsdsr_jax.training.sharding import replicated
 from tsdsr_jax.training.validation import place_samples, psnr

@@ -17,7 +17,7 @@ from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.teacher import FlowBase, FlowLoss, to_flow_batch
+from tsdsr_jax.pretraining.teacher import FlowBase, FlowLoss, to_flow_batch
 from tsdsr_jax.training.batch import Samples, decode
 from tsdsr_jax.training.sharding import replicated
 from tsdsr_jax.training.validation import place_samples

@@ -61,14 +61,14 @@ def run(options: Options, root: Path) -> None:
       UserError: Gradio is not installed, a flag is out of its range, or the networks cannot be loaded.
     """
     page = import_page()
-    if abs(options.seed) > app.LARGEST_WHOLE:
+    if abs(options.seed) > page.LARGEST_WHOLE:
         raise UserError(
             f"--seed {options.seed}: expected at most 2**53, up or down; browsers round beyond it"
         )
     devices = select_devices(options.device)
     upscaler = load(options, options.settings(devices[0].platform), devices)
-    blocks = app.build(upscaler, options, root, options.max_waiting)
-    app.serve(blocks, options.host, options.port, options.max_upload)
+    blocks = page.build(upscaler, options, root, options.max_waiting)
+    page.serve(blocks, options.host, options.port, options.max_upload)
     print(f"ready: {addresses(options.host, options.port)} (Ctrl-C ends it)", flush=True)
     while True:
         time.sleep(3600)
@@ -171,7 +171,7 @@ def import_page() -> types.ModuleType:
         if error.name != "gradio":
             raise
         raise UserError("the page needs Gradio: pip install 'tsdsr_jax[app]'") from None
-    return page
+    return app
 
 
 if __name__ == "__main__":

@@ -454,7 +454,7 @@ def test_killed_conversion_leaves_no_weights_under_their_name(
 ) -> None:
     slow = (
         "import sys, time, convert.sd3 as script\n"
-        "from tsdsr_jax.tensor_files import TensorReader\n"
+        "from tsdsr_jax.weights.tensor_files import TensorReader\n"
         "read = TensorReader.read\n"
         "TensorReader.read = lambda self, name: (time.sleep(0.5), read(self, name))[1]\n"
         "script.main()\n"

@@ -256,7 +256,7 @@ def test_metrics_of_whole_folders(tmp_path: Path, generator):
 
 
 def test_metrics_that_are_missing(monkeypatch):
-    monkeypatch.setattr(metric_set.pyiqa_metrics, "is_installed", lambda: False)
+    monkeypatch.setattr(registry.pyiqa_metrics, "is_installed", lambda: False)
     metrics, missing = load_metrics(("psnr", "niqe", "lpips", "musiq", "psnr"), Sources(references=False))
     assert not metrics and list(missing) == ["psnr", "niqe", "lpips", "musiq"]
     assert missing["psnr"] == "compares with a reference: needs --gt_imgs"

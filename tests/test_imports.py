@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tsdsr_jax import models
 
 FORBIDDEN = (
     "torch",
@@ -18,14 +21,12 @@ FORBIDDEN = (
     "transformers",
 )
 CORE = (
-    "flow",
-    "lora",
-    "models.lpips",
-    "models.attention",
-    "models.layers",
-    "models.mmdit",
-    "models.vae",
-    "tsd",
+    *(
+        f"models.{file.stem}"
+        for file in sorted(Path(models.__file__).parent.glob("*.py"))
+        if file.stem != "__init__"
+    ),
+    "distillation.tsd",
 )
 
 
@@ -54,7 +55,7 @@ print("imported")
 
 def test_importing_the_library_starts_no_backend():
     code = (
-        "import tsdsr_jax.upscaler, tsdsr_jax.folder, tsdsr_jax.pretrained, infer.evaluate; "
+        "import tsdsr_jax.upscaling.upscaler, tsdsr_jax.upscaling.batch_run, tsdsr_jax.weights.sd3_folder, infer.evaluate; "
         "import train.distill, train.autoencoder; "
         "from jax._src import xla_bridge; "
         "print(xla_bridge.backends_are_initialized())"

@@ -34,6 +34,7 @@ from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.upscaling.options import load_loras
 from tsdsr_jax.weights.lora_files import (
+    LORA_FORMAT,
     check_rank,
     check_start,
     idle_modules,
@@ -708,3 +709,8 @@ def test_converting_says_what_it_filled_up(
 def read_file(path: Path) -> dict[str, np.ndarray]:
     reader = open_tensors(path)
     return {name: reader.read(name) for name in reader.specs}
+
+
+def test_files_say_what_they_are_in_the_words_of_earlier_versions():
+    """What is written in users' files does not follow the code when that moves."""
+    assert LORA_FORMAT == "tsdsr_jax.lora"

@@ -429,7 +429,7 @@ def test_the_default_prompt_is_the_released_one_to_the_letter():
 
 def test_nothing_here_imports_torch_or_jax():
     code = (
-        "import sys, tsdsr_jax.prompts, tsdsr_jax.torch_pickle, tsdsr_jax.text_encoders;"
+        "import sys, tsdsr_jax.weights.prompt_files, tsdsr_jax.weights.torch_pickle, tsdsr_jax.weights.text_encoders;"
         "print([name for name in ('torch', 'transformers', 'jax', 'huggingface_hub') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

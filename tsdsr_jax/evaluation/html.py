@@ -310,7 +310,7 @@ def _page(
     notes: Sequence[str],
 ) -> tuple[str, str]:
     """What comes before the pictures, and what comes behind."""
-    files = resources.files("tsdsr_jax") / "report_page"
+    files = resources.files("tsdsr_jax.evaluation") / "report_page"
     page, style, script = (
         (files / name).read_text("utf-8") for name in ("page.html", "style.css", "script.js")
     )

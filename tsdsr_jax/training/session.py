@@ -43,7 +43,7 @@ from tsdsr_jax.training.log import (
 )
 from tsdsr_jax.training.options import RunOptions
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tsdsr_jax.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[1] / "weights" / "tiny"
+FOLDER = Path(__file__).resolve().parents[2] / "weights" / "tiny"
 PROMPT = FOLDER / "prompt" / "default"
 
 

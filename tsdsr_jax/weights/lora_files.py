@@ -23,7 +23,7 @@ from tsdsr_jax.weights.sd3_folder import Part
 from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec, open_tensors, save_tensors
 from tsdsr_jax.weights.torch_names import DESCRIBED, Entry, check_names, kernel_entries, lora_entry, to_tree
 
-LORA_FORMAT = "tsdsr_jax.models.lora"
+LORA_FORMAT = "tsdsr_jax.lora"
 
 
 class Adapter(NamedTuple):

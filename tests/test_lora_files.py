@@ -637,7 +637,9 @@ def test_upscaling_and_both_trainings_read_the_strength(both: SimpleNamespace) -
     networks = SimpleNamespace(**both.networks)
     student, auxiliary = adapters.load_adapters(both.lora, networks, adapters.Ranks(4, 4, 4))
     starts = dict(zip(both.networks, student, strict=True))
-    for part, adapter in zip(both.networks, load_loras(options, *both.networks.values()), strict=True):
+    for part, adapter in zip(
+        both.networks, load_loras(options, *both.networks.values(), merged=()), strict=True
+    ):
         assert_merged(both.networks[part], adapter, both.expected[part])
         assert_merged(both.networks[part], starts[part], both.expected[part])
     assert auxiliary is None

@@ -1,5 +1,6 @@
 """The teacher's training command as a user meets it: what it writes, how it resumes, and what it refuses."""
 
+import os
 import shutil
 import signal
 import sys
@@ -189,7 +190,8 @@ def test_training_goes_on_from_a_lora(command, finished, tmp_path):
 def test_all_weights_from_scratch_become_a_checkpoint_folder(command, root, tmp_path):
     run, base = tmp_path / "run", ("--train", "base", "--from_scratch")
     said = command.done(run, *base)
-    assert f"--pretrained_model_name_or_path {run / 'checkpoint_0000004' / 'model'}" in said
+    made = os.path.relpath(run / "checkpoint_0000004" / "model", root)
+    assert f"--pretrained_model_name_or_path {made} " in said
     command.done(tmp_path / "rest", *base, "--resume_from_checkpoint", str(run / "checkpoint_0000002"))
     assert distance(everything(tmp_path / "rest"), everything(run)) == 0
     model = open_checkpoint(run / "checkpoint_0000004" / "model")

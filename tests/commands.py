@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tsdsr_jax import cli, hints
+from tsdsr_jax.places import CHECKOUT
 from tsdsr_jax.training import checkpoint
 
 
@@ -73,7 +74,7 @@ class Command:
     def obeys(self, words: Sequence[str], *more: str) -> str:
         """What a printed command prints, run as it is from the working folder; it has to succeed."""
         assert words[0] == hints.interpreter()
-        script = Path(words[1]).resolve().relative_to(hints.ROOT)
+        script = Path(words[1]).resolve().relative_to(CHECKOUT)
         module = importlib.import_module(".".join(script.with_suffix("").parts))
         with self.monkeypatch.context() as patch:
             patch.setattr(self, "main", module.main if script.name != "prompts.py" else lambda: module.main(

@@ -25,8 +25,8 @@ from PIL import Image, ImageCms
 import tiny_checkpoint as tiny
 from browser import open_page
 from commands import Command
-from infer import app, upscale
 from tsdsr_jax import cli
+from tsdsr_jax.commands import app, upscale
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling.options import load

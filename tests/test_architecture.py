@@ -22,8 +22,19 @@ MAY_IMPORT = {
     "training": ("data", "models", "weights", "images"),
     "distillation": ("training", "data", "models", "weights", "images"),
     "pretraining": ("training", "data", "models", "weights", "images"),
+    "commands": (
+        "upscaling",
+        "evaluation",
+        "pretraining",
+        "distillation",
+        "training",
+        "data",
+        "models",
+        "weights",
+        "images",
+    ),
 }
-AT_THE_ROOT = {"__init__", "atomic", "cli", "devices", "errors", "hints", "identity"}
+AT_THE_ROOT = {"__init__", "atomic", "cli", "devices", "errors", "hints", "identity", "places"}
 
 
 class Import(NamedTuple):

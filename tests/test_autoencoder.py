@@ -20,7 +20,7 @@ import tiny_checkpoint as tiny
 import tiny_training
 from commands import SPELLINGS, Command, resume_by_every_spelling
 from parity import error, nhwc, params_of
-from train import autoencoder
+from tsdsr_jax.commands import autoencoder
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.pretraining.autoencoder import (
     AutoencoderConfig,

@@ -24,9 +24,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-import convert.lora
-import convert.sd3
 from parity import arrays, error, leaves, random_lora, uniform, write_folder
+from tsdsr_jax.commands import convert_lora as lora_command
+from tsdsr_jax.commands import convert_sd3 as sd3_command
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
@@ -56,7 +56,7 @@ def sd3(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["sd3.py", *map(str, arguments)])
-        convert.sd3.main()
+        sd3_command.main()
 
     return run
 
@@ -67,7 +67,7 @@ def convert_lora(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, arguments)])
-        convert.lora.main()
+        lora_command.main()
 
     return run
 
@@ -257,7 +257,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_folder(folder / "diffusers", CONFIGS)
     sys_argv, sys.argv = sys.argv, ["sd3.py", "-i", str(folder / "diffusers"), "-o", str(folder / "ours")]
     try:
-        convert.sd3.main()
+        sd3_command.main()
     finally:
         sys.argv = sys_argv
     return {"diffusers": folder / "diffusers", "ours": folder / "ours"}
@@ -453,7 +453,7 @@ def test_killed_conversion_leaves_no_weights_under_their_name(
     source: Path, tmp_path: Path, sd3: Callable[..., None]
 ) -> None:
     slow = (
-        "import sys, time, convert.sd3 as script\n"
+        "import sys, time\nfrom tsdsr_jax.commands import convert_sd3 as script\n"
         "from tsdsr_jax.weights.tensor_files import TensorReader\n"
         "read = TensorReader.read\n"
         "TensorReader.read = lambda self, name: (time.sleep(0.5), read(self, name))[1]\n"

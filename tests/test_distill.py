@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 import tiny_checkpoint as tiny
 import tiny_training
 from commands import Command, resume_by_every_spelling
-from train import distill
 from tsdsr_jax import cli
+from tsdsr_jax.commands import distill
 from tsdsr_jax.distillation import validation
 from tsdsr_jax.distillation.step import Trainer
 from tsdsr_jax.errors import UserError
@@ -172,7 +172,7 @@ def test_the_exported_adapters_are_the_state_in_pefts_layout(finished):
 
 
 def test_the_upscaler_takes_them(finished, root, tmp_path, monkeypatch):
-    from infer import upscale
+    from tsdsr_jax.commands import upscale
 
     photo = tmp_path / "photo.png"
     Image.fromarray(tiny.synthetic_photo(32, 32, 5)).save(photo)
@@ -549,7 +549,7 @@ def test_a_prepared_set_gives_the_batches_of_training_on_the_way(
     command, root, photos, tmp_path, monkeypatch
 ):
     """In its first epoch, where the posterior is certain: the same images, and the default prompt for all."""
-    from train import prepare
+    from tsdsr_jax.commands import prepare
 
     here = tmp_path / "root"
     for name in ("sd3", "default", "null"):

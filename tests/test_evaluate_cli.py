@@ -16,7 +16,7 @@ from PIL import Image
 
 import oracle_metrics
 from commands import Command
-from infer import evaluate
+from tsdsr_jax.commands import evaluate
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import pyiqa_metrics, report, tables
 

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import convert.sd3
 from tiny_checkpoint import random_params, save_network, tiny_mmdit_config, tiny_vae_config
+from tsdsr_jax.commands import convert_sd3
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.finite import CHUNK, is_finite, refuse_broken
 from tsdsr_jax.weights.lpips_files import OWN, Tensors, entries, read_leaves
@@ -113,7 +113,7 @@ FIRST, MIDDLE, LAST = (
 def sd3(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["sd3.py", *map(str, arguments)])
-        convert.sd3.main()
+        convert_sd3.main()
 
     return run
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from train import prepare, teacher
 from tsdsr_jax import hints
+from tsdsr_jax.commands import prepare, teacher
 from tsdsr_jax.hints import command, given, new_folder
+from tsdsr_jax.places import CHECKOUT
 from tsdsr_jax.weights import prompt_hints
 
 
@@ -32,7 +33,7 @@ def test_flags_are_spelled_as_they_are_read(here):
         variant=None,
     )
     found = words(command("train/distill.py", **flags, sharpen_gt=False, use_dasm=True))
-    script = str(hints.ROOT / "train/distill.py")
+    script = str(CHECKOUT / "train/distill.py")
     assert found == [script, "--pretrained_model_name_or_path", "my model", "--hr_dir", "a b", "c", "--crop_size", "128",
                      "--no_sharpen_gt", "--use_dasm"]  # fmt: skip
     assert words(command("infer/upscale.py", output_dir=Path("-o"), names=("-a", "b")))[1:] == [
@@ -43,13 +44,19 @@ def test_flags_are_spelled_as_they_are_read(here):
 
 
 def test_paths_are_short_below_the_current_folder_and_absolute_elsewhere(here, monkeypatch):
-    assert words(command("a.py", x=here / "b" / "c", y=Path("../d"), z=here.parent))[1:] == [
+    assert words(command("infer/app.py", x=here / "b" / "c", y=Path("../d"), z=here.parent))[1:] == [
         "--x", "b/c", "--y", "../d", "--z", str(here.parent),
     ]  # fmt: skip
-    monkeypatch.chdir(hints.ROOT)
+    monkeypatch.chdir(CHECKOUT)
     assert words(command("train/distill.py")) == ["train/distill.py"]
-    monkeypatch.chdir(hints.ROOT / "train")
-    assert words(command("infer/upscale.py")) == [str(hints.ROOT / "infer/upscale.py")]
+    monkeypatch.chdir(CHECKOUT / "train")
+    assert words(command("infer/upscale.py")) == [str(CHECKOUT / "infer/upscale.py")]
+
+
+def test_without_a_checkout_the_installed_commands_are_named(here, monkeypatch):
+    monkeypatch.setattr(hints, "CHECKOUT", here)
+    assert command("train/distill.py", seed=1) == "tsdsr-distill --seed 1"
+    assert command("convert/sd3.py") == "tsdsr-convert-sd3"
 
 
 def test_the_interpreter_is_called_python_where_that_is_the_one(here, monkeypatch):

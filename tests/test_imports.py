@@ -55,8 +55,7 @@ print("imported")
 
 def test_importing_the_library_starts_no_backend():
     code = (
-        "import tsdsr_jax.upscaling.upscaler, tsdsr_jax.upscaling.batch_run, tsdsr_jax.weights.sd3_folder, infer.evaluate; "
-        "import train.distill, train.autoencoder; "
+        "from tsdsr_jax.commands import autoencoder, distill, evaluate, teacher, upscale; "
         "from jax._src import xla_bridge; "
         "print(xla_bridge.backends_are_initialized())"
     )
@@ -66,8 +65,8 @@ def test_importing_the_library_starts_no_backend():
 
 def test_upscaling_needs_no_torch():
     result = run(
-        "import sys; sys.modules['torch'] = None; import infer.upscale, infer.evaluate, train.distill, train.autoencoder, "
-        "convert.sd3, convert.lora, convert.lpips; "
+        "import sys; sys.modules['torch'] = None; from tsdsr_jax.commands import upscale, evaluate, distill, autoencoder, "
+        "convert_sd3, convert_lora, convert_lpips; "
         "print('fine')"
     )
     assert result.stdout == "fine\n", result.stderr

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train.distill import MEMORY_REMEDIES
+from tsdsr_jax.commands.distill import MEMORY_REMEDIES
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.training import loop
 

@@ -22,11 +22,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-import convert.lora
-import convert.sd3
-import train.teacher
 from parity import MemoryReader, error, leaves, random_lora
 from tiny_checkpoint import random_params, save_network, save_peft, tiny_mmdit_config, tiny_vae_config
+from tsdsr_jax.commands import convert_lora, convert_sd3, teacher
 from tsdsr_jax.distillation import adapters
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
@@ -643,7 +641,7 @@ def test_upscaling_and_both_trainings_read_the_strength(both: SimpleNamespace) -
         assert_merged(both.networks[part], adapter, both.expected[part])
         assert_merged(both.networks[part], starts[part], both.expected[part])
     assert auxiliary is None
-    start = train.teacher.starting_adapter(
+    start = teacher.starting_adapter(
         SimpleNamespace(checkpoint_path=both.lora / "transformer.safetensors", rank=4, seed=1), networks
     )
     assert_merged(both.networks["transformer"], start, both.expected["transformer"])
@@ -659,7 +657,7 @@ def test_the_teacher_of_distilling_has_its_strength(both: SimpleNamespace) -> No
 def test_converting_sd3_merges_with_the_strength(
     both: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(monkeypatch, convert.sd3, "--input", both.base, "--output", tmp_path / "out", "--lora_dir", both.lora)
+    run(monkeypatch, convert_sd3, "--input", both.base, "--output", tmp_path / "out", "--lora_dir", both.lora)
     for part, expected in both.expected.items():
         assert_merged(NetworkFiles(tmp_path / "out" / part, part), None, expected)
 
@@ -667,10 +665,10 @@ def test_converting_sd3_merges_with_the_strength(
 def test_converting_loras_keeps_the_strength_both_ways(
     both: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    run(monkeypatch, convert.lora, "-i", both.lora, "-o", tmp_path / "ours", "--base", both.base)
+    run(monkeypatch, convert_lora, "-i", both.lora, "-o", tmp_path / "ours", "--base", both.base)
     said = capsys.readouterr().out
     assert "rank 4, alpha/rank 2 folded in)" in said and "rank 4, alpha/rank 0.75 folded in)" in said
-    run(monkeypatch, convert.lora, "-i", tmp_path / "ours", "-o", tmp_path / "back", "--base", both.base)
+    run(monkeypatch, convert_lora, "-i", tmp_path / "ours", "-o", tmp_path / "back", "--base", both.base)
     assert "folded in" not in capsys.readouterr().out
     for part, expected in both.expected.items():
         for folder in ("ours", "back"):
@@ -694,7 +692,7 @@ def test_converting_says_what_it_filled_up(
     save_tensors(tmp_path / "some.safetensors", some)
     run(
         monkeypatch,
-        convert.lora,
+        convert_lora,
         "-i",
         tmp_path / "some.safetensors",
         "-o",

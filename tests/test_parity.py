@@ -17,12 +17,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-import convert.lora  # noqa: E402
-import convert.sd3  # noqa: E402
 import oracle_models as models  # noqa: E402
-from infer import upscale  # noqa: E402
 from oracle_pipeline import OraclePipeline, align_colour, to_image  # noqa: E402
 from tiny_checkpoint import compiled_once  # noqa: E402
+from tsdsr_jax.commands import convert_lora, convert_sd3, upscale  # noqa: E402
 from tsdsr_jax.upscaling.upscaler import Settings, Upscaler  # noqa: E402
 
 RANK = 4
@@ -184,7 +182,7 @@ def test_converted_files_give_the_same_bytes(root, networks, monkeypatch, tmp_pa
     photos(1, (128, 128))[0].save(tmp_path / "photo" / "one.png")
     base, ours = root / "sd3", tmp_path / "ours"
     run(
-        monkeypatch, ["convert/sd3.py", "--input", str(base), "--output", str(ours / "sd3")], convert.sd3.main
+        monkeypatch, ["convert/sd3.py", "--input", str(base), "--output", str(ours / "sd3")], convert_sd3.main
     )
     lora = [
         "convert/lora.py",
@@ -195,7 +193,7 @@ def test_converted_files_give_the_same_bytes(root, networks, monkeypatch, tmp_pa
         "--base",
         str(base),
     ]
-    run(monkeypatch, lora, convert.lora.main)
+    run(monkeypatch, lora, convert_lora.main)
     assert not list(ours.rglob("diffusion_pytorch_model*"))
 
     outputs = []

@@ -4,10 +4,20 @@ from collections.abc import Callable
 
 import pytest
 
-from convert import lora, lpips, prompts, sd3
-from infer import app, evaluate, upscale
-from train import autoencoder, distill, prepare, teacher
 from tsdsr_jax import cli
+from tsdsr_jax.commands import (
+    app,
+    autoencoder,
+    convert_lora,
+    convert_lpips,
+    convert_prompts,
+    convert_sd3,
+    distill,
+    evaluate,
+    prepare,
+    teacher,
+    upscale,
+)
 
 RUN = "output_dir logging_dir resume_from_checkpoint validation_dir"
 DATA = "data_dir hr_dir default_embedding_dir null_embedding_dir"
@@ -21,10 +31,10 @@ PATHS = (
     (upscale.Options, f"{UPSCALING} input_dir output_dir report"),
     (app.Options, UPSCALING),
     (evaluate.Options, "inp_imgs gt_imgs niqe_params lpips_weights log report lr_imgs"),
-    (sd3.Options, "input output lora_dir"),
-    (lora.Options, "input output base"),
-    (prompts.Options, f"{MODEL} output input prompt_file"),
-    (lpips.Options, "backbone lin output"),
+    (convert_sd3.Options, "input output lora_dir"),
+    (convert_lora.Options, "input output base"),
+    (convert_prompts.Options, f"{MODEL} output input prompt_file"),
+    (convert_lpips.Options, "backbone lin output"),
 )
 
 
@@ -51,4 +61,4 @@ def test_the_home_folder_is_understood_in_every_path(monkeypatch, options: Calla
 
 def test_other_flags_keep_their_tilde():
     argv = ["--output", "x", "--prompt", "~/a cat"]
-    assert cli.parse(prompts.Options, description="", argv=argv).prompt == "~/a cat"
+    assert cli.parse(convert_prompts.Options, description="", argv=argv).prompt == "~/a cat"

@@ -19,7 +19,7 @@ import tiny_training
 from commands import Command
 from photos import data_folder
 from tiny_text_encoders import save_text_encoders
-from train import prepare
+from tsdsr_jax.commands import prepare
 from tsdsr_jax.data import shard_sets, writers
 from tsdsr_jax.data.folder_sets import PreparedFolder
 from tsdsr_jax.data.record import Record

@@ -18,9 +18,9 @@ from PIL import Image
 import tiny_checkpoint as tiny
 import tiny_training
 from commands import Command, printed
-from infer import upscale
-from train import distill, prepare, teacher
 from tsdsr_jax import hints
+from tsdsr_jax.commands import distill, prepare, teacher, upscale
+from tsdsr_jax.places import CHECKOUT
 from tsdsr_jax.training import options, sharding
 from tsdsr_jax.weights.bundled import FOLDER
 from tsdsr_jax.weights.sd3_folder import MERGED_FILE
@@ -170,7 +170,7 @@ def test_the_empty_prompt_is_asked_for_where_it_is_not(root, monkeypatch, capsys
     assert "training needs the empty prompt's embedding in dataset/null. sd3 has no text encoders" in said
     (root / "sd3" / "text_encoder").mkdir()
     first, then = printed(command.done(root / "set 2", *model))
-    assert first[1:] == [str(hints.ROOT / "convert/prompts.py"), "--null", "--pretrained_model_name_or_path", "sd3",
+    assert first[1:] == [str(CHECKOUT / "convert/prompts.py"), "--null", "--pretrained_model_name_or_path", "sd3",
                          "--output", "dataset/null"]  # fmt: skip
     assert "--null_embedding_dir dataset/null" in shlex.join(then)
 
@@ -282,7 +282,7 @@ def test_the_default_crop_agrees_with_the_same_one_given():
 
 def shell(line: str, folder: Path) -> str:
     environment = os.environ | {
-        "PYTHONPATH": str(hints.ROOT),
+        "PYTHONPATH": str(CHECKOUT),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
     }
@@ -299,7 +299,7 @@ def test_from_photographs_to_pictures_through_the_shell(models, tmp_path):
     folder = shutil.copytree(models, tmp_path / "a folder")
     for photo in (folder / "photos").rglob("*.png"):
         Image.fromarray(tiny.synthetic_photo(128, 140, 0)).save(photo)
-    script = shlex.join([hints.interpreter(), str(hints.ROOT / "train/prepare.py")])
+    script = shlex.join([hints.interpreter(), str(CHECKOUT / "train/prepare.py")])
     line = f"{script} --hr_dir photos --output_dir 'my set' --pretrained_model_name_or_path {FOLDER}"
     for word in ("train on it: ", "upscale with it: "):
         line = re.search(f"^{word}(.*)", shell(line, folder), re.MULTILINE)[1]
@@ -309,14 +309,14 @@ def test_from_photographs_to_pictures_through_the_shell(models, tmp_path):
 
 @pytest.mark.slow
 def test_the_first_lines_of_the_readmes_training_part_work(tmp_path):
-    section = (hints.ROOT / "README.md").read_text().partition("\n## Train\n")[2]
+    section = (CHECKOUT / "README.md").read_text().partition("\n## Train\n")[2]
     block = re.search("```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
     train, use = (
         line.replace("python ", f"{hints.interpreter()} ", 1) for line in block.strip().splitlines()
     )
     # In a folder that has what a checkout has, but gets the results.
     for name in ("train", "infer", "weights", "examples"):
-        (tmp_path / name).symlink_to(hints.ROOT / name)
+        (tmp_path / name).symlink_to(CHECKOUT / name)
     output = shell(train, tmp_path)
     assert "upscale with it" in output
     shell(use, tmp_path)

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 import tiny_checkpoint as tiny
 from browser import open_page
 from commands import Command
-from infer import upscale
+from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import html
 from tsdsr_jax.evaluation.html import Column, Entry, Layer, Summary, check_report_path, write_report

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import tiny_checkpoint as tiny
 import tiny_training
 from commands import Command, Outcome, resume_by_every_spelling
-from train import distill, teacher
+from tsdsr_jax.commands import distill, teacher
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.training import checkpoint, options, sharding
 from tsdsr_jax.training.log import read_rows

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 import tiny_checkpoint as tiny
-from infer import upscale
 from tsdsr_jax import cli
+from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling.batch_run import find_jobs
 from tsdsr_jax.upscaling.options import completed

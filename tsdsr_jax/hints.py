@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PHOTOS = ROOT / "examples" / "photos"
+from tsdsr_jax.places import CHECKOUT, shipped
+
+PHOTOS = shipped("photos", "examples/photos")
 # Where train/distill.py looks for LPIPS's weights.
 LPIPS_FILE = Path("checkpoint/lpips_alex.safetensors")
 
@@ -31,7 +32,16 @@ def command(script: str, /, **flags: Any) -> str:
       script: its path in the repository.
       flags: name -> value. Of None there is no flag, a tuple stands for several values.
     """
-    return shlex.join([interpreter(), shown(ROOT / script), *_words(flags)])
+    return shlex.join([*_program(script), *_words(flags)])
+
+
+def _program(script: str) -> list[str]:
+    """The script, or where there is no checkout the command that is installed in its place."""
+    file = CHECKOUT / script
+    if file.is_file():
+        return [interpreter(), shown(file)]
+    name = script.removesuffix(".py").replace("convert/", "convert-").rpartition("/")[2]
+    return [f"tsdsr-{name}"]
 
 
 def interpreter() -> str:

@@ -187,7 +187,7 @@ def main(script: str, flags: Sequence[str]) -> None:
     pretend(target.devices[0], whole)
     replace_loading_and_running()
     sys.argv = [script, *flags]
-    importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+    importlib.import_module(f"tsdsr_jax.commands.{Path(script).stem}").main()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tsdsr_jax.data.sources import Data
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import differences, versions
+from tsdsr_jax.places import CHECKOUT
 from tsdsr_jax.training import checkpoint, loop
 from tsdsr_jax.training.log import (
     Curve,
@@ -42,8 +43,6 @@ from tsdsr_jax.training.log import (
     summary_table,
 )
 from tsdsr_jax.training.options import RunOptions
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +243,7 @@ class _Run:
             if name == "tensorboard":
                 trackers.append(TensorBoard(folder, start.step or None))
             else:
-                code = ROOT if options.log_code else None
+                code = CHECKOUT if options.log_code else None
                 trackers.append(Wandb(folder, options.log_name, options.as_json(), code, new=not start.step))
         source = start.path.resolve().parent if start.path else None
         return RunLog(self.folder, start.step or None, trackers, source)

@@ -1,4 +1,4 @@
-"""The small model that lies in the repository, `weights/tiny`: taken where no other is named."""
+"""The small model that comes along, in the repository as `weights/tiny`: taken where no other is named."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.places import shipped
 
-FOLDER = Path(__file__).resolve().parents[2] / "weights" / "tiny"
+FOLDER = shipped("tiny", "weights/tiny")
 PROMPT = FOLDER / "prompt" / "default"
 
 
@@ -25,10 +26,10 @@ def bundled_model() -> Path:
     """Its folder, in diffusers' layout, LoRAs merged in.
 
     Raises:
-      UserError: it is not there: the package was installed without the repository.
+      UserError: it is not there: parts of the package are missing.
     """
     if not (FOLDER / "transformer" / "config.json").is_file():
         raise UserError(
-            f"give a model with --pretrained_model_name_or_path: the small one of the repository is not in {FOLDER}"
+            f"give a model with --pretrained_model_name_or_path: the small one that comes along is not in {FOLDER}"
         )
     return FOLDER

@@ -1,0 +1,22 @@
+"""Puts the bundled model and the example photographs, which lie outside the package, into what is installed."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+# Where they lie in a checkout -> in an installed tsdsr_jax; tsdsr_jax/weights/bundled.py looks in both places.
+COPIED = {"weights/tiny": "bundled/tiny", "examples/photos": "bundled/photos"}
+
+
+class BuildWithModel(build_py):
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for source, target in COPIED.items():
+                folder = Path(self.build_lib) / "tsdsr_jax" / target
+                shutil.copytree(Path(__file__).parent / source, folder, dirs_exist_ok=True)
+
+
+setup(cmdclass={"build_py": BuildWithModel})

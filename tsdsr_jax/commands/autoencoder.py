@@ -1,0 +1,211 @@
+"""Trains an autoencoder on photographs: SD3's, or a smaller one of the same build.
+
+python train/autoencoder.py --vae_dir vae --from_scratch --hr_dir PHOTOS --output_dir runs/vae --max_train_steps 20000
+
+The checkpoint holds it in diffusers' layout, with the scaling factor that was measured on the validation photographs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tsdsr_jax import cli, hints
+from tsdsr_jax.data.batches import Shapes
+from tsdsr_jax.data.options import CropOptions
+from tsdsr_jax.data.record import Record
+from tsdsr_jax.data.sources import Data, open_images
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.lpips import LPIPS, Network, minimum_side
+from tsdsr_jax.models.params import Tree
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.pretraining.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, new_params
+from tsdsr_jax.pretraining.autoencoder_validation import AutoencoderValidation
+from tsdsr_jax.training import session
+from tsdsr_jax.training.batch import Samples, to_unit
+from tsdsr_jax.training.checkpoint import MODEL, Files, on_host
+from tsdsr_jax.training.log import Curve
+from tsdsr_jax.training.loop import explained_memory
+from tsdsr_jax.training.networks import load_networks
+from tsdsr_jax.training.optimizer import with_new_scale
+from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.session import say
+from tsdsr_jax.training.sharding import global_array, placement, replicated
+from tsdsr_jax.training.step import Trainer, TrainState
+from tsdsr_jax.training.stepping import Step, jitted
+from tsdsr_jax.training.validation import pick
+from tsdsr_jax.weights.lpips_files import load_lpips
+from tsdsr_jax.weights.sd3_folder import TORCH_STEM, NetworkFiles, torch_config
+from tsdsr_jax.weights.torch_names import write_base
+
+CURVES = (
+    Curve("loss", ("autoencoder",), log_scale=True),
+    Curve("L1 and gradients", ("l1", "gradient"), log_scale=True),
+    Curve("divergence", ("kl", "validation_kl")),
+    Curve("validation: PSNR (dB)", ("validation_psnr",)),
+    Curve("deviation of the latents", ("latent_deviation",)),
+    Curve("gradient norm", ("gradient_norm",), log_scale=True),
+)
+MEMORY_REMEDIES = (
+    "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, smaller crops"
+)
+
+# Photographs that the scaling factor is measured on.
+MEASURED = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(RunOptions, OptimizerOptions, CropOptions):
+    hr_dir: tuple[Path, ...]
+    """Folder of photographs, searched with its subfolders; repeat for several."""
+    vae_dir: Path
+    """The autoencoder: a checkpoint's vae folder, with config.json and weights. Its scaling factor is measured anew."""
+    from_scratch: bool = False
+    """Begin from new weights; of the folder only config.json is read."""
+    validation_dir: Path | None = None
+    """Folder of photographs to validate on; default: the first training photographs."""
+    lambda_gradient: float = 1.0
+    """Weight of the differences of gradients, at three scales."""
+    lambda_kl: float = 1e-6
+    """Weight of the latents' divergence from the standard normal."""
+    lambda_lpips: float = 0.0
+    """Weight of LPIPS; needs --lpips_path."""
+    lpips_path: Path = hints.LPIPS_FILE
+    """LPIPS weights written by convert/lpips.py."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    check(options)
+    files = NetworkFiles(options.vae_dir, "vae")
+    check_crop(options, files.config)
+    mesh = options.start()
+    start = session.find_start(options)
+    data = open_images(options.hr_dir, options, options.seed, say, options.output_dir)
+    with explained_memory(MEMORY_REMEDIES):
+        task = prepare(options, files, mesh, data, new=start is None)
+    session.run(options, task, data, mesh, start)
+
+
+def check(options: Options) -> None:
+    """Refuses flags that cannot work, before anything is loaded."""
+    options.check()
+    options.check_crop()
+    options.check_optimizer()
+    cli.at_least(options, 0, "learning_rate", "lambda_gradient", "lambda_kl", "lambda_lpips")
+
+
+def check_crop(options: Options, config: VAEConfig) -> None:
+    """Refuses crops that the autoencoder or LPIPS cannot take."""
+    sides = options.crop().height, options.crop().width
+    given = " ".join(map(str, options.crop_size or (sides[0],)))
+    if any(side % config.factor for side in sides):
+        raise UserError(f"--crop_size {given}: expected multiples of {config.factor}, the pixels of a latent")
+    if options.lambda_lpips and min(sides) < minimum_side("alex"):
+        raise UserError(
+            f"--crop_size {given}: too small for LPIPS, which needs {minimum_side('alex')} pixels"
+        )
+
+
+def prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new: bool) -> session.Task:
+    """Loads what there is and describes the training."""
+    lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
+    beginning = starting_params(options, files, mesh, new)
+    steps = options.steps(len(data.source), mesh)
+    session.describe(options, mesh, data, steps, options.notes() + options.warmup_notes(steps))
+    loss = make_loss(options, files.config, mesh, lpips[0] if lpips else None)
+    optimizer = options.optimizer_config(steps, options.learning_rate)
+    trainer = Trainer(loss.objective, optimizer, dynamic_scale=options.mixed_precision == "fp16")
+    new_state, shardings = trainer.prepared(beginning.create, beginning.loaded, mesh, split=True)
+    whole = replicated(mesh)
+    frozen = Frozen(jax.tree.map(lambda leaf: global_array(leaf, whole), lpips[1] if lpips else {}))
+    step = Step(jit_step(trainer, mesh, shardings), mesh, frozen, jax.random.key(options.seed), shardings)
+    measured = max(options.num_validation_images, MEASURED)
+    records = validation_records(options, data, measured)
+    validation = AutoencoderValidation(loss, mesh, records, options.num_validation_images)
+    return session.Task(
+        new_state=new_state,
+        step=step,
+        put=step.put,
+        put_state=step.put_state,
+        validate=lambda state: validation(state.ema or state.trained),
+        new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
+        files=partial(exported, files.config, validation),
+        export=MODEL,
+        identity=options.kept() | {"autoencoder": beginning.digest},
+        losses=("autoencoder", "l1"),
+        counts={},
+        curves=CURVES,
+        memory_remedies=MEMORY_REMEDIES,
+        how_to_use=lambda path: f"it is {path / MODEL / 'vae'}, to lie beside a transformer's folder",
+    )
+
+
+def make_loss(options: Options, config: VAEConfig, mesh: Mesh, lpips: Network | None) -> AutoencoderLoss:
+    weights = AutoencoderConfig(options.lambda_gradient, options.lambda_kl, options.lambda_lpips)
+    place = placement(mesh) if mesh.shape["fsdp"] > 1 else None
+    network = AutoencoderKL(config, options.dtype, remat=options.gradient_checkpointing, placement=place)
+    return AutoencoderLoss(network, weights, LPIPS(lpips, options.dtype) if lpips else None)
+
+
+def validation_records(options: Options, data: Data, count: int) -> list[Record]:
+    source = data.source
+    if options.validation_dir:
+        source = open_images([options.validation_dir], options, 0, say).source
+    return pick(source, Shapes.of_source(source), count, say)
+
+
+class Beginning(NamedTuple):
+    """What training begins from; see `Trainer.prepared`.
+
+    Attributes:
+      create, loaded: arrays `loaded` -> parameters.
+      digest: tells the beginning from others.
+    """
+
+    create: Callable[[Tree], Tree]
+    loaded: Tree
+    digest: str
+
+
+def starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool) -> Beginning:
+    """New parameters, or the folder's; of a resumed run's only the shapes are needed."""
+    config = dataclasses.replace(files.config, scaling_factor=1.0)  # measured, so it tells nothing apart
+    described = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    if options.from_scratch:
+        key = jax.random.key(options.seed)
+        return Beginning(lambda _: new_params(files.config, key), {}, f"new, {described}")
+    ((params, digest),) = load_networks([files], mesh, jnp.float32)
+    loaded = params if new else jax.eval_shape(lambda: params)
+    return Beginning(lambda loaded: loaded, loaded, f"{digest}, {described}")
+
+
+def jit_step(trainer: Trainer, mesh: Mesh, shardings: Any) -> Any:
+    def step(state: TrainState, frozen: Frozen, samples: Samples, key: jax.Array):
+        return trainer.step(state, frozen, to_unit(samples.hr), key)
+
+    return jitted(step, mesh, shardings)
+
+
+def exported(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Files:
+    """The autoencoder in diffusers' layout; with an average, another folder of that."""
+    trees = {"": state.trained} | ({"ema/": state.ema} if state.ema else {})
+    files: Files = {}
+    for folder, tree in trees.items():
+        scaled = dataclasses.replace(
+            config, scaling_factor=validation.scaling_factor(tree), shift_factor=None
+        )
+        params = jax.tree.map(on_host, tree)
+        files[f"{folder}vae/{TORCH_STEM}.safetensors"] = dict(write_base(params, config))
+        files[f"{folder}vae/config.json"] = json.dumps(torch_config(scaled), indent=2) + "\n"
+    return files

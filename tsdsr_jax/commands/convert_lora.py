@@ -1,0 +1,110 @@
+"""Converts LoRA files: PEFT's layout (TSD-SR's released files) to ours, and ours to PEFT's.
+
+    python convert/lora.py --input checkpoint/tsdsr --output lora/tsdsr --base sd3
+    python convert/lora.py --input lora/tsdsr --output for_pytorch --base sd3
+
+The direction follows from each file. A folder converts all of its transformer.safetensors, vae.safetensors,
+teacher.safetensors and transformer_reg.safetensors. Where alpha is the rank, round trips are bit-exact, tensor by tensor;
+another strength is folded into B, and what is written has alpha = rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tsdsr_jax import cli
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models import lora
+from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import Config
+from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.weights.lora_files import Adapter, is_own_lora, open_lora, save_lora
+from tsdsr_jax.weights.lora_names import part_of
+from tsdsr_jax.weights.sd3_folder import NetworkFiles, Part
+from tsdsr_jax.weights.tensor_files import open_tensors, save_tensors
+from tsdsr_jax.weights.torch_names import write_lora
+
+KNOWN_FILES = (
+    "transformer.safetensors",
+    "vae.safetensors",
+    "teacher.safetensors",
+    "transformer_reg.safetensors",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
+    """A LoRA file, or a folder of them."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write; files keep their names."""
+    base: Path | None = None
+    """Checkpoint folder the LoRA belongs to (only its config.json files are read); without it: SD3-medium."""
+    overwrite: bool = False
+    """Replace files that are already in the output folder."""
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    for source in find_files(options.input):
+        target = options.output / source.name
+        if target.resolve() == source.resolve():
+            raise UserError(f"{target}: input and output are the same file; choose another --output")
+        if target.exists() and not options.overwrite:
+            raise UserError(f"{target}: exists already; pass --overwrite to replace it")
+        print(convert(source, target, options.base))
+
+
+def find_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: not found")
+    files = [path / name for name in KNOWN_FILES if (path / name).is_file()]
+    if not files:
+        raise UserError(
+            f"{path}: has none of {', '.join(KNOWN_FILES)}; name the file itself if it is called otherwise"
+        )
+    return files
+
+
+def convert(source: Path, target: Path, base: Path | None) -> str:
+    """Converts one file; returns a line that says what was done."""
+    reader = open_tensors(source)
+    part = part_of(reader.specs)
+    config = read_config(base, part)
+    if source.name in KNOWN_FILES and (source.name == "vae.safetensors") != (part == "vae"):
+        raise UserError(
+            f"{source}: holds a LoRA for the {part}; by its name it should not: are two files swapped?"
+        )
+    model = "SD3-medium, which is assumed without --base" if base is None else f"the {part} of {base}"
+    adapter = open_lora(source, config, model)
+    ours = is_own_lora(reader)
+    if ours:
+        save_tensors(target, write_lora(adapter.tree, config), {"format": "pt"})
+    else:
+        save_lora(target, adapter.tree, part)
+    return f"{source} -> {target} ({'PEFT' if ours else 'tsdsr_jax'} layout, {part}, {describe(adapter)})"
+
+
+def describe(adapter: Adapter) -> str:
+    """Its ranks, and what reading it changed."""
+    modules = lora.modules(adapter.tree)
+    words = ["rank " + "/".join(str(rank) for rank in sorted(set(modules.values())))]
+    if adapter.factors != (1.0,):
+        smallest, largest = adapter.factors[0], adapter.factors[-1]
+        spread = f"{smallest:g}" if smallest == largest else f"{smallest:g} to {largest:g}"
+        words.append(f"alpha/rank {spread} folded in")
+    if adapter.filled:
+        words.append(f"smaller ranks or missing layers filled with zeros in {len(adapter.filled)} modules")
+    return ", ".join(words)
+
+
+def read_config(base: Path | None, part: Part) -> Config:
+    if base is None:
+        return MMDiTConfig.sd3_medium() if part == "transformer" else VAEConfig.sd3()
+    return NetworkFiles(base / part, part).config

@@ -1,0 +1,200 @@
+"""Converts an SD3 checkpoint: diffusers' layout to ours, or back with --to_diffusers.
+
+    python convert/sd3.py --input stable-diffusion-3-medium-diffusers --output sd3
+
+Tensors are streamed, so memory stays far below the checkpoint's size. With --lora_dir the result is a model of its own:
+TSD-SR's LoRAs are merged into it, in float32, and it is used with infer/upscale.py --lora_dir none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import ml_dtypes
+import numpy as np
+import tyro
+from flax.traverse_util import flatten_dict
+from tqdm import tqdm
+
+import tsdsr_jax
+from tsdsr_jax import cli
+from tsdsr_jax.atomic import replacing
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.lora import pair_of
+from tsdsr_jax.models.params import Tree
+from tsdsr_jax.weights.lora_files import load_lora
+from tsdsr_jax.weights.sd3_folder import (
+    MERGED_FILE,
+    PARAMS_FILE,
+    PARTS,
+    TORCH_STEM,
+    Checkpoint,
+    NetworkFiles,
+    open_checkpoint,
+    read_json,
+)
+from tsdsr_jax.weights.tensor_files import TensorSpec, write_tensors
+from tsdsr_jax.weights.torch_names import base_entries
+
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    input: Annotated[cli.PathOrName, tyro.conf.arg(aliases=["-i"])]
+    """A diffusers SD3 folder or hub id (with --to_diffusers: a folder that this script wrote)."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write."""
+    lora_dir: Path | None = None
+    """Folder with transformer.safetensors and vae.safetensors to merge into the weights, PEFT's layout or ours."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """File-name variant to read, such as fp16."""
+    dtype: Literal["keep", "float16", "bfloat16", "float32"] = "keep"
+    """Store tensors in this type; keep: as they are."""
+    to_diffusers: bool = False
+    """Write diffusers' layout instead of ours."""
+    overwrite: bool = False
+    """Replace weights that are already in the output folder."""
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    checkpoint = open_checkpoint(options.input, options.revision, options.variant)
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"{options.output}: is a file; --output must be a folder")
+    if options.output.resolve() == checkpoint.folder.resolve():
+        raise UserError(f"{options.output}: --output is the checkpoint itself; choose another folder")
+    networks = [checkpoint.network(part) for part in PARTS]
+    name = f"{TORCH_STEM}.safetensors" if options.to_diffusers else PARAMS_FILE
+    for network in networks:
+        target = options.output / network.part / name
+        if target.exists() and not options.overwrite:
+            raise UserError(f"{target}: exists already; pass --overwrite to replace it")
+        if options.to_diffusers and not network.is_converted:
+            raise UserError(f"{network.folder}: not a folder written by this script; nothing to convert back")
+        if network.is_converted and not options.to_diffusers and not options.lora_dir:
+            raise UserError(f"{network.folder}: converted already; --to_diffusers would convert it back")
+        network.specs  # noqa: B018 (names and shapes; all is checked before a byte is written)
+    loras = [load_part(options.lora_dir, network) for network in networks]
+    for network in networks:
+        network.check_finite()
+    mark(options, checkpoint)
+    for network, lora in zip(networks, loras, strict=True):
+        convert(network, lora, options.output / network.part / name, options)
+    copy_small_files(checkpoint.folder, options.output)
+    print(
+        f"wrote {options.output}: {', '.join(f'{n.part} {count_values(n) / 1e6:,.1f} M' for n in networks)} parameters"
+    )
+
+
+def load_part(lora_dir: Path | None, network: NetworkFiles) -> Tree:
+    """The network's adapter; empty without --lora_dir."""
+    return load_lora(lora_dir / f"{network.part}.safetensors", network.config) if lora_dir else {}
+
+
+def convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) -> None:
+    """Streams one network's tensors into `target`, then its config beside it."""
+    leaves = merged(network.leaves(), lora)
+    specs, tensors = torch_tensors(network, leaves) if options.to_diffusers else (network.specs, leaves)
+    if options.dtype != "keep":
+        specs = {name: TensorSpec(spec.shape, DTYPES[options.dtype]) for name, spec in specs.items()}
+    # diffusers looks for this entry; ours says what made the file.
+    metadata = (
+        {"format": "pt"}
+        if options.to_diffusers
+        else {"format": "tsdsr_jax", "version": tsdsr_jax.__version__}
+    )
+    with tqdm(total=count_values(network), desc=network.part, unit=" values", unit_scale=True) as bar:
+        write_tensors(target, specs, counted(cast(tensors, specs), bar), metadata)
+    with replacing(target.parent / "config.json") as temporary:
+        shutil.copyfile(network.folder / "config.json", temporary)
+
+
+def merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves with an adapter merged in; those that it changes in float32."""
+    pairs = flatten_dict(lora, sep="/")
+    for path, array in leaves:
+        if pair := pair_of(pairs, path):
+            a, b = (np.asarray(half, np.float32) for half in pair)
+            # Not `lora.merge_kernel`: JAX would take a GPU's memory for it.
+            array = array.astype(np.float32) + a @ b
+        yield path, array
+
+
+def torch_tensors(
+    network: NetworkFiles, leaves: Iterator[tuple[str, np.ndarray]]
+) -> tuple[dict[str, TensorSpec], Iterator[tuple[str, np.ndarray]]]:
+    """A converted network's specs and leaves under their torch names."""
+    entries = base_entries(network.config)
+    specs = {
+        name: TensorSpec(entry.torch_shape, network.specs[entry.path].dtype)
+        for entry in entries
+        for name in entry.names
+    }
+    return specs, (
+        pair for entry, (_, leaf) in zip(entries, leaves, strict=True) for pair in entry.scatter(leaf)
+    )
+
+
+def cast(
+    tensors: Iterator[tuple[str, np.ndarray]], specs: Mapping[str, TensorSpec]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Casts each tensor to its spec's type; a finite value that the type cannot hold is refused."""
+    for name, array in tensors:
+        dtype = specs[name].dtype
+        if array.dtype == dtype:
+            yield name, array
+            continue
+        result = np.empty(array.shape, dtype)
+        # One layer at a time, and through float32: NumPy has no cast between float16 and bfloat16.
+        for target, source in zip(np.atleast_2d(result), np.atleast_2d(array), strict=True):
+            wide = source.astype(np.float32)
+            with np.errstate(over="ignore"):
+                target[...] = wide
+            if (np.isfinite(wide) & ~np.isfinite(target.astype(np.float32))).any():
+                raise UserError(
+                    f"{name}: has values beyond the range of {dtype}; choose --dtype bfloat16 or float32"
+                )
+        yield name, result
+
+
+def counted(tensors: Iterator[tuple[str, np.ndarray]], bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in tensors:
+        yield name, array
+        bar.update(array.size)
+
+
+def count_values(network: NetworkFiles) -> int:
+    return sum(int(np.prod(spec.shape)) for spec in network.specs.values())
+
+
+def mark(options: Options, checkpoint: Checkpoint) -> None:
+    """Names the LoRAs in the weights, those of before and now, in a file; without any there is none."""
+    files = [*checkpoint.merged]
+    files += [f"{options.lora_dir}/{part}.safetensors" for part in PARTS] if options.lora_dir else []
+    path = options.output / MERGED_FILE
+    if files:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"loras": files}, indent=2) + "\n")
+    else:
+        path.unlink(missing_ok=True)
+
+
+def copy_small_files(source: Path, output: Path) -> None:
+    """The scheduler's config and the model index, so that the folder still says what it is."""
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        if (source / name).is_file():
+            text = json.dumps(read_json(source / name), indent=2) + "\n"
+            with replacing(output / name) as temporary:
+                temporary.write_text(text)

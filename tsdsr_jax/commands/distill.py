@@ -1,0 +1,338 @@
+"""Trains TSD-SR: distils SD3 into a one-step upscaler, on all GPUs of one machine or of several.
+
+python train/distill.py --pretrained_model_name_or_path sd3 --data_dir prepared --output_dir runs/first
+    --use_default_prompt --use_dasm --guidance_scale 7.5 --resume_from_checkpoint latest
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tsdsr_jax import cli, hints
+from tsdsr_jax.data.batches import Shapes, first_sample
+from tsdsr_jax.data.options import DataOptions
+from tsdsr_jax.data.sources import Data, open_data, open_sets
+from tsdsr_jax.distillation.adapters import (
+    AUXILIARY_FILE,
+    Ranks,
+    adapter_files,
+    initial_state,
+    jit_step,
+    load_adapters,
+    load_teacher,
+    make_losses,
+)
+from tsdsr_jax.distillation.losses import Base, LossConfig, Student
+from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.tsd import TSDConfig, Weighting
+from tsdsr_jax.distillation.validation import Validation
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.lpips import LPIPS, Network
+from tsdsr_jax.models.params import Tree
+from tsdsr_jax.training import session
+from tsdsr_jax.training.checkpoint import LORA
+from tsdsr_jax.training.log import Curve
+from tsdsr_jax.training.loop import explained_memory
+from tsdsr_jax.training.networks import (
+    Networks,
+    check_latents,
+    check_shapes,
+    load_texts,
+    place_text,
+    text_hash,
+)
+from tsdsr_jax.training.optimizer import with_new_scale
+from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.session import say
+from tsdsr_jax.training.sharding import global_array, replicated
+from tsdsr_jax.training.stepping import Step
+from tsdsr_jax.training.validation import pick
+from tsdsr_jax.weights import prompt_hints
+from tsdsr_jax.weights.lpips_files import how_to_get, load_lpips
+from tsdsr_jax.weights.prompt_files import PromptEmbeds
+from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
+
+CURVES = (
+    Curve("student's loss", ("student",)),
+    Curve("TSD", ("tsd",), log_scale=True),
+    Curve("latent MSE", ("mse",)),
+    Curve("LPIPS", ("lpips",)),
+    Curve("auxiliary network's loss", ("auxiliary",)),
+    Curve("validation: latent MSE", ("validation_mse",)),
+    Curve("validation: PSNR (dB)", ("validation_psnr",)),
+    Curve("gradient norms", ("student_gradient_norm", "auxiliary_gradient_norm"), log_scale=True),
+)
+
+
+LOSSES = ("student", "tsd", "mse", "lpips", "auxiliary")
+COUNTS = {"tsd_not_finite": "teacher or auxiliary network gave values that were not finite"}
+MEMORY_REMEDIES = (
+    "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --split_guidance, --fsdp N "
+    "to share the base between N devices, --lambda_lpips 0"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(RunOptions, OptimizerOptions, DataOptions):
+    pretrained_model_name_or_path: cli.PathOrName
+    """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """File-name variant of the weights, such as fp16."""
+    teacher_lora_path: Path | None = None
+    """The teacher's LoRA, used with --use_teacher_lora: a file, or a folder with teacher.safetensors."""
+    checkpoint_path: Path | None = None
+    """Folder of student LoRAs to start from (transformer.safetensors, vae.safetensors), as released or exported here."""
+    lpips_path: Path = hints.LPIPS_FILE
+    """LPIPS weights written by convert/lpips.py."""
+
+    use_default_prompt: bool = False
+    """Condition the student on the default prompt; otherwise on each image's own."""
+    use_dasm: bool = False
+    """Distribution-aware sampling: TSD at several points of a trajectory instead of one."""
+    use_teacher_lora: bool = False
+    """The teacher is SD3 with the LoRA of --teacher_lora_path; otherwise SD3 itself."""
+    use_random_bias: bool = False
+    """Vary the trajectories' length by -25 to 24 schedule steps; only with --use_dasm."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of teacher and auxiliary network inside TSD; the published run used 7.5."""
+    split_guidance: bool = False
+    """Evaluate empty and real prompt one after the other: half the memory of that part."""
+    lambda_tsd: float = 1.0
+    """Weight of the TSD loss; 0 leaves it out."""
+    lambda_mse: float = 1.0
+    """Weight of the latent MSE; the authors remove it where results are over-smoothed."""
+    lambda_lpips: float = 1.0
+    """Weight of LPIPS; 0 leaves it out, and its weights are not needed then."""
+    lambda_vsd: float = 0.7
+    """The paper's lambda: share of variational score distillation in TSD; the rest is target score matching."""
+    dasm_points: int = 4
+    """Points of a trajectory, with --use_dasm."""
+    dasm_gamma: float = 0.3
+    """The paper's gamma: weight of every point after the first."""
+    dasm_stride: int = 50
+    """Schedule steps between points."""
+    first_index: int = 50
+    """First schedule index that is drawn (0 is pure noise, 999 almost none)."""
+    last_index: int = 949
+    """Last schedule index that is drawn."""
+    weighting_scheme: Weighting = "logit_normal"
+    """Sample weights of the auxiliary network's loss."""
+    logit_mean: float = 0.0
+    """Of --weighting_scheme logit_normal."""
+    logit_std: float = 1.0
+    """Of --weighting_scheme logit_normal."""
+    mode_scale: float = 1.29
+    """Of --weighting_scheme mode."""
+
+    rank: int = 64
+    """Rank of the student's LoRA on the transformer."""
+    rank_lora: int = 16
+    """Rank of the auxiliary network's LoRA; the published run used 64."""
+    rank_vae: int = 64
+    """Rank of the student's LoRA on the autoencoder's encoder."""
+    learning_rate: float = 1e-5
+    """The student's peak learning rate."""
+    learning_rate_reg: float = 1e-6
+    """The auxiliary network's."""
+
+    def loss_config(self, shift: float) -> LossConfig:
+        later = (self.dasm_gamma,) * (self.dasm_points - 1)
+        return LossConfig(
+            tsd=TSDConfig(
+                balance=self.lambda_vsd,
+                point_weights=(1.0, *later) if self.use_dasm else (1.0,),
+                stride=self.dasm_stride,
+                first_index=self.first_index,
+                last_index=self.last_index,
+            ),
+            weight_tsd=self.lambda_tsd,
+            weight_mse=self.lambda_mse,
+            weight_lpips=self.lambda_lpips,
+            guidance_scale=self.guidance_scale,
+            split_guidance=self.split_guidance,
+            bias_range=(-25, 25) if self.use_random_bias else None,
+            weighting=self.weighting_scheme,
+            logit_mean=self.logit_mean,
+            logit_std=self.logit_std,
+            mode_scale=self.mode_scale,
+            shift=shift,
+        )
+
+    def ranks(self) -> Ranks:
+        return Ranks(self.rank, self.rank_vae, self.rank_lora)
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    options = options.prompted(options.pretrained_model_name_or_path)
+    check(options)
+    mesh = options.start()
+    start = session.find_start(options)
+    model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
+    options = options.fitted(model.longest_side) if options.hr_dir else options
+    data = open_data(options, options.seed, "pairs", say, options.output_dir)
+    with explained_memory(MEMORY_REMEDIES):
+        task = prepare(options, model, mesh, data, new=start is None)
+    session.run(options, task, data, mesh, start)
+
+
+def check(options: Options) -> None:
+    """Refuses flags that cannot work, before anything is loaded."""
+    options.check()
+    options.check_data()
+    options.check_optimizer()
+    cli.at_least(options, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride")
+    cli.at_least(options, 0, "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips", "dasm_gamma",
+             "first_index")  # fmt: skip
+    if not 0 <= options.lambda_vsd <= 1:
+        raise UserError(f"--lambda_vsd {options.lambda_vsd:g}: expected 0 to 1, it is a share")
+    if not options.first_index <= options.last_index < 999:
+        raise UserError(
+            f"--first_index {options.first_index} --last_index {options.last_index}: expected first ≤ last ≤ 998"
+        )
+    if options.use_dasm and options.use_random_bias and options.dasm_points * options.dasm_stride < 26:
+        raise UserError(
+            "--dasm_points × --dasm_stride: expected at least 26 with --use_random_bias, which takes up to 25 away"
+        )
+    if not any((options.lambda_tsd, options.lambda_mse, options.lambda_lpips)):
+        raise UserError(
+            "--lambda_tsd, --lambda_mse and --lambda_lpips are all 0: there is nothing to train for"
+        )
+    if options.use_teacher_lora and options.teacher_lora_path is None:
+        raise UserError("--use_teacher_lora: give the LoRA with --teacher_lora_path")
+    if options.lambda_lpips and not options.lpips_path.is_file():
+        network: Network = "vgg" if "vgg" in options.lpips_path.name.lower() else "alex"
+        raise UserError(
+            f"--lpips_path {options.lpips_path}: not found; pass --lambda_lpips 0 to train without LPIPS, or make it: "
+            + how_to_get(network, options.lpips_path)
+        )
+
+
+def notes(options: Options, steps: int, merged: bool = False) -> list[str]:
+    """Flags that do nothing, or perhaps not what was meant; `merged` models are students already."""
+    found = options.notes()
+    if merged and options.lambda_tsd:
+        found.append(
+            "this model has LoRAs merged in: it is a finished student, and TSD has no teacher to learn from there; "
+            "--lambda_tsd 0 trains it with the other losses"
+        )
+    if options.use_random_bias and not options.use_dasm:
+        found.append("--use_random_bias has no effect without --use_dasm")
+    if options.teacher_lora_path and not options.use_teacher_lora:
+        found.append("--teacher_lora_path has no effect without --use_teacher_lora")
+    return found + options.warmup_notes(steps)
+
+
+def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
+    """Checks everything by its headers, then loads the frozen base and describes the training."""
+    networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
+    check_fit(networks.transformer, networks.vae)
+    lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
+    perceptual = LPIPS(lpips[0]) if lpips else None
+    check_shapes(data.shapes, networks, perceptual, prepared=bool(options.data_dir))
+    null, default = load_texts(options, networks, data.shapes, options.use_default_prompt)
+    held_out, shapes = data.source, data.shapes
+    if options.validation_dir:
+        held_out = open_sets([options.validation_dir])
+        shapes = Shapes.of_source(held_out)
+        check_shapes(shapes, networks, what="validation images")
+    records = pick(held_out, shapes, options.num_validation_images, say)
+    # A resumed run has its adapters from the checkpoint.
+    loaded = starting_adapters(options, networks) if new else (None, None)
+
+    steps = options.steps(len(data.source), mesh)
+    session.describe(options, mesh, data, steps, notes(options, steps, bool(model.merged)))
+    base, identity = load_base(options, networks, null, default, lpips[1] if lpips else {})
+    if new and data.shapes.latent_hr:
+        check_latents(*first_sample(data.source), networks, base.vae)
+    trainer = Trainer(
+        make_losses(networks, options.loss_config(model.shift()), perceptual, options.gradient_checkpointing),
+        options.optimizer_config(steps, options.learning_rate, options.learning_rate_reg),
+        dynamic_scale=options.mixed_precision == "fp16",
+    )
+    key = jax.random.key(options.seed)
+    step = Step(jit_step(trainer, mesh), mesh, base, key)
+    validation = Validation(trainer.losses, mesh, base, records)
+    return session.Task(
+        new_state=partial(initial_state, trainer, networks, options.ranks(), key, loaded),
+        step=step,
+        put=step.put,
+        put_state=step.put_state,
+        validate=lambda state: validation(state.ema or state.student),
+        new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
+        files=partial(adapter_files, networks),
+        export=LORA,
+        identity=identity | {"schedule's shift": model.shift()} | options.ranks()._asdict() | options.kept(),
+        losses=LOSSES,
+        counts=COUNTS,
+        curves=CURVES,
+        memory_remedies=MEMORY_REMEDIES,
+        how_to_use=partial(how_to_use, options),
+    )
+
+
+def how_to_use(options: Options, path: Path) -> str:
+    """The command that upscales with the adapters of a checkpoint: those that were validated."""
+    folder = options.default_embedding_dir
+    upscaling = hints.command(
+        "infer/upscale.py",
+        **hints.given(options, *hints.MODEL),
+        lora_dir=path / LORA if options.ema_decay is None else path / LORA / "ema",
+        rank=options.rank,
+        rank_vae=options.rank_vae,
+        embedding_dir=folder,
+        input_dir=hints.PHOTOS,
+        output_dir=hints.new_folder(options.output_dir, "upscaled"),
+    )
+    if folder.exists():
+        return f"upscale with it: {upscaling}"
+    needed = f"upscaling needs the default prompt's embedding in {folder}."
+    return f"{needed} {prompt_hints.how_to_encode(options, 'default', folder)}\nthen upscale with it: {upscaling}"
+
+
+def starting_adapters(options: Options, networks: Networks) -> tuple[Student | None, Tree | None]:
+    """The adapters of --checkpoint_path; None where there are none and new ones are made."""
+    if options.checkpoint_path is None:
+        return None, None
+    student, auxiliary = load_adapters(options.checkpoint_path, networks, options.ranks())
+    new = "" if auxiliary else f"; without {AUXILIARY_FILE} the auxiliary network's adapter is new"
+    say(f"starting from {options.checkpoint_path}{new}")
+    return student, auxiliary
+
+
+def load_base(
+    options: Options, networks: Networks, null: PromptEmbeds, default: PromptEmbeds | None, lpips: Tree
+) -> tuple[Base, dict[str, Any]]:
+    """The frozen arrays on their devices, and their hashes."""
+    (transformer, transformer_hash), (vae, vae_hash) = networks.load([networks.transformer, networks.vae])
+    teacher, teacher_hash = {}, "none"
+    if options.use_teacher_lora:
+        path = options.teacher_lora_path
+        teacher, teacher_hash = load_teacher(
+            path / "teacher.safetensors" if path.is_dir() else path, networks
+        )
+    whole = replicated(networks.mesh)
+    base = Base(
+        transformer,
+        vae,
+        teacher,
+        place_text(null, networks),
+        place_text(default, networks) if default else None,
+        jax.tree.map(lambda leaf: global_array(np.asarray(leaf), whole), lpips),
+    )
+    return base, {
+        "transformer": transformer_hash,
+        "autoencoder": vae_hash,
+        "teacher LoRA": teacher_hash,
+        "null prompt": text_hash(null),
+        "default prompt": text_hash(default) if default else "none",
+    }

@@ -1,0 +1,61 @@
+"""Where commands begin: the installed `tsdsr-...` ones, and the scripts in `convert/`, `train/` and `infer/`.
+
+Nothing heavy is imported before Ctrl-C is seen to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+
+
+def _run(name: str) -> None:
+    """Runs `main` of a module beside this one as a command-line tool."""
+    # Ctrl-C while the libraries load: leave at once. `cli.run` takes over when the work begins.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    main = importlib.import_module(f"tsdsr_jax.commands.{name}").main
+    importlib.import_module("tsdsr_jax.cli").run(main)
+
+
+def convert_sd3() -> None:
+    _run("convert_sd3")
+
+
+def convert_lora() -> None:
+    _run("convert_lora")
+
+
+def convert_prompts() -> None:
+    _run("convert_prompts")
+
+
+def convert_lpips() -> None:
+    _run("convert_lpips")
+
+
+def distill() -> None:
+    _run("distill")
+
+
+def teacher() -> None:
+    _run("teacher")
+
+
+def autoencoder() -> None:
+    _run("autoencoder")
+
+
+def prepare() -> None:
+    _run("prepare")
+
+
+def upscale() -> None:
+    _run("upscale")
+
+
+def evaluate() -> None:
+    _run("evaluate")
+
+
+def app() -> None:
+    _run("app")

@@ -1,0 +1,350 @@
+"""Trains TSD-SR's teacher: SD3's LoRA on high-resolution photographs, with the flow-matching loss.
+
+python train/teacher.py --pretrained_model_name_or_path sd3 --hr_dir PHOTOS --output_dir runs/teacher
+    --default_embedding_dir dataset/default --null_embedding_dir dataset/null --max_train_steps 20000
+
+Then: python train/distill.py ... --use_teacher_lora --teacher_lora_path runs/teacher/checkpoint_0020000/lora
+
+--train base trains all weights of the transformer instead, with --from_scratch beginning from nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tsdsr_jax import cli, hints
+from tsdsr_jax.data.batches import Shapes, first_sample
+from tsdsr_jax.data.options import DataOptions
+from tsdsr_jax.data.record import Source
+from tsdsr_jax.data.sources import Data, open_data, open_sets
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.params import Tree, abstract_params
+from tsdsr_jax.pretraining.teacher import (
+    FlowBase,
+    FlowConfig,
+    FlowLoss,
+    fixed_params,
+    joined,
+    new_adapter,
+    new_params,
+    split_fixed,
+    to_flow_batch,
+)
+from tsdsr_jax.pretraining.teacher_validation import TeacherValidation
+from tsdsr_jax.training import session
+from tsdsr_jax.training.batch import Samples
+from tsdsr_jax.training.checkpoint import LORA, MODEL, Files, on_host
+from tsdsr_jax.training.log import Curve
+from tsdsr_jax.training.loop import explained_memory
+from tsdsr_jax.training.networks import (
+    Networks,
+    check_latents,
+    check_shapes,
+    check_tokens,
+    load_texts,
+    place_text,
+    text_hash,
+)
+from tsdsr_jax.training.optimizer import with_new_scale
+from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.session import say
+from tsdsr_jax.training.sharding import global_array, replicated
+from tsdsr_jax.training.step import Trainer, TrainState
+from tsdsr_jax.training.stepping import Step, jitted
+from tsdsr_jax.training.validation import pick
+from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
+from tsdsr_jax.weights.sd3_folder import TORCH_STEM, Checkpoint, check_fit, open_checkpoint, torch_config
+from tsdsr_jax.weights.torch_names import to_tree, write_base, write_lora
+
+CURVES = (
+    Curve("flow-matching loss", ("flow",)),
+    Curve("validation: flow-matching loss", ("validation_flow",)),
+    Curve("gradient norm", ("gradient_norm",), log_scale=True),
+    Curve("learning rate", ("learning_rate",)),
+)
+MEMORY_REMEDIES = (
+    "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --fsdp N to share the "
+    "weights between N devices"
+)
+TEACHER_FILE = "teacher.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(RunOptions, OptimizerOptions, DataOptions):
+    pretrained_model_name_or_path: cli.PathOrName
+    """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """File-name variant of the weights, such as fp16."""
+
+    train: Literal["lora", "base"] = "lora"
+    """A LoRA on the frozen transformer, or all of its weights."""
+    from_scratch: bool = False
+    """With --train base: begin from new weights; of the transformer only its config.json is read."""
+    checkpoint_path: Path | None = None
+    """With --train lora: a teacher's LoRA to start from, a file or a folder with teacher.safetensors."""
+    rank: int = 64
+    """Rank of the LoRA."""
+    prompt_dropout: float = 0.1
+    """Probability of the empty prompt instead of the photograph's, so that the result can be guided."""
+    logit_mean: float = 0.0
+    """Of the logit-normal distribution of noise levels; above 0 leans to little noise."""
+    logit_std: float = 1.0
+    """Of the logit-normal distribution of noise levels."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    sampling_steps: int = 28
+    """Steps of the validation pictures that are made from noise."""
+    sampling_guidance: float = 5.0
+    """Their guidance."""
+
+    def config(self, shift: float) -> FlowConfig:
+        return FlowConfig(shift, self.logit_mean, self.logit_std, self.prompt_dropout)
+
+    @property
+    def adapter(self) -> bool:
+        return self.train == "lora"
+
+
+def main() -> None:
+    options = cli.parse(Options, description=__doc__)
+    options = options.prompted(options.pretrained_model_name_or_path)
+    check(options)
+    mesh = options.start()
+    start = session.find_start(options)
+    model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
+    check_base(options, model)
+    options = options.fitted(model.longest_side) if options.hr_dir else options
+    data = open_data(options, options.seed, "latents", say, options.output_dir)
+    with explained_memory(MEMORY_REMEDIES):
+        task = prepare(options, model, mesh, data, new=start is None)
+    session.run(options, task, data, mesh, start)
+
+
+def check(options: Options) -> None:
+    """Refuses flags that cannot work, before anything is loaded."""
+    options.check()
+    options.check_data()
+    options.check_optimizer()
+    cli.at_least(options, 1, "rank", "sampling_steps")
+    cli.at_least(options, 0, "learning_rate")
+    if not 0 <= options.prompt_dropout <= 1:
+        raise UserError(f"--prompt_dropout {options.prompt_dropout:g}: expected 0 to 1, it is a probability")
+    if not 0 < options.logit_std < float("inf"):
+        raise UserError(f"--logit_std {options.logit_std:g}: expected more than 0")
+    if options.from_scratch and options.adapter:
+        raise UserError("--from_scratch needs --train base: a LoRA adapts weights that are there")
+    if options.checkpoint_path and not options.adapter:
+        raise UserError("--checkpoint_path is a LoRA, for --train lora; give other weights as the model")
+
+
+def check_base(options: Options, model: Checkpoint) -> None:
+    """Refuses to train a teacher on a student."""
+    if model.merged and not options.from_scratch:
+        raise UserError(
+            f"{options.pretrained_model_name_or_path}: is a finished one-step student ({', '.join(model.merged)} merged in) "
+            "and no base that a teacher can be trained on; give the model that the LoRAs were made for"
+        )
+
+
+def notes(options: Options, steps: int) -> list[str]:
+    return options.notes() + options.warmup_notes(steps)
+
+
+def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
+    """Checks everything by its headers, then loads what is frozen and describes the training."""
+    networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
+    check_fit(networks.transformer, networks.vae)
+    check_shapes(data.shapes, networks, prepared=bool(options.data_dir))
+    null, default = load_texts(options, networks, data.shapes, with_default=False)
+    held_out = validation_source(options, data)
+    shapes = Shapes.of_source(held_out)
+    prepared = bool(options.data_dir or options.validation_dir)
+    check_shapes(shapes, networks, what="validation images", prepared=prepared)
+    if shapes.prompt is None and default is None:
+        raise UserError("the validation images have no prompts of their own, as the training images do")
+    if shapes.prompt:
+        check_tokens(
+            shapes.prompt[0],
+            f"--null_embedding_dir {options.null_embedding_dir}, with --validation_dir",
+            null,
+        )
+    records = pick(held_out, shapes, options.num_validation_images, say)
+    loaded = starting_adapter(options, networks) if new and options.checkpoint_path else None
+
+    steps = options.steps(len(data.source), mesh)
+    session.describe(options, mesh, data, steps, notes(options, steps))
+    ((vae, vae_hash),) = networks.load([networks.vae])
+    beginning = load_transformer(options, networks, loaded, new)
+    if new and data.shapes.latent_hr:
+        check_latents(*first_sample(open_sets(options.data_dir)), networks, vae)
+    texts = place_text(null, networks), place_text(default, networks) if default else None
+    base = FlowBase(beginning.frozen, vae, *texts)
+    network = networks.mmdit(options.gradient_checkpointing)
+    loss = FlowLoss(network, networks.autoencoder(), options.config(model.shift()), options.adapter)
+    config = options.optimizer_config(steps, options.learning_rate)
+    trainer = Trainer(loss.objective, config, dynamic_scale=options.mixed_precision == "fp16")
+    split = not options.adapter
+    new_state, shardings = trainer.prepared(beginning.create, beginning.loaded, mesh, split=split)
+    step = Step(jit_step(trainer, mesh, shardings), mesh, base, jax.random.key(options.seed), shardings)
+    validation = TeacherValidation(
+        loss, mesh, base, records, options.sampling_steps, options.sampling_guidance
+    )
+    return session.Task(
+        new_state=new_state,
+        step=step,
+        put=step.put,
+        put_state=step.put_state,
+        validate=lambda state: validation(state.ema or state.trained),
+        new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
+        files=partial(adapter_files if options.adapter else model_files, networks, model, beginning.frozen),
+        export=LORA if options.adapter else MODEL,
+        identity={
+            "train": options.train,
+            "rank": options.rank if options.adapter else None,
+            "schedule's shift": model.shift(),
+            **options.kept(),
+            "transformer": beginning.digest,
+            "autoencoder": vae_hash,
+            "null prompt": text_hash(null),
+            "default prompt": text_hash(default) if default else "none",
+        },
+        losses=("flow",),
+        counts={},
+        curves=CURVES,
+        memory_remedies=MEMORY_REMEDIES,
+        how_to_use=partial(how_to_use, options),
+    )
+
+
+def validation_source(options: Options, data: Data) -> Source:
+    """Samples with images: of their own, or the training's."""
+    if options.validation_dir:
+        return open_sets([options.validation_dir])
+    return open_sets(options.data_dir) if options.data_dir else data.source
+
+
+def how_to_use(options: Options, path: Path) -> str:
+    """The command that distils the teacher of a checkpoint, on the same data: the weights that were validated."""
+    made = path / (LORA if options.adapter else MODEL) / ("" if options.ema_decay is None else "ema")
+    if options.adapter:
+        flags = hints.given(options, *hints.MODEL) | {"use_teacher_lora": True, "teacher_lora_path": made}
+    else:
+        flags = {"pretrained_model_name_or_path": made}
+    flags |= hints.given(options, *hints.DATA, *hints.STEPS)
+    return f"distil it: {hints.distilling(options.output_dir, flags)}"
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+def starting_adapter(options: Options, networks: Networks) -> Tree:
+    """The LoRA of --checkpoint_path; UserError where its modules or ranks are others."""
+    path = (
+        options.checkpoint_path / TEACHER_FILE
+        if options.checkpoint_path.is_dir()
+        else options.checkpoint_path
+    )
+    adapter = load_lora(path, networks.transformer.config)
+    check_rank(adapter, options.rank, path, "--rank")
+    like = jax.eval_shape(partial(_new_adapter, options, networks))
+    check_start(adapter, like, path)
+    say(f"starting from {path}")
+    return adapter
+
+
+def _new_adapter(options: Options, networks: Networks) -> Tree:
+    shapes = abstract_params(networks.transformer.config)
+    return new_adapter(shapes, options.rank, jax.random.key(options.seed))
+
+
+class Beginning(NamedTuple):
+    """What training begins from.
+
+    Attributes:
+      create: `loaded` -> what is trained; pure.
+      loaded: arrays, an argument so that they are no constants of a program; or their shapes, where a checkpoint takes
+        their place.
+      frozen: the transformer's other parameters.
+      digest: a hash of the transformer.
+    """
+
+    create: Callable[[Tree], Tree]
+    loaded: Tree
+    frozen: Tree
+    digest: str
+
+
+def load_transformer(options: Options, networks: Networks, adapter: Tree | None, new: bool) -> Beginning:
+    """Loads or makes the transformer; of a resumed run's only the frozen part is kept."""
+    config, whole = networks.transformer.config, replicated(networks.mesh)
+    if options.adapter:
+        ((frozen, digest),) = networks.load([networks.transformer])
+        if adapter is None:
+            return Beginning(lambda _: _new_adapter(options, networks), {}, frozen, digest)
+        placed = jax.tree.map(lambda leaf: global_array(np.asarray(leaf, np.float32), whole), adapter)
+        return Beginning(lambda loaded: loaded, placed, frozen, digest)
+    if options.from_scratch:
+        key = jax.random.key(options.seed)
+        frozen = jax.tree.map(lambda leaf: global_array(leaf, whole), fixed_params(config))
+        digest = f"new, {json.dumps(dataclasses.asdict(config), sort_keys=True)}"
+        return Beginning(lambda _: split_fixed(new_params(config, key))[0], {}, frozen, digest)
+    # Masters are float32, whatever is computed in.
+    ((params, digest),) = dataclasses.replace(networks, dtype=jnp.float32).load([networks.transformer])
+    trained, frozen = split_fixed(params)
+    return Beginning(
+        lambda loaded: loaded, trained if new else jax.eval_shape(lambda: trained), frozen, digest
+    )
+
+
+def jit_step(trainer: Trainer, mesh: Mesh, shardings: Any) -> Any:
+    def step(state: TrainState, base: FlowBase, samples: Samples, key: jax.Array):
+        return trainer.step(state, base, to_flow_batch(samples, base.default), key)
+
+    return jitted(step, mesh, shardings)
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def adapter_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: TrainState) -> Files:
+    """The LoRA in PEFT's layout; with an average, it too, in a folder of its own."""
+    trees = {"": state.trained} | ({"ema/": state.ema} if state.ema else {})
+    return {
+        folder + TEACHER_FILE: write_lora(jax.tree.map(on_host, tree), networks.transformer.config)
+        for folder, tree in trees.items()
+    }
+
+
+def model_files(networks: Networks, model: Checkpoint, fixed: Tree, state: TrainState) -> Files:
+    """A checkpoint folder in diffusers' layout, with the autoencoder as it was; with an average, another of that."""
+    trees = {"": state.trained} | ({"ema/": state.ema} if state.ema else {})
+    vae = dict(write_base(to_tree(networks.vae.leaves()), networks.vae.config))
+    files: dict[str, Any] = {}
+    for folder, tree in trees.items():
+        params = jax.tree.map(on_host, joined(tree, fixed))
+        files |= {
+            f"{folder}transformer/{TORCH_STEM}.safetensors": dict(write_base(params, networks.transformer.config)),
+            f"{folder}transformer/config.json": _json(torch_config(networks.transformer.config)),
+            f"{folder}vae/{TORCH_STEM}.safetensors": vae,
+            f"{folder}vae/config.json": _json(torch_config(networks.vae.config)),
+            f"{folder}scheduler/scheduler_config.json": _json({
+                "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": model.shift(),
+            }),
+        }  # fmt: skip
+    return files
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, indent=2) + "\n"

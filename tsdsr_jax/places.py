@@ -1,0 +1,15 @@
+"""Where the repository's other files lie: in the checkout, or in the installed package, where `setup.py` puts them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = _PACKAGE.parent
+_INSTALLED = _PACKAGE / "bundled"
+
+
+def shipped(installed: str, checkout: str) -> Path:
+    """A folder that comes with the package, under its name in `bundled/`; in a checkout it lies elsewhere."""
+    folder = _INSTALLED / installed
+    return folder if folder.is_dir() else CHECKOUT / checkout

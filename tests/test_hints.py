@@ -36,10 +36,10 @@ def test_flags_are_spelled_as_they_are_read(here):
     script = str(CHECKOUT / "train/distill.py")
     assert found == [script, "--pretrained_model_name_or_path", "my model", "--hr_dir", "a b", "c", "--crop_size", "128",
                      "--no_sharpen_gt", "--use_dasm"]  # fmt: skip
-    assert words(command("infer/upscale.py", output_dir=Path("-o"), names=("-a", "b")))[1:] == [
+    assert words(command("infer/upscale.py", output_dir=Path("-o"), names=("a", "-b")))[1:] == [
         "--output_dir=-o",
-        "--names=-a",
-        "--names=b",
+        "--names=a",
+        "--names=-b",
     ]
 
 

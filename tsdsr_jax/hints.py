@@ -71,9 +71,8 @@ def _words(flags: Mapping[str, Any]) -> Iterator[str]:
         elif value is not None:
             values = [shown(each) for each in (value if isinstance(value, tuple) else (value,))]
             # A value that begins like a flag has to be tied to its own.
-            yield from (
-                [f"--{name}={each}" for each in values] if values[0][:1] == "-" else [f"--{name}", *values]
-            )
+            tied = any(each[:1] == "-" for each in values)
+            yield from [f"--{name}={each}" for each in values] if tied else [f"--{name}", *values]
 
 
 def given(options: Any, *names: str) -> dict[str, Any]:

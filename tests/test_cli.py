@@ -220,6 +220,10 @@ def test_bad_value(capsys, argv, message):
         (["--seed"], "--seed needs an integer"),
         (["--size", "1"], "--size needs 2 values: an integer, an integer"),
         (["-i", "--seed", "1"], "--input_dir needs a path or None; write --input_dir=--seed if --seed is it"),
+        (
+            ["-i", "-my photos"],
+            "--input_dir needs a path or None; write '--input_dir=-my photos' if -my photos is it",
+        ),
         (["--prompts"], "--prompts needs one or more values, each a value"),
     ],
 )

@@ -13,6 +13,7 @@ import difflib
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import types
@@ -232,7 +233,7 @@ def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
         while rest and (len(values) < count or (more and not has_value)) and _is_value(rest[0]):
             values.append(rest.pop(0))
         if len(values) < count:
-            hint = f"; write {flag.display}={rest[0]} if {rest[0]} is it" if rest else ""
+            hint = f"; write {shlex.quote(f'{flag.display}={rest[0]}')} if {rest[0]} is it" if rest else ""
             raise _UsageError(f"{flag.display} needs {_expected(flag.kind)}{hint}")
         given[flag.name] = given.get(flag.name, []) + values if flag.repeatable else values
     return given

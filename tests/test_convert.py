@@ -34,7 +34,7 @@ from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.weights import torch_names
 from tsdsr_jax.weights.lora_files import load_lora, save_lora
-from tsdsr_jax.weights.sd3_folder import PARAMS_FILE, PARTS, TORCH_STEM, open_checkpoint
+from tsdsr_jax.weights.sd3_folder import MERGED_FILE, PARAMS_FILE, PARTS, TORCH_STEM, open_checkpoint
 from tsdsr_jax.weights.tensor_files import TensorReader, open_tensors, save_tensors
 
 pytest_plugins = "parity"
@@ -200,6 +200,23 @@ def test_merged_adapters_are_named_from_then_on(tmp_path: Path, sd3: Callable[..
         assert open_checkpoint(tmp_path / folder).merged == expected
     sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "merged", "--overwrite")
     assert open_checkpoint(tmp_path / "merged").merged == () == open_checkpoint(tmp_path / "diffusers").merged
+
+
+def test_merged_weights_keep_their_mark_where_they_could_not_be_replaced(
+    tmp_path: Path, sd3: Callable[..., None]
+) -> None:
+    write_folder(tmp_path / "diffusers", CONFIGS)
+    sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "ours")
+    mark = tmp_path / "ours" / MERGED_FILE
+    mark.write_text('{"loras": ["a"]}')
+    file = tmp_path / "diffusers" / "transformer" / f"{TORCH_STEM}.safetensors"
+    reader = open_tensors(file)
+    save_tensors(file, {name: reader.read(name) + np.float32(7e4) for name in reader.specs})
+    with pytest.raises(UserError, match="beyond the range of float16"):
+        sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "ours", "--overwrite", "--dtype", "float16")
+    assert open_checkpoint(tmp_path / "ours").merged == ("a",)
+    sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "ours", "--overwrite")
+    assert not mark.exists()
 
 
 def test_sums_beyond_float16_are_refused(tmp_path: Path, sd3: Callable[..., None]) -> None:

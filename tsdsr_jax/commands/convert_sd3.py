@@ -93,6 +93,8 @@ def main() -> None:
     for network, lora in zip(networks, loras, strict=True):
         convert(network, lora, options.output / network.part / name, options)
     copy_small_files(checkpoint.folder, options.output)
+    if not merged_files(options, checkpoint):  # only now: until all is replaced, merged weights may be there
+        (options.output / MERGED_FILE).unlink(missing_ok=True)
     print(
         f"wrote {options.output}: {', '.join(f'{n.part} {count_values(n) / 1e6:,.1f} M' for n in networks)} parameters"
     )
@@ -179,16 +181,17 @@ def count_values(network: NetworkFiles) -> int:
     return sum(int(np.prod(spec.shape)) for spec in network.specs.values())
 
 
+def merged_files(options: Options, checkpoint: Checkpoint) -> list[str]:
+    """The LoRAs in the weights, those of before and now."""
+    now = [f"{options.lora_dir}/{part}.safetensors" for part in PARTS] if options.lora_dir else []
+    return [*checkpoint.merged, *now]
+
+
 def mark(options: Options, checkpoint: Checkpoint) -> None:
-    """Names the LoRAs in the weights, those of before and now, in a file; without any there is none."""
-    files = [*checkpoint.merged]
-    files += [f"{options.lora_dir}/{part}.safetensors" for part in PARTS] if options.lora_dir else []
-    path = options.output / MERGED_FILE
-    if files:
-        with replacing(path) as temporary:
+    """Names the LoRAs in the weights, if any, in a file."""
+    if files := merged_files(options, checkpoint):
+        with replacing(options.output / MERGED_FILE) as temporary:
             temporary.write_text(json.dumps({"loras": files}, indent=2) + "\n")
-    else:
-        path.unlink(missing_ok=True)
 
 
 def copy_small_files(source: Path, output: Path) -> None:

@@ -182,7 +182,7 @@ def losses(output: Path) -> list[float]:
 
 def test_trained_exported_and_resumed(command, tmp_path):
     said = command.done(tmp_path / "whole", "--ema_decay", "0.9")
-    assert "checkpoint_0000004/model/vae" in said and len(losses(tmp_path / "whole")) == 4
+    assert "checkpoint_0000004/model/ema/vae," in said and len(losses(tmp_path / "whole")) == 4
     files = exported(tmp_path / "whole")
     params = files.load(jnp.float32)
     # Every weight has been trained.
@@ -206,6 +206,12 @@ def test_trained_exported_and_resumed(command, tmp_path):
         whole, rest = tensors(tmp_path / "whole", part), tensors(tmp_path / "rest", part)
         assert all(np.array_equal(whole[name], rest[name]) for name in whole)
     resume_by_every_spelling(command, tmp_path / "whole", "--ema_decay", "0.9", spellings=SPELLINGS[:3])
+
+
+@pytest.mark.parametrize(("ema_decay", "vae"), [(None, "model/vae"), (0.9, "model/ema/vae")])
+def test_the_weights_that_were_validated_are_pointed_at(ema_decay, vae):
+    options = autoencoder.Options(hr_dir=(), vae_dir=Path("v"), output_dir=Path("run"), ema_decay=ema_decay)
+    assert f"it is run/c/{vae}, to" in autoencoder.how_to_use(options, Path("run/c"))
 
 
 @pytest.mark.slow  # 2026-11: passed

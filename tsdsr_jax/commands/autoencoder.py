@@ -147,8 +147,14 @@ def prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new: 
         counts={},
         curves=CURVES,
         memory_remedies=MEMORY_REMEDIES,
-        how_to_use=lambda path: f"it is {path / MODEL / 'vae'}, to lie beside a transformer's folder",
+        how_to_use=partial(how_to_use, options),
     )
+
+
+def how_to_use(options: Options, path: Path) -> str:
+    """Where the autoencoder of a checkpoint is: the weights that were validated."""
+    made = path / MODEL if options.ema_decay is None else path / MODEL / "ema"
+    return f"it is {made / 'vae'}, to lie beside a transformer's folder"
 
 
 def make_loss(options: Options, config: VAEConfig, mesh: Mesh, lpips: Network | None) -> AutoencoderLoss:

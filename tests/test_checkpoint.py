@@ -100,6 +100,17 @@ def test_incomplete_ones_do_not_count(checkpoints, tmp_path, notes):
     assert not half.exists() and find(checkpoints.folder, "latest") == checkpoints.path(2)
 
 
+def test_links_with_names_of_their_own_are_not_the_latest(checkpoints, tmp_path):
+    """A link to a checkpoint of another run would be one more of this."""
+    save(checkpoints, 1)
+    checkpoints.wait()
+    shutil.copytree(checkpoints.path(1), tmp_path / "other" / "checkpoint_0000009")
+    link = checkpoints.folder / "checkpoint_best"
+    link.symlink_to(tmp_path / "other" / "checkpoint_0000009")
+    assert find(checkpoints.folder, "latest") == checkpoints.path(1)
+    assert find(checkpoints.folder, "checkpoint_best") == link
+
+
 def test_finding_what_a_flag_means(checkpoints, tmp_path):
     assert find(tmp_path / "nothing here", "latest") is None
     save(checkpoints, 1)

@@ -218,7 +218,9 @@ def find(folder: Path, wanted: str) -> Path | None:
       UserError: no such checkpoint, or an incomplete one.
     """
     if wanted == "latest":
-        found = sorted(path for path in folder.glob(f"{PREFIX}_*") if step_of(path) is not None)
+        # By their own names, too: a link with another is the user's.
+        numbered = (path for path in folder.glob(f"{PREFIX}_*") if re.fullmatch(rf"{PREFIX}_\d+", path.name))
+        found = sorted(path for path in numbered if step_of(path) is not None)
         return max(found, key=step_of) if found else None
     for path in (Path(wanted), folder / wanted):
         if path.is_dir():

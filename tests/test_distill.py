@@ -498,6 +498,10 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         (("--guidance_scale", "nan"), "--guidance_scale nan: expected a finite number"),
         (("--adam_epsilon", "0"), "--adam_epsilon 0: expected more than 0"),
         (
+            ("--adam_epsilon", "1e-40"),
+            "--adam_epsilon 1e-40: expected more than 0, and more than float32 can tell",
+        ),
+        (
             ("--adam_epsilon", "1e-46"),
             "--adam_epsilon 1e-46: expected more than 0, and more than float32 can tell",
         ),

@@ -167,7 +167,8 @@ class OptimizerOptions:
         at_least(self, 1, "lr_num_cycles")
         at_least(self, 0, "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay")
         for name in ("max_grad_norm", "adam_epsilon"):
-            if not np.float32(value := getattr(self, name)) > 0:
+            # Below the smallest normal number XLA counts as 0.
+            if not np.float32(value := getattr(self, name)) >= np.finfo(np.float32).tiny:
                 below = ", and more than float32 can tell from it" if value > 0 else ""
                 raise UserError(f"--{name} {value:g}: expected more than 0{below}")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):

@@ -229,6 +229,16 @@ def test_sums_beyond_float16_are_refused(tmp_path: Path, sd3: Callable[..., None
         sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "merged", "--lora_dir", tmp_path / "lora")
 
 
+def test_sums_beyond_float32_are_refused(tmp_path: Path, sd3: Callable[..., None]) -> None:
+    write_folder(tmp_path / "diffusers", CONFIGS)
+    for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):
+        large = jax.tree.map(lambda leaf: leaf * 1e25, random_lora(CONFIGS[part], targets, 2))
+        save_lora(tmp_path / "lora" / f"{part}.safetensors", large, part)
+    with pytest.raises(UserError, match="beyond the range of float32 with the LoRA merged in"):
+        sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "merged", "--lora_dir", tmp_path / "lora")
+    assert not list((tmp_path / "merged").rglob(PARAMS_FILE))
+
+
 def test_adapters_that_are_not_there(tmp_path: Path) -> None:
     write_folder(tmp_path / "diffusers", CONFIGS)
     result = run_script(

@@ -27,6 +27,7 @@ from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.lora import pair_of
 from tsdsr_jax.models.params import Tree
+from tsdsr_jax.weights.finite import is_finite
 from tsdsr_jax.weights.lora_files import load_lora
 from tsdsr_jax.weights.sd3_folder import (
     MERGED_FILE,
@@ -130,7 +131,12 @@ def merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tup
         if pair := pair_of(pairs, path):
             a, b = (np.asarray(half, np.float32) for half in pair)
             # Not `lora.merge_kernel`: JAX would take a GPU's memory for it.
-            array = array.astype(np.float32) + a @ b
+            with np.errstate(over="ignore", invalid="ignore"):
+                array = array.astype(np.float32) + a @ b
+            if not is_finite(array):
+                raise UserError(
+                    f"{path}: is beyond the range of float32 with the LoRA merged in; is that damaged?"
+                )
         yield path, array
 
 

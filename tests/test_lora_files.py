@@ -379,6 +379,10 @@ def test_pefts_own_folder(tmp_path: Path) -> None:
     assert open_lora(tmp_path / "transformer.safetensors", CONFIG).factors == (2.0,)
     save_tensors(tmp_path / "plain.safetensors", tensors(), {"format": "pt"})
     assert open_lora(tmp_path / "plain.safetensors", CONFIG).factors == (1.0,)
+    # Of two files with PEFT's names it describes one, and nothing says which.
+    with pytest.raises(UserError, match=r"describes transformer\.safetensors or plain\.safetensors"):
+        open_lora(tmp_path / "transformer.safetensors", CONFIG)
+    (tmp_path / "plain.safetensors").unlink()
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json: not readable JSON"):
         open_lora(tmp_path / "transformer.safetensors", CONFIG)

@@ -79,13 +79,29 @@ def descriptions(reader: TensorReader) -> list[tuple[str, dict[str, Any]]]:
     if METADATA_KEY in reader.metadata:
         where = f"{reader.source}: {METADATA_KEY}"
         found.append((where, parsed(where, reader.metadata[METADATA_KEY])))
-    config = Path(reader.source).parent / PEFT_CONFIG
-    is_pefts = Path(reader.source).name == PEFT_FILE or any(n.startswith(PEFT_PREFIX) for n in reader.specs)
-    if is_pefts and config.is_file():
+    if config := config_beside(reader):
         found.append((str(config), read_json(config)))
     for where, values in found:
         refuse_other_maths(where, values)
     return found
+
+
+def config_beside(reader: TensorReader) -> Path | None:
+    """PEFT's description of this file; UserError where it may be another's."""
+    file, config = Path(reader.source), Path(reader.source).parent / PEFT_CONFIG
+    if not config.is_file():
+        return None
+    if file.name == PEFT_FILE:
+        return config
+    if not any(name.startswith(PEFT_PREFIX) for name in reader.specs):
+        return None
+    others = sorted(path.name for path in file.parent.glob("*.safetensors") if path.name != file.name)
+    if others:
+        raise UserError(
+            f"{config}: describes {file.name} or {listed(others, 3)}, which lie beside it; convert each LoRA with "
+            "convert/lora.py from a folder of its own"
+        )
+    return config
 
 
 def parsed(where: str, text: str) -> dict[str, Any]:

@@ -28,12 +28,13 @@ import numpy as np
 from PIL import Image
 
 from tsdsr_jax import cli
+from tsdsr_jax.cli import Share
 from tsdsr_jax.data.crops import Layout, Pairs, Planned
 from tsdsr_jax.data.degradation import DegradationConfig
 from tsdsr_jax.data.photos import CropConfig, Photographs
 from tsdsr_jax.data.preparation import Finished, Prompts
 from tsdsr_jax.data.sources import look_at, open_sets
-from tsdsr_jax.data.writers import Manifest, Part, SetPlan, make_writer
+from tsdsr_jax.data.writers import Manifest, SetPlan, make_writer
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
@@ -115,9 +116,9 @@ def write(options: Options, source: Photographs, own_prompts: bool, layout: Layo
     of = [index if own_prompts else 0 for index in range(options.samples)]
     samples = [Planned(index % len(source), index // len(source), None) for index in range(options.samples)]
     plan = SetPlan([f"sample {index}" for index in range(options.samples)], of, Prompts(texts, of))
-    manifest = Manifest(root, layout, {}, Part(0, 1))
+    manifest = Manifest(root, layout, {}, Share(0, 1))
     manifest.begin()
-    writer = make_writer(layout, root, plan, Part(0, 1), per_file=256)
+    writer = make_writer(layout, root, plan, Share(0, 1), per_file=256)
     writer.write_prompts(lambda texts: [random_prompt(text) for text in texts], lambda count: None)
     side = options.size // FACTOR
     for index, pair in enumerate(Pairs(source, samples, layout)):

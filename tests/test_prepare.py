@@ -19,6 +19,7 @@ import tiny_training
 from commands import Command
 from photos import data_folder
 from tiny_text_encoders import save_text_encoders
+from tsdsr_jax.cli import Share
 from tsdsr_jax.commands import prepare
 from tsdsr_jax.data import shard_sets, writers
 from tsdsr_jax.data.folder_sets import PreparedFolder
@@ -505,7 +506,7 @@ def test_a_folder_given_twice_counts_once(command, root, tmp_path):
 
 def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(root, tmp_path):
     manifests = [
-        writers.Manifest(tmp_path / "set", "shards", {"seed": seed}, writers.Part(seed, 2)) for seed in (0, 1)
+        writers.Manifest(tmp_path / "set", "shards", {"seed": seed}, Share(seed, 2)) for seed in (0, 1)
     ]
     for each in manifests:
         each.check()

@@ -20,7 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
@@ -348,6 +348,24 @@ def _unframed(text: str) -> str:
     lines = [line for line in lines if line and line != "Value error" and "For full helptext" not in line]
     message = re.sub(r"^Error parsing \w+: ", "", " ".join(lines))
     return message or "the flags do not fit together"
+
+
+class Share(NamedTuple):
+    """One machine's part of a work: every `of`-th piece, from `index`."""
+
+    index: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.index}-of-{self.of}"
+
+
+def share(text: str, flag: str = "--shard") -> Share:
+    """A flag's "i/n"; UserError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise UserError(f"{flag} {text}: expected i/n with 0 ≤ i < n, such as 0/4")
+    return Share(int(match[1]), int(match[2]))
 
 
 def check_writable(folder: Path, flag: str = "--output_dir") -> None:

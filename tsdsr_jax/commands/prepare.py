@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -40,7 +39,7 @@ from tsdsr_jax.data.photos import MAX_PIXELS, Photograph, Photographs, Survey, o
 from tsdsr_jax.data.preparation import Embedder, PromptChoice, Prompts, find_prompts, finish
 from tsdsr_jax.data.shard_sets import read_manifest
 from tsdsr_jax.data.sources import look_at, open_sets
-from tsdsr_jax.data.writers import Manifest, Part, SetPlan, Writer, make_writer
+from tsdsr_jax.data.writers import Manifest, SetPlan, Writer, make_writer
 from tsdsr_jax.devices import DTYPES, cores, keep_programs, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
@@ -112,12 +111,6 @@ class Options(PairOptions):
     preview_photos: int = 6
     """Photographs on it."""
 
-    def part(self) -> Part:
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        if not match or not int(match[1]) < int(match[2]):
-            raise UserError(f"--shard {self.shard}: expected i/n with 0 ≤ i < n, such as 0/4")
-        return Part(int(match[1]), int(match[2]))
-
     def encoder_options(self) -> EncoderOptions:
         return EncoderOptions(
             dtype=self.prompt_dtype,
@@ -168,7 +161,7 @@ def completed(options: Options, model: Checkpoint | None) -> Options:
 def check(options: Options) -> None:
     """Refuses flags that cannot work, before anything is looked at."""
     options.check_crop()
-    options.part()
+    cli.share(options.shard)
     options.encoder_options()
     cli.at_least(
         options,
@@ -253,11 +246,11 @@ def prepare(options: Options, model: Checkpoint, found: Survey) -> None:
     prompts = find_prompts(found.photographs, options.prompts)
     known = known_prompts(options, model)
     settings = describe(options, photographs, samples, prompts, known, model)
-    manifest = Manifest(options.output_dir, options.layout, settings, options.part())
+    manifest = Manifest(options.output_dir, options.layout, settings, cli.share(options.shard))
     manifest.check()
     set_plan = SetPlan(names(found, samples), [prompts.of[sample.photograph] for sample in samples], prompts)
     writer = make_writer(
-        options.layout, options.output_dir, set_plan, options.part(), options.samples_per_file
+        options.layout, options.output_dir, set_plan, cli.share(options.shard), options.samples_per_file
     )
     note_quirks(options, found)
     # Texts first: their encoders, PyTorch's, need the memory that JAX would take.
@@ -395,7 +388,7 @@ def report(options: Options, found: Survey, writer: Writer, manifest: Manifest, 
     more = {"planned": planned, "small": found.small, "unreadable": found.unreadable, "versions": versions()}
     missing = manifest.finish(writer, more)
     if missing:
-        of = options.part().of
+        of = cli.share(options.shard).of
         others = "run the same command again" if of == 1 else f"those of the {of - 1} other parts, perhaps"
         print(f"{options.output_dir}: this part is done; {missing} pieces are missing, {others}")
         return False

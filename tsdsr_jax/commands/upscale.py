@@ -7,8 +7,6 @@ python infer/upscale.py --pretrained_model_name_or_path sd3 -i photos -o outputs
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,11 +51,11 @@ def main() -> None:
     options = completed(cli.parse(Options, description=__doc__))
     check(options)
     cli.at_least(options, 1, "batch_size")
-    part = shard_of(options)
+    part = cli.share(options.shard)
     jobs = batch_run.find_jobs(
         options.input_dir, options.output_dir, f".{options.format}", overwrite=options.overwrite
     )
-    check_writable(options.output_dir)
+    cli.check_writable(options.output_dir)
     if options.report:
         check_report_path(options.report)
 
@@ -88,25 +86,6 @@ def main() -> None:
         write_page(options, mine, report.failures)
     if report.failures:
         raise SystemExit(1)
-
-
-def shard_of(options: Options) -> tuple[int, int]:
-    """`--shard` as (i, n)."""
-    match = re.fullmatch(r"(\d+)/(\d+)", options.shard)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise UserError(f"--shard {options.shard}: expected i/n with i from 0 to n-1, such as 0/4")
-    return int(match[1]), int(match[2])
-
-
-def check_writable(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; --output_dir must be a folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot make this folder ({error.strerror})") from None
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise UserError(f"{output}: not writable; choose another --output_dir")
 
 
 def write_page(options: Options, jobs: Sequence[batch_run.Job], failures: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 from tsdsr_jax.atomic import replacing
+from tsdsr_jax.cli import Share
 from tsdsr_jax.data.crops import Layout
 from tsdsr_jax.data.folder_sets import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
 from tsdsr_jax.data.preparation import Finished, Prompts
@@ -43,16 +44,6 @@ PROMPTS_PER_FILE = 1024
 _RUN = 64
 _STALE_SECONDS = 24 * 3600
 Embed = Callable[[Sequence[str]], list[PromptEmbeds]]
-
-
-class Part(NamedTuple):
-    """This machine's share: every `of`-th piece, from `index`."""
-
-    index: int
-    of: int
-
-    def __str__(self) -> str:
-        return f"{self.index}-of-{self.of}"
 
 
 class SetPlan(NamedTuple):
@@ -107,7 +98,7 @@ class ShardWriter:
       per_file: planned samples of a file; those that cannot be made are missing from it.
     """
 
-    def __init__(self, root: Path, plan: SetPlan, part: Part, per_file: int):
+    def __init__(self, root: Path, plan: SetPlan, part: Share, per_file: int):
         self.root, self.plan, self.part, self.per_file = root, plan, part, per_file
         self.files = -(-len(plan.names) // per_file)
         self.prompt_files = -(-len(plan.prompts.texts) // PROMPTS_PER_FILE)
@@ -181,7 +172,7 @@ class FolderWriter:
       part: this machine's share of the samples.
     """
 
-    def __init__(self, root: Path, plan: SetPlan, part: Part):
+    def __init__(self, root: Path, plan: SetPlan, part: Share):
         self.root, self.plan, self.part = root, plan, part
         # Folders may hold other files, such as a desktop's.
         self._planned = {_name(position) for position in range(len(plan.names))}
@@ -271,7 +262,7 @@ class FolderWriter:
         }
 
 
-def make_writer(layout: Layout, root: Path, plan: SetPlan, part: Part, per_file: int) -> Writer:
+def make_writer(layout: Layout, root: Path, plan: SetPlan, part: Share, per_file: int) -> Writer:
     return ShardWriter(root, plan, part, per_file) if layout == "shards" else FolderWriter(root, plan, part)
 
 
@@ -294,7 +285,7 @@ class Manifest:
       part: this machine's share.
     """
 
-    def __init__(self, root: Path, layout: Layout, settings: Mapping[str, Any], part: Part):
+    def __init__(self, root: Path, layout: Layout, settings: Mapping[str, Any], part: Share):
         self.root, self.layout, self.settings, self.part = root, layout, dict(settings), part
 
     def check(self) -> None:

@@ -38,7 +38,7 @@ import numpy as np
 
 from tsdsr_jax import cli
 from tsdsr_jax.data import degradation
-from tsdsr_jax.data.degradation import DegradationConfig, Mode, Order, Pair, Range
+from tsdsr_jax.data.degradation import DegradationConfig, DegradedPair, Mode, Order, Range
 from tsdsr_jax.data.jpeg_model import CHROMA, LUMA
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
@@ -184,7 +184,7 @@ def crops(options: Options) -> tuple[list[np.ndarray], float]:
 
 # --- measuring ------------------------------------------------------------------------------------
 
-Degrade = Callable[[np.ndarray, np.random.Generator], Pair]
+Degrade = Callable[[np.ndarray, np.random.Generator], DegradedPair]
 
 
 class Decisions(np.random.Generator):
@@ -350,13 +350,13 @@ class TorchDegradation:
         )
         self.to_rgb = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 
-    def degrade(self, photo: np.ndarray, generator: np.random.Generator) -> Pair:
+    def degrade(self, photo: np.ndarray, generator: np.random.Generator) -> DegradedPair:
         with torch.inference_mode():
             hr = to_tensor(photo)
             if self.config.sharpen:
                 hr = self.sharpen(hr)
             small = self.low_resolution(hr, generator)
-            return Pair(self.to_bytes(self.bicubic(small, *hr.shape[2:])), self.to_bytes(hr))
+            return DegradedPair(self.to_bytes(self.bicubic(small, *hr.shape[2:])), self.to_bytes(hr))
 
     def low_resolution(self, hr: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
         height, width = (side // self.config.scale for side in hr.shape[2:])

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import oracle_metrics
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation.measure import Pair, find_pairs, measure
+from tsdsr_jax.evaluation.measure import FilePair, find_pairs, measure
 from tsdsr_jax.evaluation.niqe_params import PristineModel, load_pristine
 from tsdsr_jax.evaluation.registry import Sources, load_metrics
 from tsdsr_jax.images.files import read_photo
@@ -109,7 +109,7 @@ def main() -> None:
         raise UserError(f"{', '.join(too_far)}: too far from NumPy's; these ratios compare different things")
 
 
-def pixels(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+def pixels(pair: FilePair) -> tuple[np.ndarray, np.ndarray]:
     return read_photo(pair.result, MAX_PIXELS).rgb, read_photo(pair.reference, MAX_PIXELS).rgb
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 from tsdsr_jax import cli
 from tsdsr_jax.cli import Share
-from tsdsr_jax.data.crops import Layout, Pairs, Planned
+from tsdsr_jax.data.crops import Pairs, Planned, SetLayout
 from tsdsr_jax.data.degradation import DegradationConfig
 from tsdsr_jax.data.photos import CropConfig, Photographs
 from tsdsr_jax.data.preparation import Finished, Prompts
@@ -110,7 +110,7 @@ def compare(
     }
 
 
-def write(options: Options, source: Photographs, own_prompts: bool, layout: Layout, root: Path) -> None:
+def write(options: Options, source: Photographs, own_prompts: bool, layout: SetLayout, root: Path) -> None:
     """A set, by the production writers."""
     texts = [f"prompt {index}" for index in range(options.samples if own_prompts else 1)]
     of = [index if own_prompts else 0 for index in range(options.samples)]

@@ -39,7 +39,7 @@ import parity
 from tsdsr_jax import cli, devices
 from tsdsr_jax.distillation.adapters import jit_step
 from tsdsr_jax.distillation.losses import Base, Batch, Draws, LossConfig, Losses, Student
-from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.step import DistillTrainer
 from tsdsr_jax.distillation.tsd import TSDConfig
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.guidance import Text
@@ -176,7 +176,7 @@ class OurStep:
             AutoencoderKL(networks[1], self.dtype, remat=remat),
             options.config,
         )
-        trainer = Trainer(self.objective, OptimizerConfig(schedule="constant", learning_rate=RATE))
+        trainer = DistillTrainer(self.objective, OptimizerConfig(schedule="constant", learning_rate=RATE))
         self.state = jax.jit(trainer.init)(self.student, self.auxiliary)
         self.run = jit_step(trainer, make_mesh())
 

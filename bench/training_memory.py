@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from tsdsr_jax import cli
 from tsdsr_jax.distillation.adapters import jit_step
 from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student
-from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.step import DistillTrainer
 from tsdsr_jax.distillation.tsd import TSDConfig
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
@@ -115,7 +115,7 @@ def measure(options: Options, batch: int, remat: bool) -> dict[str, Any]:
         ),
         (lambda params, a, b: perceptual.apply({"params": params}, a, b)) if options.lambda_lpips else None,
     )
-    trainer = Trainer(losses, OptimizerConfig(), dynamic_scale=options.mixed_precision == "fp16")
+    trainer = DistillTrainer(losses, OptimizerConfig(), dynamic_scale=options.mixed_precision == "fp16")
     whole, rows = replicated(mesh), batch_sharding(mesh, axis=1)
 
     def adapter(params: Any, targets: tuple[str, ...]) -> Any:

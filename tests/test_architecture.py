@@ -145,5 +145,27 @@ def test_modules_do_not_import_each_other_in_a_circle():
         visit(module, ())
 
 
+def types_of(source: str) -> Iterator[str]:
+    """The public classes of a module, and the types that it gives a name."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name[0].isupper() and not name.isupper():
+                yield name
+
+
+def test_no_two_public_types_share_a_name():
+    """Each command has its `Options` and may have a `Beginning`; in the library a name is one thing."""
+    owners: dict[str, list[str]] = {}
+    for module, file in modules().items():
+        if package_of(module) != "commands":
+            for name in types_of(file.read_text()):
+                owners.setdefault(name, []).append(module)
+    shared = {name: found for name, found in owners.items() if len(found) > 1 and not name.startswith("_")}
+    assert not shared
+
+
 def test_packages_have_empty_init_files():
     assert not [file for file in LIBRARY.glob("*/__init__.py") if file.read_text().strip()]

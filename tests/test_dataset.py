@@ -11,8 +11,8 @@ from tsdsr_jax.data.batches import (
     TRIES,
     BadSamples,
     Batches,
-    Rows,
-    Shapes,
+    RowPlan,
+    SampleShapes,
     first_sample,
     permutation,
     read_ahead,
@@ -44,8 +44,8 @@ class Numbers:
         return f"sample {index}"
 
 
-def batches(source: Numbers, rows: Rows, seed: int = 7) -> Batches:
-    return Batches(source, Shapes.of_source(source), rows, seed)
+def batches(source: Numbers, rows: RowPlan, seed: int = 7) -> Batches:
+    return Batches(source, SampleShapes.of_source(source), rows, seed)
 
 
 def seen(stream) -> list[list[int]]:
@@ -71,7 +71,7 @@ def test_the_order_is_the_same_for_ever():
 
 def test_an_epoch_visits_every_sample_once():
     source = Numbers(12)
-    steps = seen(batches(source, Rows(0, 6, 2, 2)))
+    steps = seen(batches(source, RowPlan(0, 6, 2, 2)))
     assert [len(step) for step in steps] == [4] * 6
     flat = list(chain.from_iterable(steps))
     assert sorted(flat[:12]) == sorted(flat[12:]) == list(range(12)) and flat[:12] != flat[12:]
@@ -80,9 +80,9 @@ def test_an_epoch_visits_every_sample_once():
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_each_batch_in_order(processes):
     source = Numbers(30)
-    whole = [batch.records.pooled[..., 0] for batch in batches(source, Rows(5, 4, 2, 8))]
+    whole = [batch.records.pooled[..., 0] for batch in batches(source, RowPlan(5, 4, 2, 8))]
     parts = [
-        [batch.records.pooled[..., 0] for batch in batches(source, Rows(5, 4, 2, 8, process, processes))]
+        [batch.records.pooled[..., 0] for batch in batches(source, RowPlan(5, 4, 2, 8, process, processes))]
         for process in range(processes)
     ]
     for step, batch in enumerate(whole):
@@ -91,22 +91,22 @@ def test_processes_share_each_batch_in_order(processes):
 
 def test_a_run_continues_where_it_was():
     source = Numbers(10)
-    whole = seen(batches(source, Rows(0, 9, 1, 4)))
-    assert seen(batches(source, Rows(5 * 4, 4, 1, 4))) == whole[5:]
+    whole = seen(batches(source, RowPlan(0, 9, 1, 4)))
+    assert seen(batches(source, RowPlan(5 * 4, 4, 1, 4))) == whole[5:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_reading_ahead_changes_nothing(workers):
-    ahead = list(read_ahead(batches(Numbers(10, bad=(4,)), Rows(0, 9, 1, 4)), workers))
-    direct = list(batches(Numbers(10, bad=(4,)), Rows(0, 9, 1, 4)))
+    ahead = list(read_ahead(batches(Numbers(10, bad=(4,)), RowPlan(0, 9, 1, 4)), workers))
+    direct = list(batches(Numbers(10, bad=(4,)), RowPlan(0, 9, 1, 4)))
     assert seen(ahead) == seen(direct)
     assert [batch.problems for batch in ahead] == [batch.problems for batch in direct]
     assert all(type(leaf) is np.ndarray for leaf in ahead[0].records)
 
 
 def test_a_bad_sample_is_replaced_by_the_next_of_its_epoch():
-    good = list(chain.from_iterable(seen(batches(Numbers(10), Rows(0, 5, 1, 2)))))
-    stream = list(batches(Numbers(10, bad=(good[3],), odd=(good[6],)), Rows(0, 5, 1, 2)))
+    good = list(chain.from_iterable(seen(batches(Numbers(10), RowPlan(0, 5, 1, 2)))))
+    stream = list(batches(Numbers(10, bad=(good[3],), odd=(good[6],)), RowPlan(0, 5, 1, 2)))
     replaced = list(chain.from_iterable(seen(stream)))
     assert replaced == [*good[:3], good[4], *good[4:6], good[7], *good[7:]]
     assert {name: problem for batch in stream for name, problem in batch.problems.items()} == {
@@ -118,7 +118,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_epoch():
 def test_many_bad_samples_in_a_row_end_it():
     source = Numbers(40, bad=tuple(range(1, 40)))
     with pytest.raises(UserError, match=f"{TRIES} samples in a row cannot be used") as caught:
-        list(batches(source, Rows(0, 20, 1, 2)))
+        list(batches(source, RowPlan(0, 20, 1, 2)))
     assert str(caught.value).count("damaged") == TRIES
     with pytest.raises(UserError, match="none of the first samples"):
         first_sample(Numbers(3, bad=(0, 1, 2)))
@@ -138,7 +138,7 @@ def test_too_many_bad_samples_end_it():
 
 def test_text_gets_one_dtype():
     source = Numbers(4)
-    shapes = Shapes.of(source.read(0))
+    shapes = SampleShapes.of(source.read(0))
     assert shapes.text_dtype == ml_dtypes.bfloat16
     record = shapes.cast(source.read(1))
     assert record.prompt.dtype == record.pooled.dtype == ml_dtypes.bfloat16

@@ -21,7 +21,7 @@ from commands import Command, resume_by_every_spelling
 from tsdsr_jax import cli
 from tsdsr_jax.commands import distill
 from tsdsr_jax.distillation import validation
-from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.step import DistillTrainer
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiT
@@ -48,7 +48,7 @@ def quick_compilation(cache: Path) -> Iterator[None]:
     steps, restores = {}, {}
     step, restore = distill.jit_step, validation.jit_restore
 
-    def shared_step(trainer: Trainer, mesh: Mesh) -> JittedStep:
+    def shared_step(trainer: DistillTrainer, mesh: Mesh) -> JittedStep:
         settings = trainer.losses, trainer.config, trainer.dynamic_scale, mesh
         return steps.setdefault(settings, step(trainer, mesh))
 

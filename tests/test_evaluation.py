@@ -15,7 +15,7 @@ from PIL import Image
 import oracle_metrics
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import pyiqa_metrics, registry
-from tsdsr_jax.evaluation.measure import Pair, find_pairs, measure
+from tsdsr_jax.evaluation.measure import FilePair, find_pairs, measure
 from tsdsr_jax.evaluation.registry import Metric, Sources, load_metrics
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.weights.lpips_files import save_lpips
@@ -47,8 +47,8 @@ def test_pairs_by_name_not_by_position(tmp_path: Path, generator):
         write(tmp_path / "hr" / name, random_image(generator))
     pairs, problems = find_pairs(tmp_path / "sr", tmp_path / "hr")
     assert pairs == [
-        Pair("c", tmp_path / "sr/c.png", tmp_path / "hr/c.bmp"),
-        Pair("deep/a.x2", tmp_path / "sr/deep/a.x2.png", tmp_path / "hr/deep/a.x2.png"),
+        FilePair("c", tmp_path / "sr/c.png", tmp_path / "hr/c.bmp"),
+        FilePair("deep/a.x2", tmp_path / "sr/deep/a.x2.png", tmp_path / "hr/deep/a.x2.png"),
     ]
     assert problems == [
         f"{tmp_path / 'hr/a.png'}: no file of this name in {tmp_path / 'sr'}",
@@ -103,7 +103,7 @@ def test_batches_that_are_not_full(tmp_path: Path, generator, monkeypatch):
     for index in range(7):
         write(tmp_path / f"{index}.png", random_image(generator))
     metrics, _ = load_metrics(("psnr",), Sources(references=True))
-    pairs = [Pair(str(i), tmp_path / f"{i}.png", tmp_path / f"{(i + 1) % 7}.png") for i in range(7)]
+    pairs = [FilePair(str(i), tmp_path / f"{i}.png", tmp_path / f"{(i + 1) % 7}.png") for i in range(7)]
     measured = measure_here(pairs, metrics)
     for pair in pairs:
         images = (np.asarray(Image.open(path)) for path in (pair.result, pair.reference))
@@ -203,7 +203,7 @@ def test_no_memory_costs_the_pictures_not_the_run(tmp_path: Path, generator):
 def test_too_small_for_one_metric(tmp_path: Path, generator):
     write(tmp_path / "a.png", random_image(generator, 10, 40))
     write(tmp_path / "b.png", random_image(generator, 11, 40))
-    pairs = [Pair(name, tmp_path / f"{name}.png", tmp_path / f"{name}.png") for name in "ab"]
+    pairs = [FilePair(name, tmp_path / f"{name}.png", tmp_path / f"{name}.png") for name in "ab"]
     metrics, _ = load_metrics(("psnr", "ssim"), Sources(references=True))
     measured = measure_here(pairs, metrics)
     assert list(measured.values["a"]) == ["psnr"] and list(measured.values["b"]) == ["psnr", "ssim"]

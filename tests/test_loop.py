@@ -39,8 +39,8 @@ def count(state: int, batch: int):
     return state + batch, {"loss": jnp.float32(state), "bad_steps": jnp.int32(0)}
 
 
-def schedule(**changes) -> loop.Schedule:
-    return loop.Schedule(
+def schedule(**changes) -> loop.LoopSchedule:
+    return loop.LoopSchedule(
         **(
             dict(
                 start=0, end=10, log=3, checkpoint=4, validation=5, max_bad_steps=3, images=2, shown=("loss",)

@@ -10,7 +10,7 @@ from PIL import Image
 
 import tiny_checkpoint as tiny
 from photos import data_folder
-from tsdsr_jax.data.batches import Batches, Rows, Shapes, read_ahead
+from tsdsr_jax.data.batches import Batches, RowPlan, SampleShapes, read_ahead
 from tsdsr_jax.data.degradation import DegradationConfig
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.photos import CropConfig, Photographs, left_out, random_crop, survey
@@ -154,13 +154,13 @@ def test_every_epoch_is_another_crop_and_another_degradation(folder):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_the_stream_is_the_same_for_any_number_of_workers_and_hosts(folder, workers):
     photographs = source(folder)
-    shapes = Shapes.of_source(photographs)
+    shapes = SampleShapes.of_source(photographs)
 
     def stream(process: int, processes: int, workers: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        rows = Rows(4, 5, 1, 4, process, processes)
+        rows = RowPlan(4, 5, 1, 4, process, processes)
         return [batch.records[:2] for batch in read_ahead(Batches(photographs, shapes, rows, 5), workers)]
 
-    whole = [Batches(photographs, shapes, Rows(4, 5, 1, 4), 5)[step].records[:2] for step in range(5)]
+    whole = [Batches(photographs, shapes, RowPlan(4, 5, 1, 4), 5)[step].records[:2] for step in range(5)]
     halves = [stream(process, 2, workers) for process in range(2)]
     for step, (expected, one) in enumerate(zip(whole, stream(0, 1, workers), strict=True)):
         for part in range(2):

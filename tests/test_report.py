@@ -23,7 +23,7 @@ from commands import Command
 from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import html
-from tsdsr_jax.evaluation.html import Column, Entry, Layer, Summary, check_report_path, write_report
+from tsdsr_jax.evaluation.html import Column, Comparison, Layer, Summary, check_report_path, write_report
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (30, 200, 60), (40, 60, 220), (230, 210, 40)
 HOSTILE = (
@@ -49,7 +49,7 @@ def noise(path: Path, *shape: int) -> np.ndarray:
     return values
 
 
-def pairs(folder: Path, count: int = 3) -> list[Entry]:
+def pairs(folder: Path, count: int = 3) -> list[Comparison]:
     """a, b, c …: a red or green input, a blue or yellow result four times as large; a rising PSNR, the last without."""
     entries = []
     for i in range(count):
@@ -57,7 +57,7 @@ def pairs(folder: Path, count: int = 3) -> list[Entry]:
         low = picture(folder, f"{name}_low", (RED, GREEN)[i % 2], (16, 12))
         result = picture(folder, f"{name}_result", (BLUE, YELLOW)[i % 2])
         values = {"PSNR": None if i == count - 1 else 20.0 + i, "LPIPS": (0.3, 0.1, 0.2)[i % 3]}
-        entries.append(Entry(name, (Layer("input", low), Layer("result", result)), values))
+        entries.append(Comparison(name, (Layer("input", low), Layer("result", result)), values))
     return entries
 
 
@@ -80,7 +80,7 @@ def stored(text: str) -> dict[str, Image.Image]:
 def test_small_pictures_are_exact_and_thumbnails_come_first(tmp_path):
     values = noise(tmp_path / "noise.png", 40, 60, 3)
     done = []
-    entry = Entry("noise", (Layer("input", tmp_path / "noise.png"),))
+    entry = Comparison("noise", (Layer("input", tmp_path / "noise.png"),))
     write_report(tmp_path / "new/r.html", "title", [entry], progress=lambda: done.append(1))
     text = (tmp_path / "new/r.html").read_text("utf-8")
     np.testing.assert_array_equal(np.asarray(stored(text)["picture-0-0"]), values)
@@ -100,7 +100,7 @@ def test_small_pictures_are_exact_and_thumbnails_come_first(tmp_path):
     ],
 )
 def test_large_pictures_say_what_was_done_to_them(tmp_path, size, stored_size, encoding):
-    entry = Entry("x", (Layer("result", picture(tmp_path, "x", GREEN, size)),))
+    entry = Comparison("x", (Layer("result", picture(tmp_path, "x", GREEN, size)),))
     write_report(tmp_path / "r.html", "title", [entry])
     text = (tmp_path / "r.html").read_text("utf-8")
     image = stored(text)["picture-0-0"]
@@ -113,7 +113,7 @@ def test_large_pictures_say_what_was_done_to_them(tmp_path, size, stored_size, e
 def test_noise_in_a_large_picture(tmp_path):
     """Incompressible: more than a byte per pixel, even as JPEG."""
     noise(tmp_path / "noise.png", 800, 800, 3)
-    write_report(tmp_path / "r.html", "title", [Entry("x", (Layer("input", tmp_path / "noise.png"),))])
+    write_report(tmp_path / "r.html", "title", [Comparison("x", (Layer("input", tmp_path / "noise.png"),))])
     text = (tmp_path / "r.html").read_text("utf-8")
     assert stored(text)["picture-0-0"].size == (800, 800)
     assert data_of(text)["entries"][0]["layers"][0]["encoding"] == "JPEG quality 92"
@@ -129,7 +129,7 @@ def test_a_picture_that_cannot_be_encoded_costs_no_other(tmp_path, monkeypatch):
         return encode(image, photo)
 
     monkeypatch.setattr(html, "_encode", refuse)
-    write_report(tmp_path / "r.html", "t", [Entry("x", (Layer("input", good), Layer("result", bad)))])
+    write_report(tmp_path / "r.html", "t", [Comparison("x", (Layer("input", good), Layer("result", bad)))])
     layers = data_of((tmp_path / "r.html").read_text("utf-8"))["entries"][0]["layers"]
     assert layers[0]["encoding"] == "lossless" and "bad.png: broken data stream" in layers[1]["error"]
 
@@ -142,7 +142,7 @@ def test_transparency_and_profile_stay_and_exif_does_not(tmp_path):
     exif[0x010F] = "Maker"
     Image.new("RGB", (20, 20), RED).save(tmp_path / "profile.jpg", icc_profile=profile, exif=exif)
     paths = [tmp_path / name for name in ("alpha.png", "grey.png", "profile.jpg")]
-    write_report(tmp_path / "r.html", "t", [Entry("x", tuple(Layer(p.name, p) for p in paths))])
+    write_report(tmp_path / "r.html", "t", [Comparison("x", tuple(Layer(p.name, p) for p in paths))])
     alpha, grey, profiled = stored((tmp_path / "r.html").read_text("utf-8")).values()
     assert (alpha.mode, grey.mode, profiled.info["icc_profile"]) == ("RGBA", "L", profile)
     assert not profiled.getexif()
@@ -152,8 +152,8 @@ def test_a_picture_that_cannot_be_read_is_replaced_by_the_reason(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     good = picture(tmp_path, "good", RED)
     entries = [
-        Entry("one", (Layer("input", good), Layer("result", tmp_path / "bad.png"))),
-        Entry("none", (Layer("input", tmp_path / "absent.png"),)),
+        Comparison("one", (Layer("input", good), Layer("result", tmp_path / "bad.png"))),
+        Comparison("none", (Layer("input", tmp_path / "absent.png"),)),
     ]
     write_report(tmp_path / "r.html", "t", entries)
     text = (tmp_path / "r.html").read_text("utf-8")
@@ -166,7 +166,7 @@ def test_a_picture_that_cannot_be_read_is_replaced_by_the_reason(tmp_path):
 def test_numbers_are_shown_in_full_and_the_best_method_stands_out(tmp_path):
     columns = [Column(f"{m} · {k}", b, 1) for m in "AB" for k, b in (("PSNR", "higher"), ("NIQE", "lower"))]
     values = {"A · PSNR": math.inf, "B · PSNR": 20.04, "A · NIQE": 3.0, "B · NIQE": math.nan}
-    write_report(tmp_path / "r.html", "t", [Entry("x", (), values)], columns)
+    write_report(tmp_path / "r.html", "t", [Comparison("x", (), values)], columns)
     text = (tmp_path / "r.html").read_text("utf-8")
     rows = re.findall(r'<tr><th scope="row">(.*?)</tr>', text)
     assert rows == ['PSNR ↑</th><td class="best">∞</td><td>20.0</td>', "NIQE ↓</th><td>3.0</td><td>–</td>"]
@@ -183,10 +183,10 @@ def test_notes_and_summary(tmp_path):
 
 def test_names_cannot_become_markup(tmp_path):
     path = picture(tmp_path, "x", RED)
-    entries = [Entry(name, (Layer(name, path),), {name: 1.0}, {name: name}) for name in HOSTILE]
+    entries = [Comparison(name, (Layer(name, path),), {name: 1.0}, {name: name}) for name in HOSTILE]
     columns = [Column(name, "higher") for name in HOSTILE]
     plain, hostile = tmp_path / "plain.html", tmp_path / "hostile.html"
-    write_report(plain, "t", [Entry("x", (Layer("x", path),))] * len(HOSTILE), notes="abcde")
+    write_report(plain, "t", [Comparison("x", (Layer("x", path),))] * len(HOSTILE), notes="abcde")
     write_report(hostile, HOSTILE[1], entries, columns, Summary(HOSTILE, (HOSTILE,)), HOSTILE)
     text = hostile.read_text("utf-8")
     for tag in ("<script", "</script", "<img ", "<!--"):
@@ -373,7 +373,7 @@ def test_the_viewer_zooms_pans_and_goes_on(tmp_path):
 
 
 def test_sorting_and_filtering(tmp_path):
-    entries = [*pairs(tmp_path / "in"), Entry("Ü10", ()), Entry("ü9", ())]
+    entries = [*pairs(tmp_path / "in"), Comparison("Ü10", ()), Comparison("ü9", ())]
     write_report(tmp_path / "r.html", "t", entries, COLUMNS)
     with opened(tmp_path / "r.html") as page:
         assert names_in_order(page) == "abcü9Ü10" and page.inner_text("#count") == "5 images"
@@ -400,7 +400,7 @@ def test_sorting_and_filtering(tmp_path):
 def test_hostile_names_and_broken_pictures_in_the_page(tmp_path):
     good = picture(tmp_path, "x", RED)
     layers = (Layer("input", good), Layer("<b>result</b>", tmp_path / "</script>absent.png"))
-    entries = [Entry(name, layers, {name: 1.0}, {name: name}) for name in HOSTILE]
+    entries = [Comparison(name, layers, {name: 1.0}, {name: name}) for name in HOSTILE]
     columns = [Column(name, "higher") for name in HOSTILE]
     write_report(tmp_path / "r.html", HOSTILE[0], entries, columns, Summary(HOSTILE, (HOSTILE,)), HOSTILE)
     with opened(tmp_path / "r.html") as page:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tsdsr_jax.distillation.losses import Base, Batch, LossConfig, Losses, Student
-from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.step import DistillTrainer
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -64,7 +64,7 @@ def compiled(devices, fsdp):
         AutoencoderKL(VAE, placement=placement(mesh)),
         LossConfig(weight_lpips=0),
     )
-    trainer = Trainer(
+    trainer = DistillTrainer(
         losses, OptimizerConfig(learning_rate=1e-3, learning_rate_auxiliary=1e-3, schedule="constant")
     )
     networks = base.transformer, base.vae

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from tsdsr_jax.distillation.losses import Base, Batch, LossConfig, Student
-from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.step import DistillTrainer
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.schedules import learning_rate
@@ -53,7 +53,7 @@ def batches(seed: int, parts: int = 1, batch: int = 4) -> Batch:
     return Batch(x, 3 * y, np.zeros((parts, batch, 1, 1, 1), np.float32), text, text)
 
 
-def run(trainer: Trainer, steps: int, make=batches):
+def run(trainer: DistillTrainer, steps: int, make=batches):
     state, step = trainer.init(*start()), jax.jit(trainer.step, donate_argnums=0)
     history = []
     for index in range(steps):
@@ -66,7 +66,7 @@ def run(trainer: Trainer, steps: int, make=batches):
 def test_updates_are_those_of_torchs_adamw_with_clipping(schedule):
     torch = pytest.importorskip("torch")
     config = dataclasses.replace(CONSTANT, schedule=schedule, warmup=2, steps=12, cycles=2)
-    state, history = run(Trainer(ToyLosses(), config), 6)
+    state, history = run(DistillTrainer(ToyLosses(), config), 6)
 
     curve = learning_rate(schedule, 1.0, warmup=2, steps=12, cycles=2)
     student, auxiliary = start()
@@ -124,8 +124,8 @@ def test_muon_moves_every_kernel_by_an_orthogonal_matrix_and_biases_as_adam_does
 
 def test_accumulated_parts_equal_one_large_batch():
     whole = lambda index: jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batches(index, 4, 2))  # noqa: E731
-    accumulated, history = run(Trainer(ToyLosses(), CONSTANT), 3, lambda index: batches(index, 4, 2))
-    together, expected = run(Trainer(ToyLosses(), CONSTANT), 3, whole)
+    accumulated, history = run(DistillTrainer(ToyLosses(), CONSTANT), 3, lambda index: batches(index, 4, 2))
+    together, expected = run(DistillTrainer(ToyLosses(), CONSTANT), 3, whole)
     np.testing.assert_allclose(
         accumulated.student.transformer["w"], together.student.transformer["w"], rtol=1e-5
     )
@@ -143,7 +143,7 @@ def broken(*bad: int):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
-    trainer = Trainer(ToyLosses(), CONSTANT)
+    trainer = DistillTrainer(ToyLosses(), CONSTANT)
     state, history = run(trainer, 6, broken(2, 3))
     assert [row["bad_steps"] for row in history] == [0, 0, 1, 2, 0, 0]
     # The four good steps alone give the same weights: neither moments nor schedule noticed the others.
@@ -155,25 +155,25 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 
 
 def test_the_loss_scale_halves_on_overflow_and_leaves_the_result_alone():
-    scaled, history = run(Trainer(ToyLosses(), CONSTANT, dynamic_scale=True), 4, broken(1))
+    scaled, history = run(DistillTrainer(ToyLosses(), CONSTANT, dynamic_scale=True), 4, broken(1))
     assert [row["loss_scale"] for row in history] == [65536, 65536, 32768, 32768]
-    plain, _ = run(Trainer(ToyLosses(), CONSTANT), 4, broken(1))
+    plain, _ = run(DistillTrainer(ToyLosses(), CONSTANT), 4, broken(1))
     np.testing.assert_allclose(scaled.student.transformer["w"], plain.student.transformer["w"], rtol=1e-6)
 
 
 def test_the_loss_scale_grows_after_enough_good_steps(monkeypatch):
     monkeypatch.setattr("tsdsr_jax.training.optimizer.GROWTH_STEPS", 3)
-    _, history = run(Trainer(ToyLosses(), CONSTANT, dynamic_scale=True), 8)
+    _, history = run(DistillTrainer(ToyLosses(), CONSTANT, dynamic_scale=True), 8)
     assert [row["loss_scale"] for row in history] == [65536] * 3 + [131072] * 3 + [262144] * 2
 
 
 def test_the_average_follows_the_student():
     config = dataclasses.replace(CONSTANT, ema_decay=0.9)
-    trainer = Trainer(ToyLosses(), config)
+    trainer = DistillTrainer(ToyLosses(), config)
     state, step = trainer.init(*start()), jax.jit(trainer.step)
     mean = np.asarray(start()[0].transformer["w"])
     for index in range(5):
         state, _ = step(state, BASE, batches(index), KEY)
         mean = 0.9 * mean + 0.1 * np.asarray(state.student.transformer["w"])
     np.testing.assert_allclose(state.ema.transformer["w"], mean, rtol=1e-5)
-    assert Trainer(ToyLosses(), CONSTANT).init(*start()).ema == {}
+    assert DistillTrainer(ToyLosses(), CONSTANT).init(*start()).ema == {}

@@ -26,7 +26,7 @@ import tyro
 
 from tsdsr_jax.errors import UserError
 
-Options = TypeVar("Options")
+OptionsClass = TypeVar("OptionsClass")
 
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "0"), False
@@ -86,7 +86,9 @@ class _Flag:
         return self.arity[1]
 
 
-def parse(options_class: type[Options], *, description: str, argv: Sequence[str] | None = None) -> Options:
+def parse(
+    options_class: type[OptionsClass], *, description: str, argv: Sequence[str] | None = None
+) -> OptionsClass:
     """Reads the command line into `options_class`.
 
     `--align_method` and `--align-method` are the same flag, and `--flag value` the same as `--flag=value`. A
@@ -259,8 +261,8 @@ def _suggestion(spelling: str, known: list[str]) -> str:
 
 
 def _convert(
-    options_class: type[Options], flags: list[_Flag], given: dict[str, list[str]], description: str
-) -> Options:
+    options_class: type[OptionsClass], flags: list[_Flag], given: dict[str, list[str]], description: str
+) -> OptionsClass:
     arguments = [token for f in flags if f.name in given for token in _spell(f, given[f.name])]
     said = io.StringIO()
     try:
@@ -298,8 +300,8 @@ def _accepts(flag: _Flag, values: list[str]) -> bool:
 
 
 def _tyro(
-    options_class: type[Options], arguments: list[str], description: str, *, repeating: bool = True
-) -> Options:
+    options_class: type[OptionsClass], arguments: list[str], description: str, *, repeating: bool = True
+) -> OptionsClass:
     """tyro's reading of `arguments`; without `repeating`, `--help` does not say that values join the default."""
     return tyro.cli(
         options_class,

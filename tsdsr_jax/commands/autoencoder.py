@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
-from tsdsr_jax.data.batches import Shapes
+from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.options import CropOptions
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data, open_images
@@ -168,7 +168,7 @@ def validation_records(options: Options, data: Data, count: int) -> list[Record]
     source = data.source
     if options.validation_dir:
         source = open_images([options.validation_dir], options, 0, say).source
-    return pick(source, Shapes.of_source(source), count, say)
+    return pick(source, SampleShapes.of_source(source), count, say)
 
 
 class Beginning(NamedTuple):

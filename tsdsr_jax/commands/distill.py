@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
-from tsdsr_jax.data.batches import Shapes, first_sample
+from tsdsr_jax.data.batches import SampleShapes, first_sample
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.sources import Data, open_data, open_sets
 from tsdsr_jax.distillation.adapters import (
@@ -30,7 +30,7 @@ from tsdsr_jax.distillation.adapters import (
     make_losses,
 )
 from tsdsr_jax.distillation.losses import Base, LossConfig, Student
-from tsdsr_jax.distillation.step import Trainer
+from tsdsr_jax.distillation.step import DistillTrainer
 from tsdsr_jax.distillation.tsd import TSDConfig, Weighting
 from tsdsr_jax.distillation.validation import Validation
 from tsdsr_jax.errors import UserError
@@ -243,7 +243,7 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
     held_out, shapes = data.source, data.shapes
     if options.validation_dir:
         held_out = open_sets([options.validation_dir])
-        shapes = Shapes.of_source(held_out)
+        shapes = SampleShapes.of_source(held_out)
         check_shapes(shapes, networks, what="validation images")
     records = pick(held_out, shapes, options.num_validation_images, say)
     # A resumed run has its adapters from the checkpoint.
@@ -254,7 +254,7 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
     base, identity = load_base(options, networks, null, default, lpips[1] if lpips else {})
     if new and data.shapes.latent_hr:
         check_latents(*first_sample(data.source), networks, base.vae)
-    trainer = Trainer(
+    trainer = DistillTrainer(
         make_losses(networks, options.loss_config(model.shift()), perceptual, options.gradient_checkpointing),
         options.optimizer_config(steps, options.learning_rate, options.learning_rate_reg),
         dynamic_scale=options.mixed_precision == "fp16",

@@ -26,7 +26,7 @@ from tsdsr_jax.evaluation import report, tables
 from tsdsr_jax.evaluation.html import check_report_path
 from tsdsr_jax.evaluation.measure import by_name, find_pairs, measure
 from tsdsr_jax.evaluation.registry import PAPER, Metric, Sources, load_metrics
-from tsdsr_jax.evaluation.tables import Method
+from tsdsr_jax.evaluation.tables import MeasuredMethod
 from tsdsr_jax.identity import versions
 
 LOGS = ("txt", "csv", "json")
@@ -82,7 +82,7 @@ class Evaluation:
       compared: whether differences between methods are wanted.
     """
 
-    methods: Sequence[Method]
+    methods: Sequence[MeasuredMethod]
     metrics: Sequence[Metric]
     missing: Mapping[str, str]
     compared: bool
@@ -131,7 +131,7 @@ def main() -> None:
         for name, (pairs, problems) in zip(names, found, strict=True):
             measured = measure(pairs, metrics, device, options.max_pixels, bar.update)
             measured.problems[:0] = problems
-            methods.append(Method(name, measured))
+            methods.append(MeasuredMethod(name, measured))
     evaluation = Evaluation(methods, metrics, missing, options.compare)
     print(evaluation.tables, flush=True)
     complain(evaluation.problems)

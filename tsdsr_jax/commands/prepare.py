@@ -32,7 +32,7 @@ from tsdsr_jax import cli, hints
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.cli import check_writable
 from tsdsr_jax.data.batches import first_sample, read_ahead
-from tsdsr_jax.data.crops import Crops, Layout, Pairs, Planned, plan
+from tsdsr_jax.data.crops import Crops, Pairs, Planned, SetLayout, plan
 from tsdsr_jax.data.degradation import degrade, to_bytes
 from tsdsr_jax.data.options import PairOptions
 from tsdsr_jax.data.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
@@ -72,7 +72,7 @@ class Options(PairOptions):
     variant: str | None = None
     """File-name variant of the weights, such as fp16."""
 
-    layout: Layout = "shards"
+    layout: SetLayout = "shards"
     """A few large files that hold each prompt once, or the original's folders, one file per sample and kind."""
     crops: Crops = "random"
     """Random crops, as many as fit side by side, or whole photographs; training takes one size."""

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
-from tsdsr_jax.data.batches import Shapes, first_sample
+from tsdsr_jax.data.batches import SampleShapes, first_sample
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.record import Source
 from tsdsr_jax.data.sources import Data, open_data, open_sets
@@ -169,7 +169,7 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
     check_shapes(data.shapes, networks, prepared=bool(options.data_dir))
     null, default = load_texts(options, networks, data.shapes, with_default=False)
     held_out = validation_source(options, data)
-    shapes = Shapes.of_source(held_out)
+    shapes = SampleShapes.of_source(held_out)
     prepared = bool(options.data_dir or options.validation_dir)
     check_shapes(shapes, networks, what="validation images", prepared=prepared)
     if shapes.prompt is None and default is None:

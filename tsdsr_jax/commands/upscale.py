@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation.html import Entry, Layer, check_report_path, write_report
+from tsdsr_jax.evaluation.html import Comparison, Layer, check_report_path, write_report
 from tsdsr_jax.images.files import read_size
 from tsdsr_jax.upscaling import batch_run
 from tsdsr_jax.upscaling.options import UpscaleOptions, check, completed, load, several_on
@@ -96,7 +96,7 @@ def write_page(options: Options, jobs: Sequence[batch_run.Job], failures: Sequen
         if job.target.exists():
             layers = Layer("input", job.source), Layer("result", job.target)
             name = job.source.relative_to(root).as_posix()
-            entries.append(Entry(name, layers, facts=sizes_of(job, options.max_pixels)))
+            entries.append(Comparison(name, layers, facts=sizes_of(job, options.max_pixels)))
     title = f"{options.input_dir} → {options.output_dir}"
     with tqdm(total=len(entries), desc="report", unit=" images", leave=False, disable=None) as bar:
         write_report(options.report, title, entries, notes=failures, progress=bar.update)

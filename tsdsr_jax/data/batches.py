@@ -30,7 +30,7 @@ _READ_AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Shapes:
+class SampleShapes:
     """What every record of a run looks like: programs are compiled for one shape. None for parts that are not there."""
 
     lr: tuple[int, ...] | None
@@ -41,17 +41,17 @@ class Shapes:
     text_dtype: np.dtype | None
 
     @classmethod
-    def of(cls, record: Record) -> Shapes:
+    def of(cls, record: Record) -> SampleShapes:
         return cls(*record.map(np.shape), None if record.prompt is None else record.prompt.dtype)
 
     @classmethod
-    def of_source(cls, source: Source) -> Shapes:
+    def of_source(cls, source: Source) -> SampleShapes:
         """Of the first sample that can be read."""
         return cls.of(first_sample(source)[1])
 
     def difference(self, record: Record) -> str:
         """What is different about a record, in words; empty where nothing is."""
-        found = Shapes.of(record)
+        found = SampleShapes.of(record)
         for part, words in _PARTS.items():
             if getattr(found, part) != getattr(self, part):
                 return f"its {words} has shape {getattr(found, part)}; the run's samples have {getattr(self, part)}"
@@ -81,7 +81,7 @@ _PARTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowPlan:
     """Which positions a process reads for each of its batches.
 
     Attributes:
@@ -152,7 +152,7 @@ class Batches:
       seed: of the order.
     """
 
-    def __init__(self, source: Source, shapes: Shapes, rows: Rows, seed: int):
+    def __init__(self, source: Source, shapes: SampleShapes, rows: RowPlan, seed: int):
         self.source, self.shapes, self.rows, self.seed = source, shapes, rows, seed
 
     def __len__(self) -> int:

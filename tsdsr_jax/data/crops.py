@@ -13,7 +13,7 @@ from tsdsr_jax.data.shard_sets import pack_image
 from tsdsr_jax.errors import UserError
 
 Crops = Literal["random", "grid", "whole"]
-Layout = Literal["shards", "folders"]
+SetLayout = Literal["shards", "folders"]
 LONGEST_WEBP = 16383
 
 
@@ -74,7 +74,7 @@ def _grid(photograph: Photograph, config: CropConfig) -> list[Box]:
 # --- made by Grain's workers ----------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
+class EncodedPair(NamedTuple):
     """What a worker makes of a planned sample; of one that cannot be made only `problem` is not empty.
 
     Attributes:
@@ -98,14 +98,14 @@ class Pairs:
       layout: `shards` get WebP, `folders` PNG, which the original reads.
     """
 
-    def __init__(self, source: Photographs, samples: Sequence[Planned], layout: Layout):
+    def __init__(self, source: Photographs, samples: Sequence[Planned], layout: SetLayout):
         self.source, self.samples, self.layout = source, samples, layout
         self.pack = pack_image if layout == "shards" else pack_png
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> EncodedPair:
         if not 0 <= index < len(self):
             raise IndexError(index)
         sample = self.samples[int(index)]
@@ -118,8 +118,8 @@ class Pairs:
                 )
         except UserError as error:
             nothing = np.zeros(0, np.uint8)
-            return Pair(nothing, nothing, nothing, str(error))
-        return Pair(*(np.frombuffer(self.pack(image), np.uint8) for image in (lr, hr)), hr, "")
+            return EncodedPair(nothing, nothing, nothing, str(error))
+        return EncodedPair(*(np.frombuffer(self.pack(image), np.uint8) for image in (lr, hr)), hr, "")
 
 
 def pack_png(image: np.ndarray) -> bytes:

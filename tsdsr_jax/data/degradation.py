@@ -109,7 +109,7 @@ def light(config: DegradationConfig) -> DegradationConfig:
     )  # fmt: skip
 
 
-class Pair(NamedTuple):
+class DegradedPair(NamedTuple):
     """A training pair, (H, W, 3) uint8 both; `lr` is enlarged to the size of `hr`."""
 
     lr: np.ndarray
@@ -118,7 +118,7 @@ class Pair(NamedTuple):
 
 def degrade(
     photo: np.ndarray, generator: np.random.Generator, config: DegradationConfig | None = None
-) -> Pair:
+) -> DegradedPair:
     """Makes a pair of a photograph.
 
     Args:
@@ -137,7 +137,7 @@ def degrade(
         raise ValueError(f"sides must be multiples of {config.scale}, not {height}×{width}")
     hr = sharpened(photo, config)
     small = low_resolution(hr, generator, config)
-    return Pair(to_bytes(bicubic(small, height, width)), to_bytes(hr))
+    return DegradedPair(to_bytes(bicubic(small, height, width)), to_bytes(hr))
 
 
 def target(photo: np.ndarray, config: DegradationConfig) -> np.ndarray:

@@ -42,7 +42,7 @@ MAX_PIXELS = 64_000_000
 _SIZES_LOOKED_AT = 1000
 
 
-class Files(NamedTuple):
+class SampleFiles(NamedTuple):
     """The files of one sample; `pooled` is None where `prompt` is a safetensors file that holds both."""
 
     lr: Path
@@ -102,7 +102,7 @@ class PreparedFolder:
         return digest.hexdigest()
 
 
-def find_files(root: Path) -> list[Files]:
+def find_files(root: Path) -> list[SampleFiles]:
     """The samples below one folder, by name.
 
     Raises:
@@ -142,7 +142,7 @@ def find_files(root: Path) -> list[Files]:
             prompt = root / TORCH_PROMPT_FOLDER / (both if together else pickled)
             pooled = None if together else root / TORCH_POOLED_FOLDER / pickled
             found.append(
-                Files(lr, images[HR_FOLDER][stem][0], root / LATENT_FOLDER / pickled, prompt, pooled)
+                SampleFiles(lr, images[HR_FOLDER][stem][0], root / LATENT_FOLDER / pickled, prompt, pooled)
             )
     if missing:
         lines = [f"{root}: {len(images[LR_FOLDER])} images in {LR_FOLDER}/, but files are missing elsewhere"]
@@ -180,7 +180,7 @@ def _names(folder: Path) -> set[str]:
     return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
-def read_images(files: Files) -> tuple[np.ndarray, np.ndarray]:
+def read_images(files: SampleFiles) -> tuple[np.ndarray, np.ndarray]:
     """lr and hr, (H, W, 3) uint8 both."""
     lr, hr = (read_photo(path, MAX_PIXELS).rgb for path in (files.lr, files.hr))
     if lr.shape != hr.shape:
@@ -191,7 +191,7 @@ def read_images(files: Files) -> tuple[np.ndarray, np.ndarray]:
     return lr, hr
 
 
-def read_prompt(files: Files) -> PromptEmbeds:
+def read_prompt(files: SampleFiles) -> PromptEmbeds:
     if files.pooled is None:
         return load_prompt_embeds(files.prompt)
     return read_torch_pair(files.prompt, files.pooled)

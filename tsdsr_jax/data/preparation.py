@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from tsdsr_jax.data.crops import Pair
+from tsdsr_jax.data.crops import EncodedPair
 from tsdsr_jax.data.photos import Photograph
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.prompt_files import DEFAULT_PROMPT, PromptEmbeds, read_text
@@ -20,7 +20,7 @@ from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts
 PromptChoice = Literal["default", "txt", "txt_or_default"]
 
 
-class Encoder(Protocol):
+class ImageEncoder(Protocol):
     """Encodes at most `batch` images at a time; see `latents.LatentEncoder`."""
 
     batch: int
@@ -38,7 +38,9 @@ class Finished(NamedTuple):
     problem: str
 
 
-def finish(positions: Sequence[int], pairs: Iterator[Pair], encoder: Encoder) -> Iterator[Finished]:
+def finish(
+    positions: Sequence[int], pairs: Iterator[EncodedPair], encoder: ImageEncoder
+) -> Iterator[Finished]:
     """Adds latents, in order; a batch is encoded while the next is made.
 
     Args:

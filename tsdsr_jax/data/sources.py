@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tsdsr_jax import hints
-from tsdsr_jax.data.batches import Shapes, first_sample
+from tsdsr_jax.data.batches import SampleShapes, first_sample
 from tsdsr_jax.data.folder_sets import PreparedFolder
 from tsdsr_jax.data.options import CropOptions, DataOptions, PairOptions
 from tsdsr_jax.data.photos import Photographs, Survey, left_out, survey
@@ -39,7 +39,7 @@ class Data:
     """
 
     source: Source
-    shapes: Shapes
+    shapes: SampleShapes
     identity: Mapping[str, Any]
 
 
@@ -65,7 +65,7 @@ def open_data(
         source = _open_photographs(options, seed, parts, note, output)
         # Without pairs nothing is degraded.
         identity = crop_identity(options) | (pair_identity(options) if parts == "pairs" else {})
-    return Data(source, Shapes.of_source(source), identity | content_identity(source))
+    return Data(source, SampleShapes.of_source(source), identity | content_identity(source))
 
 
 def open_images(
@@ -82,7 +82,7 @@ def open_images(
         found.photographs, options.crop(), degradation, seed, with_lr=False, own_prompts=False
     )
     identity = crop_identity(options) | content_identity(source)
-    return Data(source, Shapes.of_source(source), identity)
+    return Data(source, SampleShapes.of_source(source), identity)
 
 
 def crop_identity(options: CropOptions) -> dict[str, str]:
@@ -113,7 +113,7 @@ def open_sets(roots: Sequence[Path], parts: Parts = "pairs") -> Source:
     ]
     if len(sets) == 1:
         return sets[0]
-    first = Shapes.of_source(sets[0])
+    first = SampleShapes.of_source(sets[0])
     for root, source in zip(roots[1:], sets[1:], strict=True):
         if difference := first.difference(first_sample(source)[1]):
             raise UserError(f"{root}: cannot be joined with {roots[0]}: {difference}")

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.cli import Share
-from tsdsr_jax.data.crops import Layout
+from tsdsr_jax.data.crops import SetLayout
 from tsdsr_jax.data.folder_sets import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
 from tsdsr_jax.data.preparation import Finished, Prompts
 from tsdsr_jax.data.shard_sets import (
@@ -262,7 +262,7 @@ class FolderWriter:
         }
 
 
-def make_writer(layout: Layout, root: Path, plan: SetPlan, part: Share, per_file: int) -> Writer:
+def make_writer(layout: SetLayout, root: Path, plan: SetPlan, part: Share, per_file: int) -> Writer:
     return ShardWriter(root, plan, part, per_file) if layout == "shards" else FolderWriter(root, plan, part)
 
 
@@ -285,7 +285,7 @@ class Manifest:
       part: this machine's share.
     """
 
-    def __init__(self, root: Path, layout: Layout, settings: Mapping[str, Any], part: Share):
+    def __init__(self, root: Path, layout: SetLayout, settings: Mapping[str, Any], part: Share):
         self.root, self.layout, self.settings, self.part = root, layout, dict(settings), part
 
     def check(self) -> None:

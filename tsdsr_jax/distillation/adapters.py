@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student, to_batch
-from tsdsr_jax.distillation.step import Trainer, TrainState
+from tsdsr_jax.distillation.step import DistillState, DistillTrainer
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.lpips import LPIPS
@@ -100,15 +100,15 @@ def load_adapters(folder: Path, networks: Networks, ranks: Ranks) -> tuple[Stude
 
 
 def initial_state(
-    trainer: Trainer,
+    trainer: DistillTrainer,
     networks: Networks,
     ranks: Ranks,
     key: jax.Array,
     loaded: tuple[Student | None, Tree | None] = (None, None),
-) -> TrainState:
+) -> DistillState:
     """The state before the first step, on every device: new adapters, or loaded ones in their place."""
 
-    def create(loaded: tuple[Student | None, Tree | None]) -> TrainState:
+    def create(loaded: tuple[Student | None, Tree | None]) -> DistillState:
         new = new_adapters(networks, ranks, key)
         student, auxiliary = (
             fresh if given is None else given for given, fresh in zip(loaded, new, strict=True)
@@ -120,7 +120,7 @@ def initial_state(
     return jax.jit(create, out_shardings=whole)(placed)
 
 
-def adapter_files(networks: Networks, state: TrainState) -> dict[str, dict[str, np.ndarray]]:
+def adapter_files(networks: Networks, state: DistillState) -> dict[str, dict[str, np.ndarray]]:
     """File name -> tensors, in PEFT's layout; with an average, it too, in a folder of its own."""
     transformer, vae = networks.transformer.config, networks.vae.config
 
@@ -139,10 +139,10 @@ def adapter_files(networks: Networks, state: TrainState) -> dict[str, dict[str, 
     return files
 
 
-def jit_step(trainer: Trainer, mesh: Mesh) -> JittedStep:
+def jit_step(trainer: DistillTrainer, mesh: Mesh) -> JittedStep:
     """`(state, base, samples, key) -> (state, metrics)`; samples have the leading axes (A, B)."""
 
-    def step(state: TrainState, base: Base, samples: Samples, key: jax.Array):
+    def step(state: DistillState, base: Base, samples: Samples, key: jax.Array):
         return trainer.step(state, base, to_batch(samples, base.default), key)
 
     return jitted(step, mesh)

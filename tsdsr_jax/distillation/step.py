@@ -27,7 +27,7 @@ from tsdsr_jax.training.optimizer import (
 _HR_LATENTS = 2**31
 
 
-class TrainState(NamedTuple):
+class DistillState(NamedTuple):
     """Everything that changes while training, all of it float32 or int32.
 
     Attributes:
@@ -49,7 +49,7 @@ class TrainState(NamedTuple):
     loss_scale: LossScale
 
 
-class Trainer:
+class DistillTrainer:
     """The step for one objective; `step` is pure and meant to be jitted with its state donated.
 
     Args:
@@ -64,10 +64,10 @@ class Trainer:
         self._student_optimizer = config.transformation(config.learning_rate)
         self._auxiliary_optimizer = config.transformation(config.learning_rate_auxiliary)
 
-    def init(self, student: Student, auxiliary: Tree) -> TrainState:
+    def init(self, student: Student, auxiliary: Tree) -> DistillState:
         """The state before the first step; adapters become float32 masters."""
         student, auxiliary = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (student, auxiliary))
-        return TrainState(
+        return DistillState(
             step=jnp.int32(0),
             bad_steps=jnp.int32(0),
             student=student,
@@ -80,8 +80,8 @@ class Trainer:
         )
 
     def step(
-        self, state: TrainState, base: Base, batches: Batch, key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+        self, state: DistillState, base: Base, batches: Batch, key: jax.Array
+    ) -> tuple[DistillState, Metrics]:
         """One optimiser step of both networks.
 
         Args:
@@ -118,7 +118,7 @@ class Trainer:
         )
         stayed = state.student, state.auxiliary, state.student_optimizer, state.auxiliary_optimizer, state.ema
         student, auxiliary, student_optimizer, auxiliary_optimizer, ema = kept_where(finite, moved, stayed)
-        new_state = TrainState(
+        new_state = DistillState(
             step=state.step + 1,
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             student=student,
@@ -140,7 +140,7 @@ class Trainer:
         return new_state, metrics | norms
 
     def _gradients(
-        self, state: TrainState, base: Base, batches: Batch, key: jax.Array
+        self, state: DistillState, base: Base, batches: Batch, key: jax.Array
     ) -> tuple[tuple[Student, Tree], Metrics]:
         """Mean gradients and metrics over the accumulation parts."""
 
@@ -151,7 +151,7 @@ class Trainer:
         return accumulated(of_part, batches.lr.shape[0])
 
     def _part_gradients(
-        self, state: TrainState, base: Base, batch: Batch, key: jax.Array
+        self, state: DistillState, base: Base, batch: Batch, key: jax.Array
     ) -> tuple[tuple[Student, Tree], Metrics]:
         # `draw` splits the key; a large number folded in is none of its parts.
         batch = self.losses.with_latents(base, batch, jax.random.fold_in(key, _HR_LATENTS))

@@ -60,7 +60,7 @@ _ENCODINGS = (
     "scaled down. The viewer says which with each picture. This file is complete in itself and loads nothing from elsewhere."
 )
 
-Size = tuple[int, int]
+PixelSize = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Column:
     """One number per entry.
 
     Attributes:
-      name: its key in `Entry.values`. Of "method · PSNR" what comes before the dot becomes a column of the entry's table.
+      name: its key in `Comparison.values`. Of "method · PSNR" what comes before the dot becomes a column of its table.
       better: the direction in which it improves; None where it has none.
       decimals: how many are shown.
     """
@@ -87,7 +87,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Comparison:
     """One card of the page.
 
     Attributes:
@@ -134,7 +134,7 @@ def check_report_path(path: Path) -> None:
 def write_report(
     path: Path,
     title: str,
-    entries: Sequence[Entry],
+    entries: Sequence[Comparison],
     columns: Sequence[Column] = (),
     summary: Summary | None = None,
     notes: Sequence[str] = (),
@@ -199,7 +199,7 @@ class _Picture:
       data: base64.
     """
 
-    size: Size
+    size: PixelSize
     encoding: str
     type: str
     data: bytes
@@ -210,13 +210,13 @@ class _Encoded:
     """An entry's layers, or why one cannot be shown; and a thumbnail, data URI and size, if any can."""
 
     layers: list[_Picture | str]
-    thumbnail: tuple[str, Size] | None
+    thumbnail: tuple[str, PixelSize] | None
 
 
-def _encoded(entries: Sequence[Entry]) -> Iterator[tuple[Entry, _Encoded]]:
+def _encoded(entries: Sequence[Comparison]) -> Iterator[tuple[Comparison, _Encoded]]:
     """Reads and encodes in threads, a few entries ahead."""
     threads = min(8, cores())
-    waiting: deque[tuple[Entry, Future[_Encoded]]] = deque()
+    waiting: deque[tuple[Comparison, Future[_Encoded]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for entry in entries:
             waiting.append((entry, pool.submit(_encode_entry, entry)))
@@ -227,7 +227,7 @@ def _encoded(entries: Sequence[Entry]) -> Iterator[tuple[Entry, _Encoded]]:
             yield ready, future.result()
 
 
-def _encode_entry(entry: Entry) -> _Encoded:
+def _encode_entry(entry: Comparison) -> _Encoded:
     """The thumbnail is of the first of the largest layers: a result rather than its input, a method rather than HR."""
     layers: list[_Picture | str] = []
     thumbnail, largest = None, 0
@@ -269,7 +269,7 @@ def _encode(image: Image.Image, photo: Photo) -> _Picture:
     return _Picture(size, ", ".join(words), f"image/{settings['format'].lower()}", data)
 
 
-def _thumbnail(image: Image.Image, photo: Photo) -> tuple[str, Size]:
+def _thumbnail(image: Image.Image, photo: Photo) -> tuple[str, PixelSize]:
     small = _resized(image, min(1.0, _THUMBNAIL_SIDE / max(image.size)))
     data = base64.b64encode(_bytes(small, photo, _THUMBNAIL)).decode()
     return f"data:image/webp;base64,{data}", small.size
@@ -377,7 +377,7 @@ def _sort_options(columns: Sequence[Column]) -> str:
     return '<option value="name">name</option>' + "".join(named)
 
 
-def _card(index: int, entry: Entry, encoded: _Encoded, columns: Sequence[Column]) -> str:
+def _card(index: int, entry: Comparison, encoded: _Encoded, columns: Sequence[Column]) -> str:
     if encoded.thumbnail:
         source, (width, height) = encoded.thumbnail
         picture = f'<img src="{source}" alt="" width="{width}" height="{height}" decoding="async">'
@@ -397,7 +397,7 @@ def _card(index: int, entry: Entry, encoded: _Encoded, columns: Sequence[Column]
     )
 
 
-def _values(entry: Entry, columns: Sequence[Column]) -> str:
+def _values(entry: Comparison, columns: Sequence[Column]) -> str:
     """A row for each metric, a column for each method that the columns' names put before " · "."""
     methods: dict[str, None] = {}
     metrics: dict[str, dict[str, Column]] = {}
@@ -413,7 +413,7 @@ def _values(entry: Entry, columns: Sequence[Column]) -> str:
     return f'<div class="values"><table>{head}<tbody>{rows}</tbody></table></div>'
 
 
-def _value_row(entry: Entry, metric: str, methods: Mapping[str, None], of: Mapping[str, Column]) -> str:
+def _value_row(entry: Comparison, metric: str, methods: Mapping[str, None], of: Mapping[str, Column]) -> str:
     """The best of several methods stands out."""
     better = next(iter(of.values())).better
     numbers = {method: _number(entry.values.get(column.name)) for method, column in of.items()}
@@ -440,7 +440,7 @@ def _shown(number: float | None, decimals: int) -> str:
     return f"{number:.{decimals}f}" if abs(number) < 1e9 else f"{number:.{decimals}e}"
 
 
-def _entry_data(entry: Entry, encoded: _Encoded, columns: Sequence[Column]) -> dict[str, object]:
+def _entry_data(entry: Comparison, encoded: _Encoded, columns: Sequence[Column]) -> dict[str, object]:
     """What the page's script has to know of an entry."""
     layers = []
     for layer, picture in zip(entry.layers, encoded.layers, strict=True):

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from tsdsr_jax.errors import UserError, first_line, printable
-from tsdsr_jax.evaluation.registry import Batch, Metric, Values
+from tsdsr_jax.evaluation.registry import Metric, PictureBatch, Values
 from tsdsr_jax.images.buckets import Size, plan_buckets
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.images.search import find_photographs
@@ -27,7 +27,7 @@ _BATCH_PIXELS = 2**21  # eight pictures of 512×512
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class FilePair:
     """A result, and the reference of the same name.
 
     Attributes:
@@ -52,7 +52,7 @@ class Measured:
       missing: metric's name -> why it was computed of nothing.
     """
 
-    pairs: list[Pair] = dataclasses.field(default_factory=list)
+    pairs: list[FilePair] = dataclasses.field(default_factory=list)
     values: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     of_folder: dict[str, float] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -63,7 +63,7 @@ class Measured:
         return [self.values[pair.name][metric] for pair in self.pairs if metric in self.values[pair.name]]
 
 
-def find_pairs(results: Path, references: Path | None) -> tuple[list[Pair], list[str]]:
+def find_pairs(results: Path, references: Path | None) -> tuple[list[FilePair], list[str]]:
     """Pairs files of the same path and name, whatever their suffixes, in both folders and their subfolders.
 
     Returns:
@@ -74,7 +74,7 @@ def find_pairs(results: Path, references: Path | None) -> tuple[list[Pair], list
     """
     found, problems = by_name(results)
     if references is None:
-        return [Pair(name, file, None) for name, file in found.items()], problems
+        return [FilePair(name, file, None) for name, file in found.items()], problems
     wanted, more = by_name(references)
     problems += more
     problems += [
@@ -89,7 +89,7 @@ def find_pairs(results: Path, references: Path | None) -> tuple[list[Pair], list
             f"{results} and {references}: no file has the same name in both (for example {_first(found)} and"
             f" {_first(wanted)}); results are paired with references by name"
         )
-    return [Pair(name, found[name], wanted[name]) for name in common], sorted(problems)
+    return [FilePair(name, found[name], wanted[name]) for name in common], sorted(problems)
 
 
 def _first(files: Mapping[str, Path]) -> str:
@@ -117,7 +117,7 @@ def by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def measure(
-    pairs: Sequence[Pair],
+    pairs: Sequence[FilePair],
     metrics: Sequence[Metric],
     device: jax.Device,
     max_pixels: int,
@@ -166,7 +166,7 @@ def measure(
     return measured
 
 
-def _size(pair: Pair, max_pixels: int) -> Size | str:
+def _size(pair: FilePair, max_pixels: int) -> Size | str:
     """The pair's common size, or the line that says why there is none."""
     try:
         result = read_size(pair.result, max_pixels)
@@ -185,17 +185,17 @@ def _size(pair: Pair, max_pixels: int) -> Size | str:
 class _Read:
     """Pairs with their pixels, and lines about those that could not be read."""
 
-    pairs: list[Pair]
-    batch: Batch
+    pairs: list[FilePair]
+    batch: PictureBatch
     unread: list[str]
 
 
 def _batches(
-    sound: Sequence[tuple[Pair, Size]], device: jax.Device, max_pixels: int, pool: ThreadPoolExecutor
+    sound: Sequence[tuple[FilePair, Size]], device: jax.Device, max_pixels: int, pool: ThreadPoolExecutor
 ) -> Iterator[_Read]:
     """Reads batch after batch, one ahead."""
     buckets = plan_buckets([size for _, size in sound])
-    together: dict[Size, list[Pair]] = {}
+    together: dict[Size, list[FilePair]] = {}
     for (pair, _), bucket in zip(sound, buckets, strict=True):
         together.setdefault(bucket, []).append(pair)
     groups = []
@@ -203,7 +203,7 @@ def _batches(
         count = max(1, min(len(members), _BATCH_PIXELS // (bucket[0] * bucket[1])))
         groups += [(bucket, count, members[start : start + count]) for start in range(0, len(members), count)]
 
-    def read(group: tuple[Size, int, list[Pair]]) -> list[Future]:
+    def read(group: tuple[Size, int, list[FilePair]]) -> list[Future]:
         return [pool.submit(_pixels, pair, max_pixels) for pair in group[2]]
 
     upcoming = read(groups[0]) if groups else []
@@ -212,7 +212,7 @@ def _batches(
         yield _stack(members, [file.result() for file in files], bucket, count, device)
 
 
-def _pixels(pair: Pair, max_pixels: int) -> tuple[np.ndarray, np.ndarray | None] | str:
+def _pixels(pair: FilePair, max_pixels: int) -> tuple[np.ndarray, np.ndarray | None] | str:
     try:
         result = read_photo(pair.result, max_pixels).rgb
         return result, read_photo(pair.reference, max_pixels).rgb if pair.reference else None
@@ -223,7 +223,7 @@ def _pixels(pair: Pair, max_pixels: int) -> tuple[np.ndarray, np.ndarray | None]
 
 
 def _stack(
-    members: Sequence[Pair],
+    members: Sequence[FilePair],
     pixels: Sequence[tuple[np.ndarray, np.ndarray | None] | str],
     bucket: Size,
     count: int,
@@ -239,11 +239,11 @@ def _stack(
         results[index, :height, :width] = result
         if reference is not None and references is not None:
             references[index, :height, :width] = reference
-    batch = Batch(results, references, sizes, len(sound), device)
+    batch = PictureBatch(results, references, sizes, len(sound), device)
     return _Read([pair for pair, _ in sound], batch, [found for found in pixels if isinstance(found, str)])
 
 
-def _start(metric: Metric, batch: Batch) -> Values:
+def _start(metric: Metric, batch: PictureBatch) -> Values:
     """Starts a metric on a batch; what goes wrong for want of memory becomes the pictures' reason."""
     if not any(metric.fits(*size) for size in batch.sizes[: batch.count].tolist()):
         return lambda: [""] * batch.count

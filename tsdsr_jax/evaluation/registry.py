@@ -37,7 +37,7 @@ PAPER = ("psnr", "ssim", "lpips", "dists", "fid", "niqe", "musiq", "maniqa-pipal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
+class PictureBatch:
     """Pictures in the top left corners of one array.
 
     Attributes:
@@ -86,7 +86,7 @@ class Metric:
     better: Better | None
     needs_reference: bool
     source: str
-    start: Callable[[Batch], Values] | None = None
+    start: Callable[[PictureBatch], Values] | None = None
     over_folders: Callable[[Sequence[Path], Sequence[Path]], float] | None = None
     smallest: tuple[int, int] = (1, 1)
 
@@ -158,20 +158,20 @@ def _load(name: str, sources: Sources) -> Metric | str:
     if found.over_folders:
         return Metric(name, better, needs_reference, found.source, over_folders=found.of_folders)
 
-    def value(batch: Batch, index: int) -> float | str:
+    def value(batch: PictureBatch, index: int) -> float | str:
         try:
             return found.of_pair(*batch.picture(index))
         except Exception as error:  # what its networks make of a picture (too small a one, say) is theirs
             return first_line(error)
 
-    def start(batch: Batch) -> Values:
+    def start(batch: PictureBatch) -> Values:
         return lambda: [value(batch, index) for index in range(batch.count)]
 
     return Metric(name, better, needs_reference, found.source, start)
 
 
-def _starting(function: Callable[..., jax.Array]) -> Callable[[Batch], Values]:
-    def start(batch: Batch) -> Values:
+def _starting(function: Callable[..., jax.Array]) -> Callable[[PictureBatch], Values]:
+    def start(batch: PictureBatch) -> Values:
         values = function(*batch.on_device)
         return lambda: np.asarray(values, float).tolist()
 
@@ -181,7 +181,7 @@ def _starting(function: Callable[..., jax.Array]) -> Callable[[Batch], Values]:
 def _niqe(path: Path) -> Metric:
     model = load_pristine(path)
 
-    def start(batch: Batch) -> Values:
+    def start(batch: PictureBatch) -> Values:
         results, _, sizes = batch.on_device
         moments = niqe.block_moments(results, sizes)
         return lambda: [
@@ -206,7 +206,7 @@ def _lpips(path: Path) -> Metric:
     def placed(device: jax.Device) -> dict[str, Tree]:
         return {"params": jax.device_put(params, device)}
 
-    def start(batch: Batch) -> Values:
+    def start(batch: PictureBatch) -> Values:
         variables = placed(batch.device)
         values = []
         with jax.default_matmul_precision("highest"):

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tsdsr_jax.evaluation import tables
-from tsdsr_jax.evaluation.html import Column, Entry, Layer, Summary, write_report
-from tsdsr_jax.evaluation.measure import Pair
+from tsdsr_jax.evaluation.html import Column, Comparison, Layer, Summary, write_report
+from tsdsr_jax.evaluation.measure import FilePair
 from tsdsr_jax.evaluation.registry import Metric
-from tsdsr_jax.evaluation.tables import Method
+from tsdsr_jax.evaluation.tables import MeasuredMethod
 
 
 def write(
     path: Path,
-    methods: Sequence[Method],
+    methods: Sequence[MeasuredMethod],
     metrics: Sequence[Metric],
     inputs: Mapping[str, Path],
     together: bool,
@@ -50,7 +50,7 @@ def write(
     )
 
 
-def _columns(methods: Sequence[Method], metrics: Sequence[Metric]) -> list[Column]:
+def _columns(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> list[Column]:
     return [
         Column(_column_name(method, metric, len(methods) > 1), metric.better)
         for metric in metrics
@@ -58,14 +58,14 @@ def _columns(methods: Sequence[Method], metrics: Sequence[Metric]) -> list[Colum
     ]
 
 
-def _column_name(method: Method, metric: Metric, several: bool) -> str:
+def _column_name(method: MeasuredMethod, metric: Metric, several: bool) -> str:
     return f"{method.name} · {metric.label}" if several else metric.label
 
 
 def _entries(
-    methods: Sequence[Method], metrics: Sequence[Metric], sources: Mapping[str, Path], prefix: bool
-) -> list[Entry]:
-    pairs: dict[str, list[tuple[Method, Pair]]] = {}
+    methods: Sequence[MeasuredMethod], metrics: Sequence[Metric], sources: Mapping[str, Path], prefix: bool
+) -> list[Comparison]:
+    pairs: dict[str, list[tuple[MeasuredMethod, FilePair]]] = {}
     for method in methods:
         for pair in method.measured.pairs:
             pairs.setdefault(pair.name, []).append((method, pair))
@@ -77,12 +77,12 @@ def _entries(
 
 def _entry(
     name: str,
-    found: Sequence[tuple[Method, Pair]],
+    found: Sequence[tuple[MeasuredMethod, FilePair]],
     metrics: Sequence[Metric],
     source: Path | None,
     several: bool,
     prefix: bool,
-) -> Entry:
+) -> Comparison:
     layers = [Layer("input", source)] if source else []
     layers += [Layer(method.name, pair.result) for method, pair in found]
     if reference := found[0][1].reference:
@@ -92,4 +92,4 @@ def _entry(
         for method, _ in found
         for metric in metrics
     }
-    return Entry(f"{found[0][0].name}/{name}" if prefix else name, tuple(layers), values)
+    return Comparison(f"{found[0][0].name}/{name}" if prefix else name, tuple(layers), values)

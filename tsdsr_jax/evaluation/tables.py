@@ -13,11 +13,11 @@ from tsdsr_jax.evaluation.registry import Metric
 from tsdsr_jax.evaluation.statistics import Difference, Estimate, difference, estimate
 
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
-Rows = list[list[str]]
+TableRows = list[list[str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Method:
+class MeasuredMethod:
     """A folder of results that has been measured.
 
     Attributes:
@@ -35,7 +35,7 @@ class Method:
         return {name: estimate(self.measured.of(name)) for name in names}
 
 
-def means(methods: Sequence[Method], metrics: Sequence[Metric]) -> Rows:
+def means(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
     """A header and a row per method: means to four decimals, and the number of pictures behind them."""
     rows = [["", *(metric.label + ARROWS[metric.better] for metric in metrics), "images"]]
     for method in methods:
@@ -44,7 +44,7 @@ def means(methods: Sequence[Method], metrics: Sequence[Metric]) -> Rows:
     return rows
 
 
-def _mean_cell(method: Method, metric: Metric, count: int) -> str:
+def _mean_cell(method: MeasuredMethod, metric: Metric, count: int) -> str:
     if metric.over_folders:
         value = method.measured.of_folder.get(metric.name)
         return "–" if value is None else f"{value:.4f}"
@@ -55,7 +55,7 @@ def _mean_cell(method: Method, metric: Metric, count: int) -> str:
 
 
 def compare(
-    first: Method, second: Method, metrics: Sequence[Metric]
+    first: MeasuredMethod, second: MeasuredMethod, metrics: Sequence[Metric]
 ) -> dict[str, tuple[Difference, list[str]]]:
     """Metric's name -> paired differences, second minus first, and the names of the pictures that both have."""
     result = {}
@@ -72,7 +72,7 @@ def compare(
     return result
 
 
-def differences(methods: Sequence[Method], metrics: Sequence[Metric]) -> Rows:
+def differences(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
     """A header and a row per method and metric: how it differs from the first method on the same pictures."""
     rows = [["", "metric", "difference", "95 % interval", "better", "worse", "images"]]
     for method in methods[1:]:
@@ -89,7 +89,7 @@ def differences(methods: Sequence[Method], metrics: Sequence[Metric]) -> Rows:
     return rows
 
 
-def layout(rows: Rows) -> str:
+def layout(rows: TableRows) -> str:
     """Text in columns: the first ones to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
@@ -102,7 +102,7 @@ def layout(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def as_csv(methods: Sequence[Method], metrics: Sequence[Metric]) -> str:
+def as_csv(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> str:
     """A line per picture; empty where a value is missing. Numbers in full, so that nothing has to be measured again."""
     text = io.StringIO()
     names = [metric.name for metric in metrics if not metric.over_folders]
@@ -118,7 +118,7 @@ def as_csv(methods: Sequence[Method], metrics: Sequence[Metric]) -> str:
 
 
 def as_json(
-    methods: Sequence[Method], metrics: Sequence[Metric], missing: Mapping[str, str], compared: bool
+    methods: Sequence[MeasuredMethod], metrics: Sequence[Metric], missing: Mapping[str, str], compared: bool
 ) -> dict:
     """Everything but the single pictures."""
     found: dict = {
@@ -136,7 +136,7 @@ def as_json(
     return found
 
 
-def _method(method: Method, metrics: Sequence[Metric]) -> dict:
+def _method(method: MeasuredMethod, metrics: Sequence[Metric]) -> dict:
     measured = method.measured
     figures = {m.name: _estimate(method.means[m.name]) for m in metrics if m.name in method.means}
     figures |= {name: {"value": value} for name, value in measured.of_folder.items()}
@@ -148,7 +148,7 @@ def _method(method: Method, metrics: Sequence[Metric]) -> dict:
     }
 
 
-def _differences(first: Method, second: Method, metrics: Sequence[Metric]) -> dict:
+def _differences(first: MeasuredMethod, second: MeasuredMethod, metrics: Sequence[Metric]) -> dict:
     return {
         name: _estimate(found.change) | {"better": found.wins, "worse": found.losses}
         for name, (found, _) in compare(first, second, metrics).items()

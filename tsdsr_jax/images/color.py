@@ -10,8 +10,8 @@ from typing import Literal
 import cv2
 import numpy as np
 
-Method = Literal["wavelet", "adain", "nofix"]
-METHODS: tuple[Method, ...] = ("wavelet", "adain", "nofix")
+AlignMethod = Literal["wavelet", "adain", "nofix"]
+METHODS: tuple[AlignMethod, ...] = ("wavelet", "adain", "nofix")
 
 # Added to the variance, so that a flat channel is divided by about 0.003 and not by nothing.
 VARIANCE_FLOOR = 1e-5
@@ -56,7 +56,7 @@ def wavelet(result: np.ndarray, upscaled: np.ndarray) -> np.ndarray:
     return result - _low_frequencies(result - upscaled)
 
 
-def align(method: Method, result: np.ndarray, lr: np.ndarray, upscaled: np.ndarray) -> np.ndarray:
+def align(method: AlignMethod, result: np.ndarray, lr: np.ndarray, upscaled: np.ndarray) -> np.ndarray:
     """Corrects the colours of an 8-bit result as the original's inference script does.
 
     Args:

@@ -37,7 +37,7 @@ from tsdsr_jax.models.mmdit import (
     TimeTextEmbedding,
 )
 
-Tree = Mapping[str, Any]
+ParamTree = Mapping[str, Any]
 EightBits = Literal["int8", "fp8"]
 
 
@@ -185,14 +185,14 @@ def remaining_runs(config: MMDiTConfig) -> list[tuple[int, BlockKind]]:
 
 def fold(
     config: MMDiTConfig,
-    params: Tree,
+    params: ParamTree,
     context: jax.Array,
     pooled: jax.Array,
     timestep: float,
     dtype: DTypeLike,
     eight_bits: EightBits | None = None,
     sharding: Sharding | None = None,
-) -> Tree:
+) -> ParamTree:
     """The parameters of `FoldedMMDiT`, computed in float32 from those of `MMDiT`, LoRA merged.
 
     Layer after layer: where `params` lie on the host, the devices hold what is made and two layers of them.
@@ -224,7 +224,7 @@ def fold(
     return made | {f"blocks_{index}": stack for index, stack in enumerate(stacks)}
 
 
-def _stacked(layers: Iterable[Tree], length: int, sharding: Sharding | None) -> Tree:
+def _stacked(layers: Iterable[ParamTree], length: int, sharding: Sharding | None) -> ParamTree:
     """Trees of arrays -> one with a leading axis, without ever holding all of them twice."""
     stack = None
     for index, layer in enumerate(layers):
@@ -238,14 +238,14 @@ def _stacked(layers: Iterable[Tree], length: int, sharding: Sharding | None) -> 
 
 
 @partial(jax.jit, donate_argnums=0)
-def _with_layer(stack: Tree, layer: Tree, index: int) -> Tree:
+def _with_layer(stack: ParamTree, layer: ParamTree, index: int) -> ParamTree:
     return jax.tree.map(lambda all_layers, one: all_layers.at[index].set(one), stack, layer)
 
 
 @partial(jax.jit, static_argnames="dtype")
 @jax.default_matmul_precision("highest")
 def _fold_ends(
-    params: Tree, context: jax.Array, pooled: jax.Array, timestep: float, dtype: DTypeLike
+    params: ParamTree, context: jax.Array, pooled: jax.Array, timestep: float, dtype: DTypeLike
 ) -> tuple[dict[str, Any], jax.Array, jax.Array]:
     """What lies before and after the blocks; the conditioning (D,) and the text (S, D) that they are folded with."""
     context, pooled = context.astype(jnp.float32), pooled.astype(jnp.float32)
@@ -267,7 +267,7 @@ def _fold_ends(
 @partial(jax.jit, static_argnames=("config", "kind", "dtype", "eight_bits"))
 @jax.default_matmul_precision("highest")
 def _stored_block(
-    block: Tree,
+    block: ParamTree,
     conditioning: jax.Array,
     text: jax.Array | None = None,
     *,
@@ -275,7 +275,7 @@ def _stored_block(
     kind: BlockKind,
     dtype: DTypeLike,
     eight_bits: EightBits | None,
-) -> Tree:
+) -> ParamTree:
     """A folded block as it is kept."""
     folded = _fold_block(config, kind, conditioning, block, text)
     leaves = flatten_dict(quantized(folded, eight_bits) if eight_bits else folded)
@@ -288,7 +288,11 @@ def _stored_block(
 
 
 def _fold_block(
-    config: MMDiTConfig, kind: BlockKind, conditioning: jax.Array, block: Tree, text: jax.Array | None = None
+    config: MMDiTConfig,
+    kind: BlockKind,
+    conditioning: jax.Array,
+    block: ParamTree,
+    text: jax.Array | None = None,
 ) -> dict[str, Any]:
     """One block, float32; with a text (S, D) the first, whose text's projections become constants."""
     block = _float32(block)
@@ -327,39 +331,39 @@ def _fold_block(
     return folded
 
 
-def _image_attention(attn: Tree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> dict[str, Any]:
+def _image_attention(attn: ParamTree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> dict[str, Any]:
     projections = (_before(attn[name], shift, scale) for name in ("to_q", "to_k", "to_v"))
     norms = {name: attn[name] for name in ("norm_q", "norm_k") if name in attn}
     return {"qkv": _joined(*projections), "to_out": _after(attn["to_out_0"], gate)} | norms
 
 
-def _feed_forward(ff: Tree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> Tree:
+def _feed_forward(ff: ParamTree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> ParamTree:
     return {"net_0": {"proj": _before(ff["net_0"]["proj"], shift, scale)}, "net_2": _after(ff["net_2"], gate)}
 
 
-def _linear(dense: Tree, x: jax.Array) -> jax.Array:
+def _linear(dense: ParamTree, x: jax.Array) -> jax.Array:
     return x @ dense["kernel"] + dense["bias"]
 
 
-def _before(dense: Tree, shift: jax.Array, scale: jax.Array) -> Tree:
+def _before(dense: ParamTree, shift: jax.Array, scale: jax.Array) -> ParamTree:
     """The linear layer that does to LN(x) what this one does to LN(x)·(1 + scale) + shift."""
     kernel = dense["kernel"]
     return {"kernel": (1 + scale)[:, None] * kernel, "bias": dense["bias"] + shift @ kernel}
 
 
-def _after(dense: Tree, gate: jax.Array) -> Tree:
+def _after(dense: ParamTree, gate: jax.Array) -> ParamTree:
     return {"kernel": dense["kernel"] * gate, "bias": dense["bias"] * gate}
 
 
-def _joined(*parts: Tree) -> Tree:
+def _joined(*parts: ParamTree) -> ParamTree:
     return {name: jnp.concatenate([part[name] for part in parts], axis=-1) for name in ("kernel", "bias")}
 
 
-def _float32(tree: Tree) -> Tree:
+def _float32(tree: ParamTree) -> ParamTree:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
-def quantized(params: Tree, kind: EightBits) -> Tree:
+def quantized(params: ParamTree, kind: EightBits) -> ParamTree:
     """Linear layers' kernels in eight bits, with a scale per output; `Dense` widens them where they are used.
 
     Args:

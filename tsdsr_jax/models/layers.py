@@ -24,7 +24,7 @@ Prepare = Callable[[jax.Array, jax.Array | int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowsOnDemand:
     """A feature map (B, H, W, C) that is never whole: its rows are computed when they are needed, each time anew.
 
     Attributes:
@@ -42,12 +42,16 @@ class Rows:
         return self.fetch(0, self.shape[1])
 
 
-FeatureMap = jax.Array | Rows
+FeatureMap = jax.Array | RowsOnDemand
 
 
 def fetch_rows(x: FeatureMap, first: jax.Array | int, count: int) -> jax.Array:
     """Rows first ... first + count − 1."""
-    return x.fetch(first, count) if isinstance(x, Rows) else jax.lax.dynamic_slice_in_dim(x, first, count, 1)
+    return (
+        x.fetch(first, count)
+        if isinstance(x, RowsOnDemand)
+        else jax.lax.dynamic_slice_in_dim(x, first, count, 1)
+    )
 
 
 class Placement(NamedTuple):
@@ -136,7 +140,7 @@ class Conv(nn.Module):
             banded convolution never holds the prepared copy of the whole image.
           band_pixels: compute at most about this many output pixels at a time; None: the whole image. Exact either way.
           add: (B, H', W', features) to add to the result, a residual; bands are added to it in place.
-          lazy: where the result would take several bands, return it as `Rows`; only when up-sampling.
+          lazy: where the result would take several bands, return it as `RowsOnDemand`; only when up-sampling.
         """
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
@@ -156,7 +160,7 @@ class Conv(nn.Module):
         band = rows_of_band(height, width, band_pixels)
         # A band needs its own rows, plus a margin, inside the image; small images are cheap whole.
         if band + 2 * self.upsample >= height:
-            whole = convolve(x.whole() if isinstance(x, Rows) else x, 0)
+            whole = convolve(x.whole() if isinstance(x, RowsOnDemand) else x, 0)
             return whole if add is None else add + whole
         if lazy:
             return upsampled_rows(convolve, x, self.upsample)
@@ -175,8 +179,8 @@ def rows_of_band(height: int, width: int, band_pixels: int | None) -> int:
 
 def upsampled_rows(
     convolve: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, upsample: int
-) -> Rows:
-    """The result of an up-sampling 3×3 convolution as `Rows`.
+) -> RowsOnDemand:
+    """The result of an up-sampling 3×3 convolution as `RowsOnDemand`.
 
     The largest map of the decoder is read three times, by a group norm and two convolutions. Computing it each time
     costs a quarter more arithmetic and saves a third of the decoder's memory.
@@ -190,7 +194,7 @@ def upsampled_rows(
         rows = convolve(jax.lax.dynamic_slice_in_dim(x, start, rows_in, 1), start)
         return jax.lax.dynamic_slice_in_dim(rows, first - start * upsample, count, 1)
 
-    return Rows(out.shape, out.dtype, fetch, x)
+    return RowsOnDemand(out.shape, out.dtype, fetch, x)
 
 
 def in_bands(
@@ -232,7 +236,7 @@ def in_bands(
         rows += jax.lax.dynamic_slice_in_dim(result, first, rows_out, 1)
         return jax.lax.dynamic_update_slice_in_dim(result, rows, first, 1)
 
-    source = x.source if isinstance(x, Rows) else x
+    source = x.source if isinstance(x, RowsOnDemand) else x
     start = zeros_after(source, out.shape, out.dtype) if add is None else add
     return jax.lax.fori_loop(0, count, add_band, start)
 
@@ -262,12 +266,12 @@ class GroupNorm(nn.Module):
         Args:
           x: (B, H, W, C).
           mask: (B, H, W, 1) bool, False where a pixel is padding; None: all are valid.
-          band_pixels: how much of `Rows` is held at a time.
+          band_pixels: how much of `RowsOnDemand` is held at a time.
         """
         channels = x.shape[-1]
         weight = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
-        if isinstance(x, Rows):
+        if isinstance(x, RowsOnDemand):
             mean, variance = self._moments_in_bands(x, mask, band_pixels)
         else:
             mean, variance = self._moments(x, mask)
@@ -302,7 +306,7 @@ class GroupNorm(nn.Module):
         return mean, jnp.maximum(variance, 0)
 
     def _moments_in_bands(
-        self, x: Rows, mask: jax.Array | None, band_pixels: int | None
+        self, x: RowsOnDemand, mask: jax.Array | None, band_pixels: int | None
     ) -> tuple[jax.Array, jax.Array]:
         """The same in one pass over bands, whose moments are merged (Chan et al. 1979): as exact as two passes."""
         batch, height, width, channels = x.shape

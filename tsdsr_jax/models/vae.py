@@ -30,7 +30,7 @@ from tsdsr_jax.models.layers import (
     GroupNorm,
     Placement,
     Prepare,
-    Rows,
+    RowsOnDemand,
     gathered,
     zeros_after,
 )
@@ -159,7 +159,7 @@ class ResnetBlock(nn.Module):
             # In bands, one after the other: side by side, both convolutions' results would be set up at once.
             start = None if band_pixels is None else zeros_after(h, h.shape, h.dtype)
             x = shortcut(x, band_pixels=band_pixels, add=start)
-        elif isinstance(x, Rows):
+        elif isinstance(x, RowsOnDemand):
             x = x.whole()
         return layer(2)(h, valid, band_pixels, add=x)
 

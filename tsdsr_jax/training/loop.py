@@ -30,7 +30,7 @@ _LINE_EVERY = 30.0  # seconds, where there is no terminal for a bar
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class LoopSchedule:
     """When things happen, in steps.
 
     Attributes:
@@ -99,7 +99,7 @@ def run(
     state: State,
     train_step: TrainStep,
     batches: Iterator[Any],
-    schedule: Schedule,
+    schedule: LoopSchedule,
     hooks: Hooks,
     stop: StopSignal,
 ) -> tuple[State, int]:
@@ -163,7 +163,7 @@ def explained_memory(remedies: str) -> Iterator[None]:
 class _Watch:
     """Metrics that are still on the device, the progress bar and the rate."""
 
-    def __init__(self, schedule: Schedule):
+    def __init__(self, schedule: LoopSchedule):
         self.schedule = schedule
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.since, self.last_line = time.perf_counter(), 0.0

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from tsdsr_jax.data.batches import Shapes
+from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.errors import UserError
@@ -102,7 +102,7 @@ def load_text(options: Any, prompt: Literal["default", "null"], config: MMDiTCon
 
 
 def load_texts(
-    options: DataOptions, networks: Networks, shapes: Shapes, with_default: bool
+    options: DataOptions, networks: Networks, shapes: SampleShapes, with_default: bool
 ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
     """The empty prompt, and the default one where it is wanted or the samples have none; they fit the networks and each
     other.
@@ -135,7 +135,7 @@ def text_hash(embeds: PromptEmbeds) -> str:
 
 
 def check_shapes(
-    shapes: Shapes,
+    shapes: SampleShapes,
     networks: Networks,
     perceptual: LPIPS | None = None,
     what: str = "training images",

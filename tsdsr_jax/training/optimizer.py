@@ -16,7 +16,7 @@ import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.training.schedules import Schedule, ScheduleName, learning_rate
+from tsdsr_jax.training.schedules import RateSchedule, ScheduleName, learning_rate
 
 Optimizer = Literal["adamw", "muon"]
 
@@ -54,7 +54,7 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     ema_decay: float | None = None
 
-    def rate(self, peak: float) -> Schedule:
+    def rate(self, peak: float) -> RateSchedule:
         return learning_rate(
             self.schedule, peak, warmup=self.warmup, steps=self.steps, cycles=self.cycles, power=self.power
         )

@@ -12,14 +12,14 @@ ScheduleName = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
 # step (int array, from 0) -> learning rate
-Schedule = Callable[[jax.Array], jax.Array]
+RateSchedule = Callable[[jax.Array], jax.Array]
 
 _POLYNOMIAL_END = 1e-7
 
 
 def learning_rate(
     name: ScheduleName, peak: float, *, warmup: int, steps: int, cycles: int = 1, power: float = 1.0
-) -> Schedule:
+) -> RateSchedule:
     """The learning rate of each optimiser step.
 
     All but "constant" rise linearly from 0 over `warmup` steps, so the very first update has a rate of 0.

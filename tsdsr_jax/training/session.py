@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.data.batches import BadSamples, Batches, LocalBatch, Rows, read_ahead
+from tsdsr_jax.data.batches import BadSamples, Batches, LocalBatch, RowPlan, read_ahead
 from tsdsr_jax.data.sources import Data
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
@@ -253,7 +253,7 @@ class _Run:
     def batches(self) -> Iterator[Any]:
         parts = self.options.gradient_accumulation_steps
         steps_left = self.steps - self.start.step
-        rows = Rows(
+        rows = RowPlan(
             self.start.samples,
             steps_left,
             parts,
@@ -269,9 +269,9 @@ class _Run:
                     tqdm.write(f"left out: {message}")
                 yield self.task.put(batch)
 
-    def schedule(self) -> loop.Schedule:
+    def schedule(self) -> loop.LoopSchedule:
         options = self.options
-        return loop.Schedule(
+        return loop.LoopSchedule(
             start=self.start.step,
             end=self.steps,
             log=options.logging_steps,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from tsdsr_jax.data.batches import Shapes
+from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.training.batch import Samples, to_samples
@@ -33,7 +33,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def pick(
-    source: Source, shapes: Shapes, count: int, note: Callable[[str], object] = lambda line: None
+    source: Source, shapes: SampleShapes, count: int, note: Callable[[str], object] = lambda line: None
 ) -> list[Record]:
     """The first samples that can be used, at most `count`: those of the training samples' shapes.
 

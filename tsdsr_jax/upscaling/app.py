@@ -85,7 +85,7 @@ class Result:
     notes: list[str]
 
 
-class Shapes:
+class SeenShapes:
     """Which shapes the device's programs are compiled for.
 
     Args:
@@ -114,7 +114,7 @@ def upscale_photo(
     source: Path,
     output: Path,
     progress: Progress | None = None,
-    shapes: Shapes | None = None,
+    shapes: SeenShapes | None = None,
 ) -> Result:
     """Upscales one file into the folder `output`.
 
@@ -243,7 +243,7 @@ class Handlers:
 
     def __init__(self, upscaler: Upscaler, options: UpscaleOptions, root: Path):
         self.upscaler, self.options, self.root = upscaler, options, root
-        self.shapes = Shapes()
+        self.shapes = SeenShapes()
         # A cancelled photograph leaves Gradio's queue at once, but the device only at its next step.
         self._device = threading.Lock()
         self._previews = threading.Semaphore(_PREVIEWS)
@@ -338,7 +338,7 @@ class Handlers:
         values["upscale"] = _number("Scale", values["upscale"])
         for name in ("latent_tiled_size", "seed"):
             values[name] = _whole(_LABELS[name], values[name])
-        _check_choice("Colours", values["align_method"], get_args(color.Method))
+        _check_choice("Colours", values["align_method"], get_args(color.AlignMethod))
         tile, overlap = values["latent_tiled_size"], self.options.latent_tiled_overlap
         if tile <= overlap:
             raise UserError(f"Tile size {tile}: expected larger than {overlap}, by which tiles overlap")
@@ -489,7 +489,7 @@ def _controls(options: UpscaleOptions) -> tuple[gr.File, gr.HTML, list[gr.compon
     with gr.Accordion("More settings", open=False):
         colours = _raw(
             gr.Dropdown(
-                list(get_args(color.Method)),
+                list(get_args(color.AlignMethod)),
                 value=options.align_method,
                 label="Colours",
                 info="From the photo its low frequencies (wavelet), its mean and contrast (adain), or neither.",

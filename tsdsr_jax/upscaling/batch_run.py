@@ -44,7 +44,7 @@ class Job:
 
 
 # (bucket, portrait) -> the photographs computed so
-Shapes = dict[tuple[Size, bool], list[tuple[Job, SizePlan]]]
+JobsByShape = dict[tuple[Size, bool], list[tuple[Job, SizePlan]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class FileOptions:
       max_pixels: photographs with more output pixels than this are refused.
     """
 
-    align: color.Method
+    align: color.AlignMethod
     format: str
     seed: int
     max_pixels: int
@@ -216,7 +216,7 @@ def plan_groups(
         measured = [(job, sizes) for job, sizes in zip(jobs, plans, strict=True) if sizes]
     buckets = plan_buckets([sizes.lying for _, sizes in measured])
     masked = {bucket for (_, sizes), bucket in zip(measured, buckets, strict=True) if sizes.lying != bucket}
-    together: Shapes = {}
+    together: JobsByShape = {}
     for (job, sizes), bucket in zip(measured, buckets, strict=True):
         together.setdefault((bucket, sizes.portrait), []).append((job, sizes))
     mine = _dealt(together, part)
@@ -234,7 +234,7 @@ def plan_groups(
     ]
 
 
-def _dealt(together: Shapes, part: tuple[int, int]) -> Shapes:
+def _dealt(together: JobsByShape, part: tuple[int, int]) -> JobsByShape:
     """The (i, n)-th part of all members, dealt on from one shape to the next, so that few of many shapes are shared, too."""
     (index, parts), dealt, mine = part, 0, {}
     for shape, members in sorted(together.items()):

@@ -24,7 +24,7 @@ from tsdsr_jax.weights.prompt_hints import how_to_encode
 from tsdsr_jax.weights.sd3_folder import NetworkFiles, check_fit, open_checkpoint
 
 LARGEST_TILE = 64
-Options = TypeVar("Options", bound="UpscaleOptions")
+GivenOptions = TypeVar("GivenOptions", bound="UpscaleOptions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def several_on(platform: str) -> int:
     return 1 if platform == "cpu" else 8
 
 
-def completed(options: Options) -> Options:
+def completed(options: GivenOptions) -> GivenOptions:
     """The options with every default that depends on the model filled in; `check` and `load` expect them so.
 
     Raises:

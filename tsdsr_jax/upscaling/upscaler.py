@@ -107,7 +107,7 @@ def prepare(rgb: np.ndarray, plan: SizePlan, noise: np.ndarray) -> Prepared:
     return Prepared(plan, reflect_pad(np.clip(image, -1, 1), *plan.padded), noise)
 
 
-def finish(result: np.ndarray, rgb: np.ndarray, plan: SizePlan, align: color.Method) -> np.ndarray:
+def finish(result: np.ndarray, rgb: np.ndarray, plan: SizePlan, align: color.AlignMethod) -> np.ndarray:
     """The network's picture, brought to the output size, with the photograph's colours.
 
     Args:

@@ -29,7 +29,7 @@ FORMAT = "tsdsr_jax.lpips"
 TORCHVISION_FILES: dict[Network, str] = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
 
-class Layout(NamedTuple):
+class LpipsLayout(NamedTuple):
     """One kind of file.
 
     Attributes:
@@ -46,13 +46,13 @@ class Layout(NamedTuple):
 _NOTHING = r"(?!)"
 _LIN_RULE = (r"(lin\d)", r"\1.model.1.weight")
 
-TORCHVISION = Layout(
+TORCHVISION = LpipsLayout(
     "torchvision's network for {network}",
     ((r"slice\d_(\d+)/kernel", r"features.\1.weight"), (r"slice\d_(\d+)/bias", r"features.\1.bias")),
     ignored=r"classifier\.\d\.(weight|bias)",
 )
-LIN = Layout("the lpips package's lin layers for {network}", (_LIN_RULE,), ignored=_NOTHING)
-PACKAGE = Layout(
+LIN = LpipsLayout("the lpips package's lin layers for {network}", (_LIN_RULE,), ignored=_NOTHING)
+PACKAGE = LpipsLayout(
     "the lpips package's LPIPS over {network}",
     (
         (r"(slice\d)_(\d+)/kernel", r"net.\1.\2.weight"),
@@ -62,7 +62,7 @@ PACKAGE = Layout(
     # The same lin layers once more, and constants that models/lpips.py has.
     ignored=r"lins\.\d\.model\.1\.weight|scaling_layer\.(shift|scale)",
 )
-OWN = Layout("LPIPS over {network}", ((r".+", r"\g<0>"),), ignored=_NOTHING)
+OWN = LpipsLayout("LPIPS over {network}", ((r".+", r"\g<0>"),), ignored=_NOTHING)
 
 _SAME = Transform(lambda x: x, lambda x: x)
 _CONV = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
@@ -78,7 +78,7 @@ def param_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in sorted(flatten_dict(params, sep="/").items())}
 
 
-def entries(network: Network, layout: Layout) -> list[Entry]:
+def entries(network: Network, layout: LpipsLayout) -> list[Entry]:
     """The parameters that a kind of file holds, each with its tensor there."""
     found = []
     for path, shape in param_shapes(network).items():
@@ -102,7 +102,7 @@ class Tensors(NamedTuple):
     read: Callable[[str], np.ndarray]
 
 
-def read_leaves(tensors: Tensors, network: Network, layout: Layout) -> dict[str, np.ndarray]:
+def read_leaves(tensors: Tensors, network: Network, layout: LpipsLayout) -> dict[str, np.ndarray]:
     """Path -> float32 array of all that a file of this kind holds.
 
     Raises:
@@ -125,12 +125,12 @@ def read_leaves(tensors: Tensors, network: Network, layout: Layout) -> dict[str,
     return leaves
 
 
-def _check(found: Mapping[str, TensorSpec], network: Network, layout: Layout, source: object) -> None:
+def _check(found: Mapping[str, TensorSpec], network: Network, layout: LpipsLayout, source: object) -> None:
     expected = {entry.names[0]: entry.torch_shape for entry in entries(network, layout)}
     check_names(found, expected, source, layout.what.format(network=network))
 
 
-def _fits(found: Mapping[str, TensorSpec], network: Network, layout: Layout) -> bool:
+def _fits(found: Mapping[str, TensorSpec], network: Network, layout: LpipsLayout) -> bool:
     try:
         _check(found, network, layout, "")
     except UserError:

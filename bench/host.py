@@ -22,7 +22,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.files import FORMATS
 from tsdsr_jax.upscaling import batch_run
-from tsdsr_jax.upscaling.upscaler import Prepared, Settings
+from tsdsr_jax.upscaling.engine import Prepared, Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What `Upscaler.launch` would give, at once."""
+    """What `Engine.launch` would give, at once."""
 
     pictures: list[np.ndarray]
     batch: int

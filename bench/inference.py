@@ -39,7 +39,7 @@ from torch_pipeline import DTYPES
 from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.params import LATENT_FACTOR
-from tsdsr_jax.upscaling.upscaler import Settings
+from tsdsr_jax.upscaling.engine import Settings
 
 Other = Literal["eager", "compiled", "lora"]
 Rows = list[dict[str, Any]]

@@ -21,8 +21,8 @@ from tsdsr_jax.models import attention
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
 from tsdsr_jax.models.params import LATENT_FACTOR
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.upscaling.engine import Engine, Prepared
 from tsdsr_jax.upscaling.sizes import batch_size, slices
-from tsdsr_jax.upscaling.upscaler import Prepared, Upscaler
 
 Part = Literal["encode", "transformer", "decode", "end"]
 
@@ -44,7 +44,7 @@ class Parts:
     side: of the results, in pixels.
     """
 
-    def __init__(self, upscaler: Upscaler, configs: tuple[MMDiTConfig, VAEConfig], side: int):
+    def __init__(self, upscaler: Engine, configs: tuple[MMDiTConfig, VAEConfig], side: int):
         self.upscaler, self.configs, self.side = upscaler, configs, side
         self.latent = side // LATENT_FACTOR
 

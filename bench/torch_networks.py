@@ -23,7 +23,7 @@ from tsdsr_jax.models.folded import EightBits
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.upscaling.upscaler import Settings, Upscaler
+from tsdsr_jax.upscaling.engine import Engine, Settings
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 from tsdsr_jax.weights.sd3_folder import torch_config
 from tsdsr_jax.weights.tensor_files import TensorSpec
@@ -83,11 +83,11 @@ class TorchNetworks(TorchPipeline):
 
     def upscaler(
         self, size: Size, settings: Settings, precision: str, weights: EightBits | None = None
-    ) -> Upscaler:
+    ) -> Engine:
         """Ours, with these weights, on the first device."""
         transformer, vae = configs(size)
         prompt = PromptEmbeds(*(numpy_of(part[0]) for part in self.text))
-        return Upscaler(
+        return Engine(
             (transformer, params_of(self.transformer, transformer)),
             (vae, params_of(self.vae, vae)),
             prompt,

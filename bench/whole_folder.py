@@ -30,7 +30,7 @@ from oracle_pipeline import OraclePipeline
 from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling import batch_run
-from tsdsr_jax.upscaling.upscaler import Settings, Upscaler
+from tsdsr_jax.upscaling.engine import Engine, Settings
 
 # Mean difference of a file, in grey levels.
 FARTHEST = 1.0
@@ -93,7 +93,7 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def ours(upscaler: Upscaler, jobs: list[batch_run.Job], out: Path, name: str) -> None:
+def ours(upscaler: Engine, jobs: list[batch_run.Job], out: Path, name: str) -> None:
     notes: list[str] = []
     report = batch_run.Report(notes.append)
     files = batch_run.FileOptions("wavelet", "png", 0, 10**8)

@@ -29,8 +29,8 @@ from tsdsr_jax import cli
 from tsdsr_jax.commands import app, upscale
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.upscaling.engine import Engine, Launched
 from tsdsr_jax.upscaling.options import load
-from tsdsr_jax.upscaling.upscaler import Launched, Upscaler
 
 gr = pytest.importorskip("gradio")
 from tsdsr_jax.upscaling import app as page_lib  # noqa: E402 (needs Gradio)
@@ -76,13 +76,13 @@ def options(root: Path) -> app.Options:
     return cli.parse(app.Options, description="", argv=flags(root))
 
 
-def networks(options: app.Options) -> Upscaler:
+def networks(options: app.Options) -> Engine:
     devices = select_devices(options.device)
     return load(options, options.settings(devices[0].platform), devices)
 
 
 @pytest.fixture(scope="module")
-def upscaler(options: app.Options) -> Upscaler:
+def upscaler(options: app.Options) -> Engine:
     return networks(options)
 
 
@@ -93,7 +93,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(upscaler: Upscaler, options: app.Options) -> Iterator[Served]:
+def served(upscaler: Engine, options: app.Options) -> Iterator[Served]:
     with app.private_folder() as folder, pytest.MonkeyPatch.context() as patch:
         # Here it was imported before there was the folder.
         patch.setattr("gradio.routes.DEFAULT_TEMP_DIR", str(folder))
@@ -111,7 +111,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def handlers(upscaler: Upscaler, options: app.Options, tmp_path: Path) -> "page_lib.Handlers":
+def handlers(upscaler: Engine, options: app.Options, tmp_path: Path) -> "page_lib.Handlers":
     (tmp_path / "private").mkdir()
     return page_lib.Handlers(upscaler, options, tmp_path / "private")
 
@@ -233,9 +233,9 @@ def test_preview_sizes(size, expected):
 
 def test_results_that_are_not_finite_are_computed_again(options, tmp_path, monkeypatch):
     half = networks(dataclasses.replace(options, mixed_precision="fp16"))
-    launch, tried = Upscaler.launch, []
+    launch, tried = Engine.launch, []
 
-    def overflow(self: Upscaler, photos: list, bucket: tuple, **more: object) -> Launched:
+    def overflow(self: Engine, photos: list, bucket: tuple, **more: object) -> Launched:
         tried.append(self.dtype)
         if self.dtype == np.float32:
             return launch(self, photos, bucket, **more)
@@ -243,7 +243,7 @@ def test_results_that_are_not_finite_are_computed_again(options, tmp_path, monke
             [photos[0].plan], bucket, False, jnp.zeros((1, *bucket, 3), jnp.uint8), jnp.zeros(1, bool)
         )
 
-    monkeypatch.setattr(Upscaler, "launch", overflow)
+    monkeypatch.setattr(Engine, "launch", overflow)
     result = page_lib.upscale_photo(half, options, "png", save(tmp_path / "a.png"), tmp_path / "page")
     assert result.notes == ["a.png: not finite in float16; computing again in float32"]
     assert tried == [np.float16, np.float32]
@@ -339,7 +339,7 @@ def test_no_photo_and_failures_of_the_device(handlers, tmp_path, monkeypatch):
         def launch(*arguments: object, **more: object) -> None:
             raise error
 
-        monkeypatch.setattr(Upscaler, "launch", launch)
+        monkeypatch.setattr(Engine, "launch", launch)
 
     fail(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"))
     assert refused(handlers, source).startswith("a.png: out of device memory at 104×72; --is_use_tile")
@@ -378,14 +378,14 @@ def test_a_photo_that_was_exchanged_is_given_up(handlers, tmp_path, monkeypatch)
     choice = page_lib.Choice()
     assert handlers.choose(first, choice) == (None, None, "", "")
     assert handlers.show(first, choice)[1] == "a.png: 52×33 pixels."
-    launch, launched = Upscaler.launch, []
+    launch, launched = Engine.launch, []
 
-    def exchange(self: Upscaler, *arguments: object, **more: object) -> Launched:
+    def exchange(self: Engine, *arguments: object, **more: object) -> Launched:
         handlers.choose(second, choice)
         launched.append(launch(self, *arguments, **more))
         return launched[-1]
 
-    monkeypatch.setattr(Upscaler, "launch", exchange)
+    monkeypatch.setattr(Engine, "launch", exchange)
     with handlers._device:  # it does not wait for its turn either
         handlers.choose(first, choice)
         threading.Timer(0.1, handlers.choose, (second, choice)).start()

@@ -21,7 +21,7 @@ import oracle_models as models  # noqa: E402
 from oracle_pipeline import OraclePipeline, align_colour, to_image  # noqa: E402
 from tiny_checkpoint import compiled_once  # noqa: E402
 from tsdsr_jax.commands import convert_lora, convert_sd3, upscale  # noqa: E402
-from tsdsr_jax.upscaling.upscaler import Settings, Upscaler  # noqa: E402
+from tsdsr_jax.upscaling.engine import Engine, Settings  # noqa: E402
 
 RANK = 4
 METHODS = ("nofix", "wavelet", "adain")
@@ -46,10 +46,10 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 load = upscale.load
-_kept: dict[object, Upscaler] = {}
+_kept: dict[object, Engine] = {}
 
 
-def load_networks(options: upscale.Options, settings: Settings, devices: list) -> Upscaler:
+def load_networks(options: upscale.Options, settings: Settings, devices: list) -> Engine:
     key = dataclasses.replace(options, input_dir=Path(), output_dir=Path(), align_method="nofix")
     if key not in _kept:
         _kept[key] = load(options, settings, devices)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
+from tsdsr_jax.upscaling.engine import _blend, _gather
 from tsdsr_jax.upscaling.tiling import Tile, TokenBatch, cut, offsets, pack, weights
-from tsdsr_jax.upscaling.upscaler import _blend, _gather
 
 CONFIG = MMDiTConfig.tiny()
 

@@ -22,8 +22,8 @@ from tsdsr_jax import cli
 from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling.batch_run import find_jobs
+from tsdsr_jax.upscaling.engine import Engine, Settings
 from tsdsr_jax.upscaling.options import completed
-from tsdsr_jax.upscaling.upscaler import Settings, Upscaler
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     defaults = {field.name: field.default for field in dataclasses.fields(upscale.Options)}
 
-    def load_networks(options: upscale.Options, settings: Settings, devices: list) -> Upscaler:
+    def load_networks(options: upscale.Options, settings: Settings, devices: list) -> Engine:
         key = dataclasses.replace(
             options, **{name: defaults[name] for name in on_the_host if name != "input_dir"}
         )

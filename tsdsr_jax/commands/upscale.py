@@ -21,8 +21,8 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation.html import Comparison, Layer, check_report_path, write_report
 from tsdsr_jax.images.files import read_size
 from tsdsr_jax.upscaling import batch_run
+from tsdsr_jax.upscaling.engine import Settings
 from tsdsr_jax.upscaling.options import UpscaleOptions, check, completed, load, several_on
-from tsdsr_jax.upscaling.upscaler import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -126,19 +126,28 @@ def read_photo(path: str | Path, max_pixels: int) -> Photo:
         UserError: missing, unreadable, damaged, cut short, too large, or of a kind that has no safe reading.
     """
     with _opened(Path(path), max_pixels) as image:
-        raw_mode = _raw_mode(image)
-        _load(image, path)
-        rgb, alpha, grey = _pixels(image, raw_mode, path)
-        # After decoding: a PNG may carry its EXIF behind the pixels, and Pillow turns TIFFs upright itself.
-        exif = _exif(image)
-        turn = _ORIENTATIONS[_orientation(exif)]
-        return Photo(
-            rgb=_turned(rgb, turn),
-            alpha=None if alpha is None else _turned(alpha, turn),
-            grey=grey,
-            icc=_carried_profile(image, grey),
-            exif=_carried_exif(exif, is_tiff=image.format == "TIFF"),
-        )
+        return photo_of(image, str(path))
+
+
+def photo_of(image: Image.Image, name: str) -> Photo:
+    """A Pillow image as `read_photo` gives its file; `name` is what messages call it.
+
+    Raises:
+        UserError: as `read_photo`.
+    """
+    raw_mode = _raw_mode(image)
+    _load(image, name)
+    rgb, alpha, grey = _pixels(image, raw_mode, name)
+    # After decoding: a PNG may carry its EXIF behind the pixels, and Pillow turns TIFFs upright itself.
+    exif = _exif(image)
+    turn = _ORIENTATIONS[_orientation(exif)]
+    return Photo(
+        rgb=_turned(rgb, turn),
+        alpha=None if alpha is None else _turned(alpha, turn),
+        grey=grey,
+        icc=_carried_profile(image, grey),
+        exif=_carried_exif(exif, is_tiff=image.format == "TIFF"),
+    )
 
 
 def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
@@ -184,17 +193,23 @@ def write_photo(
     path = Path(path)
     _check_arrays(rgb, alpha)
     check_format(path, format, *rgb.shape[:2])
-    image = Image.fromarray(rgb)
-    if like.grey:
-        image = image.convert("L")
-    if alpha is not None and format in WITH_ALPHA:
-        image.putalpha(Image.fromarray(alpha))
+    image = as_image(rgb, like, alpha if format in WITH_ALPHA else None)
     # Encoded in memory, so that the errors left for the disk are the disk's own and say what they are.
     encoded = io.BytesIO()
     image.save(encoded, **_ENCODERS[format], **_metadata(like, format))
     with replacing(path) as temporary:
         # No getbuffer(): the traceback of a failed write keeps the view, on which Python 3.12.1's collector crashes.
         temporary.write_bytes(encoded.getvalue())
+
+
+def as_image(rgb: np.ndarray, like: Photo, alpha: np.ndarray | None = None) -> Image.Image:
+    """A result as a Pillow image: grey where the photograph is, with transparency (H, W)."""
+    image = Image.fromarray(rgb)
+    if like.grey:
+        image = image.convert("L")
+    if alpha is not None:
+        image.putalpha(Image.fromarray(alpha))
+    return image
 
 
 # ---- opening -------------------------------------------------------------------------------------
@@ -327,7 +342,7 @@ def _pixels(image: Image.Image, raw_mode: str, path: str | Path) -> _Pixels:
 
 def _raw_mode(image: Image.Image) -> str:
     """Pillow's name for the sample layout in the file, such as "L;2" or "RGB;16B"; empty if unnamed."""
-    if not image.tile:
+    if not getattr(image, "tile", None):
         return ""
     arguments = image.tile[0].args
     name = arguments if isinstance(arguments, str) else (arguments or ("",))[0]

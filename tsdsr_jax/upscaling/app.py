@@ -28,8 +28,8 @@ from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.files import FORMATS, Photo, read_photo, write_photo
 from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.upscaling import batch_run
+from tsdsr_jax.upscaling.engine import Engine, Progress
 from tsdsr_jax.upscaling.options import UpscaleOptions, check, check_tile
-from tsdsr_jax.upscaling.upscaler import Progress, Upscaler
 
 # The browser gets smaller copies of larger pictures; a phone could not hold the originals.
 PREVIEW_PIXELS, PREVIEW_SIDE = 8_000_000, 8192
@@ -108,7 +108,7 @@ class SeenShapes:
 
 
 def upscale_photo(
-    upscaler: Upscaler,
+    upscaler: Engine,
     options: UpscaleOptions,
     format: str,
     source: Path,
@@ -122,7 +122,7 @@ def upscale_photo(
       upscaler: from `load`, with any settings.
       options: those of `load`; scale, colours, tile size and seed may differ, within `check` and `check_tile`.
       format: of the result, one of `images.FORMATS`.
-      progress: see `Upscaler.with_settings`; "compile" precedes its stages where a size is new, "write" follows them.
+      progress: see `Engine.with_settings`; "compile" precedes its stages where a size is new, "write" follows them.
       shapes: those computed so far; without them nothing is forgotten and every size passes for known.
 
     Raises:
@@ -241,7 +241,7 @@ class Handlers:
       root: the private folder.
     """
 
-    def __init__(self, upscaler: Upscaler, options: UpscaleOptions, root: Path):
+    def __init__(self, upscaler: Engine, options: UpscaleOptions, root: Path):
         self.upscaler, self.options, self.root = upscaler, options, root
         self.shapes = SeenShapes()
         # A cancelled photograph leaves Gradio's queue at once, but the device only at its next step.
@@ -402,7 +402,7 @@ def _told() -> Iterator[None]:
         raise gr.Error(_UNKNOWN) from error
 
 
-def build(upscaler: Upscaler, options: UpscaleOptions, root: Path, max_waiting: int) -> gr.Blocks:
+def build(upscaler: Engine, options: UpscaleOptions, root: Path, max_waiting: int) -> gr.Blocks:
     """The page, not yet served.
 
     Args:

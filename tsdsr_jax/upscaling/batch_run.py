@@ -1,4 +1,4 @@
-"""A folder of photographs through the upscaler: which files, in which batches, and what becomes of each.
+"""Photographs through the engine: which files, in which batches, and what becomes of each.
 
 Reading, preparing and writing run in threads around the device, so that it waits for neither. One bad file costs no
 other its result.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -29,10 +30,39 @@ from tsdsr_jax.images.files import (
     write_photo,
 )
 from tsdsr_jax.images.resize import pillow_bicubic
+from tsdsr_jax.upscaling.engine import Engine, Launched, Prepared, Settings, finish, latent_noise, prepare
 from tsdsr_jax.upscaling.sizes import SizePlan, batch_size, slices
-from tsdsr_jax.upscaling.upscaler import Launched, Prepared, Settings, Upscaler, finish, latent_noise, prepare
 
 Writing = deque[Future[None]]
+
+
+class Work(Protocol):
+    """One photograph and where its result goes: `Job` from file to file, `upscaler.InMemory` without files."""
+
+    @property
+    def source(self) -> Path:
+        """What messages call it."""
+        ...
+
+    def size(self, max_pixels: int) -> Size:
+        """Its (height, width), upright. Raises UserError where it cannot be read or is larger."""
+        ...
+
+    def check(self, format: str, output: Size) -> None:
+        """Raises UserError where a result of this size cannot be delivered."""
+        ...
+
+    def read(self, max_pixels: int) -> tuple[bytes, Photo]:
+        """What its noise depends on, and the photograph. Raises UserError as `size`."""
+        ...
+
+    def is_finished(self) -> bool:
+        """Whether its result is there already."""
+        ...
+
+    def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None, format: str) -> str | None:
+        """Takes the result; returns a remark, if there is one. Raises UserError where it cannot be written."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +72,27 @@ class Job:
     source: Path
     target: Path
 
+    def size(self, max_pixels: int) -> Size:
+        return read_size(self.source, max_pixels)
+
+    def check(self, format: str, output: Size) -> None:
+        check_format(self.source, format, *output)
+
+    def read(self, max_pixels: int) -> tuple[bytes, Photo]:
+        return self.source.read_bytes(), read_photo(self.source, max_pixels)
+
+    def is_finished(self) -> bool:
+        return self.target.exists()
+
+    def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None, format: str) -> str | None:
+        write_photo(self.target, rgb, photo, alpha, format)
+        if alpha is None or format in WITH_ALPHA:
+            return None
+        return f"{self.target}: {format} holds no transparency; it is left out"
+
 
 # (bucket, portrait) -> the photographs computed so
-JobsByShape = dict[tuple[Size, bool], list[tuple[Job, SizePlan]]]
+JobsByShape = dict[tuple[Size, bool], list[tuple[Work, SizePlan]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +107,7 @@ class Group:
         program; otherwise with one photograph per device.
     """
 
-    jobs: tuple[tuple[Job, SizePlan], ...]
+    jobs: tuple[tuple[Work, SizePlan], ...]
     bucket: Size
     masked: bool
     several: bool
@@ -172,7 +220,7 @@ class Report:
 
 
 def plan_groups(
-    jobs: Sequence[Job],
+    jobs: Sequence[Work],
     settings: Settings,
     devices: int,
     options: FileOptions,
@@ -196,15 +244,15 @@ def plan_groups(
 
     index, parts = part
 
-    def measure(number: int, job: Job) -> SizePlan | None:
+    def measure(number: int, job: Work) -> SizePlan | None:
         try:
-            sizes = settings.plan(read_size(job.source, options.max_pixels))
+            sizes = settings.plan(job.size(options.max_pixels))
             if sizes.padded[0] * sizes.padded[1] > options.max_pixels:
                 raise UserError(
                     f"{job.source}: would be processed at {sizes.padded[1]}×{sizes.padded[0]} pixels, more than "
                     f"--max_pixels {options.max_pixels}"
                 )
-            check_format(job.source, options.format, *sizes.output)
+            job.check(options.format, sizes.output)
             return sizes
         except Exception as error:  # whatever one file provokes, the others go on
             if number % parts == index:  # once, not by every part
@@ -260,7 +308,7 @@ def unfinished(groups: Sequence[Group], report: Report) -> list[Group]:
 
 
 def upscale(
-    upscaler: Upscaler,
+    upscaler: Engine,
     groups: Sequence[Group],
     options: FileOptions,
     report: Report,
@@ -284,7 +332,7 @@ def upscale(
 class _Run:
     """The loop around the device: two batches read ahead, two on the device, a bounded number being written."""
 
-    upscaler: Upscaler
+    upscaler: Engine
     options: FileOptions
     report: Report
     overwrite: bool
@@ -320,11 +368,10 @@ class _Run:
         if group:
             ahead.append((group, [self.readers.submit(self._read, job, plan) for job, plan in group.jobs]))
 
-    def _read(self, job: Job, plan: SizePlan) -> _Slot | None:
+    def _read(self, job: Work, plan: SizePlan) -> _Slot | None:
         """Reads and prepares one photograph; None where that fails, and a line in the report if its result is wanted."""
         try:
-            content = job.source.read_bytes()
-            photo = read_photo(job.source, self.options.max_pixels)
+            content, photo = job.read(self.options.max_pixels)
             if photo.rgb.shape[:2] != plan.source:
                 raise UserError(f"{job.source}: changed while it was being processed; run again")
             shape = (*plan.latent, self.upscaler.latent_channels)
@@ -411,18 +458,17 @@ class _Run:
                 )
                 self.report.failed(slot.job.source, UserError(reason))
 
-    def _is_wanted(self, job: Job) -> bool:
+    def _is_wanted(self, job: Work) -> bool:
         """Some are computed only so that their companions come out as in an uninterrupted run."""
-        return self.overwrite or not job.target.exists()
+        return self.overwrite or not job.is_finished()
 
-    def _write(self, job: Job, plan: SizePlan, photo: Photo, picture: np.ndarray) -> None:
+    def _write(self, job: Work, plan: SizePlan, photo: Photo, picture: np.ndarray) -> None:
         """Finishes and writes one result; a failure goes into the report."""
         try:
             rgb = finish(picture, photo.rgb, plan, self.options.align)
             alpha = None if photo.alpha is None else pillow_bicubic(photo.alpha, *plan.output)
-            write_photo(job.target, rgb, photo, alpha, self.options.format)
-            if alpha is not None and self.options.format not in WITH_ALPHA:
-                self.report.note(f"{job.target}: {self.options.format} holds no transparency; it is left out")
+            if remark := job.deliver(rgb, photo, alpha, self.options.format):
+                self.report.note(remark)
             self.report.wrote()
         except Exception as error:  # whatever one file provokes, the others go on
             self.report.failed(job.source, error)
@@ -470,7 +516,7 @@ class _Run:
 class _Slot:
     """One photograph on its way through."""
 
-    job: Job
+    job: Work
     plan: SizePlan
     photo: Photo
     prepared: Prepared

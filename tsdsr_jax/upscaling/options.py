@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -16,7 +16,7 @@ from tsdsr_jax import cli
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.params import PATCH_SIZE, Tree
-from tsdsr_jax.upscaling.upscaler import Settings, Upscaler
+from tsdsr_jax.upscaling.engine import Engine, Settings
 from tsdsr_jax.weights.bundled import bundled_model, is_bundled, prompt_folder
 from tsdsr_jax.weights.lora_files import check_rank, load_lora
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
@@ -24,6 +24,7 @@ from tsdsr_jax.weights.prompt_hints import how_to_encode
 from tsdsr_jax.weights.sd3_folder import NetworkFiles, check_fit, open_checkpoint
 
 LARGEST_TILE = 64
+Say = Callable[[str], object]
 GivenOptions = TypeVar("GivenOptions", bound="UpscaleOptions")
 
 
@@ -39,10 +40,10 @@ class UpscaleOptions:
     embedding_dir: Path | None = None
     """Folder with the prompt's embeddings: prompt_embeds.pt and pool_embeds.pt, or prompt.safetensors. Default:
     dataset/default, or weights/tiny's."""
-    rank: int = 64
-    """Rank of the transformer's LoRA."""
-    rank_vae: int = 64
-    """Rank of the autoencoder's LoRA."""
+    rank: int | None = 64
+    """Rank of the transformer's LoRA; None: whatever it is."""
+    rank_vae: int | None = 64
+    """Rank of the autoencoder's LoRA; None: whatever it is."""
     lora_scale: float = 1.0
     """Factor on both LoRAs; below 1 stays closer to plain SD3."""
     upscale: float = 4.0
@@ -100,7 +101,7 @@ def several_on(platform: str) -> int:
     return 1 if platform == "cpu" else 8
 
 
-def completed(options: GivenOptions) -> GivenOptions:
+def completed(options: GivenOptions, say: Say = print) -> GivenOptions:
     """The options with every default that depends on the model filled in; `check` and `load` expect them so.
 
     Raises:
@@ -109,7 +110,7 @@ def completed(options: GivenOptions) -> GivenOptions:
     lora_dir = options.lora_dir
     if options.pretrained_model_name_or_path is None:
         folder = bundled_model()
-        print(f"no --pretrained_model_name_or_path: using the small model in {folder}")
+        say(f"no --pretrained_model_name_or_path: using the small model in {folder}")
         options = dataclasses.replace(options, pretrained_model_name_or_path=str(folder))
         if (lora_dir or "none").lower() != "none":
             raise UserError(
@@ -119,7 +120,7 @@ def completed(options: GivenOptions) -> GivenOptions:
     if is_bundled(options.pretrained_model_name_or_path):
         lora_dir = lora_dir or "none"
         if options.lora_scale != 1 and lora_dir.lower() == "none":
-            print("--lora_scale has no effect: the small model has its LoRAs merged in")
+            say("--lora_scale has no effect: the small model has its LoRAs merged in")
     tile, overlap = options.latent_tiled_size, options.latent_tiled_overlap
     if tile is None:
         tile = largest_tile(options.pretrained_model_name_or_path)
@@ -175,7 +176,7 @@ def check_tile(latent_tiled_size: int, largest: int) -> None:
         )
 
 
-def load(options: UpscaleOptions, settings: Settings, devices: list[jax.Device]) -> Upscaler:
+def load(options: UpscaleOptions, settings: Settings, devices: list[jax.Device], say: Say = print) -> Engine:
     """Opens and checks everything by its headers, then loads both networks, LoRAs merged."""
     checkpoint = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     transformer, vae = checkpoint.network("transformer"), checkpoint.network("vae")
@@ -183,9 +184,9 @@ def load(options: UpscaleOptions, settings: Settings, devices: list[jax.Device])
     check_fit(transformer, vae)
     prompt = load_prompt(options, transformer)
     dtype = select_dtype(options.mixed_precision, devices)
-    loras = load_loras(options, transformer, vae, checkpoint.merged)
+    loras = load_loras(options, transformer, vae, checkpoint.merged, say)
     names = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
-    print(f"{names}, {jnp.dtype(dtype)}")
+    say(f"{names}, {jnp.dtype(dtype)}")
     params = []
     total = sum(int(np.prod(spec.shape)) for network in (transformer, vae) for spec in network.specs.values())
     with tqdm(total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=None) as bar:
@@ -200,7 +201,7 @@ def load(options: UpscaleOptions, settings: Settings, devices: list[jax.Device])
                     on_host=network is transformer,  # whose folding takes one layer at a time
                 )
             )
-    return Upscaler(
+    return Engine(
         (transformer.config, params[0]),
         (vae.config, params[1]),
         prompt,
@@ -223,15 +224,19 @@ def load_prompt(options: UpscaleOptions, transformer: NetworkFiles) -> PromptEmb
 
 
 def load_loras(
-    options: UpscaleOptions, transformer: NetworkFiles, vae: NetworkFiles, merged: Sequence[str]
+    options: UpscaleOptions,
+    transformer: NetworkFiles,
+    vae: NetworkFiles,
+    merged: Sequence[str],
+    say: Say = print,
 ) -> tuple[Tree | None, Tree | None]:
     """The LoRAs of --lora_dir; `merged` are those that the model has in its weights."""
     if options.lora_dir.lower() in ("none", ""):
         if not merged:
-            print("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
+            say("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
         return None, None
     if merged:
-        print(
+        say(
             f"note: this model has LoRAs merged in already ({', '.join(merged)}); --lora_dir is added to them"
         )
     if Path(options.lora_dir).is_file():
@@ -242,5 +247,6 @@ def load_loras(
     for network, rank, flag in ((transformer, options.rank, "--rank"), (vae, options.rank_vae, "--rank_vae")):
         path = Path(options.lora_dir) / f"{network.part}.safetensors"
         loras.append(load_lora(path, network.config))
-        check_rank(loras[-1], rank, path, flag)
+        if rank is not None:
+            check_rank(loras[-1], rank, path, flag)
     return loras[0], loras[1]

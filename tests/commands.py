@@ -75,10 +75,9 @@ class Command:
         """What a printed command prints, run as it is from the working folder; it has to succeed."""
         assert words[0] == hints.interpreter()
         script = Path(words[1]).resolve().relative_to(CHECKOUT)
-        module = importlib.import_module(".".join(script.with_suffix("").parts))
+        name = f"convert_{script.stem}" if script.parent.name == "convert" else script.stem
         with self.monkeypatch.context() as patch:
-            patch.setattr(self, "main", module.main if script.name != "prompts.py" else lambda: module.main(
-                cli.parse(module.Options, description="")))  # fmt: skip
+            patch.setattr(self, "main", importlib.import_module(f"tsdsr_jax.commands.{name}").main)
             outcome = self.typed(*words[1:], *more)
         assert outcome.status == 0, (shlex.join(words), outcome)
         return outcome.out

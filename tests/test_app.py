@@ -638,7 +638,8 @@ def test_another_photo_while_one_is_computed(served, tmp_path, monkeypatch):
         page.wait_for_selector("#summary:has-text('40×40 → 80×80 pixels in')")
         assert page.inner_text("#summary").startswith(words.removesuffix("40×40 pixels."))
         assert page.get_by_test_id("toast-text").count() == 0
-        assert page.locator("#result img").first.evaluate("image => image.naturalWidth") == 80
+        # The browser may still be decoding it.
+        page.wait_for_function("document.querySelector('#result img').naturalWidth === 80")
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -745,7 +746,7 @@ def test_it_ends_at_once_and_leaves_nothing(root, cache, tmp_path):
 def test_programs_are_dropped_after_many_sizes(upscaler, options, tmp_path, monkeypatch):
     clear, cleared = jax.clear_caches, []
     monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(clear()))
-    shapes, files = page_lib.Shapes(most=2), []
+    shapes, files = page_lib.SeenShapes(most=2), []
 
     def new(height: int, width: int) -> bool:
         stages, source = [], save(tmp_path / "a.png", photo(height, width))
@@ -763,4 +764,4 @@ def test_programs_are_dropped_after_many_sizes(upscaler, options, tmp_path, monk
     assert shapes.enter("third") and len(cleared) == 1
     assert new(33, 52) and len(cleared) == 1
     assert files[2] == files[0]
-    assert page_lib.Shapes().most == 16
+    assert page_lib.SeenShapes().most == 16

@@ -150,7 +150,7 @@ def test_workers_need_no_jax_backend():
     import sys
 
     code = (
-        "import sys; before = set(sys.modules); import tsdsr_jax.dataset; "
+        "import sys; before = set(sys.modules); import tsdsr_jax.data.batches; "
         "print([m for m in ('flax', 'torch') if m in sys.modules], 'jax._src.xla_bridge' in sys.modules "
         "and sys.modules['jax._src.xla_bridge'].backends_are_initialized())"
     )

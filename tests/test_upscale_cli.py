@@ -305,6 +305,7 @@ def test_finished_files_are_skipped(command, tmp_path):
 
 def test_results_of_another_process_are_kept_and_counted(command, tmp_path, monkeypatch):
     source, output = save(tmp_path / "in", a=SQUARE, b=SQUARE), tmp_path / "out"
+    output.mkdir()
     load_networks = upscale.load
 
     def while_another_finishes(*arguments):

@@ -507,7 +507,7 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         ),
         (("--max_grad_norm", "inf"), "--max_grad_norm inf: expected a finite number"),
         (("--learning_rate", "1e39"), "--learning_rate 1e+39: expected a finite number of float32"),
-        (("--adam_beta2", "0.99999999"), "--adam_beta2 1: expected at least 0 and less than 1"),
+        (("--adam_beta2", "0.99999999"), "--adam_beta2 0.99999999: expected at least 0 and less than 1"),
         (("--seed", "4294967296"), "--seed 4294967296: expected less than 2**32"),
         (("--use_random_bias", "--dasm_stride", "12"), "expected at least 26 with --use_random_bias"),
         (

@@ -173,7 +173,7 @@ class OptimizerOptions:
                 raise UserError(f"--{name} {value:g}: expected more than 0{below}")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if (value := getattr(self, name)) is not None and not 0 <= np.float32(value) < 1:
-                raise UserError(f"--{name} {value:g}: expected at least 0 and less than 1")
+                raise UserError(f"--{name} {value:.12g}: expected at least 0 and less than 1")
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint keeps of the optimiser, so that training goes on with the same only."""

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 
+LATENT_FACTOR, PATCH_SIZE = 8, 2  # SD3's: pixels a latent pixel spans, latent pixels a token spans
+STUDENT_TIMESTEP = 1000.0  # where the one step begins: the network takes its input for pure noise
+
 Tree = dict[str, Any]
-
-
 Config = MMDiTConfig | VAEConfig
 
 
@@ -46,9 +47,3 @@ def abstract_params(config: Config) -> Tree:
     """Shapes and dtypes (float32) of a network's parameters, without computing any."""
     # Callers may change the tree they get; the cached one stays as it is.
     return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
-
-
-LATENT_FACTOR, PATCH_SIZE = 8, 2  # SD3's: pixels a latent pixel spans, latent pixels a token spans
-
-
-STUDENT_TIMESTEP = 1000.0

@@ -28,13 +28,12 @@ from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.resize import bicubic, pillow_bicubic, reflect_pad
 from tsdsr_jax.models.folded import EightBits, FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
-from tsdsr_jax.models.params import LATENT_FACTOR, Tree
+from tsdsr_jax.models.params import LATENT_FACTOR, STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig, valid_mask, whole_image_bytes
 from tsdsr_jax.upscaling import tiling
 from tsdsr_jax.upscaling.sizes import SizePlan, in_two_sizes, plan_size, token_levels
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
-TIMESTEP = 1000.0
 _PHOTO_PIXELS = 512**2
 _BANDS = ("encoder_band", "decoder_band", "whole_pixels")
 
@@ -184,7 +183,7 @@ class Engine:
             transformer[1],
             prompt.prompt,
             prompt.pooled,
-            TIMESTEP,
+            STUDENT_TIMESTEP,
             dtype,
             weights,
             self._shared,

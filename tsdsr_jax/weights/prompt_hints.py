@@ -10,8 +10,6 @@ from tsdsr_jax.weights.prompt_files import target_file
 from tsdsr_jax.weights.text_encoders import has_encoders
 
 ENCODERS = ("no_t5", "max_sequence_length")
-
-
 PROMPT_ENCODERS = ("prompt_dtype", "prompt_device")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import oracle_metrics
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError

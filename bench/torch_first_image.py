@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch_pipeline import DTYPES, PNG_LEVEL, Text, TorchPipeline
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import oracle_pipeline as oracle
 
 UPSCALE = 4

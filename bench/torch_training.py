@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "support")]
 from torch_networks import ADAPTED, ENCODER, STUDENT, Size, TorchNetworks
 from torch_pipeline import DTYPES
 

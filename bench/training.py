@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "support")]
 import timing
 from torch_networks import TOKENS, configs, params_of
 from torch_training import RATE, TorchStep

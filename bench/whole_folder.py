@@ -25,7 +25,7 @@ from PIL import Image
 from torch_networks import TorchNetworks
 from torch_pipeline import PNG_LEVEL
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "support")]
 from oracle_pipeline import OraclePipeline
 from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError

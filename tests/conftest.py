@@ -80,7 +80,7 @@ FIRST = (
     "test_gpu_programs.py",
     "test_parity.py",
     "test_sharding.py",
-    "test_objective.py",
+    "test_losses.py",
     "test_demo.py",
 )
 

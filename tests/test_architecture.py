@@ -92,7 +92,8 @@ def wrong_arrows(found: list[Import]) -> list[str]:
     """The imports that the table forbids, in words."""
     wrong = []
     for one in found:
-        if one.reader == "__init__":  # the public face, which imports lazily; see tests/test_upscaler.py
+        # The public face imports lazily: see tests/upscaling/test_upscaler.py.
+        if one.reader == "__init__":
             continue
         reader, source = package_of(one.reader), package_of(one.source)
         allowed = {"", reader, *MAY_IMPORT.get(reader, ())}

@@ -7,7 +7,7 @@ Legend: `S` tokens, `W1` and `W2` the hidden widths of the two CLIP encoders, `D
              -> T5, 256 tokens:     last states (256, D), no attention mask: padding tokens are attended to
     prompt = [CLIP-L | CLIP-G | zeros up to D] over [T5] -> (77 + 256, D);   pooled = [P1 | P2]
 
-This is how Stable Diffusion 3 was conditioned; `tests/test_prompts.py` compares it with diffusers' SD3
+This is how Stable Diffusion 3 was conditioned; `tests/weights/test_prompts.py` compares it with diffusers' SD3
 pipeline. The encoders are loaded one after another, each freed before the next, so that T5-XXL (9.5 GB in 16
 bits) is alone.
 

@@ -18,7 +18,7 @@ import tiny_training
 from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.log import read_rows
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 # A checkpoint every few steps, so that kills meet some that are being written.
 LONG = """--max_train_steps 20 --checkpointing_steps 2 --checkpoints_total_limit 2 --validation_steps 20 --logging_steps 1
 --resume_from_checkpoint latest""".split()  # noqa: SIM905

@@ -1,7 +1,8 @@
-"""Writes golden/losses.npz, what PyTorch + PEFT answer for one training step's losses; `python tests/make_golden_losses.py`.
+"""golden/losses.npz: what PyTorch + PEFT answer for one training step's losses.
 
-test_golden_losses.py compares ours with it where torch is not installed. Everything that goes in follows from names
-(parity.uniform). Of each adapter tensor's gradient its largest value and up to sixteen samples are stored.
+`check` compares ours with it, without torch; `python tests/support/golden_losses.py` writes it. Everything that goes in
+follows from names (parity.uniform). Of each adapter tensor's gradient its largest value and up to sixteen samples are
+stored.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from parity import random_lora, random_tensors, uniform
-from tsdsr_jax.distillation.losses import LossConfig
+from parity import losses_and_gradients, random_lora, random_params, random_tensors, uniform
+from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student
 from tsdsr_jax.models import lora
-from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.guidance import Text
+from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree
-from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.weights.torch_names import write_lora
 
 FILE = Path(__file__).parent / "golden" / "losses.npz"
@@ -58,12 +60,44 @@ def samples(gradient: np.ndarray) -> np.ndarray:
     return np.concatenate([[np.abs(flat).max()], flat[:: max(1, flat.size // 16)][:16]]).astype(np.float32)
 
 
+def check(implementation: str = "auto") -> None:
+    """Compares everything with the stored answers.
+
+    Args:
+      implementation: of the transformer's attention.
+    """
+    with np.load(FILE) as file:
+        answers = dict(file)
+    data = problem()
+    losses = Losses(
+        MMDiT(TRANSFORMER, remat=True, implementation=implementation),
+        AutoencoderKL(VAE, remat=True),
+        CONFIG,
+    )
+    null = Text(data["null_states"], data["null_pooled"])
+    base = Base(random_params(TRANSFORMER), random_params(VAE), adapter("teacher"), null)
+    student = Student(adapter("student"), adapter("vae"))
+    fake, metrics, tensors = losses_and_gradients(losses, base, student, adapter("auxiliary"), data)
+    assert np.abs(fake - answers.pop("fake")).max() <= 1e-5 * np.abs(fake).max()
+    found = {f"loss {name}": metrics[name] for name in ("tsd", "mse", "auxiliary")}
+    for name, value in found.items():
+        assert abs(value - answers.pop(name)) <= 1e-4 * value, name
+    named = {
+        f"{network} {name}": tensor for network, part in tensors.items() for name, tensor in part.items()
+    }
+    assert named.keys() == answers.keys()
+    for name, tensor in named.items():
+        expected = answers[name]
+        assert np.abs(samples(tensor) - expected).max() <= 1e-4 * expected[0], name
+    assert sum(answers[name][0] > 0 for name in answers) > 0.95 * len(answers)
+
+
 def main() -> None:
     """Computes every answer with torch and writes the file."""
     import torch
 
     import oracle_models as oracle
-    from test_objective import theirs
+    import oracle_training
 
     def load(model, tensors):
         model.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
@@ -88,7 +122,9 @@ def main() -> None:
     ):
         adapt(transformer, name, name, targets)
     adapt(vae, "vae", "default", oracle.VAE_TARGETS)
-    fake, values, gradients = theirs((transformer, vae, None), problem(), CONFIG, teacher=True)
+    fake, values, gradients = oracle_training.losses_and_gradients(
+        transformer, vae, problem(), CONFIG, teacher=True
+    )
     answers = {"fake": fake} | {f"loss {name}": np.float64(value) for name, value in values.items()}
     for network, tensors in gradients.items():
         answers |= {f"{network} {name}": samples(tensor) for name, tensor in tensors.items()}

@@ -26,7 +26,7 @@ from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prom
 from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts, find_encoders
 from tsdsr_jax.weights.torch_pickle import STORAGE_DTYPES, read_tensor, write_tensor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REBUILD = "torch._utils _rebuild_tensor_v2"
 
 

@@ -6,12 +6,16 @@ autoencoder carries the encoder's. Every random draw is an argument. Latents are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
+
+from parity import nhwc
+from tsdsr_jax.distillation.losses import LossConfig
 
 LEVELS = torch.tensor(
     [3 * s / (1 + 2 * s) for s in ((1000 - i) / 1000 for i in range(1000))], dtype=torch.float64
@@ -120,3 +124,71 @@ def flow_loss(
         predicted = velocity(transformer, adapter, noisy, (1000 * sigma).reshape(1), words)
         total = total + torch.mean((noise[b : b + 1] - latents[b : b + 1] - predicted) ** 2)
     return total / len(latents)
+
+
+def losses_and_gradients(
+    transformer: SD3Transformer2DModel,
+    vae: AutoencoderKL,
+    data: Mapping[str, np.ndarray],
+    config: LossConfig,
+    teacher: bool,
+) -> tuple[np.ndarray, dict[str, float], dict[str, dict[str, np.ndarray]]]:
+    """The student's latent (B, h, w, 16), every loss, and each adapter's gradients by PEFT's names."""
+    data = {name: torch.from_numpy(np.asarray(value)) for name, value in data.items()}
+    text = TorchText(data["states"], data["pooled"])
+    null = TorchText(data["null_states"], data["null_pooled"])
+    student_text = TorchText(data["student_states"], data["student_pooled"])
+    transformer.zero_grad()
+    vae.zero_grad()
+    for module in (transformer, vae):
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    fake = student_latent(transformer, vae, data["lr"], data["posterior"], student_text)
+    gradient = tsd_gradient(
+        transformer, "teacher" if teacher else None, fake.detach(), data["latent_hr"], data["noise"], data["index"],
+        data["bias"], text, null, config.guidance_scale, config.tsd.point_weights, config.tsd.stride, config.tsd.balance,
+    )  # fmt: skip
+    values = {"tsd": tsd_loss(fake, gradient), "mse": torch.mean((fake - data["latent_hr"]) ** 2)}
+    # Switching adapters sets requires_grad anew: the student's back pass needs its own active again.
+    student_parameters = named_lora(transformer, "student") | {
+        "vae." + k: v for k, v in named_lora(vae, "default").items()
+    }
+    for parameter in student_parameters.values():
+        parameter.requires_grad_(True)
+    total = config.weight_tsd * values["tsd"] + config.weight_mse * values["mse"]
+    slopes = torch.autograd.grad(total, list(student_parameters.values()), allow_unused=True)
+    student = {
+        name: np.zeros(p.shape, np.float32) if g is None else g.numpy()
+        for (name, p), g in zip(student_parameters.items(), slopes, strict=True)
+    }
+    weight = sample_weights(
+        config.weighting, LEVELS[data["auxiliary_index"]].float(), data["normal"], data["uniform"]
+    )
+    values["auxiliary"] = auxiliary_loss(
+        transformer, fake, data["auxiliary_noise"], data["auxiliary_index"], weight, text
+    )
+    parameters = named_lora(transformer, "auxiliary")
+    slopes = torch.autograd.grad(values["auxiliary"], list(parameters.values()), allow_unused=True)
+    auxiliary = {
+        name: np.zeros(p.shape, np.float32) if g is None else g.numpy()
+        for (name, p), g in zip(parameters.items(), slopes, strict=True)
+    }
+    return (
+        nhwc(fake.detach().numpy()),
+        {name: float(value.detach()) for name, value in values.items()},
+        {
+            "student": {k: v for k, v in student.items() if not k.startswith("vae.")},
+            "vae": {k.removeprefix("vae."): v for k, v in student.items() if k.startswith("vae.")},
+            "auxiliary": auxiliary,
+        },
+    )
+
+
+def named_lora(module: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
+    """An adapter's parameters by the names that a file gives them."""
+    found = {}
+    for path, parameter in module.named_parameters():
+        for half in ("lora_A", "lora_B"):
+            if path.endswith(f".{half}.{name}.weight"):
+                found[path.replace(f".{half}.{name}.", f".{half}.")] = parameter
+    return found

@@ -26,7 +26,7 @@ from tsdsr_jax.weights import lpips_files
 from tsdsr_jax.weights.lpips_files import LIN, TORCHVISION, load_lpips, read_torch_lpips, save_lpips
 from tsdsr_jax.weights.tensor_files import save_tensors
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NETWORKS = ("alex", "vgg")
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 

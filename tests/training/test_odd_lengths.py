@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import make_golden_losses as golden
+import golden_losses as golden
 from parity import nhwc, random_lora, random_params, uniform
-from test_golden_losses import check_golden
 from tsdsr_jax.models import attention as models_attention
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.attention import attention
@@ -177,7 +176,7 @@ def test_the_transformers_gradients_stay(cudnn: Calls, config, size, packed: boo
 
 
 def test_distillations_losses_and_gradients_stay(cudnn: Calls) -> None:
-    check_golden("cudnn")
+    golden.check("cudnn")
     # Teacher and auxiliary network are evaluated without gradients, at SD3's own odd number of tokens.
     assert (13, 13) in cudnn.inference
     assert set(cudnn.training) == {(14, 14), (6, 14)}

@@ -2,7 +2,7 @@
 network against diffusers.
 
 Each framework runs alone in a process of its own, this file as a script, and leaves its result as `.npy`. Needs about
-16 GB of memory and 9 GB of disk, and takes some ten minutes: `pytest -m slow tests/test_full_size.py -s`.
+16 GB of memory and 9 GB of disk, and takes some ten minutes: `pytest -m slow tests/weights/test_full_size.py -s`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tsdsr_jax.weights.tensor_files import TensorSpec, write_tensors
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HALF = np.dtype(np.float16)
 CONFIGS = {"transformer": MMDiTConfig.sd3_medium(), "vae": VAEConfig.sd3()}
 INPUTS = {
@@ -119,7 +119,9 @@ def run_watched(command: list[str]) -> tuple[str, int]:
     """Runs a command, looking at its memory every 20 ms: (standard output, highest anonymous resident bytes)."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     process = subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

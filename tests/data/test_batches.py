@@ -155,6 +155,6 @@ def test_workers_need_no_jax_backend():
         "and sys.modules['jax._src.xla_bridge'].backends_are_initialized())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert done.stdout == "[] False\n", done.stderr

@@ -35,7 +35,7 @@ from tsdsr_jax.upscaling.options import load
 gr = pytest.importorskip("gradio")
 from tsdsr_jax.upscaling import app as page_lib  # noqa: E402 (needs Gradio)
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 RANK, WAITING = 2, 3
 SMALL = [
     "--upscale", "2", "--process_size", "64", "--latent_tiled_size", "8", "--latent_tiled_overlap", "2",

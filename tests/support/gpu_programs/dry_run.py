@@ -1,7 +1,7 @@
 """Runs a training script for a GPU that is only described: its programs are compiled, and none is executed.
 
-    python tests/gpu_programs/dry_run.py train/distill.py FLAGS...     # prints a line of JSON for each program
-    STEP_ONLY=1 python tests/gpu_programs/dry_run.py train/distill.py FLAGS...     # without the validation's programs
+    python tests/support/gpu_programs/dry_run.py train/distill.py FLAGS...   # a line of JSON for each program
+    STEP_ONLY=1 python tests/support/gpu_programs/dry_run.py train/distill.py FLAGS...   # without validation's programs
 
 XLA compiles for an NVIDIA GPU wherever JAX's CUDA plugin is installed, without CUDA's libraries and without a GPU. The
 script is the real one, from its flags to its step, pictures and exported files. Three things are replaced: arrays on the
@@ -26,7 +26,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402

@@ -1,4 +1,6 @@
-"""Writes golden/networks.npz, what diffusers and PEFT answer for tiny random networks; `python tests/make_golden.py`.
+"""Writes golden/networks.npz, what diffusers and PEFT answer for tiny random networks:
+
+    python tests/support/golden_networks.py
 
 test_golden.py compares ours with it where torch is not installed. Parameters, adapters and inputs follow from their
 names (parity.uniform), so that only the answers are stored.

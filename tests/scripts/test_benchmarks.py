@@ -15,7 +15,7 @@ from PIL import Image
 import tiny_checkpoint as tiny
 from tsdsr_jax.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = ("--size", "tiny", "--device", "cpu")
 # Passed on 26 November 2026, in 194 s.
 slow = pytest.mark.slow

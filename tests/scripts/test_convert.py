@@ -39,7 +39,7 @@ from tsdsr_jax.weights.tensor_files import TensorReader, open_tensors, save_tens
 
 pytest_plugins = "parity"
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = {"transformer": MMDiTConfig.tiny(), "vae": VAEConfig.tiny()}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

@@ -1,4 +1,4 @@
-"""The networks against stored answers of diffusers and PEFT (make_golden.py writes them); needs no torch."""
+"""The networks against stored answers of diffusers and PEFT (support/golden_networks.py writes them); needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import make_golden as golden
+import golden_networks as golden
 from parity import TOLERANCE, error, random_params, uniform
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiT

@@ -21,7 +21,7 @@ from PIL import Image
 from gpu_programs import sd3
 from tsdsr_jax.models.vae import VAEConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = Path(sys.prefix) / f"cuda-compiler-{jax.__version__}"
 # `.ci/run` installs it; elsewhere it is 140 MB to fetch for one test.
 pytestmark = pytest.mark.skipif(
@@ -45,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def programs(root: Path, script: str, *flags: str, **environment: str) -> list[dict[str, Any]]:
     """What a script compiles in a run that is not executed."""
     command = [
-        sys.executable, str(ROOT / "tests" / "gpu_programs" / "dry_run.py"), script,
+        sys.executable, str(ROOT / "tests" / "support" / "gpu_programs" / "dry_run.py"), script,
         "--pretrained_model_name_or_path", "sd3", "--default_embedding_dir", "default", "--null_embedding_dir", "null",
         "--hr_dir", "photos", "--max_train_steps", "2", "--train_batch_size", "2", "--output_dir", "run", *flags,
     ]  # fmt: skip

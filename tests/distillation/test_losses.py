@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 
 import oracle_models  # noqa: E402
 import oracle_training as oracle  # noqa: E402
-from parity import MemoryReader, losses_and_gradients, nhwc  # noqa: E402
+from parity import MemoryReader, losses_and_gradients  # noqa: E402
 from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student  # noqa: E402
 from tsdsr_jax.distillation.tsd import TSDConfig  # noqa: E402
 from tsdsr_jax.models.guidance import Text  # noqa: E402
@@ -110,67 +110,6 @@ def ours(networks, data, config, teacher):
     return losses_and_gradients(losses, base, student, auxiliary, data)
 
 
-def theirs(networks, data, config, teacher):
-    transformer, vae, _ = networks
-    data = {name: torch.from_numpy(np.asarray(value)) for name, value in data.items()}
-    text = oracle.TorchText(data["states"], data["pooled"])
-    null = oracle.TorchText(data["null_states"], data["null_pooled"])
-    student_text = oracle.TorchText(data["student_states"], data["student_pooled"])
-    transformer.zero_grad()
-    vae.zero_grad()
-    for module in (transformer, vae):
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-    fake = oracle.student_latent(transformer, vae, data["lr"], data["posterior"], student_text)
-    gradient = oracle.tsd_gradient(
-        transformer, "teacher" if teacher else None, fake.detach(), data["latent_hr"], data["noise"], data["index"],
-        data["bias"], text, null, config.guidance_scale, config.tsd.point_weights, config.tsd.stride, config.tsd.balance,
-    )  # fmt: skip
-    values = {"tsd": oracle.tsd_loss(fake, gradient), "mse": torch.mean((fake - data["latent_hr"]) ** 2)}
-    # Switching adapters sets requires_grad anew: the student's back pass needs its own active again.
-    student_parameters = named_lora(transformer, "student") | {
-        "vae." + k: v for k, v in named_lora(vae, "default").items()
-    }
-    for parameter in student_parameters.values():
-        parameter.requires_grad_(True)
-    total = config.weight_tsd * values["tsd"] + config.weight_mse * values["mse"]
-    slopes = torch.autograd.grad(total, list(student_parameters.values()), allow_unused=True)
-    student = {
-        name: np.zeros(p.shape, np.float32) if g is None else g.numpy()
-        for (name, p), g in zip(student_parameters.items(), slopes, strict=True)
-    }
-    weight = oracle.sample_weights(
-        config.weighting, oracle.LEVELS[data["auxiliary_index"]].float(), data["normal"], data["uniform"]
-    )
-    values["auxiliary"] = oracle.auxiliary_loss(
-        transformer, fake, data["auxiliary_noise"], data["auxiliary_index"], weight, text
-    )
-    parameters = named_lora(transformer, "auxiliary")
-    slopes = torch.autograd.grad(values["auxiliary"], list(parameters.values()), allow_unused=True)
-    auxiliary = {
-        name: np.zeros(p.shape, np.float32) if g is None else g.numpy()
-        for (name, p), g in zip(parameters.items(), slopes, strict=True)
-    }
-    return (
-        nhwc(fake.detach().numpy()),
-        {name: float(value.detach()) for name, value in values.items()},
-        {
-            "student": {k: v for k, v in student.items() if not k.startswith("vae.")},
-            "vae": {k.removeprefix("vae."): v for k, v in student.items() if k.startswith("vae.")},
-            "auxiliary": auxiliary,
-        },
-    )
-
-
-def named_lora(module, name):
-    found = {}
-    for path, parameter in module.named_parameters():
-        for half in ("lora_A", "lora_B"):
-            if path.endswith(f".{half}.{name}.weight"):
-                found[path.replace(f".{half}.{name}.", f".{half}.")] = parameter
-    return found
-
-
 CASES = {
     "dasm, teacher LoRA, bias": (LossConfig(weight_lpips=0), True, True, (32, 48)),
     "one point, base as teacher": (LossConfig(tsd=TSDConfig().without_dasm(), weight_lpips=0), False, False, (32, 32)),
@@ -190,7 +129,9 @@ def test_losses_and_every_gradient_agree_with_pytorch(networks, case):
     config, teacher, use_bias, size = CASES[case]
     data = problem(sum(map(ord, case)), size, use_bias)
     fake, metrics, gradients = ours(networks, data, config, teacher)
-    expected_fake, expected_metrics, expected_gradients = theirs(networks, data, config, teacher)
+    expected_fake, expected_metrics, expected_gradients = oracle.losses_and_gradients(
+        networks[0], networks[1], data, config, teacher
+    )
     assert error(fake, expected_fake) <= 1e-5
     for name, value in expected_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=TOLERANCE), name

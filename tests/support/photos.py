@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NO_DATA = f"the development photographs are not on this machine ({DATA} does not exist)"
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import tiny_training
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "train" / "recipes" / "tiny.sh"
 
 

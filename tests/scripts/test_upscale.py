@@ -26,7 +26,7 @@ from tsdsr_jax.upscaling.engine import Engine, Settings
 from tsdsr_jax.upscaling.options import completed
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "infer/upscale.py"
 RANK = 2
 # Small pictures: 64 pixels are processed as they are, tiles span 64 pixels. One device, as most users have.

@@ -28,12 +28,13 @@ endif
 BASE_STAMP := $(VENV)/.installed-base
 TEST_STAMP := $(VENV)/.installed-test-torch$(if $(filter 1,$(TORCH)),1,0)
 
-.PHONY: help demo test lint format cuda-compiler clean
+.PHONY: help demo test lint types format cuda-compiler clean
 
 help:
 	@echo "make demo     run examples/demo.py on the example photographs; a CPU is enough"
 	@echo "make test     run the test suite      (TESTFLAGS='-k lora', TORCH=0, PYTHON=python3.12)"
 	@echo "make lint     check style and formatting"
+	@echo "make types    check the library's type hints"
 	@echo "make cuda-compiler   what the test needs that compiles for a GPU without one (140 MB)"
 	@echo "make format   apply the formatter and the safe fixes"
 	@echo "make clean    remove .venv, caches and what the demo wrote"
@@ -47,6 +48,9 @@ test: $(TEST_STAMP)
 lint: $(TEST_STAMP)
 	@$(VENV_PYTHON) -m ruff check --quiet .
 	@$(VENV_PYTHON) -m ruff format --quiet --check .
+
+types: $(TEST_STAMP)
+	@$(VENV_PYTHON) -m mypy
 
 format: $(TEST_STAMP)
 	@$(VENV_PYTHON) -m ruff check --quiet --fix .

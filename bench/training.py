@@ -32,22 +32,22 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "support")]
 import timing
 from torch_networks import TOKENS, configs, params_of
-from torch_training import RATE, TorchStep
+from torch_training import RATE, RATE_AUXILIARY, TorchStep
 
 import oracle_models
 import parity
 from tsdsr_jax import cli, devices
-from tsdsr_jax.distillation.adapters import jit_step
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.distillation.losses import Base, Batch, Draws, LossConfig, Losses, Student
-from tsdsr_jax.distillation.step import DistillTrainer
 from tsdsr_jax.distillation.tsd import TSDConfig
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.optimizer import OptimizerConfig
-from tsdsr_jax.training.sharding import make_mesh
+from tsdsr_jax.training.sharding import make_mesh, replicated
+from tsdsr_jax.training.step import Trainer
+from tsdsr_jax.training.stepping import jit_step
 
 # Relative, of each loss.
 FARTHEST = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.1}
@@ -176,9 +176,11 @@ class OurStep:
             AutoencoderKL(networks[1], self.dtype, remat=remat),
             options.config,
         )
-        trainer = DistillTrainer(self.objective, OptimizerConfig(schedule="constant", learning_rate=RATE))
-        self.state = jax.jit(trainer.init)(self.student, self.auxiliary)
-        self.run = jit_step(trainer, make_mesh())
+        rates = {"student": RATE, "auxiliary": RATE_AUXILIARY}
+        trainer = Trainer(self.objective, OptimizerConfig(schedule="constant"), rates, branch=False)
+        self.state = jax.jit(trainer.init)({"student": self.student, "auxiliary": self.auxiliary})
+        mesh = make_mesh()
+        self.run = jit_step(trainer, mesh, replicated(mesh))
 
     def losses(self, data: dict[str, np.ndarray]) -> dict[str, float]:
         text = Text(data["states"], data["pooled"])
@@ -196,11 +198,11 @@ class OurStep:
             found = both(self.base, self.student, self.auxiliary)
         return {name: float(value) for name, value in found.items()}
 
-    def samples(self, data: dict[str, np.ndarray]) -> Samples:
+    def samples(self, data: dict[str, np.ndarray]) -> Record:
         """As a prepared set's batch comes to the device, one accumulation part."""
         lr, hr = (((parity.nhwc(data[name]) + 1) * 127.5).astype(np.uint8)[None] for name in ("lr", "hr"))
-        text = Text(data["states"][None].astype(np.float16), data["pooled"][None].astype(np.float16))
-        return jax.device_put(Samples(lr, hr, parity.nhwc(data["latent_hr"])[None], text))
+        text = (data[name][None].astype(np.float16) for name in ("states", "pooled"))
+        return jax.device_put(Record(lr, hr, parity.nhwc(data["latent_hr"])[None], *text))
 
     def step(self, data: dict[str, np.ndarray]) -> None:
         with devices.matmul_precision(self.dtype):

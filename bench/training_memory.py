@@ -26,9 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from tsdsr_jax import cli
-from tsdsr_jax.distillation.adapters import jit_step
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student
-from tsdsr_jax.distillation.step import DistillTrainer
 from tsdsr_jax.distillation.tsd import TSDConfig
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
@@ -37,10 +36,11 @@ from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.options import PRECISIONS
 from tsdsr_jax.training.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
+from tsdsr_jax.training.step import Trainer
+from tsdsr_jax.training.stepping import jit_step
 
 TOKENS = 333
 GB = 1e9
@@ -115,7 +115,9 @@ def measure(options: Options, batch: int, remat: bool) -> dict[str, Any]:
         ),
         (lambda params, a, b: perceptual.apply({"params": params}, a, b)) if options.lambda_lpips else None,
     )
-    trainer = DistillTrainer(losses, OptimizerConfig(), dynamic_scale=options.mixed_precision == "fp16")
+    rates = {"student": 5e-6, "auxiliary": 1e-6}
+    dynamic = options.mixed_precision == "fp16"
+    trainer = Trainer(losses, OptimizerConfig(), rates, dynamic_scale=dynamic, branch=False)
     whole, rows = replicated(mesh), batch_sharding(mesh, axis=1)
 
     def adapter(params: Any, targets: tuple[str, ...]) -> Any:
@@ -143,16 +145,17 @@ def measure(options: Options, batch: int, remat: bool) -> dict[str, Any]:
     )
     base = Base(transformer, vae, placed(teacher, dtype), text, text, placed(lpips))
     student = Student(teacher, adapter(networks[1], lora.VAE_ENCODER_TARGETS))
-    state = placed(jax.eval_shape(trainer.init, student, adapter(networks[0], lora.AUXILIARY_TARGETS)))
+    parts = {"student": student, "auxiliary": adapter(networks[0], lora.AUXILIARY_TARGETS)}
+    state = placed(jax.eval_shape(trainer.init, parts))
     count, latent = batch * mesh.size, options.size // configs[1].factor
     images = shape(1, count, options.size, options.size, 3, dtype=jnp.uint8, sharding=rows)
-    prompts = Text(
+    prompts = (
         shape(1, count, TOKENS, configs[0].joint_attention_dim, dtype=jnp.float16, sharding=rows),
         shape(1, count, 2048, dtype=jnp.float16, sharding=rows),
     )
-    samples = Samples(images, images, shape(1, count, latent, latent, 16, sharding=rows), prompts)
+    samples = Record(images, images, shape(1, count, latent, latent, 16, sharding=rows), *prompts)
     began = time.perf_counter()
-    compiled = jit_step(trainer, mesh).lower(state, base, samples, jax.random.key(0)).compile()
+    compiled = jit_step(trainer, mesh, whole).lower(state, base, samples, jax.random.key(0)).compile()
     memory = compiled.memory_analysis()
     # The state is donated: the new one takes the old one's place.
     together = memory.argument_size_in_bytes + memory.temp_size_in_bytes

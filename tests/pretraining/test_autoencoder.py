@@ -27,7 +27,7 @@ from tsdsr_jax.pretraining.autoencoder import (
     AutoencoderLoss,
     Frozen,
     gradient_distance,
-    new_params,
+    new_autoencoder_params,
 )
 from tsdsr_jax.training import checkpoint, options, sharding
 from tsdsr_jax.training.log import read_rows
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_pytorchs(oracle, size=(16, 24), batch=3):
     images = np.random.default_rng(batch).uniform(-1, 1, (batch, 3, *size)).astype(np.float32)
     loss = AutoencoderLoss(AutoencoderKL(config), weights)
     params, key = params_of(vae), jax.random.key(4)
-    value_and_grad = jax.jit(jax.value_and_grad(loss.objective, has_aux=True))
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, metrics), gradient = value_and_grad(params, Frozen(), nhwc(images), key)
 
     x = torch.from_numpy(images)
@@ -94,7 +94,10 @@ def test_gradients_are_compared_at_three_scales():
 
 def test_a_new_one_begins_with_narrow_posteriors_and_no_residuals():
     config = tiny.tiny_vae_config()
-    network, params = AutoencoderKL(config), jax.jit(partial(new_params, config))(jax.random.key(0))
+    network, params = (
+        AutoencoderKL(config),
+        jax.jit(partial(new_autoencoder_params, config))(jax.random.key(0)),
+    )
     images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
     posterior = jax.jit(lambda images: network.apply({"params": params}, images, method="encode"))(images)
     assert posterior.mean.std() > 0.1 > np.exp(posterior.logvar / 2).mean() > 0.01
@@ -122,7 +125,7 @@ def test_a_perceptual_distance_counts():
     key = jax.random.key(0)
     posterior = loss.posterior(params, images)
     rebuilt = loss.decode(params, posterior.sample(jax.random.normal(key, posterior.mean.shape)))
-    value, metrics = loss.objective(params, Frozen({"weight": jnp.float32(2)}), images, key)
+    value, metrics = loss(params, Frozen({"weight": jnp.float32(2)}), images, key)
     assert float(metrics["lpips"]) == pytest.approx(2 * float(np.square(rebuilt - images).mean()), rel=1e-4)
     assert float(value) == pytest.approx(float(metrics["l1"] + 0.3 * metrics["lpips"]), rel=1e-5)
 
@@ -186,7 +189,7 @@ def test_trained_exported_and_resumed(command, tmp_path):
     files = exported(tmp_path / "whole")
     params = files.load(jnp.float32)
     # Every weight has been trained.
-    first = flatten_dict(jax.jit(partial(new_params, files.config))(jax.random.key(0)))
+    first = flatten_dict(jax.jit(partial(new_autoencoder_params, files.config))(jax.random.key(0)))
     assert all((leaf != first[path]).any() for path, leaf in flatten_dict(params).items())
     # The scaling factor brings the latents of the photographs to a deviation of 1.
     average = exported(tmp_path / "whole", "ema/vae")

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 
 import tiny_checkpoint as tiny
 from parity import error, lora_of, nhwc, params_of
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
@@ -16,20 +17,18 @@ from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.pretraining.teacher import (
     FlowBase,
-    FlowBatch,
     FlowConfig,
     FlowDraws,
     FlowLoss,
-    draw,
     joined,
     new_adapter,
-    new_params,
+    new_transformer_params,
     split_fixed,
     to_flow_batch,
 )
-from tsdsr_jax.training.batch import Samples, encode
+from tsdsr_jax.training.batch import encode
 from tsdsr_jax.training.optimizer import OptimizerConfig
-from tsdsr_jax.training.step import Trainer
+from tsdsr_jax.training.step import NETWORK, Trainer, objective_of
 from tsdsr_jax.weights.torch_names import write_base, write_lora
 
 pytest_plugins = "parity"
@@ -129,7 +128,7 @@ def test_loss_and_gradients_are_pytorchs(oracle, what, size, batch):
 
 def test_noise_levels_are_logit_normal_in_the_schedules_index():
     config = FlowConfig(logit_mean=0.4, logit_std=0.8, prompt_dropout=0.25)
-    draws = draw(jax.random.key(0), (20_000, 1, 1, 4), config)
+    draws = FlowDraws.from_key(jax.random.key(0), (20_000, 1, 1, 4), config)
     index = np.asarray(draws.index)
     assert index.min() >= 0 and index.max() <= 999
     uniform = (index + 0.5) / 1000
@@ -139,21 +138,23 @@ def test_noise_levels_are_logit_normal_in_the_schedules_index():
     noise = np.asarray(draws.noise)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     # SD3's own choice is symmetric around the middle of the schedule, σ = 0.75.
-    middle = np.median(np.asarray(draw(jax.random.key(1), (20_000, 1, 1, 1), FlowConfig()).index))
+    middle = np.median(
+        np.asarray(FlowDraws.from_key(jax.random.key(1), (20_000, 1, 1, 1), FlowConfig()).index)
+    )
     assert flow.sigmas()[int(middle)] == pytest.approx(0.75, abs=0.01)
 
 
 def test_samples_without_latents_or_texts():
     default = Text(jnp.ones((1, 5, 12)), jnp.ones((1, 10)))
-    hr = np.full((2, 3, 16, 16, 3), 255, np.uint8)
-    batch = to_flow_batch(Samples(None, hr, None, None), default)
+    hr = np.full((2, 16, 16, 3), 255, np.uint8)
+    batch = to_flow_batch(Record(None, hr, None, None, None), default)
     assert batch.latents is None and batch.images.shape == hr.shape and float(batch.images.max()) == 1
-    assert batch.text.states.shape == (2, 3, 5, 12) and batch.text.pooled.shape == (2, 3, 10)
-    own = Text(np.zeros((2, 3, 5, 12)), np.zeros((2, 3, 10)))
-    batch = to_flow_batch(Samples(None, None, np.ones((2, 3, 2, 2, 16)), own), default)
+    assert batch.text.states.shape == (2, 5, 12) and batch.text.pooled.shape == (2, 10)
+    own = Text(np.zeros((2, 5, 12)), np.zeros((2, 10)))
+    batch = to_flow_batch(Record(None, None, np.ones((2, 2, 2, 16)), *own), default)
     assert batch.images is None and float(jnp.abs(batch.text.states).max()) == 0
     with pytest.raises(ValueError, match="need the default prompt"):
-        to_flow_batch(Samples(None, hr, None, None), None)
+        to_flow_batch(Record(None, hr, None, None, None), None)
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -163,8 +164,8 @@ def tiny_step(adapter: bool, dynamic: bool = False, **config):
     mmdit_config, vae_config = tiny.tiny_mmdit_config(), tiny.tiny_vae_config()
     params, vae = tiny.random_params(mmdit_config, 1), tiny.random_params(vae_config, 2)
     loss = FlowLoss(MMDiT(mmdit_config), AutoencoderKL(vae_config), FlowConfig(), adapter)
-    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", **config)
-    trainer = Trainer(loss.objective, optimizer, dynamic_scale=dynamic)
+    optimizer = OptimizerConfig(schedule="constant", **config)
+    trainer = Trainer(objective_of(loss.of_batch), optimizer, {NETWORK: 1e-2}, dynamic_scale=dynamic)
     trained, frozen = (
         (new_adapter(abstract_params(mmdit_config), 2, jax.random.key(0)), params)
         if adapter
@@ -172,18 +173,20 @@ def tiny_step(adapter: bool, dynamic: bool = False, **config):
     )
     null = tiny.random_prompt(mmdit_config, 5)
     base = FlowBase(frozen, vae, Text(null.prompt[None], null.pooled[None]))
-    return trainer, trainer.init(trained), base
+    return trainer, trainer.init({NETWORK: trained}), base
 
 
-def tiny_batch(parts: int, batch: int, latents: bool = True) -> FlowBatch:
+def tiny_batch(parts: int, batch: int, latents: bool = True) -> Record:
     generator = np.random.default_rng(0)
-    text = Text(
+    text = (
         generator.standard_normal((parts, batch, 5, 12)).astype(np.float32),
         generator.standard_normal((parts, batch, 10)).astype(np.float32),
     )
     if latents:
-        return FlowBatch(generator.standard_normal((parts, batch, 4, 4, 16)).astype(np.float32), None, text)
-    return FlowBatch(None, generator.uniform(-1, 1, (parts, batch, 32, 32, 3)).astype(np.float32), text)
+        return Record(
+            None, None, generator.standard_normal((parts, batch, 4, 4, 16)).astype(np.float32), *text
+        )
+    return Record(None, generator.integers(0, 256, (parts, batch, 32, 32, 3), np.uint8), None, *text)
 
 
 def test_each_step_draws_anew():
@@ -222,17 +225,16 @@ def test_training_on_one_batch_lowers_its_loss(adapter):
         state, metrics = step(state, base, batch, jax.random.key(0))
         losses.append(float(metrics["flow"]))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    trained = state.trained[NETWORK]
     moved = {
         path for (path, new), old in zip(
-            flatten_dict(state.trained, sep="/").items(), flatten_dict(before.trained).values(), strict=True
+            flatten_dict(trained, sep="/").items(), flatten_dict(before.trained[NETWORK]).values(), strict=True
         ) if (np.asarray(new) != old).any()
     }  # fmt: skip
-    assert len(moved) > 0.9 * len(flatten_dict(state.trained))
-    assert "pos_embed/table" not in flatten_dict(state.trained, sep="/")
-    average = flatten_dict(state.ema, sep="/")
-    assert all(
-        leaf.shape == average[path].shape for path, leaf in flatten_dict(state.trained, sep="/").items()
-    )
+    assert len(moved) > 0.9 * len(flatten_dict(trained))
+    assert "pos_embed/table" not in flatten_dict(trained, sep="/")
+    average = flatten_dict(state.averaged(), sep="/")
+    assert all(leaf.shape == average[path].shape for path, leaf in flatten_dict(trained, sep="/").items())
     assert int(state.step) == 30 and int(state.bad_steps) == 0
 
 
@@ -242,15 +244,15 @@ def test_accumulated_parts_are_averaged():
     batch = tiny_batch(2, 2)
     _, metrics = jax.jit(trainer.step)(state, base, batch, jax.random.key(3))
     key = jax.random.fold_in(jax.random.key(3), 0)
-    of_part = jax.jit(trainer._gradient)
+    of_part = jax.jit(trainer.gradients)
     alone = [
         of_part(state, base, jax.tree.map(lambda leaf, p=part: leaf[p], batch), jax.random.fold_in(key, part))
         for part in range(2)
     ]
     assert float(metrics["flow"]) == pytest.approx(
-        np.mean([float(each["flow"]) for each, _ in alone]), rel=1e-5
+        np.mean([float(each["flow"]) for _, each in alone]), rel=1e-5
     )
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(gradient for _, gradient in alone))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(gradient for gradient, _ in alone))
     assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.global_norm(mean)), rel=1e-5)
 
 
@@ -278,7 +280,7 @@ def test_photographs_are_encoded_in_the_step():
 def test_a_step_that_is_not_finite_changes_nothing_but_counters():
     trainer, state, base = tiny_step(True, dynamic=True)
     batch = tiny_batch(1, 2)
-    broken = batch._replace(latents=batch.latents * np.float32(np.inf))
+    broken = batch._replace(latent_hr=batch.latent_hr * np.float32(np.inf))
     after, metrics = jax.jit(trainer.step)(state, base, broken, jax.random.key(0))
     assert int(after.bad_steps) == 1 and float(after.loss_scale.value) == float(state.loss_scale.value) / 2
     jax.tree.map(np.testing.assert_array_equal, after.trained, state.trained)
@@ -286,8 +288,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
     assert float(metrics["update_norm"]) == 0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_update_that_is_not_finite_changes_nothing_but_counters(optimizer, monkeypatch):
+@pytest.mark.parametrize(("optimizer", "branch"), [("adamw", True), ("adamw", False), ("muon", True)])
+def test_an_update_that_is_not_finite_changes_nothing_but_counters(optimizer, branch, monkeypatch):
     """Finite gradients, and an optimiser that makes NaN of them: an epsilon of 0 where gradients are."""
     config = OptimizerConfig(schedule="constant", optimizer=optimizer, ema_decay=0.9)
     sound = config.transformation
@@ -296,9 +298,9 @@ def test_an_update_that_is_not_finite_changes_nothing_but_counters(optimizer, mo
         return optax.chain(sound(peak), optax.scale(np.inf), optax.scale(0.0))
 
     monkeypatch.setattr(OptimizerConfig, "transformation", broken)
-    objective = lambda trained, base, batch, key: (jnp.square(trained["kernel"] - batch).sum(), {})  # noqa: E731
-    trainer = Trainer(objective, config, dynamic_scale=True)
-    state = trainer.init({"kernel": np.ones((3, 4), np.float32)})
+    loss = lambda trained, base, batch, key: (jnp.square(trained["kernel"] - batch).sum(), {})  # noqa: E731
+    trainer = Trainer(objective_of(loss), config, {NETWORK: 1e-2}, dynamic_scale=True, branch=branch)
+    state = trainer.init({NETWORK: {"kernel": np.ones((3, 4), np.float32)}})
     after, metrics = jax.jit(trainer.step)(state, {}, np.zeros((1, 3, 4), np.float32), jax.random.key(0))
     assert float(metrics["gradient_norm"]) > 0 and float(metrics["update_norm"]) == 0
     assert int(after.bad_steps) == 1 and float(after.loss_scale.value) == float(state.loss_scale.value) / 2
@@ -308,7 +310,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_counters(optimizer, mo
 
 def test_a_new_network_is_the_identity_and_says_nothing():
     config = tiny.tiny_mmdit_config()
-    params = new_params(config, jax.random.key(0))
+    params = new_transformer_params(config, jax.random.key(0))
     shapes = jax.tree.map(jnp.shape, params)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, abstract_params(config))
     leaves = flatten_dict(params, sep="/")

@@ -21,15 +21,14 @@ from commands import Command, resume_by_every_spelling
 from tsdsr_jax import cli
 from tsdsr_jax.commands import distill
 from tsdsr_jax.distillation import validation
-from tsdsr_jax.distillation.step import DistillTrainer
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL as FlaxVAE
-from tsdsr_jax.training import checkpoint, options, sharding
+from tsdsr_jax.training import checkpoint, options, sharding, stepping
 from tsdsr_jax.training.log import read_rows
-from tsdsr_jax.training.stepping import JittedStep
+from tsdsr_jax.training.step import Trainer, TrainState
 from tsdsr_jax.weights.prompt_files import save_prompt_embeds
 from tsdsr_jax.weights.torch_names import to_tree
 from tsdsr_jax.weights.torch_pickle import write_tensor
@@ -46,14 +45,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_compilation(cache: Path) -> Iterator[None]:
     """Runs of equal settings share their programs, as the steps of one run do."""
     steps, restores = {}, {}
-    step, restore = distill.jit_step, validation.jit_restore
+    step, restore = stepping.jit_step, validation.jit_restore
 
-    def shared_step(trainer: DistillTrainer, mesh: Mesh) -> JittedStep:
-        settings = trainer.losses, trainer.config, trainer.dynamic_scale, mesh
-        return steps.setdefault(settings, step(trainer, mesh))
+    def shared_step(trainer: Trainer, mesh: Mesh, shardings: TrainState) -> stepping.JittedStep:
+        settings = (
+            trainer.objective,
+            trainer.config,
+            tuple(trainer.rates.items()),
+            trainer.dynamic_scale,
+            mesh,
+        )
+        return steps.setdefault(settings, step(trainer, mesh, shardings))
 
     with tiny.compiled_once(cache), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "jit_step", shared_step)
+        patch.setattr(stepping, "jit_step", shared_step)
         patch.setattr(validation, "jit_restore", lambda *key: restores.setdefault(key, restore(*key)))
         yield
 

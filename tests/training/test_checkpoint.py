@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.checkpoint import Checkpoints, Hash, find, read_meta, read_state
+from tsdsr_jax.training.optimizer import LossScale
+from tsdsr_jax.training.step import TrainState
 
 
 class State(NamedTuple):
@@ -226,3 +228,38 @@ def test_hashes_depend_on_names_values_dtypes_and_shapes():
         of("a", array), of("b", array), of("a", array + 1), of("a", array.astype(np.float16)), of("a", array.reshape(2, 3))
     ]  # fmt: skip
     assert len(set(different)) == 5 and of("a", array.copy()) == different[0]
+
+
+class EarlierDistillation(NamedTuple):
+    """The state that train/distill.py saved before all networks had one."""
+
+    step: jax.Array
+    bad_steps: jax.Array
+    student: dict
+    auxiliary: dict
+    student_optimizer: dict
+    auxiliary_optimizer: dict
+    ema: dict
+    loss_scale: LossScale
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("parts", [("student", "auxiliary"), ("network",)])
+def test_states_of_earlier_versions_are_read(checkpoints, parts, average):
+    trees = {name: {"blocks_0": {"a": jnp.full(3, index + 1.0)}} for index, name in enumerate(parts)}
+    moments = {name: {"mu": jnp.full(3, index + 11.0)} for index, name in enumerate(parts)}
+    mean = {"blocks_0": {"a": jnp.full(3, 21.0)}} if average else {}
+    counts, scale = (jnp.int32(4), jnp.int32(1)), LossScale(jnp.float32(8), jnp.int32(2))
+    new = TrainState(*counts, trees, moments, {parts[0]: mean} if average else {}, scale)
+    if len(parts) == 2:
+        earlier = EarlierDistillation(*counts, *trees.values(), *moments.values(), mean, scale)
+    else:
+        earlier = TrainState(*counts, trees["network"], moments["network"], mean, scale)
+    checkpoints.save(4, earlier, meta(4), {})
+    assert checkpoints.wait()
+    found = read_state(checkpoints.path(4), jax.eval_shape(lambda: new))
+    jax.tree.map(np.testing.assert_array_equal, found, new)
+    # A state that is neither is told by the names of today.
+    other = new._replace(trained={name: {"blocks_1": tree["blocks_0"]} for name, tree in trees.items()})
+    with pytest.raises(UserError, match=r"does not fit this run: trained\.\w+\.blocks_1\.a is missing"):
+        read_state(checkpoints.path(4), other)

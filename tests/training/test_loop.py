@@ -52,7 +52,7 @@ def schedule(**changes) -> loop.LoopSchedule:
 
 def run(recorder, step=count, batches=None, **changes):
     batches = itertools.repeat(1) if batches is None else batches
-    return loop.run(
+    return loop.run_loop(
         changes.get("start", 0), step, batches, schedule(**changes), recorder.hooks(), loop.StopSignal()
     )
 
@@ -84,7 +84,7 @@ def test_a_signal_saves_after_the_step_and_ends(number, capsys):
     recorder = Recorder()
     stop = loop.StopSignal()
     batches = batches_with(5, lambda: os.kill(os.getpid(), number))
-    assert loop.run(0, count, batches, schedule(), recorder.hooks(), stop) == (6, 6)
+    assert loop.run_loop(0, count, batches, schedule(), recorder.hooks(), stop) == (6, 6)
     assert stop.received == number
     assert recorder.saved == [(4, 4), (6, 6)] and [step for step, _ in recorder.logged] == list(range(1, 7))
     assert f"{signal.Signals(number).name}: saving after this step" in capsys.readouterr().err

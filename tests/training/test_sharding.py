@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from tsdsr_jax.distillation.losses import Base, Batch, LossConfig, Losses, Student
-from tsdsr_jax.distillation.step import DistillTrainer
+from tsdsr_jax.data.record import Record
+from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -16,6 +16,7 @@ from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
+from tsdsr_jax.training.step import Trainer
 
 # As small as compiles fast: one scanned block of each kind, an autoencoder of two levels.
 MMDIT = MMDiTConfig.tiny(num_layers=2)
@@ -48,32 +49,30 @@ def problem():
         lora.init(jax.random.key(2), base.vae, lora.VAE_ENCODER_TARGETS, 4),
     )
     auxiliary = lora.init(jax.random.key(3), base.transformer, lora.AUXILIARY_TARGETS, 4)
-    text = Text(normal(1, BATCH, 5, 48), normal(1, BATCH, 40))
-    images = np.tanh(normal(1, BATCH, 8, 8, 3)), np.tanh(normal(1, BATCH, 8, 8, 3))
-    batches = Batch(*images, normal(1, BATCH, 4, 4, 16), text, text)
-    return base, student, auxiliary, batches
+    lr, hr = generator.integers(0, 256, (2, 1, BATCH, 8, 8, 3), np.uint8)
+    batches = Record(lr, hr, normal(1, BATCH, 4, 4, 16), normal(1, BATCH, 5, 48), normal(1, BATCH, 40))
+    return base, {"student": student, "auxiliary": auxiliary}, batches
 
 
 @lru_cache
 def compiled(devices, fsdp):
     """The compiled step, and a function that makes its arguments anew: the state is donated."""
     mesh = make_mesh(jax.devices()[:devices], fsdp)
-    base, student, auxiliary, batches = problem()
+    base, parts, batches = problem()
     losses = Losses(
         MMDiT(MMDIT, placement=placement(mesh)),
         AutoencoderKL(VAE, placement=placement(mesh)),
         LossConfig(weight_lpips=0),
     )
-    trainer = DistillTrainer(
-        losses, OptimizerConfig(learning_rate=1e-3, learning_rate_auxiliary=1e-3, schedule="constant")
-    )
+    rates = dict.fromkeys(parts, 1e-3)
+    trainer = Trainer(losses, OptimizerConfig(schedule="constant"), rates, branch=False)
     networks = base.transformer, base.vae
     transformer, vae = jax.device_put(networks, base_shardings(networks, mesh))
     base = jax.device_put(base, replicated(mesh))._replace(transformer=transformer, vae=vae)
     batches = jax.device_put(batches, batch_sharding(mesh, axis=1))
 
     def arguments():
-        return jax.device_put(trainer.init(student, auxiliary), replicated(mesh)), base, batches
+        return jax.device_put(trainer.init(parts), replicated(mesh)), base, batches
 
     step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(replicated(mesh), replicated(mesh)))
     return step.lower(*arguments(), KEY).compile(), arguments
@@ -83,11 +82,11 @@ def movement(devices, fsdp):
     """θ₃ − θ₀ of both networks' adapters, as one vector."""
     step, arguments = compiled(devices, fsdp)
     state, base, batches = arguments()
-    start = [np.asarray(leaf) for leaf in jax.tree.leaves((state.student, state.auxiliary))]
+    start = [np.asarray(leaf) for leaf in jax.tree.leaves(state.trained)]
     for _ in range(STEPS):
         state, metrics = step(state, base, batches, KEY)
     assert int(metrics["bad_steps"]) == 0
-    end = jax.tree.leaves((state.student, state.auxiliary))
+    end = jax.tree.leaves(state.trained)
     return np.concatenate([(np.asarray(new) - old).ravel() for new, old in zip(end, start, strict=True)])
 
 
@@ -120,7 +119,7 @@ def collectives(step):
 
 
 def gradient_sizes(state):
-    return {leaf.size for leaf in jax.tree.leaves((state.student, state.auxiliary))}
+    return {leaf.size for leaf in jax.tree.leaves(state.trained)}
 
 
 def test_data_parallel_training_reduces_gradients_and_scalars_only():

@@ -9,55 +9,55 @@ import numpy as np
 import optax
 import pytest
 
-from tsdsr_jax.distillation.losses import Base, Batch, LossConfig, Student
-from tsdsr_jax.distillation.step import DistillTrainer
-from tsdsr_jax.models.guidance import Text
+from tsdsr_jax.data.record import Record
+from tsdsr_jax.distillation.losses import Student
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.schedules import learning_rate
+from tsdsr_jax.training.step import Trainer
 
 KEY = jax.random.key(0)
-BASE = Base({}, {}, {}, Text(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1))))
-CONSTANT = OptimizerConfig(
-    learning_rate=1e-2, learning_rate_auxiliary=3e-3, schedule="constant", max_grad_norm=0.5
-)
+CONSTANT = OptimizerConfig(schedule="constant", max_grad_norm=0.5)
+RATES = {"student": 1e-2, "auxiliary": 3e-3}
 
 
-@dataclasses.dataclass(frozen=True)
-class ToyLosses:
+def toy_gradients(parts, base, batch, key, scale):
     """Student: mean (x·(w + u) − y)²; auxiliary: mean (x·a − y)². x and y come in as lr and hr."""
 
-    config: Any = dataclasses.field(default_factory=LossConfig)
+    def student_loss(student):
+        return scale * jnp.mean(
+            jnp.square(batch.lr * (student.transformer["w"] + student.vae["u"]) - batch.hr)
+        )
 
-    def with_latents(self, base, batch, key):
-        return batch
+    def auxiliary_loss(auxiliary):
+        return scale * jnp.mean(jnp.square(batch.lr * auxiliary["a"] - batch.hr))
 
-    def student(self, student, base, auxiliary, batch, draws):
-        fake = batch.lr * (student.transformer["w"] + student.vae["u"])
-        loss = jnp.mean(jnp.square(fake - batch.hr))
-        return loss, (fake, {"mse": loss})
-
-    def auxiliary(self, auxiliary, base, fake, batch, draws):
-        return jnp.mean(jnp.square(batch.lr * auxiliary["a"] - batch.hr))
+    mse, student = jax.value_and_grad(student_loss)(parts["student"])
+    return {"student": student, "auxiliary": jax.grad(auxiliary_loss)(parts["auxiliary"])}, {
+        "mse": mse / scale
+    }
 
 
-def start() -> tuple[Student, dict]:
+def toy_trainer(config: OptimizerConfig = CONSTANT, **more: Any) -> Trainer:
+    return Trainer(toy_gradients, config, RATES, **more)
+
+
+def start() -> dict[str, Any]:
     generator = np.random.default_rng(0)
     w, u, a = (generator.standard_normal(3).astype(np.float32) for _ in range(3))
-    return Student({"w": w}, {"u": u}), {"a": a}
+    return {"student": Student({"w": w}, {"u": u}), "auxiliary": {"a": a}}
 
 
-def batches(seed: int, parts: int = 1, batch: int = 4) -> Batch:
+def batches(seed: int, parts: int = 1, batch: int = 4) -> Record:
     generator = np.random.default_rng(seed)
     x, y = (generator.standard_normal((parts, batch, 2, 2, 3)).astype(np.float32) for _ in range(2))
-    text = Text(jnp.zeros((parts, batch, 1, 1)), jnp.zeros((parts, batch, 1)))
-    return Batch(x, 3 * y, np.zeros((parts, batch, 1, 1, 1), np.float32), text, text)
+    return Record(x, 3 * y, None, None, None)
 
 
-def run(trainer: DistillTrainer, steps: int, make=batches):
-    state, step = trainer.init(*start()), jax.jit(trainer.step, donate_argnums=0)
+def run(trainer: Trainer, steps: int, make=batches):
+    state, step = trainer.init(start()), jax.jit(trainer.step, donate_argnums=0)
     history = []
     for index in range(steps):
-        state, metrics = step(state, BASE, make(index), KEY)
+        state, metrics = step(state, {}, make(index), KEY)
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -66,10 +66,10 @@ def run(trainer: DistillTrainer, steps: int, make=batches):
 def test_updates_are_those_of_torchs_adamw_with_clipping(schedule):
     torch = pytest.importorskip("torch")
     config = dataclasses.replace(CONSTANT, schedule=schedule, warmup=2, steps=12, cycles=2)
-    state, history = run(DistillTrainer(ToyLosses(), config), 6)
+    state, history = run(toy_trainer(config), 6)
 
     curve = learning_rate(schedule, 1.0, warmup=2, steps=12, cycles=2)
-    student, auxiliary = start()
+    student, auxiliary = start().values()
     w, u, a = (
         torch.tensor(p, requires_grad=True)
         for p in (student.transformer["w"], student.vae["u"], auxiliary["a"])
@@ -78,8 +78,7 @@ def test_updates_are_those_of_torchs_adamw_with_clipping(schedule):
     for index in range(6):
         x, y = (torch.tensor(np.asarray(value[0])) for value in batches(index)[:2])
         losses = ((x * (w + u) - y) ** 2).mean(), ((x * a - y) ** 2).mean()
-        peaks = config.learning_rate, config.learning_rate_auxiliary
-        for optimizer, loss, peak in zip(optimizers, losses, peaks, strict=True):
+        for optimizer, loss, peak in zip(optimizers, losses, RATES.values(), strict=True):
             optimizer.param_groups[0]["lr"] = peak * float(curve(index))
             optimizer.zero_grad()
             loss.backward()
@@ -87,9 +86,9 @@ def test_updates_are_those_of_torchs_adamw_with_clipping(schedule):
             optimizer.step()
     # torch divides by norm + 1e-6 when it clips.
     for ours, theirs in (
-        (state.student.transformer["w"], w),
-        (state.student.vae["u"], u),
-        (state.auxiliary["a"], a),
+        (state.trained["student"].transformer["w"], w),
+        (state.trained["student"].vae["u"], u),
+        (state.trained["auxiliary"]["a"], a),
     ):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=2e-5, atol=1e-6)
     assert history[0]["student_gradient_norm"] > config.max_grad_norm  # or clipping was not tested
@@ -124,56 +123,63 @@ def test_muon_moves_every_kernel_by_an_orthogonal_matrix_and_biases_as_adam_does
 
 def test_accumulated_parts_equal_one_large_batch():
     whole = lambda index: jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batches(index, 4, 2))  # noqa: E731
-    accumulated, history = run(DistillTrainer(ToyLosses(), CONSTANT), 3, lambda index: batches(index, 4, 2))
-    together, expected = run(DistillTrainer(ToyLosses(), CONSTANT), 3, whole)
+    accumulated, history = run(toy_trainer(), 3, lambda index: batches(index, 4, 2))
+    together, expected = run(toy_trainer(), 3, whole)
     np.testing.assert_allclose(
-        accumulated.student.transformer["w"], together.student.transformer["w"], rtol=1e-5
+        accumulated.trained["student"].transformer["w"],
+        together.trained["student"].transformer["w"],
+        rtol=1e-5,
     )
-    np.testing.assert_allclose(accumulated.auxiliary["a"], together.auxiliary["a"], rtol=1e-5)
+    np.testing.assert_allclose(
+        accumulated.trained["auxiliary"]["a"], together.trained["auxiliary"]["a"], rtol=1e-5
+    )
     for ours, theirs in zip(history, expected, strict=True):
         assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-5)
 
 
 def broken(*bad: int):
-    def make(index: int) -> Batch:
+    def make(index: int) -> Record:
         batch = batches(index)
         return batch._replace(lr=np.full_like(batch.lr, np.nan)) if index in bad else batch
 
     return make
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
-    trainer = DistillTrainer(ToyLosses(), CONSTANT)
+@pytest.mark.parametrize("branch", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(branch):
+    trainer = toy_trainer(branch=branch)
     state, history = run(trainer, 6, broken(2, 3))
     assert [row["bad_steps"] for row in history] == [0, 0, 1, 2, 0, 0]
     # The four good steps alone give the same weights: neither moments nor schedule noticed the others.
     good = [0, 1, 4, 5]
     expected, _ = run(trainer, 4, lambda index: batches(good[index]))
-    for ours, theirs in zip(jax.tree.leaves(state[2:6]), jax.tree.leaves(expected[2:6]), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(state[2:5]), jax.tree.leaves(expected[2:5]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert int(state.step) == 6
 
 
 def test_the_loss_scale_halves_on_overflow_and_leaves_the_result_alone():
-    scaled, history = run(DistillTrainer(ToyLosses(), CONSTANT, dynamic_scale=True), 4, broken(1))
+    scaled, history = run(toy_trainer(dynamic_scale=True), 4, broken(1))
     assert [row["loss_scale"] for row in history] == [65536, 65536, 32768, 32768]
-    plain, _ = run(DistillTrainer(ToyLosses(), CONSTANT), 4, broken(1))
-    np.testing.assert_allclose(scaled.student.transformer["w"], plain.student.transformer["w"], rtol=1e-6)
+    plain, _ = run(toy_trainer(), 4, broken(1))
+    np.testing.assert_allclose(
+        scaled.trained["student"].transformer["w"], plain.trained["student"].transformer["w"], rtol=1e-6
+    )
 
 
 def test_the_loss_scale_grows_after_enough_good_steps(monkeypatch):
     monkeypatch.setattr("tsdsr_jax.training.optimizer.GROWTH_STEPS", 3)
-    _, history = run(DistillTrainer(ToyLosses(), CONSTANT, dynamic_scale=True), 8)
+    _, history = run(toy_trainer(dynamic_scale=True), 8)
     assert [row["loss_scale"] for row in history] == [65536] * 3 + [131072] * 3 + [262144] * 2
 
 
 def test_the_average_follows_the_student():
     config = dataclasses.replace(CONSTANT, ema_decay=0.9)
-    trainer = DistillTrainer(ToyLosses(), config)
-    state, step = trainer.init(*start()), jax.jit(trainer.step)
-    mean = np.asarray(start()[0].transformer["w"])
+    trainer = toy_trainer(config)
+    state, step = trainer.init(start()), jax.jit(trainer.step)
+    mean = np.asarray(start()["student"].transformer["w"])
     for index in range(5):
-        state, _ = step(state, BASE, batches(index), KEY)
-        mean = 0.9 * mean + 0.1 * np.asarray(state.student.transformer["w"])
-    np.testing.assert_allclose(state.ema.transformer["w"], mean, rtol=1e-5)
-    assert DistillTrainer(ToyLosses(), CONSTANT).init(*start()).ema == {}
+        state, _ = step(state, {}, batches(index), KEY)
+        mean = 0.9 * mean + 0.1 * np.asarray(state.trained["student"].transformer["w"])
+    np.testing.assert_allclose(state.averaged("student").transformer["w"], mean, rtol=1e-5)
+    assert toy_trainer().init(start()).ema == {}

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +23,24 @@ from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data, open_images
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.lpips import LPIPS, Network, minimum_side
-from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.pretraining.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen, new_params
+from tsdsr_jax.pretraining.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderLoss,
+    Frozen,
+    new_autoencoder_params,
+)
 from tsdsr_jax.pretraining.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.training import session
-from tsdsr_jax.training.batch import Samples, to_unit
 from tsdsr_jax.training.checkpoint import MODEL, Files, on_host
 from tsdsr_jax.training.log import Curve
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import load_networks
-from tsdsr_jax.training.optimizer import with_new_scale
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, placement, replicated
-from tsdsr_jax.training.step import Trainer, TrainState
-from tsdsr_jax.training.stepping import Step, jitted
+from tsdsr_jax.training.step import NETWORK, Trainer, TrainState, objective_of
+from tsdsr_jax.training.stepping import Beginning, Step
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lpips_files import load_lpips
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, NetworkFiles, torch_config
@@ -94,7 +94,7 @@ def main() -> None:
     data = open_images(options.hr_dir, options, options.seed, say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
         task = prepare(options, files, mesh, data, new=start is None)
-    session.run(options, task, data, mesh, start)
+    session.train(options, task, data, mesh, start)
 
 
 def check(options: Options) -> None:
@@ -120,29 +120,28 @@ def check_crop(options: Options, config: VAEConfig) -> None:
 def prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Loads what there is and describes the training."""
     lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
-    beginning = starting_params(options, files, mesh, new)
+    beginning, digest = starting_params(options, files, mesh, new)
     steps = options.steps(len(data.source), mesh)
-    session.describe(options, mesh, data, steps, options.notes() + options.warmup_notes(steps))
+    session.announce(options, mesh, data, steps, options.notes() + options.warmup_notes(steps))
     loss = make_loss(options, files.config, mesh, lpips[0] if lpips else None)
-    optimizer = options.optimizer_config(steps, options.learning_rate)
-    trainer = Trainer(loss.objective, optimizer, dynamic_scale=options.mixed_precision == "fp16")
-    new_state, shardings = trainer.prepared(beginning.create, beginning.loaded, mesh, split=True)
+    trainer = Trainer(
+        objective_of(loss.of_batch),
+        options.optimizer_config(steps),
+        {NETWORK: options.learning_rate},
+        dynamic_scale=options.dynamic_scale,
+    )
     whole = replicated(mesh)
     frozen = Frozen(jax.tree.map(lambda leaf: global_array(leaf, whole), lpips[1] if lpips else {}))
-    step = Step(jit_step(trainer, mesh, shardings), mesh, frozen, jax.random.key(options.seed), shardings)
+    step = Step(trainer, mesh, frozen, jax.random.key(options.seed), beginning, split=True)
     measured = max(options.num_validation_images, MEASURED)
     records = validation_records(options, data, measured)
     validation = AutoencoderValidation(loss, mesh, records, options.num_validation_images)
     return session.Task(
-        new_state=new_state,
         step=step,
-        put=step.put,
-        put_state=step.put_state,
-        validate=lambda state: validation(state.ema or state.trained),
-        new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
-        files=partial(exported, files.config, validation),
+        validate=lambda state: validation(state.averaged()),
+        files=partial(autoencoder_files, files.config, validation),
         export=MODEL,
-        identity=options.kept() | {"autoencoder": beginning.digest},
+        identity=options.kept() | {"autoencoder": digest},
         losses=("autoencoder", "l1"),
         counts={},
         curves=CURVES,
@@ -171,43 +170,22 @@ def validation_records(options: Options, data: Data, count: int) -> list[Record]
     return pick(source, SampleShapes.of_source(source), count, say)
 
 
-class Beginning(NamedTuple):
-    """What training begins from; see `Trainer.prepared`.
-
-    Attributes:
-      create, loaded: arrays `loaded` -> parameters.
-      digest: tells the beginning from others.
-    """
-
-    create: Callable[[Tree], Tree]
-    loaded: Tree
-    digest: str
-
-
-def starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool) -> Beginning:
-    """New parameters, or the folder's; of a resumed run's only the shapes are needed."""
+def starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool) -> tuple[Beginning, str]:
+    """New parameters, or the folder's, and a hash of them; a resumed run needs only the shapes."""
     config = dataclasses.replace(files.config, scaling_factor=1.0)  # measured, so it tells nothing apart
     described = json.dumps(dataclasses.asdict(config), sort_keys=True)
     if options.from_scratch:
         key = jax.random.key(options.seed)
-        return Beginning(lambda _: new_params(files.config, key), {}, f"new, {described}")
+        return Beginning(lambda _: {NETWORK: new_autoencoder_params(files.config, key)}), f"new, {described}"
     ((params, digest),) = load_networks([files], mesh, jnp.float32)
     loaded = params if new else jax.eval_shape(lambda: params)
-    return Beginning(lambda loaded: loaded, loaded, f"{digest}, {described}")
+    return Beginning(lambda loaded: {NETWORK: loaded}, loaded), f"{digest}, {described}"
 
 
-def jit_step(trainer: Trainer, mesh: Mesh, shardings: Any) -> Any:
-    def step(state: TrainState, frozen: Frozen, samples: Samples, key: jax.Array):
-        return trainer.step(state, frozen, to_unit(samples.hr), key)
-
-    return jitted(step, mesh, shardings)
-
-
-def exported(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Files:
-    """The autoencoder in diffusers' layout; with an average, another folder of that."""
-    trees = {"": state.trained} | ({"ema/": state.ema} if state.ema else {})
+def autoencoder_files(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Files:
+    """The autoencoder in diffusers' layout; its moving average in another folder."""
     files: Files = {}
-    for folder, tree in trees.items():
+    for folder, tree in state.exported().items():
         scaled = dataclasses.replace(
             config, scaling_factor=validation.scaling_factor(tree), shift_factor=None
         )

@@ -22,15 +22,13 @@ from tsdsr_jax.data.sources import Data, open_data, open_sets
 from tsdsr_jax.distillation.adapters import (
     AUXILIARY_FILE,
     Ranks,
-    adapter_files,
-    initial_state,
-    jit_step,
+    beginning,
     load_adapters,
     load_teacher,
     make_losses,
+    student_files,
 )
-from tsdsr_jax.distillation.losses import Base, LossConfig, Student
-from tsdsr_jax.distillation.step import DistillTrainer
+from tsdsr_jax.distillation.losses import AUXILIARY, STUDENT, Base, LossConfig, Student
 from tsdsr_jax.distillation.tsd import TSDConfig, Weighting
 from tsdsr_jax.distillation.validation import Validation
 from tsdsr_jax.errors import UserError
@@ -48,10 +46,10 @@ from tsdsr_jax.training.networks import (
     place_text,
     text_hash,
 )
-from tsdsr_jax.training.optimizer import with_new_scale
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, replicated
+from tsdsr_jax.training.step import Trainer
 from tsdsr_jax.training.stepping import Step
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights import prompt_hints
@@ -182,7 +180,7 @@ def main() -> None:
     data = open_data(options, options.seed, "pairs", say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
         task = prepare(options, model, mesh, data, new=start is None)
-    session.run(options, task, data, mesh, start)
+    session.train(options, task, data, mesh, start)
 
 
 def check(options: Options) -> None:
@@ -250,26 +248,26 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
     loaded = starting_adapters(options, networks) if new else (None, None)
 
     steps = options.steps(len(data.source), mesh)
-    session.describe(options, mesh, data, steps, notes(options, steps, bool(model.merged)))
+    session.announce(options, mesh, data, steps, notes(options, steps, bool(model.merged)))
     base, identity = load_base(options, networks, null, default, lpips[1] if lpips else {})
     if new and data.shapes.latent_hr:
         check_latents(*first_sample(data.source), networks, base.vae)
-    trainer = DistillTrainer(
-        make_losses(networks, options.loss_config(model.shift()), perceptual, options.gradient_checkpointing),
-        options.optimizer_config(steps, options.learning_rate, options.learning_rate_reg),
-        dynamic_scale=options.mixed_precision == "fp16",
+    losses = make_losses(
+        networks, options.loss_config(model.shift()), perceptual, options.gradient_checkpointing
+    )
+    trainer = Trainer(
+        losses,
+        options.optimizer_config(steps),
+        {STUDENT: options.learning_rate, AUXILIARY: options.learning_rate_reg},
+        dynamic_scale=options.dynamic_scale,
+        branch=False,  # adapters are small
     )
     key = jax.random.key(options.seed)
-    step = Step(jit_step(trainer, mesh), mesh, base, key)
-    validation = Validation(trainer.losses, mesh, base, records)
+    validation = Validation(losses, mesh, base, records)
     return session.Task(
-        new_state=partial(initial_state, trainer, networks, options.ranks(), key, loaded),
-        step=step,
-        put=step.put,
-        put_state=step.put_state,
-        validate=lambda state: validation(state.ema or state.student),
-        new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
-        files=partial(adapter_files, networks),
+        step=Step(trainer, mesh, base, key, beginning(networks, options.ranks(), key, loaded)),
+        validate=lambda state: validation(state.averaged(STUDENT)),
+        files=partial(student_files, networks),
         export=LORA,
         identity=identity | {"schedule's shift": model.shift()} | options.ranks()._asdict() | options.kept(),
         losses=LOSSES,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -36,13 +35,11 @@ from tsdsr_jax.pretraining.teacher import (
     fixed_params,
     joined,
     new_adapter,
-    new_params,
+    new_transformer_params,
     split_fixed,
-    to_flow_batch,
 )
 from tsdsr_jax.pretraining.teacher_validation import TeacherValidation
 from tsdsr_jax.training import session
-from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.checkpoint import LORA, MODEL, Files, on_host
 from tsdsr_jax.training.log import Curve
 from tsdsr_jax.training.loop import explained_memory
@@ -55,12 +52,11 @@ from tsdsr_jax.training.networks import (
     place_text,
     text_hash,
 )
-from tsdsr_jax.training.optimizer import with_new_scale
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, replicated
-from tsdsr_jax.training.step import Trainer, TrainState
-from tsdsr_jax.training.stepping import Step, jitted
+from tsdsr_jax.training.step import NETWORK, Parts, Trainer, TrainState, objective_of
+from tsdsr_jax.training.stepping import Beginning, Step
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, Checkpoint, check_fit, open_checkpoint, torch_config
@@ -129,7 +125,7 @@ def main() -> None:
     data = open_data(options, options.seed, "latents", say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
         task = prepare(options, model, mesh, data, new=start is None)
-    session.run(options, task, data, mesh, start)
+    session.train(options, task, data, mesh, start)
 
 
 def check(options: Options) -> None:
@@ -184,38 +180,37 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
     loaded = starting_adapter(options, networks) if new and options.checkpoint_path else None
 
     steps = options.steps(len(data.source), mesh)
-    session.describe(options, mesh, data, steps, notes(options, steps))
+    session.announce(options, mesh, data, steps, notes(options, steps))
     ((vae, vae_hash),) = networks.load([networks.vae])
-    beginning = load_transformer(options, networks, loaded, new)
+    transformer = load_transformer(options, networks, loaded, new)
     if new and data.shapes.latent_hr:
         check_latents(*first_sample(open_sets(options.data_dir)), networks, vae)
     texts = place_text(null, networks), place_text(default, networks) if default else None
-    base = FlowBase(beginning.frozen, vae, *texts)
+    base = FlowBase(transformer.frozen, vae, *texts)
     network = networks.mmdit(options.gradient_checkpointing)
     loss = FlowLoss(network, networks.autoencoder(), options.config(model.shift()), options.adapter)
-    config = options.optimizer_config(steps, options.learning_rate)
-    trainer = Trainer(loss.objective, config, dynamic_scale=options.mixed_precision == "fp16")
-    split = not options.adapter
-    new_state, shardings = trainer.prepared(beginning.create, beginning.loaded, mesh, split=split)
-    step = Step(jit_step(trainer, mesh, shardings), mesh, base, jax.random.key(options.seed), shardings)
+    trainer = Trainer(
+        objective_of(loss.of_batch),
+        options.optimizer_config(steps),
+        {NETWORK: options.learning_rate},
+        dynamic_scale=options.dynamic_scale,
+    )
+    key = jax.random.key(options.seed)
+    step = Step(trainer, mesh, base, key, transformer.beginning, split=not options.adapter)
     validation = TeacherValidation(
         loss, mesh, base, records, options.sampling_steps, options.sampling_guidance
     )
     return session.Task(
-        new_state=new_state,
         step=step,
-        put=step.put,
-        put_state=step.put_state,
-        validate=lambda state: validation(state.ema or state.trained),
-        new_precision=partial(with_new_scale, dynamic=trainer.dynamic_scale),
-        files=partial(adapter_files if options.adapter else model_files, networks, model, beginning.frozen),
+        validate=lambda state: validation(state.averaged()),
+        files=partial(teacher_files if options.adapter else model_files, networks, model, transformer.frozen),
         export=LORA if options.adapter else MODEL,
         identity={
             "train": options.train,
             "rank": options.rank if options.adapter else None,
             "schedule's shift": model.shift(),
             **options.kept(),
-            "transformer": beginning.digest,
+            "transformer": transformer.digest,
             "autoencoder": vae_hash,
             "null prompt": text_hash(null),
             "default prompt": text_hash(default) if default else "none",
@@ -269,70 +264,63 @@ def _new_adapter(options: Options, networks: Networks) -> Tree:
     return new_adapter(shapes, options.rank, jax.random.key(options.seed))
 
 
-class Beginning(NamedTuple):
-    """What training begins from.
+class Transformer(NamedTuple):
+    """The transformer, divided into what is trained and what is not.
 
     Attributes:
-      create: `loaded` -> what is trained; pure.
-      loaded: arrays, an argument so that they are no constants of a program; or their shapes, where a checkpoint takes
-        their place.
-      frozen: the transformer's other parameters.
-      digest: a hash of the transformer.
+      beginning: what training begins from.
+      frozen: the other parameters.
+      digest: a hash of the whole.
     """
 
-    create: Callable[[Tree], Tree]
-    loaded: Tree
+    beginning: Beginning
     frozen: Tree
     digest: str
 
 
-def load_transformer(options: Options, networks: Networks, adapter: Tree | None, new: bool) -> Beginning:
+def load_transformer(options: Options, networks: Networks, adapter: Tree | None, new: bool) -> Transformer:
     """Loads or makes the transformer; of a resumed run's only the frozen part is kept."""
     config, whole = networks.transformer.config, replicated(networks.mesh)
     if options.adapter:
         ((frozen, digest),) = networks.load([networks.transformer])
         if adapter is None:
-            return Beginning(lambda _: _new_adapter(options, networks), {}, frozen, digest)
+            start = Beginning(lambda _: {NETWORK: _new_adapter(options, networks)})
+            return Transformer(start, frozen, digest)
         placed = jax.tree.map(lambda leaf: global_array(np.asarray(leaf, np.float32), whole), adapter)
-        return Beginning(lambda loaded: loaded, placed, frozen, digest)
+        return Transformer(Beginning(_as_network, placed), frozen, digest)
     if options.from_scratch:
         key = jax.random.key(options.seed)
         frozen = jax.tree.map(lambda leaf: global_array(leaf, whole), fixed_params(config))
         digest = f"new, {json.dumps(dataclasses.asdict(config), sort_keys=True)}"
-        return Beginning(lambda _: split_fixed(new_params(config, key))[0], {}, frozen, digest)
+        start = Beginning(lambda _: {NETWORK: split_fixed(new_transformer_params(config, key))[0]})
+        return Transformer(start, frozen, digest)
     # Masters are float32, whatever is computed in.
     ((params, digest),) = dataclasses.replace(networks, dtype=jnp.float32).load([networks.transformer])
     trained, frozen = split_fixed(params)
-    return Beginning(
-        lambda loaded: loaded, trained if new else jax.eval_shape(lambda: trained), frozen, digest
-    )
+    loaded = trained if new else jax.eval_shape(lambda: trained)
+    return Transformer(Beginning(_as_network, loaded), frozen, digest)
 
 
-def jit_step(trainer: Trainer, mesh: Mesh, shardings: Any) -> Any:
-    def step(state: TrainState, base: FlowBase, samples: Samples, key: jax.Array):
-        return trainer.step(state, base, to_flow_batch(samples, base.default), key)
-
-    return jitted(step, mesh, shardings)
+def _as_network(loaded: Tree) -> Parts:
+    return {NETWORK: loaded}
 
 
 # --- what is written ------------------------------------------------------------------------------
 
 
-def adapter_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: TrainState) -> Files:
-    """The LoRA in PEFT's layout; with an average, it too, in a folder of its own."""
-    trees = {"": state.trained} | ({"ema/": state.ema} if state.ema else {})
+def teacher_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: TrainState) -> Files:
+    """The LoRA in PEFT's layout; its moving average in a folder of its own."""
     return {
         folder + TEACHER_FILE: write_lora(jax.tree.map(on_host, tree), networks.transformer.config)
-        for folder, tree in trees.items()
+        for folder, tree in state.exported().items()
     }
 
 
 def model_files(networks: Networks, model: Checkpoint, fixed: Tree, state: TrainState) -> Files:
-    """A checkpoint folder in diffusers' layout, with the autoencoder as it was; with an average, another of that."""
-    trees = {"": state.trained} | ({"ema/": state.ema} if state.ema else {})
+    """A checkpoint folder in diffusers' layout, with the autoencoder as it was; another of the moving average."""
     vae = dict(write_base(to_tree(networks.vae.leaves()), networks.vae.config))
     files: dict[str, Any] = {}
-    for folder, tree in trees.items():
+    for folder, tree in state.exported().items():
         params = jax.tree.map(on_host, joined(tree, fixed))
         files |= {
             f"{folder}transformer/{TORCH_STEM}.safetensors": dict(write_base(params, networks.transformer.config)),

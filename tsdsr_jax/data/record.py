@@ -9,10 +9,12 @@ import numpy as np
 
 
 class Record(NamedTuple):
-    """One training sample; None for what its source does not have or was not asked for.
+    """One training sample, or a batch of them, whose arrays have leading axes and lie on the host or on devices.
+
+    None stands for what the source does not have or was not asked for.
 
     Attributes:
-      lr, hr: (H, W, 3) uint8; lr is degraded and back at hr's size.
+      lr, hr: (H, W, 3) uint8; lr is degraded, and resized to hr's size.
       latent_hr: (h, w, C) float32, times the scaling factor; None: to be encoded from hr.
       prompt, pooled: (S, D) and (P,), float16, bfloat16 or float32; None: the default prompt.
     """

@@ -1,7 +1,4 @@
-"""TSD-SR's training put together: the frozen base on its devices, the adapters to train, the jitted step, the files.
-
-`train/distill.py` is the command line to this.
-"""
+"""TSD-SR's adapters: new ones, those of a folder or of a teacher, and the files that a checkpoint exports."""
 
 from __future__ import annotations
 
@@ -12,19 +9,17 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
 
-from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student, to_batch
-from tsdsr_jax.distillation.step import DistillState, DistillTrainer
+from tsdsr_jax.distillation.losses import AUXILIARY, STUDENT, LossConfig, Losses, Student
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree, abstract_params
-from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.checkpoint import Hash
 from tsdsr_jax.training.networks import Networks
 from tsdsr_jax.training.sharding import global_array, replicated
-from tsdsr_jax.training.stepping import JittedStep, jitted
+from tsdsr_jax.training.step import Parts, TrainState
+from tsdsr_jax.training.stepping import Beginning
 from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.weights.sd3_folder import NetworkFiles
 from tsdsr_jax.weights.torch_names import write_lora
@@ -99,50 +94,31 @@ def load_adapters(folder: Path, networks: Networks, ranks: Ranks) -> tuple[Stude
     return loaded, read(AUXILIARY_FILE, networks.transformer, ranks.rank_lora, "--rank_lora", auxiliary)
 
 
-def initial_state(
-    trainer: DistillTrainer,
+def beginning(
     networks: Networks,
     ranks: Ranks,
     key: jax.Array,
     loaded: tuple[Student | None, Tree | None] = (None, None),
-) -> DistillState:
-    """The state before the first step, on every device: new adapters, or loaded ones in their place."""
+) -> Beginning:
+    """New adapters, or loaded ones in their place, on every device."""
 
-    def create(loaded: tuple[Student | None, Tree | None]) -> DistillState:
-        new = new_adapters(networks, ranks, key)
-        student, auxiliary = (
-            fresh if given is None else given for given, fresh in zip(loaded, new, strict=True)
-        )
-        return trainer.init(student, auxiliary)
-
-    whole = replicated(networks.mesh)
-    placed = jax.tree.map(lambda leaf: global_array(np.asarray(leaf), whole), loaded)
-    return jax.jit(create, out_shardings=whole)(placed)
-
-
-def adapter_files(networks: Networks, state: DistillState) -> dict[str, dict[str, np.ndarray]]:
-    """File name -> tensors, in PEFT's layout; with an average, it too, in a folder of its own."""
-    transformer, vae = networks.transformer.config, networks.vae.config
-
-    def student(adapters: Student, folder: str) -> dict[str, dict[str, np.ndarray]]:
+    def create(loaded: tuple[Student | None, Tree | None]) -> Parts:
+        student, auxiliary = new_adapters(networks, ranks, key)
         return {
-            folder + STUDENT_FILES["transformer"]: write_lora(
-                jax.device_get(adapters.transformer), transformer
-            ),
-            folder + STUDENT_FILES["vae"]: write_lora(jax.device_get(adapters.vae), vae),
+            STUDENT: student if loaded[0] is None else loaded[0],
+            AUXILIARY: auxiliary if loaded[1] is None else loaded[1],
         }
 
-    files = student(state.student, "")
-    files[AUXILIARY_FILE] = write_lora(jax.device_get(state.auxiliary), transformer)
-    if state.ema:
-        files |= student(state.ema, "ema/")
+    whole = replicated(networks.mesh)
+    return Beginning(create, jax.tree.map(lambda leaf: global_array(np.asarray(leaf), whole), loaded))
+
+
+def student_files(networks: Networks, state: TrainState) -> dict[str, dict[str, np.ndarray]]:
+    """File name -> tensors of every adapter, in PEFT's layout; the student's moving average in a folder of its own."""
+    transformer, vae = networks.transformer.config, networks.vae.config
+    files = {AUXILIARY_FILE: write_lora(jax.device_get(state.trained[AUXILIARY]), transformer)}
+    for folder, adapters in state.exported(STUDENT).items():
+        on_host: Student = jax.device_get(adapters)
+        files[folder + STUDENT_FILES["transformer"]] = write_lora(on_host.transformer, transformer)
+        files[folder + STUDENT_FILES["vae"]] = write_lora(on_host.vae, vae)
     return files
-
-
-def jit_step(trainer: DistillTrainer, mesh: Mesh) -> JittedStep:
-    """`(state, base, samples, key) -> (state, metrics)`; samples have the leading axes (A, B)."""
-
-    def step(state: DistillState, base: Base, samples: Samples, key: jax.Array):
-        return trainer.step(state, base, to_batch(samples, base.default), key)
-
-    return jitted(step, mesh)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.distillation.tsd import (
     TSDConfig,
     Weighting,
@@ -28,7 +29,12 @@ from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.training.batch import Metrics, Samples, decode, encode, repeated, to_unit
+from tsdsr_jax.training.batch import Metrics, decode, encode, repeated, texts_of, to_unit
+from tsdsr_jax.training.step import Parts
+
+# The trained parts: the student's two adapters, and the auxiliary network's.
+STUDENT, AUXILIARY = "student", "auxiliary"
+_HR_LATENTS = 2**31
 
 # (parameters, result, target), both images (B, H, W, 3) in [−1, 1] -> (B,) distances.
 Perceptual = Callable[[Tree, jax.Array, jax.Array], jax.Array]
@@ -125,44 +131,39 @@ class Draws(NamedTuple):
     normal: jax.Array
     uniform: jax.Array
 
+    @classmethod
+    def from_key(cls, key: jax.Array, latent_shape: tuple[int, ...], config: LossConfig) -> Draws:
+        """Draws the random numbers for latents (B, h, w, C); each sample has its own."""
+        keys = jax.random.split(key, len(cls._fields))
+        batch = latent_shape[:1]
+        indices = partial(
+            jax.random.randint, shape=batch, minval=config.tsd.first_index, maxval=config.tsd.last_index + 1
+        )
+        return cls(
+            posterior=jax.random.normal(keys[0], latent_shape),
+            noise=jax.random.normal(keys[1], latent_shape),
+            auxiliary_noise=jax.random.normal(keys[2], latent_shape),
+            index=indices(keys[3]),
+            auxiliary_index=indices(keys[4]),
+            bias=jax.random.randint(keys[5], batch, *(config.bias_range or (0, 1))),
+            normal=jax.random.normal(keys[6], batch),
+            uniform=jax.random.uniform(keys[7], batch),
+        )
 
-def to_batch(samples: Samples, default: Text | None) -> Batch:
-    """Images to [−1, 1]; the student's text is the images' own, or the default (1, S, D), (1, P) for all.
+
+def to_batch(record: Record, default: Text | None) -> Batch:
+    """Brings images to [−1, 1]; the student's text is the images' own, or the default (1, S, D), (1, P) for all.
 
     Raises:
-      ValueError: neither the samples nor the default have a text.
+      ValueError: neither the record nor the default has a text.
     """
-    lr, hr = to_unit(samples.lr), to_unit(samples.hr)
-    latent_hr = None if samples.latent_hr is None else samples.latent_hr.astype(jnp.float32)
-    if samples.text is None and default is None:
+    own = texts_of(record)
+    common = None if default is None else repeated(default, record.hr.shape[0])
+    text, student_text = own or common, common or own
+    if text is None or student_text is None:
         raise ValueError("samples without prompts of their own need the default prompt")
-    everywhere = None if default is None else repeated(default, samples.hr.shape[:-3])
-    return Batch(lr, hr, latent_hr, samples.text or everywhere, everywhere or samples.text)
-
-
-def draw(key: jax.Array, latent_shape: tuple[int, ...], config: LossConfig) -> Draws:
-    """Draws a step's random numbers; each sample has its own.
-
-    Args:
-      key: PRNG key of this step.
-      latent_shape: (B, h, w, C).
-      config: for the ranges.
-    """
-    keys = jax.random.split(key, len(Draws._fields))
-    batch = latent_shape[:1]
-    indices = partial(
-        jax.random.randint, shape=batch, minval=config.tsd.first_index, maxval=config.tsd.last_index + 1
-    )
-    return Draws(
-        posterior=jax.random.normal(keys[0], latent_shape),
-        noise=jax.random.normal(keys[1], latent_shape),
-        auxiliary_noise=jax.random.normal(keys[2], latent_shape),
-        index=indices(keys[3]),
-        auxiliary_index=indices(keys[4]),
-        bias=jax.random.randint(keys[5], batch, *(config.bias_range or (0, 1))),
-        normal=jax.random.normal(keys[6], batch),
-        uniform=jax.random.uniform(keys[7], batch),
-    )
+    latent_hr = None if record.latent_hr is None else record.latent_hr.astype(jnp.float32)
+    return Batch(to_unit(record.lr), to_unit(record.hr), latent_hr, text, student_text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +180,38 @@ class Losses:
     vae: AutoencoderKL
     config: LossConfig
     perceptual: Perceptual | None = None
+
+    def __call__(
+        self, parts: Parts, base: Base, record: Record, key: jax.Array, scale: jax.Array
+    ) -> tuple[Parts, Metrics]:
+        """Gradients of both networks' losses times `scale`, and the losses: the objective of a `Trainer`.
+
+        Both use the adapters from before the step, as in the original, so that computing them together changes nothing.
+
+        Args:
+          parts: "student": a `Student`; "auxiliary": its adapter.
+          base: frozen arrays.
+          record: a batch; photographs without latents are encoded here.
+          key: for every random number of the step.
+          scale: of the losses, for float16.
+        """
+        # `Draws` splits the key; a large number folded in is none of its parts.
+        # The barrier rounds images alike with and without gradient accumulation: XLA cannot fuse what follows with this.
+        batch = jax.lax.optimization_barrier(to_batch(record, base.default))
+        batch = self.with_latents(base, batch, jax.random.fold_in(key, _HR_LATENTS))
+        draws = Draws.from_key(key, batch.latent_hr.shape, self.config)
+
+        def scaled_student(student: Student) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+            loss, extra = self.student(student, base, parts[AUXILIARY], batch, draws)
+            return loss * scale, extra
+
+        def scaled_auxiliary(auxiliary: Tree, fake: jax.Array) -> jax.Array:
+            return self.auxiliary(auxiliary, base, fake, batch, draws) * scale
+
+        (total, (fake, metrics)), student = jax.value_and_grad(scaled_student, has_aux=True)(parts[STUDENT])
+        value, auxiliary = jax.value_and_grad(scaled_auxiliary)(parts[AUXILIARY], fake)
+        metrics = metrics | {"student": total / scale, "auxiliary": value / scale}
+        return {STUDENT: student, AUXILIARY: auxiliary}, metrics
 
     def schedule(self) -> jax.Array:
         return jnp.asarray(flow.sigmas(self.config.shift))

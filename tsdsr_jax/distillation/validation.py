@@ -13,7 +13,6 @@ from PIL import Image
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.distillation.losses import Base, Losses, Student, to_batch
 from tsdsr_jax.images.sheet import comparison_sheet
-from tsdsr_jax.training.batch import Samples
 from tsdsr_jax.training.sharding import replicated
 from tsdsr_jax.training.validation import place_samples, psnr
 
@@ -52,13 +51,11 @@ class Validation:
         return values, comparison_sheet(rows, TITLES)
 
 
-def jit_restore(
-    losses: Losses, mesh: Mesh
-) -> Callable[[Student, Base, Samples], tuple[jax.Array, jax.Array]]:
-    """`(student, base, samples) -> (pictures, errors)`: (B, H, W, 3) uint8 and the latents' (B,) mean squared errors."""
+def jit_restore(losses: Losses, mesh: Mesh) -> Callable[[Student, Base, Record], tuple[jax.Array, jax.Array]]:
+    """`(student, base, batch) -> (pictures, errors)`: (B, H, W, 3) uint8 and the latents' (B,) mean squared errors."""
 
-    def restore(student: Student, base: Base, samples: Samples) -> tuple[jax.Array, jax.Array]:
-        batch = losses.with_latents(base, to_batch(samples, base.default), None)
+    def restore(student: Student, base: Base, record: Record) -> tuple[jax.Array, jax.Array]:
+        batch = losses.with_latents(base, to_batch(record, base.default), None)
         fake = losses.student_latent(base, student, batch, jnp.zeros_like(batch.latent_hr))
         errors = jnp.square(fake - batch.latent_hr).mean((1, 2, 3))
         decoded = losses.decode(base, fake)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL, Posterior, VAEConfig
-from tsdsr_jax.training.batch import Metrics
+from tsdsr_jax.training.batch import Metrics, to_unit
 
 # Pixels that the gradients are taken over; edges and texture of these widths count by themselves.
 GRADIENT_SCALES = (1, 2, 4)
@@ -39,7 +40,7 @@ class AutoencoderConfig:
     lpips: float = 0.0
 
 
-def new_params(config: VAEConfig, key: jax.Array) -> Tree:
+def new_autoencoder_params(config: VAEConfig, key: jax.Array) -> Tree:
     """An autoencoder's parameters to begin from nothing with: as its layers initialise them, but for two things.
 
     Every residual branch begins at zero, so that depth is no hindrance (Goyal et al. 2017, §5.1), and posteriors begin
@@ -76,10 +77,16 @@ class AutoencoderLoss:
         """(B, h, w, C), not scaled -> (B, H, W, 3) float32, not clamped."""
         return self.vae.apply({"params": params}, latents, method="decode").astype(jnp.float32)
 
-    def objective(
+    def of_batch(
+        self, params: Tree, frozen: Frozen, record: Record, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of a batch of photographs, with a sample of each posterior; and what to log."""
+        return self(params, frozen, to_unit(record.hr), key)
+
+    def __call__(
         self, params: Tree, frozen: Frozen, images: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The weighted sum for a sample of each posterior, for `trainer.Trainer`; and every part of it."""
+        """The weighted sum of the losses of images (B, H, W, 3) in [−1, 1], and every part of it."""
         posterior = self.posterior(params, images)
         latents = posterior.sample(jax.random.normal(key, posterior.mean.shape))
         rebuilt = self.decode(params, latents)

@@ -15,7 +15,7 @@ from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import Posterior
 from tsdsr_jax.pretraining.autoencoder import AutoencoderLoss, divergence, latent_deviation
-from tsdsr_jax.training.batch import Samples, to_unit
+from tsdsr_jax.training.batch import to_unit
 from tsdsr_jax.training.sharding import replicated
 from tsdsr_jax.training.validation import place_samples, psnr
 
@@ -36,8 +36,8 @@ class AutoencoderValidation:
         self.records, self.shown = records, shown
         self._batches = place_samples(records, mesh)
 
-        def look(params: Tree, samples: Samples) -> tuple[jax.Array, Posterior]:
-            posterior = loss.posterior(params, to_unit(samples.hr))
+        def look(params: Tree, record: Record) -> tuple[jax.Array, Posterior]:
+            posterior = loss.posterior(params, to_unit(record.hr))
             rebuilt = jnp.clip(loss.decode(params, posterior.mean), -1, 1)
             return jnp.round((rebuilt + 1) * 127.5).astype(jnp.uint8), posterior
 

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.models import flow, lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, sincos_table
 from tsdsr_jax.models.params import Config, Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.training.batch import Metrics, Samples, encode, repeated, to_unit
+from tsdsr_jax.training.batch import Metrics, encode, repeated, texts_of, to_unit
 
 # The schedule's positions are no weight: checkpoints store them, but nobody trains them.
 FIXED = ("pos_embed/table",)
@@ -83,29 +84,31 @@ class FlowDraws(NamedTuple):
     index: jax.Array
     dropped: jax.Array
 
+    @classmethod
+    def from_key(cls, key: jax.Array, latent_shape: tuple[int, ...], config: FlowConfig) -> FlowDraws:
+        """Draws the random numbers for latents (B, h, w, C); each sample has its own."""
+        keys = jax.random.split(key, 3)
+        batch = latent_shape[:1]
+        uniform = jax.nn.sigmoid(config.logit_mean + config.logit_std * jax.random.normal(keys[1], batch))
+        index = jnp.minimum((flow.STEPS * uniform).astype(jnp.int32), flow.STEPS - 1)
+        dropped = jax.random.bernoulli(keys[2], config.prompt_dropout, batch)
+        return cls(jax.random.normal(keys[0], latent_shape), index, dropped)
 
-def to_flow_batch(samples: Samples, default: Text | None) -> FlowBatch:
-    """Samples as the loss takes them; those without a text get the default (1, S, D), (1, P).
+
+def to_flow_batch(record: Record, default: Text | None) -> FlowBatch:
+    """Brings images to [−1, 1]; those without a text get the default (1, S, D), (1, P).
 
     Raises:
       ValueError: there is neither.
     """
-    if samples.text is None and default is None:
-        raise ValueError("samples without prompts of their own need the default prompt")
-    latents = None if samples.latent_hr is None else samples.latent_hr.astype(jnp.float32)
-    images = to_unit(samples.hr) if latents is None else None
-    lead = (images if latents is None else latents).shape[:-3]
-    return FlowBatch(latents, images, samples.text or repeated(default, lead))
-
-
-def draw(key: jax.Array, latent_shape: tuple[int, ...], config: FlowConfig) -> FlowDraws:
-    """Draws a step's random numbers; each sample has its own."""
-    keys = jax.random.split(key, 3)
-    batch = latent_shape[:1]
-    uniform = jax.nn.sigmoid(config.logit_mean + config.logit_std * jax.random.normal(keys[1], batch))
-    index = jnp.minimum((flow.STEPS * uniform).astype(jnp.int32), flow.STEPS - 1)
-    dropped = jax.random.bernoulli(keys[2], config.prompt_dropout, batch)
-    return FlowDraws(jax.random.normal(keys[0], latent_shape), index, dropped)
+    latents = None if record.latent_hr is None else record.latent_hr.astype(jnp.float32)
+    images = to_unit(record.hr) if latents is None else None
+    text = texts_of(record)
+    if text is None:
+        if default is None:
+            raise ValueError("samples without prompts of their own need the default prompt")
+        text = repeated(default, (images if latents is None else latents).shape[0])
+    return FlowBatch(latents, images, text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +153,15 @@ class FlowLoss:
         velocity = self.velocity(trained, base, noisy, flow.timesteps(sigma), text)
         return flow.matching_loss(velocity, latents, draws.noise)
 
-    def objective(
-        self, trained: Tree, base: FlowBase, batch: FlowBatch, key: jax.Array
+    def of_batch(
+        self, trained: Tree, base: FlowBase, record: Record, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The loss at random noise levels, for `trainer.Trainer`."""
+        """The loss of a batch at random noise levels, and what to log."""
+        batch = to_flow_batch(record, base.default)
         keys = jax.random.split(key)
         latents = self.latents(base, batch, keys[0])
-        value = self(trained, base, latents, batch.text, draw(keys[1], latents.shape, self.config))
+        draws = FlowDraws.from_key(keys[1], latents.shape, self.config)
+        value = self(trained, base, latents, batch.text, draws)
         return value, {"flow": value}
 
 
@@ -168,7 +173,7 @@ def new_adapter(shapes: Tree, rank: int, key: jax.Array) -> Tree:
     return lora.init(key, shapes, lora.STUDENT_TARGETS, rank)
 
 
-def new_params(config: Config, key: jax.Array) -> Tree:
+def new_transformer_params(config: Config, key: jax.Array) -> Tree:
     """A transformer's parameters to begin from nothing with: modulations and the last layer at 0, so that every block is
     the identity and the velocity 0 (Peebles & Xie 2023, §3.2); LeCun's normal elsewhere.
     """

@@ -18,7 +18,7 @@ from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.pretraining.teacher import FlowBase, FlowLoss, to_flow_batch
-from tsdsr_jax.training.batch import Samples, decode
+from tsdsr_jax.training.batch import decode
 from tsdsr_jax.training.sharding import replicated
 from tsdsr_jax.training.validation import place_samples
 
@@ -75,8 +75,8 @@ class TeacherValidation:
         self.base, self.records = base, records
         self._batches = place_samples(records, mesh)
 
-        def look(trained: Tree, base: FlowBase, samples: Samples, key: jax.Array):
-            batch = to_flow_batch(samples, base.default)
+        def look(trained: Tree, base: FlowBase, record: Record, key: jax.Array):
+            batch = to_flow_batch(record, base.default)
             clean, text = loss.latents(base, batch, None), batch.text
             noise = jax.random.normal(key, clean.shape)
 

@@ -1,8 +1,9 @@
-"""Training samples on the devices: images in [−1, 1], their latents, their texts."""
+"""What every loss makes of a batch of records on the devices: images in [−1, 1], their latents, their texts.
+
+A batch is a `Record` whose parts have leading axes and are arrays on the devices.
+"""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +14,6 @@ from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
 
 Metrics = dict[str, jax.Array]
-
-
-class Samples(NamedTuple):
-    """B training samples as they come from the host.
-
-    Attributes:
-      lr, hr: (..., B, H, W, 3) uint8; lr is interpolated to hr's size.
-      latent_hr: (..., B, h, w, C), times the scaling factor; None: to be encoded from hr.
-      text: the images' prompts, (..., B, S, D) and (..., B, P); None: the default prompt.
-    """
-
-    lr: jax.Array
-    hr: jax.Array
-    latent_hr: jax.Array | None
-    text: Text | None
 
 
 def to_unit(images: jax.Array) -> jax.Array:
@@ -50,12 +36,11 @@ def decode(vae: AutoencoderKL, params: Tree, latents: jax.Array) -> jax.Array:
     return jnp.clip(decoded.astype(jnp.float32), -1, 1)
 
 
-def repeated(text: Text, lead: tuple[int, ...]) -> Text:
-    """One text, (1, S, D) and (1, P), for every sample: (*lead, S, D) and (*lead, P)."""
-    return Text(*(jnp.broadcast_to(part[0], (*lead, *part.shape[1:])) for part in text))
+def texts_of(batch: Record) -> Text | None:
+    """The images' own prompts, (B, S, D) and (B, P); None where they have none."""
+    return None if batch.prompt is None else Text(batch.prompt, batch.pooled)
 
 
-def to_samples(record: Record) -> Samples:
-    """A batched record, its parts arrays on the devices."""
-    text = None if record.prompt is None else Text(record.prompt, record.pooled)
-    return Samples(record.lr, record.hr, record.latent_hr, text)
+def repeated(text: Text, count: int) -> Text:
+    """One text, (1, S, D) and (1, P), for every sample: (B, S, D) and (B, P)."""
+    return Text(*(jnp.broadcast_to(part, (count, *part.shape[1:])) for part in text))

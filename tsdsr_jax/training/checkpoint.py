@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ class Checkpoints:
         return True
 
     def _give_up(self, error: Exception) -> None:
-        reason = describe(error)
+        reason = reason_of(error)
         if jax.process_count() > 1:
             # The others know nothing of it, and none could go on without them.
             raise UserError(
@@ -167,7 +167,7 @@ def _quiet() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-def describe(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The part of a long error that a person needs."""
     seen, text = error, str(error)
     while seen is not None:
@@ -254,7 +254,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         missing = sorted(META_KEYS - meta.keys())
     except Exception as error:  # damaged in whatever way
         raise UserError(
-            f"{path}: this checkpoint cannot be read ({describe(error)}); resume from another"
+            f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another"
         ) from None
     if missing:
         raise UserError(f"{path}: this checkpoint's {META} lacks {', '.join(missing)}; resume from another")
@@ -262,7 +262,9 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path, like: Any) -> Any:
-    """A checkpoint's state, as host arrays in the structure of `like` (arrays or shapes).
+    """A checkpoint's state, as host arrays in the structure of `like` (a `TrainState` of arrays or shapes).
+
+    Checkpoints of earlier versions are read by the names that their leaves had.
 
     Raises:
       UserError: damaged, or of another structure; the first leaves that differ are named.
@@ -273,21 +275,40 @@ def read_state(path: Path, like: Any) -> Any:
     _quiet()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            target = {
-                name: np.zeros(leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)
-            }
             stored = checkpointer.metadata(state).item_metadata
             if stored is None:
                 raise OSError(0, f"{STATE} is missing or damaged")
-            _check_leaves(path, target, stored.tree if hasattr(stored, "tree") else stored)
+            stored = stored.tree if hasattr(stored, "tree") else stored
+            names = _stored_names(names, stored)
+            target = {
+                name: np.zeros(leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)
+            }
+            _check_leaves(path, target, stored)
             found = checkpointer.restore(state, target)
     except UserError:
         raise
     except Exception as error:  # damaged in whatever way
         raise UserError(
-            f"{path}: this checkpoint cannot be read ({describe(error)}); resume from another"
+            f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another"
         ) from None
     return structure.unflatten(found[name] for name in names)
+
+
+# Before there was one state for all networks, leaves had these names. The first column is a pattern of today's.
+_EARLIER_NAMES = (
+    (r"trained\.(student|auxiliary)\.", r"\1."),
+    (r"optimizer\.(student|auxiliary)\.", r"\1_optimizer."),
+    (r"ema\.student\.", "ema."),
+    (r"(trained|optimizer|ema)\.network\.", r"\1."),
+)
+
+
+def _stored_names(names: Sequence[str], stored: Mapping[str, Any]) -> list[str]:
+    """The names of a state's leaves in a checkpoint: as they are, or as an earlier version had them."""
+    earlier = list(names)
+    for pattern, replacement in _EARLIER_NAMES:
+        earlier = [re.sub(f"^{pattern}", replacement, name) for name in earlier]
+    return earlier if not set(names) <= stored.keys() and set(earlier) <= stored.keys() else list(names)
 
 
 def _check_leaves(path: Path, target: Mapping[str, np.ndarray], stored: Mapping[str, Any]) -> None:

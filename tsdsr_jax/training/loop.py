@@ -95,7 +95,7 @@ class StopSignal:
         return self.received is not None
 
 
-def run(
+def run_loop(
     state: State,
     train_step: TrainStep,
     batches: Iterator[Any],

@@ -1,7 +1,4 @@
-"""The training step: student and auxiliary network updated in one pure function.
-
-Both updates use the adapters from before the step, as in the original, so fusing them changes nothing.
-"""
+"""Optimizers, the loss scale of float16, gradient accumulation and the moving average: what a training step is made of."""
 
 from __future__ import annotations
 
@@ -28,20 +25,17 @@ MATRICES = ("kernel", "a", "b")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Two optimisers, each with a gradient clip of its own; defaults of the published run.
+    """An optimizer but for its peak learning rate; defaults of the published run.
 
     Attributes:
       optimizer: AdamW; or Muon, of momentum 0.95, for all kernels, and AdamW with Nesterov's momentum for the rest.
-      learning_rate, learning_rate_auxiliary: peaks of the student's and the auxiliary network's schedules.
-      schedule, warmup, steps, cycles, power: see `schedules.learning_rate`; steps are optimiser steps.
+      schedule, warmup, steps, cycles, power: see `schedules.learning_rate`; steps are optimizer steps.
       max_grad_norm: global norm that gradients are clipped to; the student's is over both of its adapters.
       beta1, beta2, epsilon, weight_decay: AdamW's.
-      ema_decay: of an exponential moving average of the student; None: none is kept.
+      ema_decay: of the exponential moving average; None: none is kept.
     """
 
     optimizer: Optimizer = "adamw"
-    learning_rate: float = 5e-6
-    learning_rate_auxiliary: float = 1e-6
     schedule: ScheduleName = "cosine_with_restarts"
     warmup: int = 3000
     steps: int = 200_000
@@ -55,11 +49,13 @@ class OptimizerConfig:
     ema_decay: float | None = None
 
     def rate(self, peak: float) -> RateSchedule:
+        """Optimizer step -> learning rate."""
         return learning_rate(
             self.schedule, peak, warmup=self.warmup, steps=self.steps, cycles=self.cycles, power=self.power
         )
 
     def transformation(self, peak: float) -> optax.GradientTransformation:
+        """The gradient clip and the optimizer with that peak learning rate."""
         rate = self.rate(peak)
         if self.optimizer == "adamw":
             update = optax.adamw(rate, self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay)
@@ -118,14 +114,16 @@ class LossScale(NamedTuple):
 INITIAL_SCALE, GROWTH_STEPS = 65536.0, 2000
 
 
-def accumulated(of_part: Callable[[jax.Array], Any], parts: int) -> Any:
-    """The mean over gradient-accumulation parts of a tree that `of_part` gives for each part's number."""
-    if parts == 1:
-        return of_part(jnp.int32(0))
-    shapes = jax.eval_shape(of_part, jnp.int32(0))
+def accumulated(of_batch: Callable[[jax.Array], Any], count: int) -> Any:
+    """The mean over `count` gradient-accumulation steps of the tree that `of_batch` gives for each step's index."""
+    if count == 1:
+        return of_batch(jnp.int32(0))
+    shapes = jax.eval_shape(of_batch, jnp.int32(0))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total = jax.lax.fori_loop(0, parts, lambda part, sums: jax.tree.map(jnp.add, sums, of_part(part)), zeros)
-    return jax.tree.map(lambda leaf: leaf / parts, total)
+    total = jax.lax.fori_loop(
+        0, count, lambda index, sums: jax.tree.map(jnp.add, sums, of_batch(index)), zeros
+    )
+    return jax.tree.map(lambda leaf: leaf / count, total)
 
 
 def updates_done(optimizer_state: Any) -> jax.Array:
@@ -133,11 +131,9 @@ def updates_done(optimizer_state: Any) -> jax.Array:
     return optax.tree_utils.tree_get(optimizer_state, "ScaleByAdamState").count
 
 
-def average(decay: float | None, ema: Any, new: Any) -> Any:
-    """The moving average after a step; as it is without a decay."""
-    return (
-        ema if decay is None else jax.tree.map(lambda mean, now: decay * mean + (1 - decay) * now, ema, new)
-    )
+def average(decay: float, ema: Any, new: Any) -> Any:
+    """The exponential moving average after a step."""
+    return jax.tree.map(lambda mean, now: decay * mean + (1 - decay) * now, ema, new)
 
 
 def kept_where(finite: jax.Array, new: Any, old: Any) -> Any:

@@ -93,6 +93,11 @@ class RunOptions:
     def dtype(self) -> Any:
         return PRECISIONS[self.mixed_precision]
 
+    @property
+    def dynamic_scale(self) -> bool:
+        """Whether the loss is scaled: float16's small gradients would be lost."""
+        return self.mixed_precision == "fp16"
+
     def as_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
@@ -179,11 +184,9 @@ class OptimizerOptions:
         """What a checkpoint keeps of the optimiser, so that training goes on with the same only."""
         return {"optimizer": self.optimizer.lower(), "ema": self.ema_decay is not None}
 
-    def optimizer_config(self, steps: int, rate: float, rate_auxiliary: float = 0.0) -> OptimizerConfig:
+    def optimizer_config(self, steps: int) -> OptimizerConfig:
         return OptimizerConfig(
             optimizer=self.optimizer.lower(),
-            learning_rate=rate,
-            learning_rate_auxiliary=rate_auxiliary,
             schedule=self.lr_scheduler,
             warmup=self.lr_warmup_steps,
             steps=steps,

@@ -1,6 +1,6 @@
 """A training run from its flags to its last checkpoint: what all scripts in `train/` share.
 
-A script describes what it trains as a `Task`; `run` begins or resumes, feeds it with samples, and keeps log, pictures,
+A script describes what it trains as a `Task`; `train` begins or resumes, feeds it with samples, and keeps log, pictures,
 checkpoints and curves in the output folder.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.data.batches import BadSamples, Batches, LocalBatch, RowPlan, read_ahead
+from tsdsr_jax.data.batches import BadSamples, Batches, RowPlan, read_ahead
 from tsdsr_jax.data.sources import Data
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
@@ -42,7 +42,10 @@ from tsdsr_jax.training.log import (
     summarise,
     summary_table,
 )
+from tsdsr_jax.training.optimizer import with_new_scale
 from tsdsr_jax.training.options import RunOptions
+from tsdsr_jax.training.step import TrainState
+from tsdsr_jax.training.stepping import Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +53,8 @@ class Task:
     """What is trained.
 
     Attributes:
-      new_state: makes the state before the first step.
-      step: (state, batch) -> (state, metrics); jitted, donates the state.
-      put: this process's samples -> the global batch on the devices.
-      put_state: a state of host arrays -> on the devices.
+      step: the training step on its devices.
       validate: state -> (figures, picture).
-      new_precision: a state that was trained in another precision -> one for this.
       files: state -> what to export in a checkpoint, file name -> tensors or text.
       export: name of the folder for it.
       identity: what a checkpoint must agree in to be resumed.
@@ -66,13 +65,9 @@ class Task:
       how_to_use: checkpoint folder -> a hint for the end of training.
     """
 
-    new_state: Callable[[], Any]
-    step: loop.TrainStep
-    put: Callable[[LocalBatch], Any]
-    put_state: Callable[[Any], Any]
-    validate: Callable[[Any], tuple[dict[str, float], Image.Image]]
-    new_precision: Callable[[Any], Any]
-    files: Callable[[Any], checkpoint.Files]
+    step: Step
+    validate: Callable[[TrainState], tuple[dict[str, float], Image.Image]]
+    files: Callable[[TrainState], checkpoint.Files]
     export: str
     identity: Mapping[str, Any]
     losses: Sequence[str]
@@ -129,8 +124,8 @@ def say(line: str) -> None:
         tqdm.write(line)
 
 
-def describe(options: RunOptions, mesh: Mesh, data: Data, steps: int, notes: Sequence[str]) -> None:
-    """Says in a line what begins, and what to know of the flags."""
+def announce(options: RunOptions, mesh: Mesh, data: Data, steps: int, notes: Sequence[str]) -> None:
+    """Prints a one-line summary of the run, and notes on its flags."""
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(
         f"{mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, {np.dtype(options.dtype)}; {len(data.source)} samples, "
@@ -140,7 +135,7 @@ def describe(options: RunOptions, mesh: Mesh, data: Data, steps: int, notes: Seq
         say(f"note: {note}")
 
 
-def run(options: RunOptions, task: Task, data: Data, mesh: Mesh, start: Path | None) -> None:
+def train(options: RunOptions, task: Task, data: Data, mesh: Mesh, start: Path | None) -> None:
     """Trains from the start or a checkpoint, as `find_start` gives it, to the end or to a signal.
 
     Raises:
@@ -180,7 +175,9 @@ class _Run:
                 if self.start.step == 0:
                     self.validate(state, 0)
                 with closing(self.batches()) as batches:
-                    _, step = loop.run(state, self.task.step, batches, self.schedule(), self.hooks(), stop)
+                    _, step = loop.run_loop(
+                        state, self.task.step, batches, self.schedule(), self.hooks(), stop
+                    )
             finally:
                 self.checkpoints.close()
                 if self.log:
@@ -198,7 +195,7 @@ class _Run:
             return self.resume(path, meta)
         if self.options.resume_from_checkpoint:
             say(f"nothing to resume in {self.folder}: starting new")
-        return Start(), self.task.new_state()
+        return Start(), self.task.step.new_state()
 
     def resume(self, path: Path, meta: Mapping[str, Any]) -> tuple[Start, Any] | None:
         lacking = {name: self.identity.get(name) for name in _LATER}
@@ -218,11 +215,11 @@ class _Run:
         theirs = {name: value for name, value in meta["options"].items() if name not in _HARMLESS}
         for line in differences(theirs, ours):
             say(f"note: changed since the checkpoint: --{line}")
-        state = checkpoint.read_state(path, jax.eval_shape(self.task.new_state))
+        state = checkpoint.read_state(path, self.task.step.shapes)
         if theirs.get("mixed_precision") != self.options.mixed_precision:
-            state = self.task.new_precision(state)
+            state = with_new_scale(state, self.options.dynamic_scale)
         say(f"resuming from {path}: {meta['step']} steps done, {meta['samples']} samples seen")
-        return Start(meta["step"], meta["samples"], path), self.task.put_state(state)
+        return Start(meta["step"], meta["samples"], path), self.task.step.put_state(state)
 
     def check_rows(self, path: Path, before: int) -> None:
         """Another number of images in a step: fine, if the length of the run is given in steps."""
@@ -267,7 +264,7 @@ class _Run:
                 for message in self.bad.add(batch.problems):
                     # By every process: what one reads, the others do not.
                     tqdm.write(f"left out: {message}")
-                yield self.task.put(batch)
+                yield self.task.step.put(batch)
 
     def schedule(self) -> loop.LoopSchedule:
         options = self.options

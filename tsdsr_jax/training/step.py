@@ -1,15 +1,17 @@
-"""The training step of a single network with a single loss: the teacher, or an autoencoder."""
+"""The training step of every network: gradients, optimizers, moving average, and the guard against non-finite steps.
+
+What is trained is a dictionary of parts, {"student": ..., "auxiliary": ...} or {"network": ...}. Each part has an optimizer,
+a gradient clip and a peak learning rate of its own; all of them take a step together, or none does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.training.batch import Metrics
@@ -21,10 +23,31 @@ from tsdsr_jax.training.optimizer import (
     kept_where,
     updates_done,
 )
-from tsdsr_jax.training.sharding import base_shardings, replicated
 
-# (what is trained, frozen arrays, batch, key) -> (loss, metrics); pure.
-Objective = Callable[[Tree, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
+# What belongs to each trained part, by the part's name.
+Parts: TypeAlias = dict[str, Any]
+# (parts, frozen arrays, batch, key, loss scale) -> (gradients of the scaled losses, metrics of the unscaled ones); pure.
+Objective = Callable[[Parts, Any, Any, jax.Array, jax.Array], tuple[Parts, Metrics]]
+# (parameters, frozen arrays, batch, key) -> (loss, metrics); pure.
+Loss = Callable[[Tree, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
+
+NETWORK = "network"
+
+
+def objective_of(loss: Loss) -> Objective:
+    """The objective of a single part, `NETWORK`, with a single loss."""
+
+    def gradients(
+        parts: Parts, base: Any, batch: Any, key: jax.Array, scale: jax.Array
+    ) -> tuple[Parts, Metrics]:
+        def scaled(params: Tree) -> tuple[jax.Array, Metrics]:
+            value, metrics = loss(params, base, batch, key)
+            return value * scale, metrics
+
+        gradient, metrics = jax.grad(scaled, has_aux=True)(parts[NETWORK])
+        return {NETWORK: gradient}, metrics
+
+    return gradients
 
 
 class TrainState(NamedTuple):
@@ -33,132 +56,175 @@ class TrainState(NamedTuple):
     Attributes:
       step: steps taken, skipped ones included.
       bad_steps: skipped steps in a row.
-      trained: parameters: an adapter's or a network's.
-      optimizer: optax state.
-      ema: moving average of what is trained, or {}.
+      trained: parameters of each part: adapters, or a network.
+      optimizer: optax state of each part.
+      ema: moving average of the first part under its name, or {}.
       loss_scale: see `LossScale`.
     """
 
     step: jax.Array
     bad_steps: jax.Array
-    trained: Tree
-    optimizer: Any
-    ema: Tree
+    trained: Parts
+    optimizer: Parts
+    ema: Parts
     loss_scale: LossScale
+
+    def averaged(self, part: str = NETWORK) -> Any:
+        """The moving average of a part, or the part itself where none is kept: what is validated."""
+        return self.ema.get(part, self.trained[part])
+
+    def exported(self, part: str = NETWORK) -> dict[str, Any]:
+        """Folder prefix -> parameters: the part, and its moving average where one is kept."""
+        return {"": self.trained[part]} | ({"ema/": self.ema[part]} if part in self.ema else {})
 
 
 class Trainer:
-    """`step` is pure and meant to be jitted with its state donated.
+    """One optimizer step; `step` is pure and meant to be jitted with its state donated.
 
     Args:
-      objective: the loss, and what else to log.
-      config: of the optimiser.
+      objective: gives the parts' gradients, and what to log.
+      config: of the optimizers.
+      rates: peak learning rate of each part. The first is the one that is averaged, and whose rate is logged.
       dynamic_scale: scale the loss, for float16.
+      branch: leave the optimizers out where a gradient is not finite. That saves memory on whole networks, because without
+        it the state before and the state after are both there to choose from.
     """
 
-    def __init__(self, objective: Objective, config: OptimizerConfig, *, dynamic_scale: bool = False):
-        self.objective, self.config, self.dynamic_scale = objective, config, dynamic_scale
-        self._rate = config.rate(config.learning_rate)
-        self._optimizer = config.transformation(config.learning_rate)
+    def __init__(
+        self,
+        objective: Objective,
+        config: OptimizerConfig,
+        rates: Mapping[str, float],
+        *,
+        dynamic_scale: bool = False,
+        branch: bool = True,
+    ):
+        self.objective, self.config, self.rates = objective, config, dict(rates)
+        self.dynamic_scale, self.branch = dynamic_scale, branch
+        self._first = next(iter(self.rates))
+        self._optimizers = {name: config.transformation(rate) for name, rate in self.rates.items()}
 
-    def init(self, trained: Tree) -> TrainState:
+    def init(self, trained: Parts) -> TrainState:
         """The state before the first step; what is trained becomes float32 masters."""
         trained = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), trained)
+        average = {}
+        if self.config.ema_decay is not None:
+            # A copy: a buffer may be donated only once.
+            average[self._first] = jax.tree.map(jnp.copy, trained[self._first])
         return TrainState(
             step=jnp.int32(0),
             bad_steps=jnp.int32(0),
             trained=trained,
-            optimizer=self._optimizer.init(trained),
-            # A copy: a buffer may be donated only once.
-            ema=jax.tree.map(jnp.copy, trained) if self.config.ema_decay is not None else {},
+            optimizer={name: optimizer.init(trained[name]) for name, optimizer in self._optimizers.items()},
+            ema=average,
             loss_scale=LossScale.first(self.dynamic_scale),
         )
 
-    def prepared(
-        self, create: Callable[[Tree], Tree], loaded: Tree, mesh: Mesh, *, split: bool
-    ) -> tuple[Callable[[], TrainState], Any]:
-        """What makes the state before the first step, once, and where its leaves go.
-
-        Args:
-          create: `loaded` -> what is trained; pure.
-          loaded: arrays, donated: a whole network would otherwise be there twice. Or their shapes, where a checkpoint takes
-            the new state's place.
-          mesh: the devices.
-          split: whether the mesh's fsdp axis shares the leaves, as it does a base's.
-        """
-
-        def make(loaded: Tree) -> TrainState:
-            return self.init(create(loaded))
-
-        shapes = jax.eval_shape(make, loaded)
-        whole = jax.tree.map(lambda leaf: replicated(mesh), shapes)
-        shardings = base_shardings(shapes, mesh) if split else whole
-        return partial(jax.jit(make, out_shardings=shardings, donate_argnums=0), loaded), shardings
-
     def step(self, state: TrainState, base: Any, batches: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
-        """One optimiser step.
+        """One optimizer step of every part.
 
         Args:
           state: donate it.
-          base: what is frozen.
-          batches: with a leading axis of gradient-accumulation parts, (A, B, ...) on every leaf.
-          key: the run's key; the step number and the part are folded in.
+          base: frozen arrays.
+          batches: with a leading axis of gradient-accumulation steps, (A, B, ...) on every leaf.
+          key: the run's key; the numbers of the step and of the accumulation step are folded in.
 
         Returns:
-          The new state, and the objective's metrics with the step's own. Where a gradient or an update is not finite only
+          The new state, and the objective's metrics with the step's own. If a gradient or an update is not finite, only
           the counters and the loss scale change.
         """
-        rate = self._rate(updates_done(state.optimizer))
         key = jax.random.fold_in(key, state.step)
-        parts = jax.tree.leaves(batches)[0].shape[0]
 
-        def of_part(part: jax.Array) -> tuple[Metrics, Tree]:
-            batch = jax.tree.map(lambda leaf: leaf[part], batches)
-            return self._gradient(state, base, batch, jax.random.fold_in(key, part))
+        def of_batch(index: jax.Array) -> tuple[Parts, Metrics]:
+            batch = jax.tree.map(lambda leaf: leaf[index], batches)
+            return self.gradients(state, base, batch, jax.random.fold_in(key, index))
 
-        metrics, gradient = accumulated(of_part, parts)
-        gradient_norm = optax.global_norm(gradient)
-        # A branch, not a choice between two results: those would both be there, a network's moments among them.
-        trained, optimizer, ema, update_norm = jax.lax.cond(
-            jnp.isfinite(gradient_norm), self._update, _keep, state, gradient
+        gradients, metrics = accumulated(of_batch, jax.tree.leaves(batches)[0].shape[0])
+        gradient_norms = _norms(gradients)
+        trained, optimizer, ema, update_norms = self._guarded(state, gradients, _all_finite(gradient_norms))
+        finite = _all_finite(gradient_norms) & _all_finite(update_norms)
+        new_state = TrainState(
+            step=state.step + 1,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            trained=trained,
+            optimizer=optimizer,
+            ema=ema,
+            loss_scale=state.loss_scale.after(finite) if self.dynamic_scale else state.loss_scale,
         )
-        finite = jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
-        scale = state.loss_scale.after(finite) if self.dynamic_scale else state.loss_scale
-        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-        metrics = metrics | {
-            "gradient_norm": gradient_norm,
-            "update_norm": jnp.where(finite, update_norm, 0),
-            "norm": optax.global_norm(trained),
-            "learning_rate": rate,
-            "bad_steps": bad_steps,
+        own = {
+            "learning_rate": self.config.rate(self.rates[self._first])(
+                updates_done(state.optimizer[self._first])
+            ),
+            "bad_steps": new_state.bad_steps,
             "loss_scale": state.loss_scale.value,
         }
-        return TrainState(state.step + 1, bad_steps, trained, optimizer, ema, scale), metrics
+        updates = {name: jnp.where(finite, norm, 0) for name, norm in update_norms.items()}
+        return new_state, metrics | _logged(gradient_norms, updates, _norms(trained)) | own
 
-    def _update(self, state: TrainState, gradient: Tree) -> tuple[Tree, Any, Tree, jax.Array]:
-        """The state after the optimiser, unless that made NaN of a finite gradient; and the norm that tells."""
-        updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
-        update_norm = optax.global_norm(updates)
+    def gradients(self, state: TrainState, base: Any, batch: Any, key: jax.Array) -> tuple[Parts, Metrics]:
+        """Gradients of one accumulation step, without the loss scale."""
+        scale = state.loss_scale.value
+        gradients, metrics = self.objective(state.trained, base, batch, key, scale)
+        return jax.tree.map(lambda leaf: leaf / scale, gradients), metrics
+
+    def _guarded(
+        self, state: TrainState, gradients: Parts, finite: jax.Array
+    ) -> tuple[Parts, Parts, Parts, Metrics]:
+        """The parts after a step that changes nothing unless all is finite; see `_update`.
+
+        Optimizers make NaN of a gradient that is not finite, so that `_update` alone guards, too.
+        """
+        if self.branch:
+            return jax.lax.cond(finite, self._update, _unchanged, state, gradients)
+        return self._update(state, gradients)
+
+    def _update(self, state: TrainState, gradients: Parts) -> tuple[Parts, Parts, Parts, Metrics]:
+        """The parts after the optimizers, or as they were if an update is not finite; and the updates' norms."""
+        updates, optimizer = self._updates(state, gradients)
+        norms = _norms(updates)
         if self.config.optimizer == "adamw" and jax.default_backend() != "cpu":
             # AdamW's updates are cheap. Computed again once their norm is known, they need not be kept until then, which
             # would take three quarters of the network's memory on a GPU.
-            (state, gradient), update_norm = jax.lax.optimization_barrier(((state, gradient), update_norm))
-            updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
+            (state, gradients), norms = jax.lax.optimization_barrier(((state, gradients), norms))
+            updates, optimizer = self._updates(state, gradients)
         trained = optax.apply_updates(state.trained, updates)
-        moved = trained, optimizer, average(self.config.ema_decay, state.ema, trained)
-        *kept, _ = _keep(state, gradient)
-        return *kept_where(jnp.isfinite(update_norm), moved, tuple(kept)), update_norm
+        decay = self.config.ema_decay
+        ema = (
+            {}
+            if decay is None
+            else {name: average(decay, mean, trained[name]) for name, mean in state.ema.items()}
+        )
+        before = state.trained, state.optimizer, state.ema
+        return *kept_where(_all_finite(norms), (trained, optimizer, ema), before), norms
 
-    def _gradient(self, state: TrainState, base: Any, batch: Any, key: jax.Array) -> tuple[Metrics, Tree]:
-        scale = state.loss_scale.value
+    def _updates(self, state: TrainState, gradients: Parts) -> tuple[Parts, Parts]:
+        """Each part's update and the optimizer's state after it."""
+        results = {
+            name: optimizer.update(gradients[name], state.optimizer[name], state.trained[name])
+            for name, optimizer in self._optimizers.items()
+        }
+        updates, states = ({name: result[index] for name, result in results.items()} for index in (0, 1))
+        return updates, states
 
-        def scaled(trained: Tree) -> tuple[jax.Array, Metrics]:
-            value, metrics = self.objective(trained, base, batch, key)
-            return value * scale, metrics
 
-        (_, metrics), gradient = jax.value_and_grad(scaled, has_aux=True)(state.trained)
-        return metrics, jax.tree.map(lambda leaf: leaf / scale, gradient)
+def _unchanged(state: TrainState, gradients: Parts) -> tuple[Parts, Parts, Parts, Metrics]:
+    norms = {name: jnp.zeros(()) for name in gradients}
+    return state.trained, state.optimizer, state.ema, norms
 
 
-def _keep(state: TrainState, gradient: Tree) -> tuple[Tree, Any, Tree, jax.Array]:
-    return state.trained, state.optimizer, state.ema, jnp.zeros(())
+def _norms(parts: Parts) -> Metrics:
+    return {name: optax.global_norm(part) for name, part in parts.items()}
+
+
+def _all_finite(norms: Metrics) -> jax.Array:
+    return jnp.isfinite(jnp.stack(list(norms.values()))).all()
+
+
+def _logged(gradients: Metrics, updates: Metrics, parameters: Metrics) -> Metrics:
+    """The norms by their names in the log: `gradient_norm`, or `student_gradient_norm` where there are several parts."""
+    kinds = {"gradient_norm": gradients, "update_norm": updates, "norm": parameters}
+    return {
+        kind if len(norms) == 1 else f"{part}_{kind}": norm
+        for kind, norms in kinds.items()
+        for part, norm in norms.items()
+    }

@@ -1,4 +1,4 @@
-"""What the student makes of a few fixed samples: pictures to look at, and two figures."""
+"""What the validations of all networks share: which samples, where they lie, and how close a picture comes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from jax.sharding import Mesh
 from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.training.batch import Samples, to_samples
 from tsdsr_jax.training.sharding import batch_sharding, global_array
 
 
-def place_samples(records: Sequence[Record], mesh: Mesh) -> list[Samples]:
-    """The records as batches of one sample per device; the last is filled up with the first ones."""
+def place_samples(records: Sequence[Record], mesh: Mesh) -> list[Record]:
+    """Places the records on the devices, as batches of one sample per device; the last is filled up with the first ones."""
     batches = []
     for first in range(0, len(records), mesh.size):
         filled = [records[index % len(records)] for index in range(first, first + mesh.size)]
         stacked = Record(
             *(None if parts[0] is None else np.stack(parts) for parts in zip(*filled, strict=True))
         )
-        batches.append(to_samples(stacked.map(lambda part: global_array(part, batch_sharding(mesh)))))
+        batches.append(stacked.map(lambda part: global_array(part, batch_sharding(mesh))))
     return batches
 
 

@@ -214,7 +214,7 @@ def test_trained_exported_and_resumed(command, tmp_path):
 @pytest.mark.parametrize(("ema_decay", "vae"), [(None, "model/vae"), (0.9, "model/ema/vae")])
 def test_the_weights_that_were_validated_are_pointed_at(ema_decay, vae):
     options = autoencoder.Options(hr_dir=(), vae_dir=Path("v"), output_dir=Path("run"), ema_decay=ema_decay)
-    assert f"it is run/c/{vae}, to" in autoencoder.how_to_use(options, Path("run/c"))
+    assert f"it is run/c/{vae}, to" in autoencoder._how_to_use(options, Path("run/c"))
 
 
 @pytest.mark.slow  # 2026-11: passed

@@ -24,9 +24,8 @@ from tsdsr_jax.pretraining.teacher import (
     new_adapter,
     new_transformer_params,
     split_fixed,
-    to_flow_batch,
 )
-from tsdsr_jax.training.batch import encode
+from tsdsr_jax.training.batch import encode, text_of
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.step import NETWORK, Trainer, objective_of
 from tsdsr_jax.weights.torch_names import write_base, write_lora
@@ -144,17 +143,23 @@ def test_noise_levels_are_logit_normal_in_the_schedules_index():
     assert flow.sigmas()[int(middle)] == pytest.approx(0.75, abs=0.01)
 
 
-def test_samples_without_latents_or_texts():
+def test_samples_without_texts_get_the_default_prompt():
     default = Text(jnp.ones((1, 5, 12)), jnp.ones((1, 10)))
     hr = np.full((2, 16, 16, 3), 255, np.uint8)
-    batch = to_flow_batch(Record(None, hr, None, None, None), default)
-    assert batch.latents is None and batch.images.shape == hr.shape and float(batch.images.max()) == 1
-    assert batch.text.states.shape == (2, 5, 12) and batch.text.pooled.shape == (2, 10)
+    for record in (
+        Record(None, hr, None, None, None),
+        Record(None, None, np.ones((2, 2, 2, 16)), None, None),
+    ):
+        text = text_of(record, default)
+        assert (
+            text.states.shape == (2, 5, 12)
+            and text.pooled.shape == (2, 10)
+            and bool((text.states == 1).all())
+        )
+        with pytest.raises(ValueError, match="need the default prompt"):
+            text_of(record, None)
     own = Text(np.zeros((2, 5, 12)), np.zeros((2, 10)))
-    batch = to_flow_batch(Record(None, None, np.ones((2, 2, 2, 16)), *own), default)
-    assert batch.images is None and float(jnp.abs(batch.text.states).max()) == 0
-    with pytest.raises(ValueError, match="need the default prompt"):
-        to_flow_batch(Record(None, hr, None, None, None), None)
+    assert float(jnp.abs(text_of(Record(None, hr, None, *own), default).states).max()) == 0
 
 
 # --- the step -------------------------------------------------------------------------------------

@@ -751,21 +751,17 @@ def test_the_published_command_is_understood():
     """With its paths; the flags as they are published."""
     options = cli.parse(distill.Options, description="", argv=PUBLISHED.split())
     assert options.learning_rate == 5e-6 and options.rank_lora == 64 and options.report_to == "wandb"
-    notes = distill.notes(options, 200_000)
+    notes = options.all_notes(200_000)
     assert any("--use_random_bias has no effect without --use_dasm" in note for note in notes)
 
 
 @pytest.mark.parametrize(("given", "used"), [("AdamW", "adamw"), ("adamw", "adamw"), ("muon", "muon")])
 def test_optimisers_by_name(given, used):
     options = cli.parse(distill.Options, description="", argv=[*PUBLISHED.split(), "--optimizer", given])
-    assert options.optimizer_config(1, 1e-3).optimizer == used == options.kept()["optimizer"]
+    assert options.optimizer_config(1).optimizer == used == options.kept()["optimizer"]
 
 
 def test_unknown_trackers_are_refused_before_the_work(command, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):
-        distill.check(
-            dataclasses.replace(
-                distill.Options(pretrained_model_name_or_path="", data_dir=()), report_to="wandb"
-            )
-        )
+        distill.Options(pretrained_model_name_or_path="", data_dir=(), report_to="wandb").check()

@@ -108,7 +108,7 @@ def test_a_student_upscales(root, monkeypatch, capsys, flags, lora):
         default_embedding_dir=root,
         output_dir=root / "runs" / "a student",
     )
-    assert "a student-upscaled-2" in distill.how_to_use(again, root)
+    assert "a student-upscaled-2" in distill._how_to_use(again, root)
 
 
 def test_where_the_default_prompt_is_missing_it_is_asked_for(root, monkeypatch, capsys):

@@ -131,7 +131,7 @@ def test_a_lora_is_trained_and_serves_as_the_teacher(finished, root, tmp_path, m
     average = load_file(folder / "ema" / "teacher.safetensors")
     assert 0 < distance(average, tensors) < 1
     assert Image.open(finished / "validation" / "step_0000004.png").width > 4 * 100
-    assert "checkpoint_0000004/lora" in teacher.how_to_use(
+    assert "checkpoint_0000004/lora" in teacher._how_to_use(
         options_like(root), finished / "checkpoint_0000004"
     )
     on_devices(monkeypatch, 1)

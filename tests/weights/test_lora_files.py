@@ -645,8 +645,8 @@ def test_upscaling_and_both_trainings_read_the_strength(both: SimpleNamespace) -
         assert_merged(both.networks[part], adapter, both.expected[part])
         assert_merged(both.networks[part], starts[part], both.expected[part])
     assert auxiliary is None
-    start = teacher.starting_adapter(
-        SimpleNamespace(checkpoint_path=both.lora / "transformer.safetensors", rank=4, seed=1), networks
+    start = teacher._starting_adapter(
+        SimpleNamespace(rank=4, seed=1), both.lora / "transformer.safetensors", networks
     )
     assert_merged(both.networks["transformer"], start, both.expected["transformer"])
 

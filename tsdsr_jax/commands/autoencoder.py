@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
@@ -83,29 +84,34 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
     learning_rate: float = 1e-4
     """Peak learning rate."""
 
+    def check(self) -> None:
+        """Refuses flags that cannot work, before anything is loaded."""
+        super().check()
+        self.check_crop()
+        self.check_optimizer()
+        cli.at_least(self, 0, "learning_rate", "lambda_gradient", "lambda_kl", "lambda_lpips")
+
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    check(options)
+    options.check()
     files = NetworkFiles(options.vae_dir, "vae")
-    check_crop(options, files.config)
+    _check_crop(options, _config_of(files))
     mesh = options.start()
     start = session.find_start(options)
     data = open_images(options.hr_dir, options, options.seed, say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
-        task = prepare(options, files, mesh, data, new=start is None)
+        task = _prepare(options, files, mesh, data, new=start is None)
     session.train(options, task, data, mesh, start)
 
 
-def check(options: Options) -> None:
-    """Refuses flags that cannot work, before anything is loaded."""
-    options.check()
-    options.check_crop()
-    options.check_optimizer()
-    cli.at_least(options, 0, "learning_rate", "lambda_gradient", "lambda_kl", "lambda_lpips")
+def _config_of(files: NetworkFiles) -> VAEConfig:
+    config = files.config
+    assert isinstance(config, VAEConfig)
+    return config
 
 
-def check_crop(options: Options, config: VAEConfig) -> None:
+def _check_crop(options: Options, config: VAEConfig) -> None:
     """Refuses crops that the autoencoder or LPIPS cannot take."""
     sides = options.crop().height, options.crop().width
     given = " ".join(map(str, options.crop_size or (sides[0],)))
@@ -117,13 +123,14 @@ def check_crop(options: Options, config: VAEConfig) -> None:
         )
 
 
-def prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new: bool) -> session.Task:
+def _prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Loads what there is and describes the training."""
     lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
-    beginning, digest = starting_params(options, files, mesh, new)
+    beginning, digest = _starting_params(options, files, mesh, new)
     steps = options.steps(len(data.source), mesh)
     session.announce(options, mesh, data, steps, options.notes() + options.warmup_notes(steps))
-    loss = make_loss(options, files.config, mesh, lpips[0] if lpips else None)
+    config = _config_of(files)
+    loss = _make_loss(options, config, mesh, lpips[0] if lpips else None)
     trainer = Trainer(
         objective_of(loss.of_batch),
         options.optimizer_config(steps),
@@ -134,57 +141,57 @@ def prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new: 
     frozen = Frozen(jax.tree.map(lambda leaf: global_array(leaf, whole), lpips[1] if lpips else {}))
     step = Step(trainer, mesh, frozen, jax.random.key(options.seed), beginning, split=True)
     measured = max(options.num_validation_images, MEASURED)
-    records = validation_records(options, data, measured)
+    records = _validation_records(options, data, measured)
     validation = AutoencoderValidation(loss, mesh, records, options.num_validation_images)
     return session.Task(
         step=step,
         validate=lambda state: validation(state.averaged()),
-        files=partial(autoencoder_files, files.config, validation),
+        files=partial(_autoencoder_files, config, validation),
         export=MODEL,
         identity=options.kept() | {"autoencoder": digest},
         losses=("autoencoder", "l1"),
         counts={},
         curves=CURVES,
         memory_remedies=MEMORY_REMEDIES,
-        how_to_use=partial(how_to_use, options),
+        how_to_use=partial(_how_to_use, options),
     )
 
 
-def how_to_use(options: Options, path: Path) -> str:
+def _how_to_use(options: Options, path: Path) -> str:
     """Where the autoencoder of a checkpoint is: the weights that were validated."""
     made = path / MODEL if options.ema_decay is None else path / MODEL / "ema"
     return f"it is {made / 'vae'}, to lie beside a transformer's folder"
 
 
-def make_loss(options: Options, config: VAEConfig, mesh: Mesh, lpips: Network | None) -> AutoencoderLoss:
+def _make_loss(options: Options, config: VAEConfig, mesh: Mesh, lpips: Network | None) -> AutoencoderLoss:
     weights = AutoencoderConfig(options.lambda_gradient, options.lambda_kl, options.lambda_lpips)
     place = placement(mesh) if mesh.shape["fsdp"] > 1 else None
     network = AutoencoderKL(config, options.dtype, remat=options.gradient_checkpointing, placement=place)
     return AutoencoderLoss(network, weights, LPIPS(lpips, options.dtype) if lpips else None)
 
 
-def validation_records(options: Options, data: Data, count: int) -> list[Record]:
+def _validation_records(options: Options, data: Data, count: int) -> list[Record]:
     source = data.source
     if options.validation_dir:
         source = open_images([options.validation_dir], options, 0, say).source
     return pick(source, SampleShapes.of_source(source), count, say)
 
 
-def starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool) -> tuple[Beginning, str]:
+def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool) -> tuple[Beginning, str]:
     """New parameters, or the folder's, and a hash of them; a resumed run needs only the shapes."""
-    config = dataclasses.replace(files.config, scaling_factor=1.0)  # measured, so it tells nothing apart
+    config = dataclasses.replace(_config_of(files), scaling_factor=1.0)  # measured, so it tells nothing apart
     described = json.dumps(dataclasses.asdict(config), sort_keys=True)
     if options.from_scratch:
         key = jax.random.key(options.seed)
-        return Beginning(lambda _: {NETWORK: new_autoencoder_params(files.config, key)}), f"new, {described}"
+        return Beginning(lambda _: {NETWORK: new_autoencoder_params(config, key)}), f"new, {described}"
     ((params, digest),) = load_networks([files], mesh, jnp.float32)
     loaded = params if new else jax.eval_shape(lambda: params)
     return Beginning(lambda loaded: {NETWORK: loaded}, loaded), f"{digest}, {described}"
 
 
-def autoencoder_files(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Files:
+def _autoencoder_files(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Files:
     """The autoencoder in diffusers' layout; its moving average in another folder."""
-    files: Files = {}
+    files: dict[str, dict[str, np.ndarray] | str] = {}
     for folder, tree in state.exported().items():
         scaled = dataclasses.replace(
             config, scaling_factor=validation.scaling_factor(tree), shift_factor=None

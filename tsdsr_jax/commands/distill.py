@@ -168,69 +168,67 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     def ranks(self) -> Ranks:
         return Ranks(self.rank, self.rank_vae, self.rank_lora)
 
+    def check(self) -> None:
+        """Refuses flags that cannot work, before anything is loaded."""
+        super().check()
+        self.check_data()
+        self.check_optimizer()
+        cli.at_least(self, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride")
+        cli.at_least(self, 0, "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips", "dasm_gamma",
+                 "first_index")  # fmt: skip
+        if not 0 <= self.lambda_vsd <= 1:
+            raise UserError(f"--lambda_vsd {self.lambda_vsd:g}: expected 0 to 1, it is a share")
+        if not self.first_index <= self.last_index < 999:
+            raise UserError(
+                f"--first_index {self.first_index} --last_index {self.last_index}: expected first ≤ last ≤ 998"
+            )
+        if self.use_dasm and self.use_random_bias and self.dasm_points * self.dasm_stride < 26:
+            raise UserError(
+                "--dasm_points × --dasm_stride: expected at least 26 with --use_random_bias, which takes up to 25 away"
+            )
+        if not any((self.lambda_tsd, self.lambda_mse, self.lambda_lpips)):
+            raise UserError(
+                "--lambda_tsd, --lambda_mse and --lambda_lpips are all 0: there is nothing to train for"
+            )
+        if self.use_teacher_lora and self.teacher_lora_path is None:
+            raise UserError("--use_teacher_lora: give the LoRA with --teacher_lora_path")
+        if self.lambda_lpips and not self.lpips_path.is_file():
+            network: Network = "vgg" if "vgg" in self.lpips_path.name.lower() else "alex"
+            raise UserError(
+                f"--lpips_path {self.lpips_path}: not found; pass --lambda_lpips 0 to train without LPIPS, or make it: "
+                + how_to_get(network, self.lpips_path)
+            )
+
+    def all_notes(self, steps: int, merged: bool = False) -> list[str]:
+        """Flags that do nothing, or perhaps not what was meant; `merged` models are students already."""
+        found = self.notes()
+        if merged and self.lambda_tsd:
+            found.append(
+                "this model has LoRAs merged in: it is a finished student, and TSD has no teacher to learn from there; "
+                "--lambda_tsd 0 trains it with the other losses"
+            )
+        if self.use_random_bias and not self.use_dasm:
+            found.append("--use_random_bias has no effect without --use_dasm")
+        if self.teacher_lora_path and not self.use_teacher_lora:
+            found.append("--teacher_lora_path has no effect without --use_teacher_lora")
+        return found + self.warmup_notes(steps)
+
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     options = options.prompted(options.pretrained_model_name_or_path)
-    check(options)
+    options.check()
     mesh = options.start()
     start = session.find_start(options)
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     options = options.fitted(model.longest_side) if options.hr_dir else options
     data = open_data(options, options.seed, "pairs", say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
-        task = prepare(options, model, mesh, data, new=start is None)
+        task = _prepare(options, model, mesh, data, new=start is None)
     session.train(options, task, data, mesh, start)
 
 
-def check(options: Options) -> None:
-    """Refuses flags that cannot work, before anything is loaded."""
-    options.check()
-    options.check_data()
-    options.check_optimizer()
-    cli.at_least(options, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride")
-    cli.at_least(options, 0, "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips", "dasm_gamma",
-             "first_index")  # fmt: skip
-    if not 0 <= options.lambda_vsd <= 1:
-        raise UserError(f"--lambda_vsd {options.lambda_vsd:g}: expected 0 to 1, it is a share")
-    if not options.first_index <= options.last_index < 999:
-        raise UserError(
-            f"--first_index {options.first_index} --last_index {options.last_index}: expected first ≤ last ≤ 998"
-        )
-    if options.use_dasm and options.use_random_bias and options.dasm_points * options.dasm_stride < 26:
-        raise UserError(
-            "--dasm_points × --dasm_stride: expected at least 26 with --use_random_bias, which takes up to 25 away"
-        )
-    if not any((options.lambda_tsd, options.lambda_mse, options.lambda_lpips)):
-        raise UserError(
-            "--lambda_tsd, --lambda_mse and --lambda_lpips are all 0: there is nothing to train for"
-        )
-    if options.use_teacher_lora and options.teacher_lora_path is None:
-        raise UserError("--use_teacher_lora: give the LoRA with --teacher_lora_path")
-    if options.lambda_lpips and not options.lpips_path.is_file():
-        network: Network = "vgg" if "vgg" in options.lpips_path.name.lower() else "alex"
-        raise UserError(
-            f"--lpips_path {options.lpips_path}: not found; pass --lambda_lpips 0 to train without LPIPS, or make it: "
-            + how_to_get(network, options.lpips_path)
-        )
-
-
-def notes(options: Options, steps: int, merged: bool = False) -> list[str]:
-    """Flags that do nothing, or perhaps not what was meant; `merged` models are students already."""
-    found = options.notes()
-    if merged and options.lambda_tsd:
-        found.append(
-            "this model has LoRAs merged in: it is a finished student, and TSD has no teacher to learn from there; "
-            "--lambda_tsd 0 trains it with the other losses"
-        )
-    if options.use_random_bias and not options.use_dasm:
-        found.append("--use_random_bias has no effect without --use_dasm")
-    if options.teacher_lora_path and not options.use_teacher_lora:
-        found.append("--teacher_lora_path has no effect without --use_teacher_lora")
-    return found + options.warmup_notes(steps)
-
-
-def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
+def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Checks everything by its headers, then loads the frozen base and describes the training."""
     networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
     check_fit(networks.transformer, networks.vae)
@@ -245,11 +243,11 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
         check_shapes(shapes, networks, what="validation images")
     records = pick(held_out, shapes, options.num_validation_images, say)
     # A resumed run has its adapters from the checkpoint.
-    loaded = starting_adapters(options, networks) if new else (None, None)
+    loaded = _starting_adapters(options, networks) if new else (None, None)
 
     steps = options.steps(len(data.source), mesh)
-    session.announce(options, mesh, data, steps, notes(options, steps, bool(model.merged)))
-    base, identity = load_base(options, networks, null, default, lpips[1] if lpips else {})
+    session.announce(options, mesh, data, steps, options.all_notes(steps, bool(model.merged)))
+    base, identity = _load_base(options, networks, null, default, lpips[1] if lpips else {})
     if new and data.shapes.latent_hr:
         check_latents(*first_sample(data.source), networks, base.vae)
     losses = make_losses(
@@ -274,13 +272,14 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
         counts=COUNTS,
         curves=CURVES,
         memory_remedies=MEMORY_REMEDIES,
-        how_to_use=partial(how_to_use, options),
+        how_to_use=partial(_how_to_use, options),
     )
 
 
-def how_to_use(options: Options, path: Path) -> str:
+def _how_to_use(options: Options, path: Path) -> str:
     """The command that upscales with the adapters of a checkpoint: those that were validated."""
     folder = options.default_embedding_dir
+    assert folder is not None, "main fills it in"
     upscaling = hints.command(
         "infer/upscale.py",
         **hints.given(options, *hints.MODEL),
@@ -297,7 +296,7 @@ def how_to_use(options: Options, path: Path) -> str:
     return f"{needed} {prompt_hints.how_to_encode(options, 'default', folder)}\nthen upscale with it: {upscaling}"
 
 
-def starting_adapters(options: Options, networks: Networks) -> tuple[Student | None, Tree | None]:
+def _starting_adapters(options: Options, networks: Networks) -> tuple[Student | None, Tree | None]:
     """The adapters of --checkpoint_path; None where there are none and new ones are made."""
     if options.checkpoint_path is None:
         return None, None
@@ -307,14 +306,14 @@ def starting_adapters(options: Options, networks: Networks) -> tuple[Student | N
     return student, auxiliary
 
 
-def load_base(
+def _load_base(
     options: Options, networks: Networks, null: PromptEmbeds, default: PromptEmbeds | None, lpips: Tree
 ) -> tuple[Base, dict[str, Any]]:
     """The frozen arrays on their devices, and their hashes."""
     (transformer, transformer_hash), (vae, vae_hash) = networks.load([networks.transformer, networks.vae])
-    teacher, teacher_hash = {}, "none"
-    if options.use_teacher_lora:
-        path = options.teacher_lora_path
+    teacher: Tree = {}
+    teacher_hash = "none"
+    if options.use_teacher_lora and (path := options.teacher_lora_path):
         teacher, teacher_hash = load_teacher(
             path / "teacher.safetensors" if path.is_dir() else path, networks
         )

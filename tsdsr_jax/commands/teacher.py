@@ -112,40 +112,39 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     def adapter(self) -> bool:
         return self.train == "lora"
 
+    def check(self) -> None:
+        """Refuses flags that cannot work, before anything is loaded."""
+        super().check()
+        self.check_data()
+        self.check_optimizer()
+        cli.at_least(self, 1, "rank", "sampling_steps")
+        cli.at_least(self, 0, "learning_rate")
+        if not 0 <= self.prompt_dropout <= 1:
+            raise UserError(f"--prompt_dropout {self.prompt_dropout:g}: expected 0 to 1, it is a probability")
+        if not 0 < self.logit_std < float("inf"):
+            raise UserError(f"--logit_std {self.logit_std:g}: expected more than 0")
+        if self.from_scratch and self.adapter:
+            raise UserError("--from_scratch needs --train base: a LoRA adapts weights that are there")
+        if self.checkpoint_path and not self.adapter:
+            raise UserError("--checkpoint_path is a LoRA, for --train lora; give other weights as the model")
+
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     options = options.prompted(options.pretrained_model_name_or_path)
-    check(options)
+    options.check()
     mesh = options.start()
     start = session.find_start(options)
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
-    check_base(options, model)
+    _check_base(options, model)
     options = options.fitted(model.longest_side) if options.hr_dir else options
     data = open_data(options, options.seed, "latents", say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
-        task = prepare(options, model, mesh, data, new=start is None)
+        task = _prepare(options, model, mesh, data, new=start is None)
     session.train(options, task, data, mesh, start)
 
 
-def check(options: Options) -> None:
-    """Refuses flags that cannot work, before anything is loaded."""
-    options.check()
-    options.check_data()
-    options.check_optimizer()
-    cli.at_least(options, 1, "rank", "sampling_steps")
-    cli.at_least(options, 0, "learning_rate")
-    if not 0 <= options.prompt_dropout <= 1:
-        raise UserError(f"--prompt_dropout {options.prompt_dropout:g}: expected 0 to 1, it is a probability")
-    if not 0 < options.logit_std < float("inf"):
-        raise UserError(f"--logit_std {options.logit_std:g}: expected more than 0")
-    if options.from_scratch and options.adapter:
-        raise UserError("--from_scratch needs --train base: a LoRA adapts weights that are there")
-    if options.checkpoint_path and not options.adapter:
-        raise UserError("--checkpoint_path is a LoRA, for --train lora; give other weights as the model")
-
-
-def check_base(options: Options, model: Checkpoint) -> None:
+def _check_base(options: Options, model: Checkpoint) -> None:
     """Refuses to train a teacher on a student."""
     if model.merged and not options.from_scratch:
         raise UserError(
@@ -154,17 +153,13 @@ def check_base(options: Options, model: Checkpoint) -> None:
         )
 
 
-def notes(options: Options, steps: int) -> list[str]:
-    return options.notes() + options.warmup_notes(steps)
-
-
-def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
+def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Checks everything by its headers, then loads what is frozen and describes the training."""
     networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
     check_fit(networks.transformer, networks.vae)
     check_shapes(data.shapes, networks, prepared=bool(options.data_dir))
     null, default = load_texts(options, networks, data.shapes, with_default=False)
-    held_out = validation_source(options, data)
+    held_out = _validation_source(options, data)
     shapes = SampleShapes.of_source(held_out)
     prepared = bool(options.data_dir or options.validation_dir)
     check_shapes(shapes, networks, what="validation images", prepared=prepared)
@@ -177,12 +172,13 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
             null,
         )
     records = pick(held_out, shapes, options.num_validation_images, say)
-    loaded = starting_adapter(options, networks) if new and options.checkpoint_path else None
+    path = options.checkpoint_path
+    loaded = _starting_adapter(options, path, networks) if new and path else None
 
     steps = options.steps(len(data.source), mesh)
-    session.announce(options, mesh, data, steps, notes(options, steps))
+    session.announce(options, mesh, data, steps, options.notes() + options.warmup_notes(steps))
     ((vae, vae_hash),) = networks.load([networks.vae])
-    transformer = load_transformer(options, networks, loaded, new)
+    transformer = _load_transformer(options, networks, loaded, new)
     if new and data.shapes.latent_hr:
         check_latents(*first_sample(open_sets(options.data_dir)), networks, vae)
     texts = place_text(null, networks), place_text(default, networks) if default else None
@@ -203,7 +199,9 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
     return session.Task(
         step=step,
         validate=lambda state: validation(state.averaged()),
-        files=partial(teacher_files if options.adapter else model_files, networks, model, transformer.frozen),
+        files=partial(
+            _teacher_files if options.adapter else _model_files, networks, model, transformer.frozen
+        ),
         export=LORA if options.adapter else MODEL,
         identity={
             "train": options.train,
@@ -219,18 +217,18 @@ def prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bo
         counts={},
         curves=CURVES,
         memory_remedies=MEMORY_REMEDIES,
-        how_to_use=partial(how_to_use, options),
+        how_to_use=partial(_how_to_use, options),
     )
 
 
-def validation_source(options: Options, data: Data) -> Source:
+def _validation_source(options: Options, data: Data) -> Source:
     """Samples with images: of their own, or the training's."""
     if options.validation_dir:
         return open_sets([options.validation_dir])
     return open_sets(options.data_dir) if options.data_dir else data.source
 
 
-def how_to_use(options: Options, path: Path) -> str:
+def _how_to_use(options: Options, path: Path) -> str:
     """The command that distils the teacher of a checkpoint, on the same data: the weights that were validated."""
     made = path / (LORA if options.adapter else MODEL) / ("" if options.ema_decay is None else "ema")
     if options.adapter:
@@ -244,13 +242,9 @@ def how_to_use(options: Options, path: Path) -> str:
 # --- what is trained ------------------------------------------------------------------------------
 
 
-def starting_adapter(options: Options, networks: Networks) -> Tree:
-    """The LoRA of --checkpoint_path; UserError where its modules or ranks are others."""
-    path = (
-        options.checkpoint_path / TEACHER_FILE
-        if options.checkpoint_path.is_dir()
-        else options.checkpoint_path
-    )
+def _starting_adapter(options: Options, path: Path, networks: Networks) -> Tree:
+    """The LoRA of --checkpoint_path; UserError if its modules or ranks differ."""
+    path = path / TEACHER_FILE if path.is_dir() else path
     adapter = load_lora(path, networks.transformer.config)
     check_rank(adapter, options.rank, path, "--rank")
     like = jax.eval_shape(partial(_new_adapter, options, networks))
@@ -264,7 +258,7 @@ def _new_adapter(options: Options, networks: Networks) -> Tree:
     return new_adapter(shapes, options.rank, jax.random.key(options.seed))
 
 
-class Transformer(NamedTuple):
+class _Transformer(NamedTuple):
     """The transformer, divided into what is trained and what is not.
 
     Attributes:
@@ -278,27 +272,27 @@ class Transformer(NamedTuple):
     digest: str
 
 
-def load_transformer(options: Options, networks: Networks, adapter: Tree | None, new: bool) -> Transformer:
+def _load_transformer(options: Options, networks: Networks, adapter: Tree | None, new: bool) -> _Transformer:
     """Loads or makes the transformer; of a resumed run's only the frozen part is kept."""
-    config, whole = networks.transformer.config, replicated(networks.mesh)
+    config, whole = networks.mmdit_config, replicated(networks.mesh)
     if options.adapter:
         ((frozen, digest),) = networks.load([networks.transformer])
         if adapter is None:
             start = Beginning(lambda _: {NETWORK: _new_adapter(options, networks)})
-            return Transformer(start, frozen, digest)
+            return _Transformer(start, frozen, digest)
         placed = jax.tree.map(lambda leaf: global_array(np.asarray(leaf, np.float32), whole), adapter)
-        return Transformer(Beginning(_as_network, placed), frozen, digest)
+        return _Transformer(Beginning(_as_network, placed), frozen, digest)
     if options.from_scratch:
         key = jax.random.key(options.seed)
         frozen = jax.tree.map(lambda leaf: global_array(leaf, whole), fixed_params(config))
         digest = f"new, {json.dumps(dataclasses.asdict(config), sort_keys=True)}"
         start = Beginning(lambda _: {NETWORK: split_fixed(new_transformer_params(config, key))[0]})
-        return Transformer(start, frozen, digest)
+        return _Transformer(start, frozen, digest)
     # Masters are float32, whatever is computed in.
     ((params, digest),) = dataclasses.replace(networks, dtype=jnp.float32).load([networks.transformer])
     trained, frozen = split_fixed(params)
     loaded = trained if new else jax.eval_shape(lambda: trained)
-    return Transformer(Beginning(_as_network, loaded), frozen, digest)
+    return _Transformer(Beginning(_as_network, loaded), frozen, digest)
 
 
 def _as_network(loaded: Tree) -> Parts:
@@ -308,7 +302,7 @@ def _as_network(loaded: Tree) -> Parts:
 # --- what is written ------------------------------------------------------------------------------
 
 
-def teacher_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: TrainState) -> Files:
+def _teacher_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: TrainState) -> Files:
     """The LoRA in PEFT's layout; its moving average in a folder of its own."""
     return {
         folder + TEACHER_FILE: write_lora(jax.tree.map(on_host, tree), networks.transformer.config)
@@ -316,7 +310,7 @@ def teacher_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: T
     }
 
 
-def model_files(networks: Networks, model: Checkpoint, fixed: Tree, state: TrainState) -> Files:
+def _model_files(networks: Networks, model: Checkpoint, fixed: Tree, state: TrainState) -> Files:
     """A checkpoint folder in diffusers' layout, with the autoencoder as it was; another of the moving average."""
     vae = dict(write_base(to_tree(networks.vae.leaves()), networks.vae.config))
     files: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,7 +42,8 @@ def make_losses(networks: Networks, config: LossConfig, perceptual: LPIPS | None
 
 
 def _distance(network: LPIPS, params: Tree, result: jax.Array, target: jax.Array) -> jax.Array:
-    return network.apply({"params": params}, result, target)
+    distances: Any = network.apply({"params": params}, result, target)
+    return distances
 
 
 def load_teacher(path: Path, networks: Networks) -> tuple[Tree, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,11 @@ from tsdsr_jax.distillation.tsd import (
     tsd_loss,
 )
 from tsdsr_jax.models import flow
-from tsdsr_jax.models.guidance import Text, guided
+from tsdsr_jax.models.guidance import Predict, Text, guided
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.training.batch import Metrics, decode, encode, repeated, texts_of, to_unit
+from tsdsr_jax.training.batch import Metrics, decode, latents_of, repeated, text_of, to_unit
 from tsdsr_jax.training.step import Parts
 
 # The trained parts: the student's two adapters, and the auxiliary network's.
@@ -99,14 +99,14 @@ class Batch(NamedTuple):
 
     Attributes:
       lr, hr: (B, H, W, 3) in [−1, 1]; lr is interpolated to hr's size.
-      latent_hr: (B, h, w, C), times the scaling factor; None before `Losses.with_latents`.
+      latent_hr: (B, h, w, C), times the scaling factor.
       text: the images' prompts.
       student_text: what the student is conditioned on: the same, or the default prompt.
     """
 
     lr: jax.Array
     hr: jax.Array
-    latent_hr: jax.Array | None
+    latent_hr: jax.Array
     text: Text
     student_text: Text
 
@@ -125,7 +125,7 @@ class Draws(NamedTuple):
     posterior: jax.Array
     noise: jax.Array
     auxiliary_noise: jax.Array
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # hides tuple.index, which is of no use here
     auxiliary_index: jax.Array
     bias: jax.Array
     normal: jax.Array
@@ -149,21 +149,6 @@ class Draws(NamedTuple):
             normal=jax.random.normal(keys[6], batch),
             uniform=jax.random.uniform(keys[7], batch),
         )
-
-
-def to_batch(record: Record, default: Text | None) -> Batch:
-    """Brings images to [−1, 1]; the student's text is the images' own, or the default (1, S, D), (1, P) for all.
-
-    Raises:
-      ValueError: neither the record nor the default has a text.
-    """
-    own = texts_of(record)
-    common = None if default is None else repeated(default, record.hr.shape[0])
-    text, student_text = own or common, common or own
-    if text is None or student_text is None:
-        raise ValueError("samples without prompts of their own need the default prompt")
-    latent_hr = None if record.latent_hr is None else record.latent_hr.astype(jnp.float32)
-    return Batch(to_unit(record.lr), to_unit(record.hr), latent_hr, text, student_text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +181,7 @@ class Losses:
           scale: of the losses, for float16.
         """
         # `Draws` splits the key; a large number folded in is none of its parts.
-        # The barrier rounds images alike with and without gradient accumulation: XLA cannot fuse what follows with this.
-        batch = jax.lax.optimization_barrier(to_batch(record, base.default))
-        batch = self.with_latents(base, batch, jax.random.fold_in(key, _HR_LATENTS))
+        batch = self.batch(base, record, jax.random.fold_in(key, _HR_LATENTS))
         draws = Draws.from_key(key, batch.latent_hr.shape, self.config)
 
         def scaled_student(student: Student) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
@@ -221,20 +204,27 @@ class Losses:
     ) -> jax.Array:
         """The transformer under an adapter; float32 out."""
         variables = {"params": base.transformer, "lora": adapter}
-        return self.mmdit.apply(variables, latents, timestep, *text).astype(jnp.float32)
+        velocity: Any = self.mmdit.apply(variables, latents, timestep, *text)
+        return velocity.astype(jnp.float32)
 
-    def with_latents(self, base: Base, batch: Batch, key: jax.Array | None) -> Batch:
-        """The batch with its photographs' latents, where it comes without: a sample of each posterior, as prepared sets
-        hold them, or without a key its mean.
+    def batch(self, base: Base, record: Record, key: jax.Array | None) -> Batch:
+        """Brings a batch into the form that the losses take.
+
+        Photographs without latents are encoded: to a sample of each posterior, as prepared sets hold them, or without a key
+        to its mean.
         """
-        if batch.latent_hr is not None:
-            return batch
-        return batch._replace(latent_hr=encode(self.vae, base.vae, batch.hr, key))
+        # The barrier keeps XLA from fusing this with what follows, so that images are rounded alike with and without
+        # gradient accumulation.
+        lr, hr = jax.lax.optimization_barrier((to_unit(record.lr), to_unit(record.hr)))
+        latent_hr = latents_of(self.vae, base.vae, record, key)
+        text = text_of(record, base.default)
+        student_text = text if base.default is None else repeated(base.default, hr.shape[0])
+        return Batch(lr, hr, latent_hr, text, student_text)
 
     def student_latent(self, base: Base, student: Student, batch: Batch, posterior: jax.Array) -> jax.Array:
         """ẑ = z − v(z, t = 1000): (B, h, w, C) float32, times the scaling factor."""
         variables = {"params": base.vae, "lora": student.vae}
-        moments = self.vae.apply(variables, batch.lr, method="encode")
+        moments: Any = self.vae.apply(variables, batch.lr, method="encode")
         latent = moments.sample(posterior) * self.vae.config.scaling_factor
         timestep = jnp.full(latent.shape[:1], STUDENT_TIMESTEP)
         return latent - self.velocity(base, student.transformer, latent, timestep, batch.student_text)
@@ -249,7 +239,7 @@ class Losses:
         """
         config = self.config
         fake = self.student_latent(base, student, batch, draws.posterior)
-        metrics = {}
+        metrics: Metrics = {}
         if config.weight_tsd:
             gradient, replaced = self.tsd_gradient(fake, base, auxiliary, batch, draws)
             metrics["tsd"] = tsd_loss(fake, gradient)
@@ -268,7 +258,7 @@ class Losses:
     ) -> tuple[jax.Array, jax.Array]:
         """g of the TSD loss, under the networks as they are, and how many of its terms were not finite."""
 
-        def predict(adapter: Tree):
+        def predict(adapter: Tree) -> Predict:
             network = partial(self.velocity, base, adapter)
             return guided(
                 network, batch.text, base.null, self.config.guidance_scale, self.config.split_guidance
@@ -288,6 +278,7 @@ class Losses:
 
     def lpips(self, base: Base, fake: jax.Array, batch: Batch) -> jax.Array:
         """LPIPS between the decoded ẑ, clamped, and the photograph; mean over the batch."""
+        assert self.perceptual is not None, "a weight of LPIPS needs the network"
         return self.perceptual(base.perceptual, self.decode(base, fake), batch.hr).mean()
 
     def decode(self, base: Base, latents: jax.Array) -> jax.Array:

@@ -58,6 +58,9 @@ def trajectory(index: jax.Array, bias: jax.Array, points: int, stride: int) -> j
     return index[:, None] + (last - index)[:, None] * steps // points
 
 
+_Pair = tuple[jax.Array, jax.Array]
+
+
 def tsd_gradient(
     fake: jax.Array,
     real: jax.Array,
@@ -94,12 +97,12 @@ def tsd_gradient(
     points = len(config.point_weights)
     levels = schedule[trajectory(index, bias, points, config.stride)].T  # (points + 1, B)
     weights = jnp.asarray(config.point_weights, jnp.float32)
-    start = tuple(
+    start_fake, start_real = (
         add_noise(jax.lax.stop_gradient(clean.astype(jnp.float32)), noise, levels[0])
         for clean in (fake, real)
     )
 
-    def visit(noisy: tuple[jax.Array, jax.Array], point: tuple[jax.Array, jax.Array, jax.Array]):
+    def visit(noisy: _Pair, point: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[_Pair, _Pair]:
         fake_n, real_n = noisy
         sigma, following, weight = point
         pair = teacher(interleave(fake_n, real_n), timesteps(interleave(sigma, sigma)))
@@ -117,7 +120,9 @@ def tsd_gradient(
         )
         return onward, (gradient, replaced)
 
-    _, (gradients, replaced) = jax.lax.scan(visit, start, (levels[:-1], levels[1:], weights))
+    _, (gradients, replaced) = jax.lax.scan(
+        visit, (start_fake, start_real), (levels[:-1], levels[1:], weights)
+    )
     return jax.lax.stop_gradient(gradients.sum(0)), replaced.sum()
 
 

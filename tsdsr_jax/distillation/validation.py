@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from tsdsr_jax.data.record import Record
-from tsdsr_jax.distillation.losses import Base, Losses, Student, to_batch
+from tsdsr_jax.distillation.losses import Base, Losses, Student
 from tsdsr_jax.images.sheet import comparison_sheet
 from tsdsr_jax.training.sharding import replicated
-from tsdsr_jax.training.validation import place_samples, psnr
+from tsdsr_jax.training.validation import image_of, place_samples, psnr
 
 TITLES = ("low quality", "student", "high quality")
 
@@ -42,11 +42,11 @@ class Validation:
             np.concatenate([np.asarray(part) for part in parts])[:count]
             for parts in zip(*restored, strict=True)
         )
-        ratios = [psnr(picture, record.hr) for picture, record in zip(pictures, self.records, strict=True)]
-        rows = [
-            [Image.fromarray(image) for image in (record.lr, picture, record.hr)]
-            for record, picture in zip(self.records, pictures, strict=True)
-        ]
+        ratios, rows = [], []
+        for picture, record in zip(pictures, self.records, strict=True):
+            lr, hr = image_of(record.lr), image_of(record.hr)
+            ratios.append(psnr(picture, hr))
+            rows.append([Image.fromarray(image) for image in (lr, picture, hr)])
         values = {"validation_mse": float(errors.mean()), "validation_psnr": float(np.mean(ratios))}
         return values, comparison_sheet(rows, TITLES)
 
@@ -55,7 +55,7 @@ def jit_restore(losses: Losses, mesh: Mesh) -> Callable[[Student, Base, Record],
     """`(student, base, batch) -> (pictures, errors)`: (B, H, W, 3) uint8 and the latents' (B,) mean squared errors."""
 
     def restore(student: Student, base: Base, record: Record) -> tuple[jax.Array, jax.Array]:
-        batch = losses.with_latents(base, to_batch(record, base.default), None)
+        batch = losses.batch(base, record, None)
         fake = losses.student_latent(base, student, batch, jnp.zeros_like(batch.latent_hr))
         errors = jnp.square(fake - batch.latent_hr).mean((1, 2, 3))
         decoded = losses.decode(base, fake)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -56,9 +56,9 @@ def new_autoencoder_params(config: VAEConfig, key: jax.Array) -> Tree:
 
 
 class Frozen(NamedTuple):
-    """What stays as it is: LPIPS's parameters, or None."""
+    """What is not trained: LPIPS's parameters; {} without LPIPS."""
 
-    lpips: Tree | None = None
+    lpips: Tree = {}  # noqa: RUF012 (a NamedTuple's default, which nobody changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,13 @@ class AutoencoderLoss:
 
     def posterior(self, params: Tree, images: jax.Array) -> Posterior:
         """(B, H, W, 3) in [−1, 1] -> float32."""
-        return self.vae.apply({"params": params}, images, method="encode")
+        posterior: Any = self.vae.apply({"params": params}, images, method="encode")
+        return posterior
 
     def decode(self, params: Tree, latents: jax.Array) -> jax.Array:
         """(B, h, w, C), not scaled -> (B, H, W, 3) float32, not clamped."""
-        return self.vae.apply({"params": params}, latents, method="decode").astype(jnp.float32)
+        images: Any = self.vae.apply({"params": params}, latents, method="decode")
+        return images.astype(jnp.float32)
 
     def of_batch(
         self, params: Tree, frozen: Frozen, record: Record, key: jax.Array
@@ -97,9 +99,10 @@ class AutoencoderLoss:
         }
         weights = {"l1": 1.0, "gradient": self.config.gradient, "kl": self.config.kl}
         if self.lpips and self.config.lpips:
-            parts["lpips"] = self.lpips.apply({"params": frozen.lpips}, rebuilt, images).mean()
+            distances: Any = self.lpips.apply({"params": frozen.lpips}, rebuilt, images)
+            parts["lpips"] = distances.mean()
             weights["lpips"] = self.config.lpips
-        total = sum(weights[name] * part for name, part in parts.items())
+        total = sum((weights[name] * part for name, part in parts.items()), jnp.zeros(()))
         return total, parts | {"autoencoder": total}
 
 

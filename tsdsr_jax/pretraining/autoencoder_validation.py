@@ -17,7 +17,7 @@ from tsdsr_jax.models.vae import Posterior
 from tsdsr_jax.pretraining.autoencoder import AutoencoderLoss, divergence, latent_deviation
 from tsdsr_jax.training.batch import to_unit
 from tsdsr_jax.training.sharding import replicated
-from tsdsr_jax.training.validation import place_samples, psnr
+from tsdsr_jax.training.validation import image_of, place_samples, psnr
 
 TITLES = ("photograph", "rebuilt", "four times the difference")
 
@@ -47,17 +47,21 @@ class AutoencoderValidation:
         count = len(self.records)
         looks = [self._look(params, batch) for batch in self._batches]
         rebuilt = np.concatenate([np.asarray(images) for images, _ in looks])[:count]
-        parts = zip(*(posterior for _, posterior in looks), strict=True)
-        return rebuilt, Posterior(*(np.concatenate([np.asarray(x) for x in part])[:count] for part in parts))
+        mean, logvar = (
+            jnp.asarray(np.concatenate(parts)[:count])
+            for parts in zip(*(posterior for _, posterior in looks), strict=True)
+        )
+        return rebuilt, Posterior(mean, logvar)
 
     def __call__(self, params: Tree) -> tuple[dict[str, float], Image.Image]:
         """Mean PSNR (RGB, dB), divergence and deviation of the latents; and the comparison sheet."""
         rebuilt, posterior = self._posteriors(params)
-        ratios = [psnr(image, record.hr) for image, record in zip(rebuilt, self.records, strict=True)]
+        photographs = [image_of(record.hr) for record in self.records]
+        ratios = [psnr(image, photograph) for image, photograph in zip(rebuilt, photographs, strict=True)]
         rows = []
-        for image, record in zip(rebuilt[: self.shown], self.records, strict=False):
-            apart = np.abs(image.astype(int) - record.hr) * 4
-            pictures = record.hr, image, np.minimum(apart, 255).astype(np.uint8)
+        for image, photograph in zip(rebuilt[: self.shown], photographs, strict=False):
+            apart = np.abs(image.astype(int) - photograph) * 4
+            pictures = photograph, image, np.minimum(apart, 255).astype(np.uint8)
             rows.append([Image.fromarray(picture) for picture in pictures])
         values = {
             "validation_psnr": float(np.mean(ratios)),

@@ -7,7 +7,7 @@ not released that training. Noise levels follow SD3 (Esser et al. 2024, §3.1): 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.models import flow, lora
 from tsdsr_jax.models.guidance import Text
-from tsdsr_jax.models.mmdit import MMDiT, sincos_table
-from tsdsr_jax.models.params import Config, Tree, init_params
+from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_table
+from tsdsr_jax.models.params import Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.training.batch import Metrics, encode, repeated, texts_of, to_unit
+from tsdsr_jax.training.batch import Metrics, latents_of, text_of
 
 # The schedule's positions are no weight: checkpoints store them, but nobody trains them.
 FIXED = ("pos_embed/table",)
@@ -57,20 +57,6 @@ class FlowBase(NamedTuple):
     default: Text | None = None
 
 
-class FlowBatch(NamedTuple):
-    """B training samples.
-
-    Attributes:
-      latents: (B, h, w, C), times the scaling factor; None: to be encoded.
-      images: (B, H, W, 3) in [−1, 1], to be encoded; None where there are latents.
-      text: the photographs' prompts.
-    """
-
-    latents: jax.Array | None
-    images: jax.Array | None
-    text: Text
-
-
 class FlowDraws(NamedTuple):
     """Every random number of a step.
 
@@ -81,7 +67,7 @@ class FlowDraws(NamedTuple):
     """
 
     noise: jax.Array
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # hides tuple.index, which is of no use here
     dropped: jax.Array
 
     @classmethod
@@ -93,22 +79,6 @@ class FlowDraws(NamedTuple):
         index = jnp.minimum((flow.STEPS * uniform).astype(jnp.int32), flow.STEPS - 1)
         dropped = jax.random.bernoulli(keys[2], config.prompt_dropout, batch)
         return cls(jax.random.normal(keys[0], latent_shape), index, dropped)
-
-
-def to_flow_batch(record: Record, default: Text | None) -> FlowBatch:
-    """Brings images to [−1, 1]; those without a text get the default (1, S, D), (1, P).
-
-    Raises:
-      ValueError: there is neither.
-    """
-    latents = None if record.latent_hr is None else record.latent_hr.astype(jnp.float32)
-    images = to_unit(record.hr) if latents is None else None
-    text = texts_of(record)
-    if text is None:
-        if default is None:
-            raise ValueError("samples without prompts of their own need the default prompt")
-        text = repeated(default, (images if latents is None else latents).shape[0])
-    return FlowBatch(latents, images, text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +104,8 @@ class FlowLoss:
             variables = {"params": base.transformer, "lora": trained}
         else:
             variables = {"params": joined(trained, base.transformer)}
-        return self.mmdit.apply(variables, latents, timestep, *text).astype(jnp.float32)
-
-    def latents(self, base: FlowBase, batch: FlowBatch, key: jax.Array | None) -> jax.Array:
-        """The batch's latents; where it comes without, a sample of each posterior, or without a key its mean."""
-        return batch.latents if batch.images is None else encode(self.vae, base.vae, batch.images, key)
+        velocity: Any = self.mmdit.apply(variables, latents, timestep, *text)
+        return velocity.astype(jnp.float32)
 
     def __call__(
         self, trained: Tree, base: FlowBase, latents: jax.Array, text: Text, draws: FlowDraws
@@ -157,11 +124,10 @@ class FlowLoss:
         self, trained: Tree, base: FlowBase, record: Record, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """The loss of a batch at random noise levels, and what to log."""
-        batch = to_flow_batch(record, base.default)
         keys = jax.random.split(key)
-        latents = self.latents(base, batch, keys[0])
+        latents = latents_of(self.vae, base.vae, record, keys[0])
         draws = FlowDraws.from_key(keys[1], latents.shape, self.config)
-        value = self(trained, base, latents, batch.text, draws)
+        value = self(trained, base, latents, text_of(record, base.default), draws)
         return value, {"flow": value}
 
 
@@ -173,7 +139,7 @@ def new_adapter(shapes: Tree, rank: int, key: jax.Array) -> Tree:
     return lora.init(key, shapes, lora.STUDENT_TARGETS, rank)
 
 
-def new_transformer_params(config: Config, key: jax.Array) -> Tree:
+def new_transformer_params(config: MMDiTConfig, key: jax.Array) -> Tree:
     """A transformer's parameters to begin from nothing with: modulations and the last layer at 0, so that every block is
     the identity and the velocity 0 (Peebles & Xie 2023, §3.2); LeCun's normal elsewhere.
     """
@@ -197,7 +163,7 @@ def split_fixed(params: Tree) -> tuple[Tree, Tree]:
     return trained, fixed
 
 
-def fixed_params(config: Config) -> Tree:
+def fixed_params(config: MMDiTConfig) -> Tree:
     """What a new transformer has that is never trained, as host arrays."""
     return unflatten_dict({FIXED[0]: sincos_table(config)}, sep="/")
 

@@ -17,10 +17,10 @@ from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Text, guided
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.pretraining.teacher import FlowBase, FlowLoss, to_flow_batch
-from tsdsr_jax.training.batch import decode
+from tsdsr_jax.pretraining.teacher import FlowBase, FlowLoss
+from tsdsr_jax.training.batch import decode, latents_of, text_of
 from tsdsr_jax.training.sharding import replicated
-from tsdsr_jax.training.validation import place_samples
+from tsdsr_jax.training.validation import image_of, place_samples
 
 # Schedule indices of the loss, and the one whose estimate is shown: much noise to little; σ there is 0.96, 0.86, 0.67, 0.33.
 INDICES = (100, 330, 600, 860)
@@ -75,9 +75,11 @@ class TeacherValidation:
         self.base, self.records = base, records
         self._batches = place_samples(records, mesh)
 
-        def look(trained: Tree, base: FlowBase, record: Record, key: jax.Array):
-            batch = to_flow_batch(record, base.default)
-            clean, text = loss.latents(base, batch, None), batch.text
+        def look(
+            trained: Tree, base: FlowBase, record: Record, key: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            clean = latents_of(loss.vae, base.vae, record, None)
+            text = text_of(record, base.default)
             noise = jax.random.normal(key, clean.shape)
 
             def at(sigma: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -109,7 +111,10 @@ class TeacherValidation:
             np.concatenate([np.asarray(made[column]) for _, made in looks])[:count] for column in range(3)
         ]
         rows = [
-            [Image.fromarray(image) for image in (record.hr, *(column[index] for column in pictures))]
+            [
+                Image.fromarray(image)
+                for image in (image_of(record.hr), *(column[index] for column in pictures))
+            ]
             for index, record in enumerate(self.records)
         ]
         return {"validation_flow": float(losses.mean())}, comparison_sheet(rows, TITLES)

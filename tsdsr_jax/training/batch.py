@@ -1,12 +1,15 @@
-"""What every loss makes of a batch of records on the devices: images in [−1, 1], their latents, their texts.
+"""What every loss makes of a batch on the devices: images in [−1, 1], latents, texts.
 
-A batch is a `Record` whose parts have leading axes and are arrays on the devices.
+A batch is a `Record` whose parts are arrays on the devices, with a leading axis B.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.models.guidance import Text
@@ -16,31 +19,55 @@ from tsdsr_jax.models.vae import AutoencoderKL
 Metrics = dict[str, jax.Array]
 
 
-def to_unit(images: jax.Array) -> jax.Array:
-    """uint8 to [−1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
+def to_unit(images: ArrayLike | None) -> jax.Array:
+    """Converts uint8 images to float32 in [−1, 1].
+
+    Raises:
+      ValueError: there are none.
+    """
+    if images is None:
+        raise ValueError("these samples have no images")
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
 def encode(vae: AutoencoderKL, params: Tree, images: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Images (B, H, W, 3) in [−1, 1] to latents (B, h, w, C) float32, times the scaling factor: a sample of each posterior,
-    or without a key its mean.
+    """Encodes images (B, H, W, 3) in [−1, 1] to latents (B, h, w, C) float32, times the scaling factor.
+
+    With a key, they are a sample of each posterior; without, its mean.
     """
-    posterior = vae.apply({"params": params}, images, method="encode")
+    posterior: Any = vae.apply({"params": params}, images, method="encode")
     latent = posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
     return latent.astype(jnp.float32) * vae.config.scaling_factor
 
 
 def decode(vae: AutoencoderKL, params: Tree, latents: jax.Array) -> jax.Array:
-    """Latents (B, h, w, C), times the scaling factor, to images (B, H, W, 3) float32 within [−1, 1]."""
-    decoded = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
+    """Decodes latents (B, h, w, C), times the scaling factor, to images (B, H, W, 3) float32 within [−1, 1]."""
+    decoded: Any = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
     return jnp.clip(decoded.astype(jnp.float32), -1, 1)
 
 
-def texts_of(batch: Record) -> Text | None:
-    """The images' own prompts, (B, S, D) and (B, P); None where they have none."""
-    return None if batch.prompt is None else Text(batch.prompt, batch.pooled)
+def latents_of(vae: AutoencoderKL, params: Tree, batch: Record, key: jax.Array | None) -> jax.Array:
+    """The batch's latents (B, h, w, C) float32; photographs without latents are encoded, see `encode`."""
+    if batch.latent_hr is not None:
+        return jnp.asarray(batch.latent_hr, jnp.float32)
+    return encode(vae, params, to_unit(batch.hr), key)
+
+
+def text_of(batch: Record, default: Text | None) -> Text:
+    """The images' own prompts, (B, S, D) and (B, P), or the default prompt for each where they have none.
+
+    Raises:
+      ValueError: there is neither.
+    """
+    if batch.prompt is not None and batch.pooled is not None:
+        return Text(jnp.asarray(batch.prompt), jnp.asarray(batch.pooled))
+    images = batch.hr if batch.latent_hr is None else batch.latent_hr
+    if default is None or images is None:
+        raise ValueError("samples without prompts of their own need the default prompt")
+    return repeated(default, images.shape[0])
 
 
 def repeated(text: Text, count: int) -> Text:
     """One text, (1, S, D) and (1, P), for every sample: (B, S, D) and (B, P)."""
-    return Text(*(jnp.broadcast_to(part, (count, *part.shape[1:])) for part in text))
+    states, pooled = (jnp.broadcast_to(part, (count, *part.shape[1:])) for part in text)
+    return Text(states, pooled)

@@ -169,7 +169,8 @@ def _quiet() -> None:
 
 def reason_of(error: BaseException) -> str:
     """The part of a long error that a person needs."""
-    seen, text = error, str(error)
+    text = str(error)
+    seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
@@ -220,8 +221,8 @@ def find(folder: Path, wanted: str) -> Path | None:
     if wanted == "latest":
         # By their own names, too: a link with another is the user's.
         numbered = (path for path in folder.glob(f"{PREFIX}_*") if re.fullmatch(rf"{PREFIX}_\d+", path.name))
-        found = sorted(path for path in numbered if step_of(path) is not None)
-        return max(found, key=step_of) if found else None
+        found = [(step, path) for path in numbered if (step := step_of(path)) is not None]
+        return max(found)[1] if found else None
     for path in (Path(wanted), folder / wanted):
         if path.is_dir():
             if step_of(path) is None or not (path / META).is_dir():
@@ -291,7 +292,7 @@ def read_state(path: Path, like: Any) -> Any:
         raise UserError(
             f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another"
         ) from None
-    return structure.unflatten(found[name] for name in names)
+    return jax.tree_util.tree_unflatten(structure, [found[name] for name in names])
 
 
 # Before there was one state for all networks, leaves had these names. The first column is a pattern of today's.

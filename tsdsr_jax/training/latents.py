@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,18 +31,18 @@ class LatentEncoder:
         self.networks, self.vae, self.seed = networks, vae, seed
         self.batch = batch * networks.mesh.size
         self._rows = batch_sharding(networks.mesh)
-        network, scale = networks.autoencoder(), networks.vae.config.scaling_factor
+        network, scale = networks.autoencoder(), networks.vae_config.scaling_factor
 
         @jax.jit
         def encode(vae: Tree, images: jax.Array, noise: jax.Array) -> jax.Array:
-            posterior = network.apply({"params": vae}, to_unit(images), method="encode")
+            posterior: Any = network.apply({"params": vae}, to_unit(images), method="encode")
             return posterior.sample(noise) * scale
 
         self._encode = encode
 
     def noise(self, position: int, height: int, width: int) -> np.ndarray:
         """Of the sample at a position of the plan, (h, w, C), whatever it is encoded together with."""
-        factor, channels = self.networks.vae.config.factor, self.networks.vae.config.latent_channels
+        factor, channels = self.networks.vae_config.factor, self.networks.vae_config.latent_channels
         generator = np.random.default_rng([_NOISE_STREAM, self.seed, position])
         return generator.standard_normal((height // factor, width // factor, channels), np.float32)
 

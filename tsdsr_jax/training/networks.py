@@ -23,7 +23,7 @@ from tsdsr_jax.models.layers import Placement
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree, abstract_params
-from tsdsr_jax.models.vae import AutoencoderKL
+from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.training.batch import to_unit
 from tsdsr_jax.training.checkpoint import Hash
 from tsdsr_jax.training.sharding import base_shardings, global_array, placement, replicated
@@ -48,15 +48,27 @@ class Networks:
     dtype: DTypeLike
 
     @property
+    def mmdit_config(self) -> MMDiTConfig:
+        config = self.transformer.config
+        assert isinstance(config, MMDiTConfig)
+        return config
+
+    @property
+    def vae_config(self) -> VAEConfig:
+        config = self.vae.config
+        assert isinstance(config, VAEConfig)
+        return config
+
+    @property
     def placement(self) -> Placement | None:
         """For networks whose parameters are split over devices."""
         return placement(self.mesh) if self.mesh.shape["fsdp"] > 1 else None
 
     def mmdit(self, remat: bool = False) -> MMDiT:
-        return MMDiT(self.transformer.config, dtype=self.dtype, remat=remat, placement=self.placement)
+        return MMDiT(self.mmdit_config, dtype=self.dtype, remat=remat, placement=self.placement)
 
     def autoencoder(self, remat: bool = False) -> AutoencoderKL:
-        return AutoencoderKL(self.vae.config, dtype=self.dtype, remat=remat, placement=self.placement)
+        return AutoencoderKL(self.vae_config, dtype=self.dtype, remat=remat, placement=self.placement)
 
     def load(self, parts: Iterable[NetworkFiles]) -> list[tuple[Tree, str]]:
         """Loads networks' parameters onto the mesh, with a progress bar; also a hash each of what is stored, whatever the
@@ -107,12 +119,16 @@ def load_texts(
     """The empty prompt, and the default one where it is wanted or the samples have none; they fit the networks and each
     other.
     """
-    config = networks.transformer.config
+    config = networks.mmdit_config
     null = load_text(options, "null", config)
     default = None
     if with_default or not shapes.prompt:
         default = load_text(options, "default", config)
-    tokens = shapes.prompt[0] if shapes.prompt else default.prompt.shape[0]
+    if shapes.prompt:
+        tokens = shapes.prompt[0]
+    else:
+        assert default is not None
+        tokens = default.prompt.shape[0]
     check_tokens(tokens, f"--null_embedding_dir {options.null_embedding_dir}", null)
     if default:
         check_tokens(tokens, f"--default_embedding_dir {options.default_embedding_dir}", default)
@@ -122,9 +138,9 @@ def load_texts(
 def place_text(embeds: PromptEmbeds, networks: Networks) -> Text:
     """A prompt as (1, S, D) and (1, P) on every device."""
     whole = replicated(networks.mesh)
-    return Text(
-        *(global_array(part[None].astype(networks.dtype), whole) for part in (embeds.prompt, embeds.pooled))
-    )
+    parts = embeds.prompt, embeds.pooled
+    states, pooled = (global_array(part[None].astype(networks.dtype), whole) for part in parts)
+    return Text(states, pooled)
 
 
 def text_hash(embeds: PromptEmbeds) -> str:
@@ -146,14 +162,18 @@ def check_shapes(
     Raises:
       UserError: sizes, channels or widths differ; the message names both.
     """
-    transformer, vae = networks.transformer.config, networks.vae.config
+    transformer, vae = networks.mmdit_config, networks.vae_config
     factor, patch = vae.factor, transformer.patch_size
     step = factor * patch
-    height, width = shapes.hr[:2] if shapes.hr else (side * factor for side in shapes.latent_hr[:2])
+    if shapes.hr:
+        height, width = shapes.hr[:2]
+    else:
+        assert shapes.latent_hr is not None, "samples have images or latents"
+        height, width = (side * factor for side in shapes.latent_hr[:2])
     if height % step or width % step:
         raise UserError(f"the {what} are {width}×{height}; sides must be multiples of {step}")
     latent = (height // factor, width // factor, vae.latent_channels)
-    if shapes.latent_hr not in (None, latent):
+    if shapes.latent_hr is not None and shapes.latent_hr != latent:
         raise UserError(
             f"latent_hr has shape {_chw(shapes.latent_hr)}, but images of {width}×{height} have latents {_chw(latent)} "
             "with this model; was the set prepared with another one?"
@@ -166,7 +186,7 @@ def check_shapes(
             f"{longest}"
         )
     widths = transformer.joint_attention_dim, transformer.pooled_projection_dim
-    if shapes.prompt is not None and (shapes.prompt[-1], shapes.pooled[-1]) != widths:
+    if shapes.prompt and shapes.pooled and (shapes.prompt[-1], shapes.pooled[-1]) != widths:
         raise UserError(
             f"the images' prompt embeddings have widths {shapes.prompt[-1]} and {shapes.pooled[-1]} (pooled), but the "
             f"transformer takes {transformer.joint_attention_dim} and {transformer.pooled_projection_dim}; encode the "
@@ -211,12 +231,13 @@ def check_latents(name: str, record: Record, networks: Networks, vae: Tree) -> N
     @jax.jit
     def distance(vae: Tree, hr: jax.Array, latent: jax.Array) -> jax.Array:
         """Root mean square, relative to the latents' deviation, beyond what sampling the posterior explains."""
-        posterior = network.apply({"params": vae}, to_unit(hr[None]), method="encode")
-        scale = networks.vae.config.scaling_factor
+        posterior: Any = network.apply({"params": vae}, to_unit(hr[None]), method="encode")
+        scale = networks.vae_config.scaling_factor
         error = jnp.square(latent - posterior.mean[0] * scale)
         allowed = jnp.square(scale) * jnp.exp(posterior.logvar[0])
         return jnp.sqrt(jnp.maximum(error.mean() - 3 * allowed.mean(), 0)) / (scale * posterior.mean.std())
 
+    assert record.hr is not None and record.latent_hr is not None
     whole = replicated(networks.mesh)
     found = float(distance(vae, global_array(record.hr, whole), global_array(record.latent_hr, whole)))
     if not found < LATENT_TOLERANCE:

@@ -80,7 +80,7 @@ def matrices(params: Tree) -> Tree:
     An adapter's halves are like the kernels they adapt.
     """
 
-    def axes(path: jax.tree_util.KeyPath, leaf: jax.Array) -> MuonDimensionNumbers | None:
+    def axes(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
         # By name: a stack of biases, (layers, features), looks like a matrix.
         if path[-1].key not in MATRICES:
             return None

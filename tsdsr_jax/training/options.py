@@ -186,7 +186,7 @@ class OptimizerOptions:
 
     def optimizer_config(self, steps: int) -> OptimizerConfig:
         return OptimizerConfig(
-            optimizer=self.optimizer.lower(),
+            optimizer="muon" if self.optimizer == "muon" else "adamw",
             schedule=self.lr_scheduler,
             warmup=self.lr_warmup_steps,
             steps=steps,

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.data.batches import BadSamples, Batches, RowPlan, read_ahead
+from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
@@ -101,16 +102,18 @@ def find_start(options: RunOptions) -> Path | None:
     folder, wanted = options.output_dir, options.resume_from_checkpoint
     path = checkpoint.find(folder, wanted) if wanted else None
     newest = checkpoint.find(folder, "latest")
-    if newest and path is None:
+    if newest is None:
+        return path
+    if path is None:
         raise UserError(
             f"{folder}: holds {newest.name} of an earlier run; continue it with --resume_from_checkpoint latest, or choose "
             "another --output_dir"
         )
-    if newest and path.resolve().parent != folder.resolve():
+    if path.resolve().parent != folder.resolve():
         raise UserError(
             f"{folder}: holds {newest.name} of a run of its own; choose another --output_dir to go on from {path}"
         )
-    if newest and checkpoint.step_of(newest) > checkpoint.step_of(path):
+    if (checkpoint.step_of(newest) or 0) > (checkpoint.step_of(path) or 0):
         raise UserError(
             f"{folder}: holds {newest.name}, later than {path.name}; remove the later ones, or choose another --output_dir "
             f"to go on from {path}"
@@ -182,7 +185,7 @@ class _Run:
                 self.checkpoints.close()
                 if self.log:
                     self.log.close()
-                    self.plot()
+                    self.plot(self.log)
             self.finish(step, stop)
 
     # --- beginning ---------------------------------------------------------------------------
@@ -247,7 +250,7 @@ class _Run:
 
     # --- running -----------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Generator[Record, None, None]:
         parts = self.options.gradient_accumulation_steps
         steps_left = self.steps - self.start.step
         rows = RowPlan(
@@ -309,10 +312,10 @@ class _Run:
         }
         self.checkpoints.save(step, state, meta, self.task.files(state))
 
-    def plot(self) -> None:
+    def plot(self, log: RunLog) -> None:
         title = f"{self.options.log_name}: {self.folder.resolve().name}"
         try:
-            plot_curves(read_rows(self.log.path), self.task.curves, self.folder / "curves.png", title)
+            plot_curves(read_rows(log.path), self.task.curves, self.folder / "curves.png", title)
         except Exception as error:  # as above, whatever it is
             say(f"no curves: {error}")
 
@@ -331,16 +334,16 @@ class _Run:
             say(f"stopped after {step} of {self.steps} steps; {where}{hint}")
             raise SystemExit(1 if unsaved else 128 + stop.received)
         if self.log:
-            self.summarise(step)
+            self.summarize(step, self.log)
         if self.bad.names:
             say(f"{len(self.bad.names)} samples were left out: {', '.join(self.bad.names[:5])}")
         if unsaved:
             raise UserError(f"{path}: the last checkpoint could not be saved ({self.checkpoints.failed})")
         say(self.task.how_to_use(path))
 
-    def summarise(self, step: int) -> None:
+    def summarize(self, step: int, log: RunLog) -> None:
         """Prints and writes what the log comes to."""
-        rows = read_rows(self.log.path)
+        rows = read_rows(log.path)
         values = summarise(rows, [name for curve in self.task.curves for name in curve.names])
         skipped = sum((row.get("bad_steps") or 0) > 0 for row in rows)
         say(
@@ -351,9 +354,7 @@ class _Run:
         for name, meaning in self.task.counts.items():
             if steps := sum((row.get(name) or 0) > 0 for row in rows):
                 say(f"in {steps} steps, {meaning} ({name} in the log)")
-        say(
-            f"curves: {self.folder / 'curves.png'}; pictures: {self.folder / 'validation'}; log: {self.log.path}"
-        )
+        say(f"curves: {self.folder / 'curves.png'}; pictures: {self.folder / 'validation'}; log: {log.path}")
         summary = {
             "steps": step,
             "samples": self.start.samples + (step - self.start.step) * self.rows,

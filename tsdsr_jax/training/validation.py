@@ -25,9 +25,16 @@ def place_samples(records: Sequence[Record], mesh: Mesh) -> list[Record]:
     return batches
 
 
+def image_of(part: np.ndarray | None) -> np.ndarray:
+    """A record's image, which validation cannot do without."""
+    if part is None:
+        raise ValueError("these samples have no images to validate on")
+    return part
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Over all three channels of 8-bit images, in dB; 128 where they are equal."""
-    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
+    """Peak signal-to-noise ratio over all three channels of 8-bit images, in dB; 128 for equal images."""
+    error = float(np.mean(np.square(a.astype(np.float64) - b.astype(np.float64))))
     return float(10 * np.log10(255**2 / max(error, 1e-8)))
 
 
@@ -42,7 +49,8 @@ def pick(
     Raises:
       UserError: there is none.
     """
-    picked, problems = [], []
+    picked: list[Record] = []
+    problems: list[str] = []
     for index in range(len(source)):
         if len(picked) == count:
             break

@@ -213,12 +213,13 @@ class Losses:
         Photographs without latents are encoded: to a sample of each posterior, as prepared sets hold them, or without a key
         to its mean.
         """
-        # The barrier keeps XLA from fusing this with what follows, so that images are rounded alike with and without
-        # gradient accumulation.
-        lr, hr = jax.lax.optimization_barrier((to_unit(record.lr), to_unit(record.hr)))
-        latent_hr = latents_of(self.vae, base.vae, record, key)
         text = text_of(record, base.default)
-        student_text = text if base.default is None else repeated(base.default, hr.shape[0])
+        student_text = text if base.default is None else repeated(base.default, text.states.shape[0])
+        images = to_unit(record.lr), to_unit(record.hr)
+        # The barrier keeps XLA from fusing this with what follows, so that a batch is rounded alike with and without
+        # gradient accumulation.
+        (lr, hr), text, student_text = jax.lax.optimization_barrier((images, text, student_text))
+        latent_hr = latents_of(self.vae, base.vae, record, key)
         return Batch(lr, hr, latent_hr, text, student_text)
 
     def student_latent(self, base: Base, student: Student, batch: Batch, posterior: jax.Array) -> jax.Array:

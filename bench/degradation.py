@@ -230,8 +230,8 @@ def compare(photos: Sequence[np.ndarray], config: DegradationConfig, count: int)
             levels = max(levels, float(np.abs(a.astype(float) - b).mean()))
         for order in (config.first, config.second):
             added = [
-                degradation.add_noise(photo, Decisions(seed), order) - photo,
-                to_numpy(noisy.add_noise(to_tensor(photo), Decisions(seed), order)) - photo,
+                degradation.add_random_noise(photo, Decisions(seed), order) - photo,
+                to_numpy(noisy.add_random_noise(to_tensor(photo), Decisions(seed), order)) - photo,
             ]
             for a, b in ([n.std() for n in added], [n.mean(-1).std() for n in added]):
                 noise = max(noise, abs(float(a / b) - 1))
@@ -264,7 +264,7 @@ STAGES = {
     "kernels": ("draw_kernel", "draw_final_kernel"),
     "blur": ("convolve",),
     "resize": ("resize_by", "resize_to"),
-    "noise": ("add_noise",),
+    "noise": ("add_random_noise",),
     "jpeg": ("jpeg",),
     "enlarge": ("bicubic",),
     "to bytes": ("to_bytes",),
@@ -365,14 +365,14 @@ class TorchDegradation:
         image = self.convolve(hr, self.draw_kernel(generator, first.sigma))
         factor = degradation.draw_factor(generator, first)
         image = self.resize_by(image, factor, degradation.draw_mode(generator))
-        image = self.jpeg(self.add_noise(image, generator, first), generator.uniform(*first.quality))
+        image = self.jpeg(self.add_random_noise(image, generator, first), generator.uniform(*first.quality))
 
         if generator.random() < second.blur:
             image = self.convolve(image, self.draw_kernel(generator, second.sigma))
         factor = degradation.draw_factor(generator, second)
         size = max(1, int(height * factor)), max(1, int(width * factor))
         image = self.resize_to(image, *size, degradation.draw_mode(generator))
-        image = self.add_noise(image, generator, second)
+        image = self.add_random_noise(image, generator, second)
 
         quality = generator.uniform(*second.quality)
         if generator.random() < 0.5:
@@ -416,7 +416,9 @@ class TorchDegradation:
     def bicubic(self, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
         return F.interpolate(image, size=(height, width), mode="bicubic")
 
-    def add_noise(self, image: torch.Tensor, generator: np.random.Generator, order: Order) -> torch.Tensor:
+    def add_random_noise(
+        self, image: torch.Tensor, generator: np.random.Generator, order: Order
+    ) -> torch.Tensor:
         if generator.random() < order.gaussian:
             sigma, grey = generator.uniform(*order.noise), generator.random() < order.grey
             noise = sigma / 255 * torch.randn_like(image[:, :1] if grey else image)

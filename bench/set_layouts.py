@@ -32,7 +32,7 @@ from tsdsr_jax.cli import Share
 from tsdsr_jax.data.crops import Pairs, Planned, SetLayout
 from tsdsr_jax.data.degradation import DegradationConfig
 from tsdsr_jax.data.photos import CropConfig, Photographs
-from tsdsr_jax.data.preparation import Finished, Prompts
+from tsdsr_jax.data.preparation import FinishedSample, Prompts
 from tsdsr_jax.data.sources import look_at, open_sets
 from tsdsr_jax.data.writers import Manifest, SetPlan, make_writer
 from tsdsr_jax.errors import UserError
@@ -125,9 +125,9 @@ def write(options: Options, source: Photographs, own_prompts: bool, layout: SetL
         if pair.problem:
             raise UserError(pair.problem)
         latent = np.random.default_rng(index).standard_normal((side, side, CHANNELS), np.float32)
-        writer.add(Finished(index, pair.lr.tobytes(), pair.hr.tobytes(), latent, ""))
+        writer.add(FinishedSample(index, pair.lr.tobytes(), pair.hr.tobytes(), latent, ""))
     writer.close()
-    manifest.finish(writer, {})
+    manifest.add_latents(writer, {})
 
 
 def random_prompt(text: str) -> PromptEmbeds:

@@ -156,8 +156,8 @@ FLAT = Order(1, (1, 1), (0, 0, 1), (1, 1), (1, 1), 1.0, (20, 20), (1, 1), 0.0, (
 def test_gaussian_noise_has_its_deviation_in_colour_and_grey():
     image = np.full((200, 200, 3), 0.5, np.float32)
     generator = np.random.default_rng(0)
-    colour = degradation.add_noise(image, generator, FLAT) - image
-    grey = degradation.add_noise(image, generator, dataclasses.replace(FLAT, grey=1.0)) - image
+    colour = degradation.add_random_noise(image, generator, FLAT) - image
+    grey = degradation.add_random_noise(image, generator, dataclasses.replace(FLAT, grey=1.0)) - image
     for noise in (colour, grey):
         assert noise.std() == pytest.approx(20 / 255, rel=0.02) and abs(noise.mean()) < 1e-3
     assert abs(np.corrcoef(colour[..., 0].ravel(), colour[..., 1].ravel())[0, 1]) < 0.02

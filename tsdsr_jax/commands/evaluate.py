@@ -29,7 +29,7 @@ from tsdsr_jax.evaluation.registry import PAPER, Metric, Sources, load_metrics
 from tsdsr_jax.evaluation.tables import MeasuredMethod
 from tsdsr_jax.identity import versions
 
-LOGS = ("txt", "csv", "json")
+_LOGS = ("txt", "csv", "json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class _Evaluation:
     """What has come of it.
 
     Attributes:
@@ -104,9 +104,9 @@ class Evaluation:
     @cached_property
     def tables(self) -> str:
         """The text that is printed."""
-        text = tables.layout(tables.means(self.methods, self.metrics))
+        text = tables.layout_columns(tables.mean_table(self.methods, self.metrics))
         if self.compared:
-            rows = tables.layout(tables.differences(self.methods, self.metrics))
+            rows = tables.layout_columns(tables.difference_table(self.methods, self.metrics))
             text += f"\n\nDifferences to {self.methods[0].name}, on the same pictures\n{rows}"
         lines = self.not_computed()
         return text + ("\n\nNot computed\n" + "\n".join(lines) if lines else "")
@@ -114,8 +114,8 @@ class Evaluation:
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    references, names = check(options)
-    logs = log_files(options)
+    references, names = _check(options)
+    logs = _log_files(options)
     inputs = by_name(options.lr_imgs)[0] if options.lr_imgs else {}
     found = [
         find_pairs(results, reference)
@@ -124,7 +124,9 @@ def main() -> None:
     sources = Sources(bool(options.gt_imgs), options.niqe_params, options.lpips_weights)
     metrics, missing = load_metrics(options.wanted, sources)
     if not metrics:
-        raise UserError(f"nothing to compute; {'; '.join(Evaluation((), (), missing, False).not_computed())}")
+        raise UserError(
+            f"nothing to compute; {'; '.join(_Evaluation((), (), missing, False).not_computed())}"
+        )
     device = select_devices(options.device)[0]
     methods = []
     with tqdm(total=sum(len(pairs) for pairs, _ in found), unit=" images", disable=None, leave=False) as bar:
@@ -132,19 +134,19 @@ def main() -> None:
             measured = measure(pairs, metrics, device, options.max_pixels, bar.update)
             measured.problems[:0] = problems
             methods.append(MeasuredMethod(name, measured))
-    evaluation = Evaluation(methods, metrics, missing, options.compare)
+    evaluation = _Evaluation(methods, metrics, missing, options.compare)
     print(evaluation.tables, flush=True)
-    complain(evaluation.problems)
+    _complain(evaluation.problems)
     if logs:
-        write_logs(options, logs, evaluation)
+        _write_logs(options, logs, evaluation)
     if options.report:
-        write_report(options, evaluation, inputs, together=len(set(references)) == 1)
+        _write_report(options, evaluation, inputs, together=len(set(references)) == 1)
     asked = missing if options.metrics else {}  # of the default's, some may be missing
     if evaluation.problems or asked or any(method.measured.missing for method in methods):
         raise SystemExit(1)
 
 
-def check(options: Options) -> tuple[list[Path | None], list[str]]:
+def _check(options: Options) -> tuple[list[Path | None], list[str]]:
     """The reference folder and the name of each folder of results; refuses flags that do not go together."""
     count = len(options.inp_imgs)
     if len(options.gt_imgs) not in (0, 1, count):
@@ -164,10 +166,10 @@ def check(options: Options) -> tuple[list[Path | None], list[str]]:
     if options.report:
         check_report_path(options.report)
     references = list(options.gt_imgs) * (count if len(options.gt_imgs) == 1 else 1)
-    return references or [None] * count, method_names(options)
+    return references or [None] * count, _method_names(options)
 
 
-def method_names(options: Options) -> list[str]:
+def _method_names(options: Options) -> list[str]:
     """`--names`, or the folders' own names, or where those repeat their paths."""
     names = list(options.names) or [folder.resolve().name for folder in options.inp_imgs]
     if not options.names and len(set(names)) < len(names):
@@ -179,7 +181,7 @@ def method_names(options: Options) -> list[str]:
     return names
 
 
-def log_files(options: Options) -> dict[str, Path]:
+def _log_files(options: Options) -> dict[str, Path]:
     """Suffix -> file; refuses what cannot be written, and to replace anything unless asked to."""
     name = options.log_name
     if not name or name.startswith(".") or Path(name).name != name:
@@ -187,7 +189,7 @@ def log_files(options: Options) -> dict[str, Path]:
     if options.log is None:
         return {}
     check_writable(options.log, "--log")
-    files = {suffix: options.log / f"{name}.{suffix}" for suffix in LOGS}
+    files = {suffix: options.log / f"{name}.{suffix}" for suffix in _LOGS}
     for file in files.values():
         if os.path.isdir(file):
             raise UserError(f"{file}: is a folder; choose another --log or --log_name")
@@ -196,7 +198,7 @@ def log_files(options: Options) -> dict[str, Path]:
     return files
 
 
-def complain(problems: Sequence[str]) -> None:
+def _complain(problems: Sequence[str]) -> None:
     """Names on stderr everything that the averages leave out."""
     for line in problems:
         print(printable(line), file=sys.stderr)
@@ -204,7 +206,7 @@ def complain(problems: Sequence[str]) -> None:
         print(f"{cli.script_name()}: {len(problems)} of these; the means leave them out", file=sys.stderr)
 
 
-def write_logs(options: Options, files: Mapping[str, Path], evaluation: Evaluation) -> None:
+def _write_logs(options: Options, files: Mapping[str, Path], evaluation: _Evaluation) -> None:
     """All three files, or none."""
     methods, metrics = evaluation.methods, evaluation.metrics
     content = tables.as_json(methods, metrics, evaluation.missing, evaluation.compared)
@@ -225,12 +227,12 @@ def write_logs(options: Options, files: Mapping[str, Path], evaluation: Evaluati
     print(f"\nin {options.log}: {', '.join(file.name for file in files.values())}")
 
 
-def write_report(
-    options: Options, evaluation: Evaluation, inputs: Mapping[str, Path], *, together: bool
+def _write_report(
+    options: Options, evaluation: _Evaluation, inputs: Mapping[str, Path], *, together: bool
 ) -> None:
     methods, metrics = evaluation.methods, evaluation.metrics
     notes = [f"not computed: {line}" for line in evaluation.not_computed()]
     notes += [f"not measured: {line}" for line in evaluation.problems]
     with tqdm(desc="report", unit=" images", disable=None, leave=False) as bar:
-        report.write(options.report, methods, metrics, inputs, together, notes, bar.update)
+        report.write_evaluation_report(options.report, methods, metrics, inputs, together, notes, bar.update)
     print(f"Look at {options.report}")

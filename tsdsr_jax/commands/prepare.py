@@ -35,8 +35,15 @@ from tsdsr_jax.data.batches import first_sample, read_ahead
 from tsdsr_jax.data.crops import Crops, Pairs, Planned, SetLayout, plan
 from tsdsr_jax.data.degradation import degrade, to_bytes
 from tsdsr_jax.data.options import PairOptions
-from tsdsr_jax.data.photos import MAX_PIXELS, Photograph, Photographs, Survey, own_prompt, random_crop
-from tsdsr_jax.data.preparation import Embedder, PromptChoice, Prompts, find_prompts, finish
+from tsdsr_jax.data.photos import (
+    MAX_PHOTOGRAPH_PIXELS,
+    Photograph,
+    Photographs,
+    Survey,
+    own_prompt,
+    random_crop,
+)
+from tsdsr_jax.data.preparation import Embedder, PromptChoice, Prompts, add_latents, find_prompts
 from tsdsr_jax.data.shard_sets import read_manifest
 from tsdsr_jax.data.sources import look_at, open_sets
 from tsdsr_jax.data.writers import Manifest, SetPlan, Writer, make_writer
@@ -55,8 +62,8 @@ from tsdsr_jax.weights.prompt_files import DEFAULT_PROMPT, PromptEmbeds, load_pr
 from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
 from tsdsr_jax.weights.text_encoders import EncoderOptions, find_encoders
 
-PREVIEW_DRAWS = 3
-SHEET_MARK = ("Comment", "degraded samples by tsdsr_jax")
+_PREVIEW_DRAWS = 3
+_SHEET_MARK = ("Comment", "degraded samples by tsdsr_jax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,26 +137,26 @@ class Options(PairOptions):
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    check(options)
-    model = find_model(options)
-    options = completed(options, model)
+    _check(options)
+    model = _find_model(options)
+    options = _completed(options, model)
     if options.prompt_device != "cpu":
         # The text encoders are PyTorch's and share the GPU; JAX would take three quarters of it at its first word.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = look_at(options.hr_dir, options.crop().minimum, tqdm.write, options.output_dir)
     if options.preview:
-        preview(options, found)
+        _preview(options, found)
     else:
-        prepare(options, model, found)
+        _prepare(options, model, found)
 
 
-def find_model(options: Options) -> Checkpoint | None:
+def _find_model(options: Options) -> Checkpoint | None:
     """None for a preview without one."""
     name = options.pretrained_model_name_or_path
     return open_checkpoint(name, options.revision, options.variant) if name else None
 
 
-def completed(options: Options, model: Checkpoint | None) -> Options:
+def _completed(options: Options, model: Checkpoint | None) -> Options:
     """With the defaults that depend on the model."""
     options = options.fitted(model.longest_side) if model else options
     if options.default_embedding_dir is None and is_bundled(options.pretrained_model_name_or_path):
@@ -158,7 +165,7 @@ def completed(options: Options, model: Checkpoint | None) -> Options:
     return options
 
 
-def check(options: Options) -> None:
+def _check(options: Options) -> None:
     """Refuses flags that cannot work, before anything is looked at."""
     options.check_crop()
     cli.share(options.shard)
@@ -174,7 +181,7 @@ def check(options: Options) -> None:
     )
     cli.at_least(options, 0, "seed", "dataloader_num_workers")
     if options.preview is not None:
-        check_sheet(options.preview)
+        _check_sheet(options.preview)
     else:
         for name in ("output_dir", "pretrained_model_name_or_path"):
             if getattr(options, name) is None:
@@ -182,14 +189,14 @@ def check(options: Options) -> None:
         check_writable(options.output_dir)
 
 
-def check_sheet(path: Path) -> None:
+def _check_sheet(path: Path) -> None:
     """Refuses to write the sheet over anything but an earlier one."""
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path}: expected a name that ends in .png")
     if path.exists():
         try:
             with Image.open(path) as image:
-                earlier = image.info.get(SHEET_MARK[0]) == SHEET_MARK[1]
+                earlier = image.info.get(_SHEET_MARK[0]) == _SHEET_MARK[1]
         except OSError:
             earlier = False
         if not earlier:
@@ -201,30 +208,30 @@ def check_sheet(path: Path) -> None:
 # --- the sheet ------------------------------------------------------------------------------------
 
 
-def preview(options: Options, found: Survey) -> None:
+def _preview(options: Options, found: Survey) -> None:
     """Photographs spread evenly, each with its sharpened version and a few degraded ones."""
     count = min(options.preview_photos, len(found.photographs))
     rows = []
     for index in range(count):
-        crop = first_crop(options, found.photographs[index * len(found.photographs) // count :], index)
+        crop = _first_crop(options, found.photographs[index * len(found.photographs) // count :], index)
         generator = np.random.default_rng([options.seed, index, 1])
-        pairs = [degrade(crop, generator, options.degradation()) for _ in range(PREVIEW_DRAWS)]
+        pairs = [degrade(crop, generator, options.degradation()) for _ in range(_PREVIEW_DRAWS)]
         images = to_bytes(crop), pairs[0].hr, *(pair.lr for pair in pairs)
         rows.append([Image.fromarray(image) for image in images])
     target = "target (sharpened)" if options.sharpen_gt else "target"
-    titles = ["photograph", target, *(f"degraded {draw + 1}" for draw in range(PREVIEW_DRAWS))]
+    titles = ["photograph", target, *(f"degraded {draw + 1}" for draw in range(_PREVIEW_DRAWS))]
     sheet, mark = comparison_sheet(rows, titles, cell_width=min(384, options.crop().width)), PngInfo()
-    mark.add_text(*SHEET_MARK)
+    mark.add_text(*_SHEET_MARK)
     with replacing(options.preview) as temporary:
         sheet.save(temporary, format="png", pnginfo=mark)
-    print(f"{options.preview}: {count} photographs, {PREVIEW_DRAWS} draws each")
+    print(f"{options.preview}: {count} photographs, {_PREVIEW_DRAWS} draws each")
 
 
-def first_crop(options: Options, photographs: Sequence[Photograph], index: int) -> np.ndarray:
+def _first_crop(options: Options, photographs: Sequence[Photograph], index: int) -> np.ndarray:
     """A random crop, float32 in [0, 1], of the first of them that can be read."""
     for photograph in photographs:
         try:
-            photo = read_photo(photograph.path, MAX_PIXELS).rgb
+            photo = read_photo(photograph.path, MAX_PHOTOGRAPH_PIXELS).rgb
         except UserError as error:
             tqdm.write(f"left out: {error}")
             continue
@@ -236,36 +243,36 @@ def first_crop(options: Options, photographs: Sequence[Photograph], index: int) 
 # --- the set --------------------------------------------------------------------------------------
 
 
-def prepare(options: Options, model: Checkpoint, found: Survey) -> None:
+def _prepare(options: Options, model: Checkpoint, found: Survey) -> None:
     check_fit(model.network("transformer"), model.network("vae"))
     photographs = Photographs(
         found.photographs, options.crop(), options.degradation(), options.seed, own_prompts=False
     )
     samples = plan(found.photographs, options.crops, options.crop(), options.crops_per_photo)
-    note_sizes(options, samples)
+    _note_sizes(options, samples)
     prompts = find_prompts(found.photographs, options.prompts)
-    known = known_prompts(options, model)
-    settings = describe(options, photographs, samples, prompts, known, model)
+    known = _known_prompts(options, model)
+    settings = _describe(options, photographs, samples, prompts, known, model)
     manifest = Manifest(options.output_dir, options.layout, settings, cli.share(options.shard))
     manifest.check()
-    set_plan = SetPlan(names(found, samples), [prompts.of[sample.photograph] for sample in samples], prompts)
+    set_plan = SetPlan(_names(found, samples), [prompts.of[sample.photograph] for sample in samples], prompts)
     writer = make_writer(
         options.layout, options.output_dir, set_plan, cli.share(options.shard), options.samples_per_file
     )
-    note_quirks(options, found)
+    _note_quirks(options, found)
     # Texts first: their encoders, PyTorch's, need the memory that JAX would take.
-    write_prompts(options, writer, prompts, known, manifest)
-    write_samples(options, photographs, samples, model, writer, manifest)
-    if report(options, found, writer, manifest, len(samples)):
-        print(how_to_use(options, model))
+    _write_prompts(options, writer, prompts, known, manifest)
+    _write_samples(options, photographs, samples, model, writer, manifest)
+    if _report(options, found, writer, manifest, len(samples)):
+        print(_how_to_use(options, model))
 
 
-def names(found: Survey, samples: list[Planned]) -> list[str]:
+def _names(found: Survey, samples: list[Planned]) -> list[str]:
     """Of all samples: the photograph's, and the crop's number."""
     return [f"{found.photographs[sample.photograph].name}#{sample.number}" for sample in samples]
 
 
-def note_sizes(options: Options, samples: list[Planned]) -> None:
+def _note_sizes(options: Options, samples: list[Planned]) -> None:
     sizes = {(sample.box.height, sample.box.width) for sample in samples if sample.box}
     if len(sizes) > 1:
         tqdm.write(
@@ -274,7 +281,7 @@ def note_sizes(options: Options, samples: list[Planned]) -> None:
         )
 
 
-def note_quirks(options: Options, found: Survey) -> None:
+def _note_quirks(options: Options, found: Survey) -> None:
     if beside := sum(own_prompt(photograph.path) is not None for photograph in found.photographs):
         tqdm.write(
             f"note: {beside} photographs have an embedding beside them, which only train/distill.py --hr_dir reads; here "
@@ -287,7 +294,7 @@ def note_quirks(options: Options, found: Survey) -> None:
         )
 
 
-def known_prompts(options: Options, model: Checkpoint) -> dict[str, PromptEmbeds]:
+def _known_prompts(options: Options, model: Checkpoint) -> dict[str, PromptEmbeds]:
     """The default prompt's embedding, where its folder is given."""
     if options.default_embedding_dir is None:
         return {}
@@ -295,7 +302,7 @@ def known_prompts(options: Options, model: Checkpoint) -> dict[str, PromptEmbeds
     return {DEFAULT_PROMPT: load_text(options, "default", config)}
 
 
-def describe(
+def _describe(
     options: Options,
     photographs: Photographs,
     samples: list[Planned],
@@ -328,7 +335,7 @@ def describe(
     return json.loads(json.dumps(settings))
 
 
-def write_prompts(
+def _write_prompts(
     options: Options, writer: Writer, prompts: Prompts, known: dict[str, PromptEmbeds], manifest: Manifest
 ) -> None:
     def encoders() -> Path:
@@ -347,7 +354,7 @@ def write_prompts(
         writer.write_prompts(embed, bar.update)
 
 
-def write_samples(
+def _write_samples(
     options: Options,
     photographs: Photographs,
     samples: list[Planned],
@@ -372,7 +379,7 @@ def write_samples(
             tqdm(total=len(pending), desc="samples", unit="sample", smoothing=0.05, disable=None) as bar,
         ):
             try:
-                for sample in finish(pending, made, encoder):
+                for sample in add_latents(pending, made, encoder):
                     if sample.problem:
                         tqdm.write(f"left out: {sample.problem}")
                     if sample.problem or sample.position in known_bad:
@@ -383,7 +390,7 @@ def write_samples(
                 writer.close()
 
 
-def report(options: Options, found: Survey, writer: Writer, manifest: Manifest, planned: int) -> bool:
+def _report(options: Options, found: Survey, writer: Writer, manifest: Manifest, planned: int) -> bool:
     """Says what there is now; whether it is all."""
     more = {"planned": planned, "small": found.small, "unreadable": found.unreadable, "versions": versions()}
     missing = manifest.finish(writer, more)
@@ -403,9 +410,9 @@ def report(options: Options, found: Survey, writer: Writer, manifest: Manifest, 
     return True
 
 
-def how_to_use(options: Options, model: Checkpoint) -> str:
+def _how_to_use(options: Options, model: Checkpoint) -> str:
     """The command that trains on the set, and before it the one that makes the empty prompt where that is not there."""
-    null, made = find_null(options)
+    null, made = _find_null(options)
     flags = {"data_dir": options.output_dir}
     flags |= hints.given(options, *hints.MODEL, "default_embedding_dir") | {"null_embedding_dir": null}
     if model.merged:  # there is no teacher in it that TSD could learn from
@@ -417,7 +424,7 @@ def how_to_use(options: Options, model: Checkpoint) -> str:
     return f"training needs the empty prompt's embedding in {null}. {how}\nthen train on it: {training}"
 
 
-def find_null(options: Options) -> tuple[Path, bool]:
+def _find_null(options: Options) -> tuple[Path, bool]:
     """The folder of the empty prompt's embedding, in the form of the set's prompts, and whether it is there."""
     usual = prompt_folder(options.pretrained_model_name_or_path, "null")
     beside = options.default_embedding_dir.parent / "null" if options.default_embedding_dir else usual

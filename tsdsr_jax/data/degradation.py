@@ -158,13 +158,13 @@ def low_resolution(hr: np.ndarray, generator: np.random.Generator, config: Degra
     image = convolve(hr, draw_kernel(generator, first.sigma, config))
     factor = draw_factor(generator, first)
     image = resize_by(image, factor, draw_mode(generator))
-    image = compress(add_noise(image, generator, first), generator.uniform(*first.quality))
+    image = compress(add_random_noise(image, generator, first), generator.uniform(*first.quality))
 
     if generator.random() < second.blur:
         image = convolve(image, draw_kernel(generator, second.sigma, config))
     factor = draw_factor(generator, second)
     image = resize_to(image, max(1, int(height * factor)), max(1, int(width * factor)), draw_mode(generator))
-    image = add_noise(image, generator, second)
+    image = add_random_noise(image, generator, second)
 
     def finish(image: np.ndarray) -> np.ndarray:
         small = resize_to(image, height, width, draw_mode(generator))
@@ -324,7 +324,7 @@ def _sparse(weights: np.ndarray, columns: np.ndarray, rows: np.ndarray, shape: t
 # --- noise ----------------------------------------------------------------------------------------
 
 
-def add_noise(image: np.ndarray, generator: np.random.Generator, order: Order) -> np.ndarray:
+def add_random_noise(image: np.ndarray, generator: np.random.Generator, order: Order) -> np.ndarray:
     """Gaussian or Poisson noise, in colour or grey; clipped to [0, 1]."""
     if generator.random() < order.gaussian:
         noise = gaussian_noise(

@@ -38,7 +38,7 @@ from tsdsr_jax.weights.torch_pickle import read_tensor
 
 LR_FOLDER, HR_FOLDER, LATENT_FOLDER = "lr_bicubic", "gt", "latent_hr"
 # Larger pictures are no training crops.
-MAX_PIXELS = 64_000_000
+_MAX_PIXELS = 64_000_000
 _SIZES_LOOKED_AT = 1000
 
 
@@ -65,7 +65,7 @@ class PreparedFolder:
 
     def __init__(self, root: Path, images: bool = True):
         self.images = images
-        self.files = find_files(root)
+        self.files = _sample_files(root)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -102,7 +102,7 @@ class PreparedFolder:
         return digest.hexdigest()
 
 
-def find_files(root: Path) -> list[SampleFiles]:
+def _sample_files(root: Path) -> list[SampleFiles]:
     """The samples below one folder, by name.
 
     Raises:
@@ -182,7 +182,7 @@ def _names(folder: Path) -> set[str]:
 
 def read_images(files: SampleFiles) -> tuple[np.ndarray, np.ndarray]:
     """lr and hr, (H, W, 3) uint8 both."""
-    lr, hr = (read_photo(path, MAX_PIXELS).rgb for path in (files.lr, files.hr))
+    lr, hr = (read_photo(path, _MAX_PIXELS).rgb for path in (files.lr, files.hr))
     if lr.shape != hr.shape:
         raise UserError(
             f"{files.lr}: {lr.shape[1]}×{lr.shape[0]} pixels, but {files.hr} has {hr.shape[1]}×{hr.shape[0]}; "

@@ -22,7 +22,7 @@ from tsdsr_jax.images.resize import reflect_pad
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, load_prompt_embeds
 
 # Half a gigabyte decoded: larger than any camera's picture, and a worker each holds one.
-MAX_PIXELS = 180_000_000
+MAX_PHOTOGRAPH_PIXELS = 180_000_000
 # Crops must fit the autoencoder's factor times the transformer's patch.
 CROP_STEP = 16
 _STREAM = 0x70686F74  # keeps the draws apart from those of the samples' order
@@ -101,7 +101,7 @@ def survey(
             size = f"{str(file[0])!a}: its name is not UTF-8"
         else:
             try:
-                size = read_size(file[0], MAX_PIXELS)
+                size = read_size(file[0], MAX_PHOTOGRAPH_PIXELS)
             except UserError as error:
                 size = str(error)
         progress(1)
@@ -215,7 +215,7 @@ class Photographs:
         Args:
           box: what to cut out; None: a random crop, as the epoch `draw` has it.
         """
-        photo = read_photo(self.photographs[index].path, MAX_PIXELS).rgb
+        photo = read_photo(self.photographs[index].path, MAX_PHOTOGRAPH_PIXELS).rgb
         generator = np.random.default_rng([_STREAM, self.seed, draw, index])
         crop = random_crop(photo, self.crop, generator) if box is None else cut_out(photo, box)
         crop = crop.astype(np.float32) / 255

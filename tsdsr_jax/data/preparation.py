@@ -28,7 +28,7 @@ class ImageEncoder(Protocol):
     def launch(self, positions: Sequence[int], images: Sequence[np.ndarray]) -> jax.Array: ...
 
 
-class Finished(NamedTuple):
+class FinishedSample(NamedTuple):
     """A sample with its latent (h, w, C) float32; of one that cannot be made only `problem` is not empty."""
 
     position: int
@@ -38,9 +38,9 @@ class Finished(NamedTuple):
     problem: str
 
 
-def finish(
+def add_latents(
     positions: Sequence[int], pairs: Iterator[EncodedPair], encoder: ImageEncoder
-) -> Iterator[Finished]:
+) -> Iterator[FinishedSample]:
     """Adds latents, in order; a batch is encoded while the next is made.
 
     Args:
@@ -48,8 +48,8 @@ def finish(
       pairs: one per position.
       encoder: for the latents.
     """
-    launched: list[tuple[list[Finished], jax.Array | None]] = []
-    waiting: list[Finished] = []
+    launched: list[tuple[list[FinishedSample], jax.Array | None]] = []
+    waiting: list[FinishedSample] = []
     images: list[np.ndarray] = []
 
     def launch() -> None:
@@ -58,7 +58,7 @@ def finish(
         waiting.clear()
         images.clear()
 
-    def fetch() -> Iterator[Finished]:
+    def fetch() -> Iterator[FinishedSample]:
         samples, latents = launched.pop(0)
         rows = iter([] if latents is None else np.asarray(latents))
         for sample in samples:
@@ -67,7 +67,7 @@ def finish(
     for position, pair in zip(positions, pairs, strict=True):
         if images and not pair.problem and images[0].shape != pair.image.shape:
             launch()
-        waiting.append(Finished(position, pair.lr.tobytes(), pair.hr.tobytes(), None, pair.problem))
+        waiting.append(FinishedSample(position, pair.lr.tobytes(), pair.hr.tobytes(), None, pair.problem))
         if not pair.problem:
             images.append(pair.image)
         if len(images) == encoder.batch or len(waiting) >= 4 * encoder.batch:

@@ -33,7 +33,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 MANIFEST = "manifest.json"
-FORMAT = "tsdsr_jax training set 1"
+SET_FORMAT = "tsdsr_jax training set 1"
 _WEBP = {"format": "WEBP", "lossless": True, "method": 0, "quality": 0, "exact": True}
 # Records compressed one by one already; groups would be read whole for one of theirs.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -69,11 +69,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT
+        known = manifest["format"] == SET_FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as a training set's manifest ({error})") from None
     if not known:
-        raise UserError(f"{path}: is of the format {manifest['format']!r}; this version reads {FORMAT!r}")
+        raise UserError(f"{path}: is of the format {manifest['format']!r}; this version reads {SET_FORMAT!r}")
     return manifest
 
 

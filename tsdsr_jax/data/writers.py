@@ -21,10 +21,10 @@ from tsdsr_jax.atomic import replacing
 from tsdsr_jax.cli import Share
 from tsdsr_jax.data.crops import SetLayout
 from tsdsr_jax.data.folder_sets import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
-from tsdsr_jax.data.preparation import Finished, Prompts
+from tsdsr_jax.data.preparation import FinishedSample, Prompts
 from tsdsr_jax.data.shard_sets import (
-    FORMAT,
     MANIFEST,
+    SET_FORMAT,
     count_records,
     has_manifest,
     pack_prompt,
@@ -73,7 +73,7 @@ class Writer(Protocol):
         """Embeds and writes this part's prompts that are not there yet."""
         ...
 
-    def add(self, sample: Finished) -> None: ...
+    def add(self, sample: FinishedSample) -> None: ...
 
     def close(self) -> None:
         """Waits until all is written."""
@@ -129,7 +129,7 @@ class ShardWriter:
                 write_shard(shard_path(self.root, "prompts", number, self.prompt_files), records)
             progress(len(texts))
 
-    def add(self, sample: Finished) -> None:
+    def add(self, sample: FinishedSample) -> None:
         position = sample.position
         if not sample.problem:
             prompt = self.plan.prompt_of[position]
@@ -229,12 +229,12 @@ class FolderWriter:
         write_tensor(self._file(TORCH_PROMPT_FOLDER, position, ".pt"), embeds.prompt[None])
         write_tensor(self._file(TORCH_POOLED_FOLDER, position, ".pt"), embeds.pooled[None])
 
-    def add(self, sample: Finished) -> None:
+    def add(self, sample: FinishedSample) -> None:
         if not sample.problem:
             settle(self._writing, most=16)
             self._writing.append(self._pool.submit(self._write, sample))
 
-    def _write(self, sample: Finished) -> None:
+    def _write(self, sample: FinishedSample) -> None:
         latent = sample.latent_hr.transpose(2, 0, 1)[None]
         write_tensor(self._file(LATENT_FOLDER, sample.position, ".pt"), latent)
         # lr last: which samples there are is what lies in its folder.
@@ -321,7 +321,7 @@ class Manifest:
             )
 
     def _write(self, entries: Mapping[str, Any], new: bool = False) -> None:
-        content = {"format": FORMAT, "layout": self.layout, **entries, "settings": self.settings}
+        content = {"format": SET_FORMAT, "layout": self.layout, **entries, "settings": self.settings}
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         path = self.root / MANIFEST
         if not new:

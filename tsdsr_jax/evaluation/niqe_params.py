@@ -36,19 +36,19 @@ def load_pristine(path: Path) -> PristineModel:
       UserError: missing, damaged, or another kind of file.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: {'is a folder' if os.path.isdir(path) else 'not found'}; {how_to_get()}")
+        raise UserError(f"{path}: {'is a folder' if os.path.isdir(path) else 'not found'}; {_how_to_get()}")
     try:
         stored = io.loadmat(path) if path.suffix.lower() == ".mat" else _load_archive(path)
     except Exception as error:  # the readers have no common error for files that are something else
         raise UserError(
-            f"{path}: not a file of NIQE's parameters ({first_line(error)}); {how_to_get()}"
+            f"{path}: not a file of NIQE's parameters ({first_line(error)}); {_how_to_get()}"
         ) from None
     arrays = {}
     for key, names in _NAMES.items():
         name = next((name for name in names if name in stored), None)
         if name is None:
             raise UserError(
-                f"{path}: not a file of NIQE's parameters (no {' or '.join(names)}); {how_to_get()}"
+                f"{path}: not a file of NIQE's parameters (no {' or '.join(names)}); {_how_to_get()}"
             )
         arrays[key] = np.asarray(stored[name], np.float64)
     shapes = arrays["mean"].size, arrays["covariance"].shape
@@ -66,7 +66,7 @@ def _load_archive(path: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def how_to_get() -> str:
+def _how_to_get() -> str:
     """Where the parameters come from."""
     return (
         "--niqe_params takes niqe_pris_params.npz of BasicSR (in TSD-SR's repository as basicsr/metrics/), or"

@@ -75,7 +75,7 @@ class PyIQA:
             return float(self.model(*folders))
 
 
-def load(name: str) -> PyIQA | str:
+def load_pyiqa_metric(name: str) -> PyIQA | str:
     """A metric by pyiqa's name, on a GPU if PyTorch has one; or why it cannot be had."""
     # It writes a line of log for each metric, and its downloads' bars; standard output belongs to the table.
     logging.getLogger("pyiqa").setLevel(logging.WARNING)

@@ -150,7 +150,7 @@ def _load(name: str, sources: Sources) -> Metric | str:
         similar = [] if name in PAPER else difflib.get_close_matches(name, PAPER, 1)
         hint = f"; did you mean {similar[0]}?" if similar else ""
         return f"needs {OWN_FILES.get(name, '')}pyiqa: pip install 'tsdsr_jax[metrics]'{hint}"
-    found = pyiqa_metrics.load(name)
+    found = pyiqa_metrics.load_pyiqa_metric(name)
     if isinstance(found, str):
         return found
     needs_reference = found.needs_reference

@@ -12,7 +12,7 @@ from tsdsr_jax.evaluation.registry import Metric
 from tsdsr_jax.evaluation.tables import MeasuredMethod
 
 
-def write(
+def write_evaluation_report(
     path: Path,
     methods: Sequence[MeasuredMethod],
     metrics: Sequence[Metric],
@@ -38,7 +38,7 @@ def write(
     per_picture = [metric for metric in metrics if not metric.over_folders]
     groups = [methods] if together else [[method] for method in methods]
     entries = [entry for group in groups for entry in _entries(group, per_picture, inputs, not together)]
-    header, *rows = tables.means(methods, metrics)
+    header, *rows = tables.mean_table(methods, metrics)
     write_report(
         path,
         title=" · ".join(method.name for method in methods),

@@ -35,7 +35,7 @@ class MeasuredMethod:
         return {name: estimate(self.measured.of(name)) for name in names}
 
 
-def means(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
+def mean_table(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
     """A header and a row per method: means to four decimals, and the number of pictures behind them."""
     rows = [["", *(metric.label + ARROWS[metric.better] for metric in metrics), "images"]]
     for method in methods:
@@ -72,7 +72,7 @@ def compare(
     return result
 
 
-def differences(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
+def difference_table(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
     """A header and a row per method and metric: how it differs from the first method on the same pictures."""
     rows = [["", "metric", "difference", "95 % interval", "better", "worse", "images"]]
     for method in methods[1:]:
@@ -89,7 +89,7 @@ def differences(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) ->
     return rows
 
 
-def layout(rows: TableRows) -> str:
+def layout_columns(rows: TableRows) -> str:
     """Text in columns: the first ones to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

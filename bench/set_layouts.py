@@ -31,10 +31,11 @@ from tsdsr_jax import cli
 from tsdsr_jax.cli import Share
 from tsdsr_jax.data.crops import Pairs, Planned, SetLayout
 from tsdsr_jax.data.degradation import DegradationConfig
+from tsdsr_jax.data.manifest_writer import ManifestWriter
 from tsdsr_jax.data.photos import CropConfig, Photographs
-from tsdsr_jax.data.preparation import FinishedSample, Prompts
+from tsdsr_jax.data.set_prompts import Prompts
 from tsdsr_jax.data.sources import look_at, open_sets
-from tsdsr_jax.data.writers import Manifest, SetPlan, make_writer
+from tsdsr_jax.data.writers import FinishedSample, SetPlan, make_writer
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
@@ -116,7 +117,7 @@ def write(options: Options, source: Photographs, own_prompts: bool, layout: SetL
     of = [index if own_prompts else 0 for index in range(options.samples)]
     samples = [Planned(index % len(source), index // len(source), None) for index in range(options.samples)]
     plan = SetPlan([f"sample {index}" for index in range(options.samples)], of, Prompts(texts, of))
-    manifest = Manifest(root, layout, {}, Share(0, 1))
+    manifest = ManifestWriter(root, layout, {}, Share(0, 1))
     manifest.begin()
     writer = make_writer(layout, root, plan, Share(0, 1), per_file=256)
     writer.write_prompts(lambda texts: [random_prompt(text) for text in texts], lambda count: None)

@@ -156,12 +156,12 @@ FLAT = Order(1, (1, 1), (0, 0, 1), (1, 1), (1, 1), 1.0, (20, 20), (1, 1), 0.0, (
 def test_gaussian_noise_has_its_deviation_in_colour_and_grey():
     image = np.full((200, 200, 3), 0.5, np.float32)
     generator = np.random.default_rng(0)
-    colour = degradation.add_random_noise(image, generator, FLAT) - image
-    grey = degradation.add_random_noise(image, generator, dataclasses.replace(FLAT, grey=1.0)) - image
-    for noise in (colour, grey):
+    color = degradation.add_random_noise(image, generator, FLAT) - image
+    gray = degradation.add_random_noise(image, generator, dataclasses.replace(FLAT, grey=1.0)) - image
+    for noise in (color, gray):
         assert noise.std() == pytest.approx(20 / 255, rel=0.02) and abs(noise.mean()) < 1e-3
-    assert abs(np.corrcoef(colour[..., 0].ravel(), colour[..., 1].ravel())[0, 1]) < 0.02
-    np.testing.assert_allclose(grey[..., 0], grey[..., 1], atol=1e-6)
+    assert abs(np.corrcoef(color[..., 0].ravel(), color[..., 1].ravel())[0, 1]) < 0.02
+    np.testing.assert_allclose(gray[..., 0], gray[..., 1], atol=1e-6)
 
 
 def test_poisson_noise_counts_as_many_photons_as_there_are_values():
@@ -169,17 +169,17 @@ def test_poisson_noise_counts_as_many_photons_as_there_are_values():
     image = (
         np.repeat(np.float32([0.2, 0.5, 0.8]), 40_000).reshape(-1, 200, 1).repeat(3, 2)
     )  # three values: V = 4
-    noise = degradation.poisson_noise(image, np.random.default_rng(0), grey=False)
+    noise = degradation.poisson_noise(image, np.random.default_rng(0), gray=False)
     assert noise.shape == image.shape
     for value in (0.2, 0.5, 0.8):
         u = round(255 * value) / 255
         assert noise[image == np.float32(value)].var() == pytest.approx(u / 4, rel=0.03)
     assert abs(noise.mean()) < 2e-3
-    grey = degradation.poisson_noise(image, np.random.default_rng(0), grey=True)
-    assert grey.shape == (*image.shape[:2], 1)
+    gray = degradation.poisson_noise(image, np.random.default_rng(0), gray=True)
+    assert gray.shape == (*image.shape[:2], 1)
     many = photo(64, 64)
     assert len(np.unique(np.round(255 * many))) > 128  # V = 256
-    variance = degradation.poisson_noise(many.repeat(20, 0), np.random.default_rng(0), grey=False).var()
+    variance = degradation.poisson_noise(many.repeat(20, 0), np.random.default_rng(0), gray=False).var()
     assert variance == pytest.approx(many.mean() / 256, rel=0.05)
 
 

@@ -103,7 +103,7 @@ def test_missing_folders_and_files_are_named_together(root, tmp_path):
 
 def test_an_image_that_is_there_twice_is_refused(root):
     shutil.copy(root / "lr_bicubic" / "0001.png", root / "lr_bicubic" / "0001.bmp")
-    assert "0001: several images of this name" in refusal(root)
+    assert "0001: several images have this name" in refusal(root)
 
 
 def damage_image(root: Path) -> str:

@@ -21,7 +21,7 @@ from photos import data_folder
 from tiny_text_encoders import save_text_encoders
 from tsdsr_jax.cli import Share
 from tsdsr_jax.commands import prepare
-from tsdsr_jax.data import shard_sets, writers
+from tsdsr_jax.data import manifest_writer, shard_sets, writers
 from tsdsr_jax.data.folder_sets import PreparedFolder
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.shard_sets import PreparedShards
@@ -197,7 +197,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(command, tmp_path, monkey
         patch.setattr(writer, "add", interrupted)
         outcome = command(parts, "--layout", layout)
         assert outcome.status == 130 and "interrupted" in outcome.err
-    with pytest.raises(UserError, match=r"not finished; give train/prepare\.py the same flags again"):
+    with pytest.raises(UserError, match=r"not finished; run train/prepare\.py again with the same flags"):
         open_sets([parts])
     before = {path: path.stat().st_mtime_ns for path in parts.rglob("*") if path.is_file()}
     command.done(parts, "--layout", layout)
@@ -216,7 +216,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(command, tmp_path, monkey
 def test_machines_share_the_work(command, tmp_path, monkeypatch, layout):
     monkeypatch.setattr(writers, "_RUN", 3)
     shared = tmp_path / "shared"
-    assert "pieces are missing, those of the 1 other parts" in command.done(
+    assert "pieces are missing, perhaps those of the 1 other parts" in command.done(
         shared, "--layout", layout, "--shard", "1/2"
     )
     with pytest.raises(UserError, match="not finished"):
@@ -250,7 +250,7 @@ def test_other_settings_or_another_base_do_not_go_into_the_same_set(command, roo
         (("--default_embedding_dir", str(root / "null")), "default prompt: "),
     ):
         said = command.refused(output, *flags)
-        assert "holds a training set made otherwise" in said and words in said
+        assert "holds a training set made with other settings" in said and words in said
     other = tmp_path / "sd3"
     tiny.save_checkpoint(other, tiny.tiny_mmdit_config(), tiny.tiny_vae_config())
     tiny.save_network(other / "vae", tiny.tiny_vae_config(), tiny.random_params(tiny.tiny_vae_config(), 77))
@@ -369,7 +369,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_texts_beside_the_photographs_are_encoded_once_each(
     command, root, encoders, tmp_path, monkeypatch, layout
 ):
-    from tsdsr_jax.data import preparation
+    from tsdsr_jax.data import set_prompts
     from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts
 
     photos = shutil.copytree(root / "photos", tmp_path / "photos")
@@ -384,7 +384,7 @@ def test_texts_beside_the_photographs_are_encoded_once_each(
         encoded.extend(texts)
         return encode_prompts(folder, texts, options)
 
-    monkeypatch.setattr(preparation, "encode_prompts", noted)
+    monkeypatch.setattr(set_prompts, "encode_prompts", noted)
     flags = ("--layout", layout, "--text_encoder_path", str(encoders), "--max_sequence_length", "7")
     said = command.refused(tmp_path / "set", "--prompts", "txt", *flags, photos=photos)
     assert (
@@ -476,7 +476,7 @@ def test_the_sheet_replaces_sheets_only(command, root, tmp_path):
     photos = shutil.copytree(root / "photos", tmp_path / "photos")
     victim = photos / "0" / "0.png"
     before = victim.read_bytes()
-    assert "is there already and no sheet" in command.refused(
+    assert "exists and is not a preview" in command.refused(
         tmp_path / "set", "--preview", str(victim), photos=photos
     )
     assert victim.read_bytes() == before
@@ -506,7 +506,8 @@ def test_a_folder_given_twice_counts_once(command, root, tmp_path):
 
 def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(root, tmp_path):
     manifests = [
-        writers.Manifest(tmp_path / "set", "shards", {"seed": seed}, Share(seed, 2)) for seed in (0, 1)
+        manifest_writer.ManifestWriter(tmp_path / "set", "shards", {"seed": seed}, Share(seed, 2))
+        for seed in (0, 1)
     ]
     for each in manifests:
         each.check()

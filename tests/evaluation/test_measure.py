@@ -63,7 +63,7 @@ def test_two_files_of_one_name(tmp_path: Path, generator):
         write(tmp_path / name, random_image(generator))
     pairs, problems = find_pairs(tmp_path, None)
     assert [pair.name for pair in pairs] == ["b"]
-    assert len(problems) == 1 and "several files of one name" in problems[0]
+    assert len(problems) == 1 and "several files with one name" in problems[0]
     assert str(tmp_path / "a.jpg") in problems[0] and str(tmp_path / "a.png") in problems[0]
 
 
@@ -178,7 +178,7 @@ def test_niqe_needs_two_blocks(tmp_path: Path, generator):
     assert metric.better == "lower" and not metric.needs_reference
     measured = measure_here(pairs, [metric])
     assert {name for name, values in measured.values.items() if values} == {"b", "c"}
-    assert "no NIQE (191×96 pixels are too few, it needs 192×96)" in measured.problems[0]
+    assert "no NIQE (191×96 pixels are too few; at least 192×96 are needed)" in measured.problems[0]
 
 
 def test_no_memory_costs_the_pictures_not_the_run(tmp_path: Path, generator):
@@ -207,7 +207,9 @@ def test_too_small_for_one_metric(tmp_path: Path, generator):
     metrics, _ = load_metrics(("psnr", "ssim"), Sources(references=True))
     measured = measure_here(pairs, metrics)
     assert list(measured.values["a"]) == ["psnr"] and list(measured.values["b"]) == ["psnr", "ssim"]
-    assert measured.problems == [f"{tmp_path / 'a.png'}: no SSIM (40×10 pixels are too few, it needs 11×11)"]
+    assert measured.problems == [
+        f"{tmp_path / 'a.png'}: no SSIM (40×10 pixels are too few; at least 11×11 are needed)"
+    ]
     alone = measure_here(pairs[:1], metrics)
     assert alone.missing == {"ssim": "no picture could be measured"}
 
@@ -251,7 +253,7 @@ def test_metrics_of_whole_folders(tmp_path: Path, generator):
     assert measured.of_folder == {"fid": 4.5}
     assert measured.missing == {
         "fid2": "failed on these files (no network)",
-        "fid3": "is nan of these files",
+        "fid3": "is nan for these files",
     }
 
 

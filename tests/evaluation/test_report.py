@@ -22,8 +22,9 @@ from browser import open_page
 from commands import Command
 from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation import html
-from tsdsr_jax.evaluation.html import Column, Comparison, Layer, Summary, check_report_path, write_report
+from tsdsr_jax.evaluation import pictures
+from tsdsr_jax.evaluation.comparison import Column, Comparison, Layer, Summary
+from tsdsr_jax.evaluation.html import check_report_path, write_report
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (30, 200, 60), (40, 60, 220), (230, 210, 40)
 HOSTILE = (
@@ -121,14 +122,14 @@ def test_noise_in_a_large_picture(tmp_path):
 
 def test_a_picture_that_cannot_be_encoded_costs_no_other(tmp_path, monkeypatch):
     good, bad = picture(tmp_path, "good", RED), picture(tmp_path, "bad", GREEN, (31, 31))
-    encode = html._encode
+    encode = pictures._encode
 
     def refuse(image, photo):
         if image.size == (31, 31):
             raise OSError("broken data stream")
         return encode(image, photo)
 
-    monkeypatch.setattr(html, "_encode", refuse)
+    monkeypatch.setattr(pictures, "_encode", refuse)
     write_report(tmp_path / "r.html", "t", [Comparison("x", (Layer("input", good), Layer("result", bad)))])
     layers = data_of((tmp_path / "r.html").read_text("utf-8"))["entries"][0]["layers"]
     assert layers[0]["encoding"] == "lossless" and "bad.png: broken data stream" in layers[1]["error"]
@@ -202,8 +203,8 @@ def test_only_our_own_reports_are_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe.html")
     (tmp_path / "dangling.html").symlink_to("nowhere")
     for name, reason in {
-        "mine.html": "no report of ours", "folder.html": "is a folder", "r.png": "ends in .html", "r": "ends in .html",
-        "file/r.html": "no writable folder", "pipe.html": "no report of ours", "dangling.html": "no report of ours",
+        "mine.html": "not a report", "folder.html": "is a folder", "r.png": "ends in .html", "r": "ends in .html",
+        "file/r.html": "not a writable folder", "pipe.html": "not a report", "dangling.html": "not a report",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=re.escape(name) + f".*{reason}"):
             write_report(tmp_path / name, "t", [])
@@ -532,4 +533,4 @@ def test_upscaling_refuses_a_place_for_its_report_before_the_work(command, tmp_p
     assert "ends in .html" in command.refused(tmp_path / "out", "--report", "r.pdf", source=source)
     (tmp_path / "mine.html").write_text("mine")
     line = command.refused(tmp_path / "out", "--report", str(tmp_path / "mine.html"), source=source)
-    assert "no report of ours" in line and (tmp_path / "mine.html").read_text() == "mine"
+    assert "not a report" in line and (tmp_path / "mine.html").read_text() == "mine"

@@ -224,7 +224,7 @@ def test_log_files_are_not_replaced(command, tmp_path):
         (("--gt_imgs", "{root}/unpaired"), "no file has the same name in both"),
         (("--gt_imgs", "a", "b"), "--gt_imgs: 2 folders for 1 of --inp_imgs"),
         (("--names", "a", "b"), "--names: 2 names for 1 folders"),
-        (("--names", "x", "x", "--inp_imgs", "a", "b"), "x: stands for several folders"),
+        (("--names", "x", "x", "--inp_imgs", "a", "b"), "x: names several folders"),
         (("--compare",), "--compare: needs at least two folders"),
         (("--compare", "--inp_imgs", "a", "b", "--gt_imgs", "c", "d"), "give one folder of --gt_imgs"),
         (("--niqe_params", "{root}"), "is a folder"),

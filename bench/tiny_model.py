@@ -31,7 +31,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation.measure import by_name, find_pairs, measure
 from tsdsr_jax.evaluation.psnr_ssim import psnr_y
 from tsdsr_jax.evaluation.registry import Metric, Sources, load_metrics
-from tsdsr_jax.evaluation.tables import layout
+from tsdsr_jax.evaluation.tables import layout_columns
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.weights.bundled import PROMPT
@@ -103,7 +103,7 @@ def main() -> None:
     wanted = statistics.fmean(students[-1].values["psnr"])
     rows.append(row("bicubic + blurred noise (control)", control(lr, hr, output / "control", wanted)))
     rows += students
-    print(layout([("", *METRICS), *(row.cells() for row in rows)]))
+    print(layout_columns([("", *METRICS), *(row.cells() for row in rows)]))
     (output / "table.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
 
 

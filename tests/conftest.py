@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import pytest
@@ -54,6 +55,15 @@ def light_collections() -> None:
     """Leaves what earlier modules and imports have made out of garbage collections, which took a fifth of the time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps compiled programs, so that equal networks of a process's tests are compiled once."""
+    from tiny_checkpoint import compiled_once
+
+    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 def is_expected_skip(reason: str, python: tuple[int, int] = sys.version_info[:2]) -> bool:

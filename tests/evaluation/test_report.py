@@ -494,10 +494,9 @@ class Upscale(Command):
 
 
 @pytest.fixture
-def command(tmp_path_factory, tmp_path, monkeypatch, capsys) -> Iterator[Upscale]:
+def command(quick_compilation, tmp_path, monkeypatch, capsys) -> Upscale:
     tiny.save_everything(tmp_path / "models")
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield Upscale(upscale.main, "infer/upscale.py", tmp_path / "models", monkeypatch, capsys)
+    return Upscale(upscale.main, "infer/upscale.py", tmp_path / "models", monkeypatch, capsys)
 
 
 def test_upscaling_reports_what_has_a_result(command, tmp_path, monkeypatch):

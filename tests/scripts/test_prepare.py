@@ -31,11 +31,7 @@ from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.weights.prompt_files import load_prompt_embeds
 from tsdsr_jax.weights.torch_pickle import read_tensor
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory):
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -229,11 +225,11 @@ def test_machines_share_the_work(command, tmp_path, monkeypatch, layout):
 
 
 def test_worker_processes_change_nothing(command, tmp_path):
-    for workers in ("0", "2", "3"):
+    for workers in "02":
         command.done(tmp_path / workers, "--dataloader_num_workers", workers)
     for number in range(3):
         contents = {
-            shard_sets.shard_path(tmp_path / workers, "samples", number, 3).read_bytes() for workers in "023"
+            shard_sets.shard_path(tmp_path / workers, "samples", number, 3).read_bytes() for workers in "02"
         }
         assert len(contents) == 1
 

@@ -1,4 +1,4 @@
-"""Folders of photographs as samples: what is found, cropped and left out, and that draws depend on nothing else."""
+"""Folders of photographs as samples: which are found and left out, how they are cropped, and what draws depend on."""
 
 import shutil
 from itertools import chain

@@ -1,4 +1,4 @@
-"""Pairing by name, and measuring whatever can be measured."""
+"""Pairs files by name, and measures those that can be measured."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_no_pairs(tmp_path: Path, generator):
 
 
 def test_values_of_many_sizes(tmp_path: Path, generator):
-    """More sizes than compiled shapes, landscapes and portraits, and batches that are not full."""
+    """More sizes than compiled shapes, both orientations, and batches that are not full."""
     expected = {}
     for index in range(23):
         height, width = generator.integers(12, 60, 2)
@@ -149,7 +149,7 @@ def test_pictures_above_the_limit_are_left_out(tmp_path: Path, generator):
 
 
 def test_odd_names_and_files(tmp_path: Path, generator):
-    """Bytes that are no text, line ends; a pipe is not waited for, a broken link is named."""
+    """Names that are not UTF-8 or contain newlines; a pipe does not block, and a broken link is named."""
     names = ["täst", "line\nend", os.fsdecode(b"odd\xff")]
     for name in tuple(names):
         try:
@@ -324,7 +324,7 @@ def test_metrics_of_pyiqa(tmp_path: Path, generator, monkeypatch, capsys):
     pytest.importorskip("torch")
     (tmp_path / "pyiqa.py").write_text(STAND_IN)
     monkeypatch.delitem(sys.modules, "pyiqa", raising=False)
-    # Gone afterwards, though an import puts it there.
+    # Removed afterwards, although an import adds it.
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     monkeypatch.delitem(sys.modules, "pyiqa")
     monkeypatch.syspath_prepend(tmp_path)
@@ -358,6 +358,6 @@ def test_metrics_of_pyiqa(tmp_path: Path, generator, monkeypatch, capsys):
     ]
     assert measured.of_folder["fid"] == pytest.approx(2.2)
     assert capsys.readouterr().out == ""
-    # Without references only the others are left.
+    # Without references, only metrics without reference remain.
     metrics, missing = load_metrics(("shift", "bright", "fid"), Sources(references=False))
     assert [metric.name for metric in metrics] == ["bright"] and list(missing) == ["shift", "fid"]

@@ -1,4 +1,4 @@
-"""The report as a file, in a browser, and behind `infer/upscale.py --report`."""
+"""The report as a file, in a browser, and written by `infer/upscale.py --report`."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ HOSTILE = (
 )
 
 
-def picture(folder: Path, name: str, colour: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> Path:
-    """A PNG of one colour, (width, height)."""
+def picture(folder: Path, name: str, color: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> Path:
+    """A PNG of one color, (width, height)."""
     folder.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(folder / f"{name}.png")
+    Image.new("RGB", size, color).save(folder / f"{name}.png")
     return folder / f"{name}.png"
 
 
@@ -51,7 +51,7 @@ def noise(path: Path, *shape: int) -> np.ndarray:
 
 
 def pairs(folder: Path, count: int = 3) -> list[Comparison]:
-    """a, b, c …: a red or green input, a blue or yellow result four times as large; a rising PSNR, the last without."""
+    """Entries a, b, c …: red or green inputs, blue or yellow results four times as large; PSNR rises, the last has none."""
     entries = []
     for i in range(count):
         name = chr(ord("a") + i)
@@ -235,7 +235,7 @@ def test_an_interrupted_report_leaves_the_older_one(tmp_path):
 
 @contextmanager
 def opened(path: Path, **context) -> Iterator:
-    """The page, offline, from its file; whatever it asks for beyond that fails the test."""
+    """Opens the page from its file, offline; any other request fails the test."""
     address = path.as_uri()
     with open_page(offline=True, **context) as page:
         asked = []
@@ -260,7 +260,7 @@ def wait_until(page, expression: str, arg: object = None) -> None:
 
 
 def seen(page, name: str) -> None:
-    """Waits until the image of this name is there, decoded."""
+    """Waits until the image of this name is decoded."""
     wait_until(
         page,
         "name => document.querySelector('#name').textContent === name && "
@@ -269,7 +269,7 @@ def seen(page, name: str) -> None:
     )
 
 
-def colour_at(page, x: float, y: float) -> tuple[int, ...]:
+def color_at(page, x: float, y: float) -> tuple[int, ...]:
     """At a place on the page, in CSS pixels."""
     clip = {"x": x, "y": y, "width": 1, "height": 1}
     return Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB").getpixel((0, 0))
@@ -286,7 +286,7 @@ def box(page, selector: str) -> tuple[float, float, float, float]:
 
 
 def names_in_order(page) -> str:
-    # The DOM's order and not what is laid out: a browser puts that off for cards far down.
+    # Uses the DOM's order, because browsers delay the layout of cards far down.
     names = page.locator(".card:not([hidden]) .name")
     return names.evaluate_all("names => names.map(name => name.textContent).join('')")
 
@@ -299,24 +299,24 @@ def test_the_viewer_compares_at_a_movable_divider(tmp_path):
         assert width / height == pytest.approx(4 / 3, rel=0.01)
         assert box(page, ".pane:nth-child(2) img") == pytest.approx((x, y, width, height))
         middle, row = x + width / 2, y + height / 4
-        assert (colour_at(page, middle - 30, row), colour_at(page, middle + 30, row)) == (RED, BLUE)
+        assert (color_at(page, middle - 30, row), color_at(page, middle + 30, row)) == (RED, BLUE)
 
         page.mouse.move(middle + 8, y + height / 2)
         page.mouse.down()
         page.mouse.move(middle + 8 + width / 4, y + height / 2, steps=4)
         page.mouse.up()
         assert divider_at(page) == 75
-        assert (colour_at(page, middle + 30, row), colour_at(page, x + width - 20, row)) == (RED, BLUE)
+        assert (color_at(page, middle + 30, row), color_at(page, x + width - 20, row)) == (RED, BLUE)
         page.mouse.click(x + width / 10, row)
-        assert divider_at(page) == 10 and colour_at(page, middle, row) == BLUE
+        assert divider_at(page) == 10 and color_at(page, middle, row) == BLUE
 
         for key, expected in (("ArrowLeft", 8), ("Shift+ArrowRight", 18), ("Home", 0), ("End", 100)):
             page.keyboard.press(key)
             assert divider_at(page) == expected
-        assert colour_at(page, x + width - 20, row) == RED
+        assert color_at(page, x + width - 20, row) == RED
         page.keyboard.press("Space")
         wait_until(page, "document.querySelector('#left-tag').textContent === 'result'")
-        assert colour_at(page, middle, row) == BLUE
+        assert color_at(page, middle, row) == BLUE
         page.select_option("#left", label="input")
         wait_until(page, "document.querySelector('#left-tag').textContent === 'input'")
         assert page.inner_text("#captions").strip() == "input 16×12, lossless"
@@ -356,7 +356,7 @@ def test_the_viewer_zooms_pans_and_goes_on(tmp_path):
         )
         page.keyboard.press("ArrowDown")
         seen(page, "b")
-        assert colour_at(page, x + 20, y + 20) == GREEN and page.inner_text("#place") == "2 of 3"
+        assert color_at(page, x + 20, y + 20) == GREEN and page.inner_text("#place") == "2 of 3"
         assert page.inner_text("#values") == "PSNR ↑\t21.00\nLPIPS ↓\t0.1000" and page.url.endswith("#b")
         page.click("#next")
         seen(page, "c")
@@ -447,7 +447,7 @@ def test_on_a_phone(tmp_path):
         x, y, width, height = box(page, "#stage img")
         middle, row = x + width / 2, y + height / 2
         touch(page, session, [(middle, row)], [(middle + 40, row)], [(middle + width / 4, row)])
-        assert divider_at(page) == 75 and colour_at(page, middle + 20, y + 20) == RED
+        assert divider_at(page) == 75 and color_at(page, middle + 20, y + 20) == RED
         page.touchscreen.tap(x + width / 5, row)
         assert divider_at(page) == 20
 

@@ -1,4 +1,4 @@
-"""Preparing a training set as a user does: both layouts, interruptions, shares, bad photographs, prompts."""
+"""Prepares training sets as a user does: both layouts, interruptions, shared work, bad photographs, prompts."""
 
 import errno
 import json
@@ -109,13 +109,13 @@ def test_latents_are_samples_of_the_posterior_times_the_scaling_factor(command, 
         latent = record.latent_hr / tiny.tiny_vae_config().scaling_factor
         deviations.append((latent - posterior.mean[0]) / np.exp(0.5 * posterior.logvar[0]))
     deviations = np.array(deviations)
-    # 2560 values: their mean lies within 0.02, their deviation within 0.014, each in two cases of three.
+    # 2560 values, so that one standard error is 0.02 for the mean and 0.014 for the deviation.
     assert abs(deviations.mean()) < 0.08 and abs(deviations.std() - 1) < 0.06
     assert np.abs(np.corrcoef(deviations.reshape(10, -1)) - np.eye(10)).max() < 0.3
 
 
 def test_the_original_reads_the_folders(command, tmp_path):
-    """Its loader: integer names sorted as such, torch.load, a leading axis that is squeezed away."""
+    """Reads like its loader: sorts names as integers, uses torch.load, and squeezes the leading axis."""
     torch = pytest.importorskip("torch")
     command.done(tmp_path / "folders", "--layout", "folders")
     folder = tmp_path / "folders"
@@ -324,7 +324,7 @@ def test_damaged_shards_are_refused_by_name(command, tmp_path):
     path.write_bytes(content)
     source = open_sets([output])
     assert len(source) == 10
-    # One byte of a record, whose checksum tells.
+    # Changes one byte of a record, which its checksum detects.
     middle = bytearray(content)
     middle[content.index(b"WEBP") + 200] ^= 255
     path.write_bytes(bytes(middle))
@@ -389,7 +389,7 @@ def test_texts_beside_the_photographs_are_encoded_once_each(
     )
     default = load_prompt_embeds(root / "default")
     flags = ("--prompts", "txt_or_default", *flags)
-    # The default prompt's given embedding has 5 tokens, the encoded ones 84: they cannot share a set.
+    # The given embedding of the default prompt has 5 tokens, new ones have 84: they cannot share a set.
     said = command.refused(tmp_path / "set", *flags, photos=photos)
     assert "5 tokens" in said and "84" in said
     own = tmp_path / "default"
@@ -436,7 +436,7 @@ def test_the_sheet_shows_photographs_and_what_becomes_of_them(command, tmp_path)
 
 
 def test_from_real_photographs(command, root, tmp_path):
-    """A hundred photographs through both layouts, as the issue of every new user."""
+    """A hundred photographs in both layouts."""
     photos = data_folder("bsds500", "val")
     flags = ("--crop_size", "64", "--samples_per_file", "40")
     command.done(tmp_path / "shards", *flags, photos=photos)
@@ -462,7 +462,7 @@ def test_a_manifest_of_somebody_else_stays(command, tmp_path):
     own.write_text('{"my": "precious"}')
     assert "holds no training set of train/prepare.py" in command.refused(tmp_path / "set")
     assert own.read_text() == '{"my": "precious"}'
-    # Beside an original's set it means nothing.
+    # It does not matter in a set of the original's.
     command.done(tmp_path / "made", "--layout", "folders")
     (tmp_path / "made" / "manifest.json").write_text('{"my": "precious"}')
     assert len(open_sets([tmp_path / "made"])) == 10
@@ -510,7 +510,7 @@ def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(
     manifests[0].begin()
     with pytest.raises(UserError, match="seed: 0 there, 1 here"):
         manifests[1].begin()
-    # Both past their checks: the link decides.
+    # Both have passed their checks, so that the link decides.
     (tmp_path / "set" / "manifest.json").unlink()
     manifests[1]._write({"complete": False}, new=True)
     manifests[0]._write({"complete": False}, new=True)
@@ -520,7 +520,7 @@ def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(
 
 @pytest.mark.parametrize("layout", ["shards", "folders"])
 def test_a_photograph_that_can_be_read_again_is_made_after_all(command, root, tmp_path, monkeypatch, layout):
-    """As after a failure of the network: the file itself is what it was."""
+    """As after a network failure, with the file unchanged."""
     from tsdsr_jax.data import photos
 
     read = photos.read_photo

@@ -1,4 +1,4 @@
-"""How long the full-size programs take to compile, with layers scanned and unrolled; on a CPU, from shapes alone.
+"""Measures how long the full-size programs take to compile, with layers scanned and unrolled, on a CPU from shapes alone.
 
 python bench/compile.py                 # scanned, then unrolled; some minutes
 python bench/compile.py --no_unrolled
@@ -34,11 +34,11 @@ LATENT = 64
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     unrolled: bool = True
-    """Also compile with every layer by itself in the program."""
+    """Also compile with all layers unrolled."""
     training: bool = True
     """Also compile the training step: 2 images, DASM, LPIPS, gradient checkpointing, bf16."""
     json: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
 
 @contextmanager
 def unrolled() -> Iterator[None]:
-    """Flax's scans with all their layers in one iteration."""
+    """Makes Flax's scans run all layers in one iteration."""
     scan = nn.scan
 
     def at_once(*arguments: Any, **how: Any) -> Any:
@@ -76,7 +76,7 @@ def unrolled() -> Iterator[None]:
 
 
 def programs(options: Options) -> Iterator[tuple[str, Callable[[], float]]]:
-    """(name, what traces and compiles it and gives the seconds)."""
+    """Yields (name, function that compiles the program and returns the seconds)."""
     config, vae = MMDiTConfig.sd3_medium(), VAEConfig.sd3()
     params, autoencoder = abstract_params(config), abstract_params(vae)
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

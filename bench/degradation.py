@@ -3,10 +3,10 @@
     python bench/degradation.py                                   # synthetic photographs, 512×512
     python bench/degradation.py --photos FOLDER --size 256        # crops of photographs; reading them counts, too
 
-Both versions get one sample at a time and one thread, and take the same decisions: kernels, factors, modes, strengths,
-qualities. They alternate within each round. Seconds are the process's CPU time, which a busy machine distorts least; waiting
-for a disk is not in them. Before anything is timed the two are compared, without noise and in their noise; where they differ
-there is no ratio. The PyTorch version needs torch (the `convert` extra).
+Both versions process one sample at a time on one thread, with the same random choices: kernels, factors, modes, strengths,
+qualities. They alternate within each round. Times are the process's CPU time, which a busy machine distorts least and which
+excludes waiting for a disk. First, the two are compared, without noise and in their noise; if they differ, nothing is timed.
+The PyTorch version needs torch (the `convert` extra).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if __name__ == "__main__":
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Read once, when the libraries load.
+    # The libraries read these when they load.
     os.environ |= dict.fromkeys(
         ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
     )
@@ -51,9 +51,9 @@ except ImportError:
     torch = None
 
 MAX_PIXELS = 64_000_000
-# PyTorch mirrors no more than the image has: 10 pixels, after shrinking to 0.15 of the side.
+# PyTorch cannot mirror more pixels than an image has: 10, after shrinking to 0.15 of the side.
 SMALLEST = 80
-# Mean absolute difference of a sample in grey levels. Rounding to the nearest coefficient can tip either way at a tie.
+# Mean absolute difference of a sample, in gray levels. Ties between coefficients may round either way.
 TOLERANCE = 0.05
 NOISE_TOLERANCE = 0.05
 
@@ -63,19 +63,19 @@ class Options:
     size: int = 512
     """Side of the samples."""
     samples: int = 40
-    """Of each version in each round."""
+    """Samples of each version in each round."""
     rounds: int = 3
-    """Medians are over these."""
+    """Rounds; medians over them are shown."""
     photos: Path | None = None
-    """Folder of photographs to crop; none: synthetic ones."""
+    """Folder of photographs to crop. Default: synthetic photographs."""
     check: int = 8
     """Samples to compare before measuring."""
     steps_per_second: float = 5.0
-    """Of the training that is to be fed."""
+    """Steps per second of the training that needs the samples."""
     batch: int = 2
-    """Samples of a step."""
+    """Samples per step."""
     json: Path | None = None
-    """Write the figures there, too."""
+    """JSON file for the results."""
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
     theirs = TorchDegradation(config)
     levels, noise = compare(photos, config, options.check)
     print(
-        f"compared on {options.check} samples: {levels:.4f} grey levels apart at most (means over a sample, no noise),"
+        f"compared on {options.check} samples: {levels:.4f} gray levels apart at most (means over a sample, no noise),"
         f" noise {noise:.1%}"
     )
 
@@ -119,7 +119,7 @@ def main() -> None:
         "ours": stage_times(degradation, degradation.degrade, photos),
         "torch": stage_times(theirs, theirs.degrade, photos),
     }
-    print(f"\n{'ms per sample':14} {'ours':>7} {'torch':>7}   (a pass with a clock around each stage)")
+    print(f"\n{'ms per sample':14} {'ours':>7} {'torch':>7}   (measured stage by stage)")
     for stage in (*STAGES, "rest"):
         print(f"{stage:14} {stages['ours'][stage]:7.2f} {stages['torch'][stage]:7.2f}")
     full_ms, separable_ms = sharpening_times(theirs, photos)
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def synthetic(options: Options) -> list[np.ndarray]:
-    """Noise of all scales, the coarse ones strongest; (size, size, 3) float32 in [0, 1] each."""
+    """Noise at all scales, strongest at the coarse ones; each (size, size, 3) float32 in [0, 1]."""
     side, photos = options.size, []
     for seed in range(options.samples):
         generator = np.random.default_rng(seed)
@@ -188,7 +188,7 @@ Degrade = Callable[[np.ndarray, np.random.Generator], DegradedPair]
 
 
 class Decisions(np.random.Generator):
-    """Decisions come from one stream and noise from another, so that who draws the noise elsewhere decides the same."""
+    """Draws decisions from one stream and noise from another, so that drawing noise elsewhere keeps the decisions."""
 
     def __init__(self, seed: int):
         super().__init__(np.random.PCG64([seed, 0]))
@@ -202,14 +202,14 @@ class Decisions(np.random.Generator):
 
 
 def compare(photos: Sequence[np.ndarray], config: DegradationConfig, count: int) -> tuple[float, float]:
-    """How far the two versions are from each other on `count` samples: the worst of each.
+    """Compares the two versions on `count` samples; returns the largest differences.
 
     Returns:
-      Mean absolute difference of a pair without noise, in grey levels; relative difference of the noise's deviation,
-      in all values and in the mean of the channels, which tells grey noise from coloured.
+      Mean absolute difference of a pair without noise, in gray levels; relative difference of the noise's deviation, in all
+      values and in the mean over channels, which tells gray noise from colored.
 
     Raises:
-      UserError: too far for a comparison of their speed.
+      UserError: the versions differ too much to compare their speed.
     """
     still = dataclasses.replace(
         config,
@@ -230,14 +230,14 @@ def compare(photos: Sequence[np.ndarray], config: DegradationConfig, count: int)
             levels = max(levels, float(np.abs(a.astype(float) - b).mean()))
         for order in (config.first, config.second):
             added = [
-                degradation.add_noise(photo, Decisions(seed), order) - photo,
-                to_numpy(noisy.add_noise(to_tensor(photo), Decisions(seed), order)) - photo,
+                degradation.add_random_noise(photo, Decisions(seed), order) - photo,
+                to_numpy(noisy.add_random_noise(to_tensor(photo), Decisions(seed), order)) - photo,
             ]
             for a, b in ([n.std() for n in added], [n.mean(-1).std() for n in added]):
                 noise = max(noise, abs(float(a / b) - 1))
     if levels > TOLERANCE or noise > NOISE_TOLERANCE:
         raise UserError(
-            f"the two versions do not do the same, so their speeds say nothing: {levels:.4f} grey levels apart"
+            f"the two versions differ, so their speeds cannot be compared: {levels:.4f} gray levels apart"
             f" (at most {TOLERANCE}), noise {noise:.1%} (at most {NOISE_TOLERANCE:.0%})"
         )
     return levels, noise
@@ -246,10 +246,10 @@ def compare(photos: Sequence[np.ndarray], config: DegradationConfig, count: int)
 def measure(
     photos: Sequence[np.ndarray], versions: dict[str, Degrade], options: Options
 ) -> dict[str, list[float]]:
-    """Samples per second of CPU time, for each version one figure per round. Each round has decisions of its own."""
+    """Samples per second of CPU time, per version and round. Each round has its own decisions."""
     rates = {name: [] for name in versions}
     for turn in range(options.rounds):
-        # Who comes first changes from round to round.
+        # The order changes from round to round.
         for name in list(versions)[:: 1 if turn % 2 == 0 else -1]:
             began = time.process_time()
             for index, photo in enumerate(photos):
@@ -264,7 +264,7 @@ STAGES = {
     "kernels": ("draw_kernel", "draw_final_kernel"),
     "blur": ("convolve",),
     "resize": ("resize_by", "resize_to"),
-    "noise": ("add_noise",),
+    "noise": ("add_random_noise",),
     "jpeg": ("jpeg",),
     "enlarge": ("bicubic",),
     "to bytes": ("to_bytes",),
@@ -272,7 +272,7 @@ STAGES = {
 
 
 def stage_times(owner: Any, degrade: Degrade, photos: Sequence[np.ndarray]) -> dict[str, float]:
-    """Mean milliseconds per sample of each stage, with a clock around the owner's functions."""
+    """Mean milliseconds per sample of each stage; times the owner's functions."""
     spent: Counter[str] = Counter()
 
     def clocked(stage: str, function: Callable) -> Callable:
@@ -307,7 +307,7 @@ def sharpening_times(theirs: TorchDegradation, photos: Sequence[np.ndarray]) -> 
 
 
 def sharpened_psnr(photo: np.ndarray) -> float:
-    """How near a sharpened target is to its photograph, in dB."""
+    """PSNR of a sharpened target to its photograph, in dB."""
     return -10 * math.log10(float(np.square(degradation.sharpen(photo) - photo).mean()))
 
 
@@ -325,14 +325,14 @@ def to_numpy(image: torch.Tensor) -> np.ndarray:
 
 
 def correlate(image: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """Each channel with the same kernel, the image mirrored at its borders."""
+    """Filters each channel with the same kernel; borders are mirrored."""
     rows, columns = kernel.shape
     image = F.pad(image, (columns // 2, columns // 2, rows // 2, rows // 2), mode="reflect")
     return F.conv2d(image, kernel.expand(3, 1, rows, columns), groups=3)
 
 
 class TorchDegradation:
-    """`degrade` as one writes it in PyTorch. Images are (1, 3, H, W); decisions are drawn as ours are, noise by torch."""
+    """`degrade` written in PyTorch. Images are (1, 3, H, W); decisions are drawn as in ours, noise by torch."""
 
     def __init__(self, config: DegradationConfig):
         self.config = config
@@ -365,14 +365,14 @@ class TorchDegradation:
         image = self.convolve(hr, self.draw_kernel(generator, first.sigma))
         factor = degradation.draw_factor(generator, first)
         image = self.resize_by(image, factor, degradation.draw_mode(generator))
-        image = self.jpeg(self.add_noise(image, generator, first), generator.uniform(*first.quality))
+        image = self.jpeg(self.add_random_noise(image, generator, first), generator.uniform(*first.quality))
 
         if generator.random() < second.blur:
             image = self.convolve(image, self.draw_kernel(generator, second.sigma))
         factor = degradation.draw_factor(generator, second)
         size = max(1, int(height * factor)), max(1, int(width * factor))
         image = self.resize_to(image, *size, degradation.draw_mode(generator))
-        image = self.add_noise(image, generator, second)
+        image = self.add_random_noise(image, generator, second)
 
         quality = generator.uniform(*second.quality)
         if generator.random() < 0.5:
@@ -416,7 +416,9 @@ class TorchDegradation:
     def bicubic(self, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
         return F.interpolate(image, size=(height, width), mode="bicubic")
 
-    def add_noise(self, image: torch.Tensor, generator: np.random.Generator, order: Order) -> torch.Tensor:
+    def add_random_noise(
+        self, image: torch.Tensor, generator: np.random.Generator, order: Order
+    ) -> torch.Tensor:
         if generator.random() < order.gaussian:
             sigma, grey = generator.uniform(*order.noise), generator.random() < order.grey
             noise = sigma / 255 * torch.randn_like(image[:, :1] if grey else image)
@@ -442,7 +444,7 @@ class TorchDegradation:
         return (image[..., :height, :width] / 255).clamp(0, 1)
 
     def quantised(self, planes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) through the quantised transform of its 8×8 blocks."""
+        """(B, C, H, W) with the DCT of its 8×8 blocks quantized."""
         batch, channels, height, width = planes.shape
         blocks = planes.reshape(batch, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
         coefficients = torch.einsum("ui,bcrsij,vj->bcrsuv", self.cosines, blocks, self.cosines)

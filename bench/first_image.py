@@ -1,11 +1,11 @@
-"""How long the first photograph takes, from the command to the file: ours against PyTorch, each in processes of its own.
+"""Measures the time from the command to the first file, ours against PyTorch, each in its own processes.
 
     python bench/first_image.py --size tiny --device cpu
     python bench/first_image.py                          # SD3-medium on a GPU; needs 9 GB of disk
 
-`cold` compiles; `warm` finds on disk what an earlier process compiled. Both sides read the same diffusers folder with random
-weights, upscale one photograph of 128×128 four times and write a PNG; PyTorch runs `eager` and `compiled`, whose own cache
-on disk is as cold or as warm as ours. The files must agree.
+`cold` compiles; `warm` finds programs on disk that an earlier process compiled. Both sides read the same diffusers folder
+with random weights, upscale one photograph of 128×128 by a factor of four and write a PNG. PyTorch runs `eager` and
+`compiled`, with its own cache on disk, which is cold or warm like ours. The files must agree.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "examples" / "photos" / "cat.png"
 SIDE = 128
-# Mean difference of the files, in grey levels: half precision rounds after every layer.
+# Mean difference of the files, in gray levels: half precision rounds after every layer.
 FARTHEST = {"fp32": 0.2, "fp16": 1.0, "bf16": 4.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     size: Literal["tiny", "half", "full"] = "full"
-    """Of both networks."""
+    """Size of both networks."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """For both frameworks."""
+    """Device for both frameworks."""
     mixed_precision: Literal["fp16", "bf16", "fp32"] | None = None
     """Default: fp16 on a GPU, fp32 on a CPU."""
     against: tuple[Literal["eager", "compiled"], ...] = ("eager", "compiled")
-    """PyTorch's sides; repeat for several."""
+    """PyTorch's ways to run; repeat for several."""
     folder: Path | None = None
-    """Where to keep the model while this runs; default: the system's folder for temporary files."""
+    """Folder for the model while this runs. Default: the system's folder for temporary files."""
     json: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
     @property
     def precision(self) -> str:
@@ -75,7 +75,7 @@ def main() -> None:
         line = "" if side == "ours" else f"  (ratio {ratios[0]:.2f}, {ratios[1]:.2f})"
         print(f"{side:>9}: cold {cold:6.1f} s, warm {warm:6.1f} s{line}")
     farthest = max(apart.values(), default=0.0)
-    print(f"files at most {farthest:.2f} grey levels apart on average")
+    print(f"files at most {farthest:.2f} gray levels apart on average")
     if not farthest <= FARTHEST[options.precision]:
         raise UserError(
             f"expected at most {FARTHEST[options.precision]:g}: the two sides do not compute the same"
@@ -96,7 +96,7 @@ def save_model(options: Options, work: Path) -> None:
 
 
 def run(options: Options, work: Path, side: str, name: str) -> float:
-    """Seconds that one process takes; caches of compiled programs are this side's own."""
+    """Seconds that one process takes; each side has its own caches of compiled programs."""
     target = work / f"{side}-{name}"
     command: list[str | Path]
     if side == "ours":

@@ -1,8 +1,8 @@
-"""What the host can do while a GPU works: read, enlarge, colour and write, with a device that takes no time.
+"""Measures the host's work beside a GPU: reading, enlarging, color correction and writing, with a device that takes no time.
 
-    python bench/host.py --photos drealsr/test_LR          # images a second and core; cores that keep one GPU busy
+    python bench/host.py --photos drealsr/test_LR          # images per second and core; cores that keep one GPU busy
 
-One process on one core, so that threads only take turns; CPU time and wall time are then about the same.
+It runs on one core, where threads only take turns, so that CPU time and wall time are about the same.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from tsdsr_jax.upscaling.engine import Prepared, Settings
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     photos: Path
-    """Folder of photographs, of 128×128 for outputs of 512×512."""
+    """Folder of photographs; 128×128 give outputs of 512×512."""
     repeat: int = 3
-    """Times to run; the fastest counts."""
+    """Number of runs; the fastest counts."""
     gpu_ms: float = 12.0
-    """Time that a GPU takes per image."""
+    """Milliseconds that a GPU takes per image."""
     formats: tuple[str, ...] = ("png", "jpg", "webp")
     """Formats to write; repeat for several."""
     json: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What `Engine.launch` would give, at once."""
+    """Stands in for the result of `Engine.launch`, available at once."""
 
     pictures: list[np.ndarray]
     batch: int
@@ -51,7 +51,7 @@ class Done:
 
 
 class NoDevice:
-    """Stands in for the upscaler; its pictures are the enlarged photographs."""
+    """Stands in for the upscaler; returns the enlarged photographs."""
 
     settings = Settings(photo_batch=8)
     devices, latent_channels, dtype = ("none",), 16, np.dtype(np.float32)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def measured(options: Options, name: str) -> dict[str, float | str]:
-    """Runs the folder; the device's part of preparing is in it, the copy to a real one is not."""
+    """Runs the folder; includes the device's preparation, but no copy to a real device."""
     device, seconds, problems = NoDevice(), [], []
     with tempfile.TemporaryDirectory() as made:
         for index in range(options.repeat):
@@ -95,7 +95,7 @@ def measured(options: Options, name: str) -> dict[str, float | str]:
     rate = len(jobs) / min(seconds)
     cores = 1000 / options.gpu_ms / rate
     print(
-        f"{name}: {rate:.1f} images a second on one core; {cores:.1f} cores for a GPU at {options.gpu_ms:g} ms an image"
+        f"{name}: {rate:.1f} images per second on one core; {cores:.1f} cores for a GPU at {options.gpu_ms:g} ms per image"
     )
     return {"format": name, "images_per_second_and_core": rate, "cores_per_gpu": cores}
 

@@ -1,16 +1,16 @@
-"""Upscaling, part by part and as a whole: ours against PyTorch (diffusers, PEFT) in the same run, with the same weights.
+"""Times upscaling, in parts and as a whole, against PyTorch (diffusers, PEFT) in the same run, with the same weights.
 
     python bench/inference.py --size tiny --device cpu                 # minutes on two cores
     python bench/inference.py --batch 1 --batch 8                      # SD3-medium on a GPU
     python bench/inference.py --side 2048 --parts decode
 
-`encode` takes images to latents, `transformer` latents to velocities at t = 1000 (of at most 128×128, all in one tile),
-`decode` latents to bytes, `end` images on the host to bytes on the host, ours in the batches that infer/upscale.py makes.
-PyTorch runs `eager` and `compiled` with the LoRA merged, and `lora` eager with it beside the weights, as TSD-SR's own script
-does. A ratio above 1 means that ours is faster. Nothing is compared before the results agree.
+`encode`: images to latents; `transformer`: latents to velocities at t = 1000 (at most 128×128, in one tile); `decode`:
+latents to bytes; `end`: images on the host to bytes on the host, ours in the batches that infer/upscale.py makes. PyTorch
+runs `eager` and `compiled` with the LoRA merged, and `lora`, eager with it beside the weights, as TSD-SR's own script does.
+A ratio above 1 means that ours is faster. Results must agree before anything is timed.
 
-Memory is what a part takes at its peak beside the weights and its input: of ours as XLA plans it, of PyTorch as a GPU's
-allocator counts it. On CPUs the scores of attention, which XLA's library holds on its own, are missing from the plan.
+Memory is a part's peak beyond the weights and its input: for ours as XLA plans it, for PyTorch as a GPU's allocator counts
+it. On CPUs the plan lacks the scores of attention, which XLA's library allocates itself.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tsdsr_jax.upscaling.engine import Settings
 
 Other = Literal["eager", "compiled", "lora"]
 Rows = list[dict[str, Any]]
-# Root mean square of the difference over that of PyTorch's result. Half precision rounds after every layer.
+# Root mean square of the difference, relative to PyTorch's result. Half precision rounds after every layer.
 FARTHEST = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.15}
 ORDER: tuple[Other, ...] = ("compiled", "eager", "lora")
 GB = 1e9
@@ -52,25 +52,25 @@ GB = 1e9
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     size: Literal["tiny", "half", "full"] = "full"
-    """Of both networks."""
+    """Size of both networks."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """For both frameworks."""
+    """Device for both frameworks."""
     mixed_precision: Literal["fp16", "bf16", "fp32"] | None = None
     """Default: fp16 on a GPU, fp32 on a CPU."""
     side: int = 512
-    """Of the results, in pixels."""
+    """Side of the results, in pixels."""
     batch: tuple[int, ...] = (1,)
-    """Images at a time; repeat for several."""
+    """Batch size; repeat for several."""
     parts: tuple[Part, ...] = ("encode", "transformer", "decode", "end")
-    """What to run; repeat for several."""
+    """Parts to run; repeat for several."""
     against: tuple[Other, ...] = ORDER
-    """PyTorch's sides; repeat for several."""
+    """PyTorch's ways to run; repeat for several."""
     weights: Literal["int8", "fp8"] | None = None
-    """Ours with the transformer's blocks in eight bits."""
+    """Run ours with the transformer's blocks in eight bits."""
     seconds: float = 2.0
-    """To time each for, at least."""
+    """Least number of seconds to time each for."""
     json: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def main() -> None:
         torch.set_num_threads(devices.cores())
     timing.check_device(options.device)
     with tempfile.TemporaryDirectory() as programs:
-        # What is compiled to be run is compiled again to ask how much memory it takes.
+        # Programs are compiled twice: to run them, and to ask how much memory they take.
         jax.config.update("jax_compilation_cache_dir", programs)
         run(options)
 
@@ -113,7 +113,7 @@ def run(options: Options) -> None:
     rows: Rows = []
 
     def save(more: Rows) -> None:
-        """After every comparison: a machine that is taken away keeps what was measured."""
+        """Saves after every comparison, so that a machine that is taken away loses nothing."""
         if options.json:
             found = {"versions": timing.versions("torch", "diffusers", "peft"), "peak": peak}
             found |= {"precision": precision, "size": options.size, "apart": bench.apart}
@@ -127,11 +127,11 @@ def run(options: Options) -> None:
 
 
 class Bench:
-    """Both sides' networks.
+    """Runs both sides' networks.
 
     Args:
-      options: see there.
-      precision: of both.
+      options: the flags.
+      precision: of both networks.
     """
 
     def __init__(self, options: Options, precision: str):
@@ -164,7 +164,7 @@ class Bench:
         return 2 * side**3 / timing.median(times)
 
     def rows(self, batch: int, peak: float, save: Callable[[Rows], None]) -> Rows:
-        """Measures all parts at one batch size. The sides of PyTorch come one after the other: they change its networks."""
+        """Measures all parts at one batch size. PyTorch's ways come one after another, because they change its networks."""
         found = {part: self.row(part, batch) for part in self.options.parts}
         with ThreadPoolExecutor() as pool:  # compiles side by side
             list(pool.map(lambda part: self.parts.ours(part, batch).run(), self.options.parts))
@@ -181,7 +181,7 @@ class Bench:
         return list(found.values())
 
     def row(self, part: Part, batch: int) -> dict[str, Any]:
-        """What is known before anything runs."""
+        """The part of a row that is known before anything runs."""
         flop = self.parts.flop(part) * batch
         return {
             "part": part, "batch": batch, "side": self.options.side, "tflop": flop / 1e12, "memory": {}, "ours": [],
@@ -198,7 +198,7 @@ class Bench:
         return networks
 
     def compare(self, row: dict[str, Any], part: Part, other: Other, networks: TorchNetworks) -> None:
-        """Times ours and one of PyTorch's sides in turn, and adds to the part's row."""
+        """Times ours and one of PyTorch's ways in turn; adds them to the part's row."""
         ours = self.parts.ours(part, row["batch"])
         theirs = self.parts.theirs(part, row["batch"], networks)
         self.agree(part, ours.run(), theirs.run())
@@ -215,12 +215,12 @@ class Bench:
             timing.median(times[other]) / row["batch"] * 1e3,
         )
         print(
-            f"  {part}: {each[0]:.2f} ms an image, {other} {each[1]:.2f}, ratio {each[1] / each[0]:.2f}",
+            f"  {part}: {each[0]:.2f} ms per image, {other} {each[1]:.2f}, ratio {each[1] / each[0]:.2f}",
             flush=True,
         )
 
     def agree(self, part: Part, ours: Any, theirs: torch.Tensor) -> None:
-        """Refuses to compare what differs."""
+        """Refuses to compare results that differ."""
         apart = self.parts.apart(part, ours, theirs)
         self.apart = max(self.apart, apart)
         most = FARTHEST[self.precision] + (0.1 if self.options.weights else 0)
@@ -229,7 +229,7 @@ class Bench:
 
 
 def allocated(run: Callable[[], Any]) -> int:
-    """Bytes that PyTorch holds at most while it runs, beside what it holds already."""
+    """Peak of the bytes that PyTorch allocates while it runs, beyond those allocated before."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
@@ -237,9 +237,9 @@ def allocated(run: Callable[[], Any]) -> int:
 
 
 def told(row: dict[str, Any]) -> str:
-    """A line for people: milliseconds per image, ratios, the fraction of the matrix product's rate, memory."""
+    """A line to print: milliseconds per image, ratios, the fraction of the matrix product's rate, memory."""
     ours = timing.median(row["ours"]) / row["batch"]
-    line = f"{row['part']:12} batch {row['batch']}: {ours * 1e3:9.2f} ms an image, {100 * row['of_peak']:3.0f} % of peak"
+    line = f"{row['part']:12} batch {row['batch']}: {ours * 1e3:9.2f} ms per image, {100 * row['of_peak']:3.0f} % of peak"
     for other in ORDER:
         if other in row:
             line += f"; {other} {timing.median(row[other]) / row['batch'] * 1e3:.2f} ({row[f'ratio_{other}']:.2f})"

@@ -1,12 +1,12 @@
-"""Prints how much memory upscaling with SD3 takes beside its weights, without running it.
+"""Prints how much memory upscaling with SD3 takes beyond its weights, without running it.
 
     python bench/inference_memory.py                                   # 512² to 4096², whole and in bands; a minute
     python bench/inference_memory.py --side 4096 --band 256
 
-Programs are compiled for CPUs from shapes alone, and the figures are what XLA plans, without the scores of attention, which
-its library holds on its own there: 67 MB for the autoencoder at 512², a tile's 15 MB in the transformer. A CPU computes half
-precision in float32: plans in fp16 say nothing of a GPU, which needs about half of what float32 does. The last line of each
-size is from which free memory on infer/upscale.py computes an image of that size whole on a GPU.
+Programs are compiled for CPUs from shapes alone, and the figures are XLA's plans. They lack the scores of attention, which
+XLA's library allocates itself on CPUs: 67 MB for the autoencoder at 512², 15 MB for a tile in the transformer. CPUs compute
+half precision in float32, so plans in fp16 do not apply to a GPU, which needs about half of the memory of float32. The last
+line for each size is the free memory from which infer/upscale.py computes an image of that size whole on a GPU.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ CONFIGS = MMDiTConfig.sd3_medium(), VAEConfig.sd3()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     side: tuple[int, ...] = (512, 1024, 2048, 4096)
-    """Of the results, in pixels; repeat for several."""
+    """Side of the results, in pixels; repeat for several."""
     band: int = 512
-    """Side, in pixels, of the area that is computed at a time where not the whole is; --vae_encoder_tiled_size of
+    """Side, in pixels, of the area computed at a time when an image is not computed whole: --vae_encoder_tiled_size of
     infer/upscale.py, and eight times its --vae_decoder_tiled_size."""
     mixed_precision: Literal["fp16", "bf16", "fp32"] = "fp32"
-    """Of computation and weights."""
+    """Precision of computation and weights."""
     json: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measured(options: Options) -> Iterator[dict[str, Any]]:
-    """What there is to tell, one after the other: {"what", "gb"}."""
+    """Yields the figures: {"what", "gb"}."""
     dtype = DTYPES[options.mixed_precision]
     yield from of_the_transformer(options, dtype)
     vae = kept(abstract_params(CONFIGS[1]), dtype)
@@ -81,7 +81,7 @@ def measured(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def of_the_transformer(options: Options, dtype: Any) -> Iterator[dict[str, Any]]:
-    """Its weights, whole and in eight bits, and what a tile takes beside them."""
+    """The transformer's weights, whole and in eight bits, and what a tile takes beyond them."""
     config = CONFIGS[0]
     params = kept(abstract_params(config), dtype)
     context = shape(TOKENS, config.joint_attention_dim), shape(config.pooled_projection_dim)
@@ -114,7 +114,7 @@ def size(params: Any) -> int:
 
 
 def planned(run: Callable[..., Any], *shapes: Any) -> int:
-    """Bytes beside the arguments at a program's peak, results among them."""
+    """Peak bytes of a program beyond its arguments, results included."""
     found = jax.jit(run).lower(*shapes).compile().memory_analysis()
     return found.temp_size_in_bytes + found.output_size_in_bytes
 

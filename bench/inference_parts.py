@@ -1,4 +1,4 @@
-"""The parts of upscaling as work for both frameworks, on the same random inputs: what `inference.py` times."""
+"""The parts of upscaling that `inference.py` times, in both frameworks, on the same random inputs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Part = Literal["encode", "transformer", "decode", "end"]
 
 class Work(NamedTuple):
     """Attributes:
-    run: does it, giving (B, H, W, C); done when it returns.
-    planned: bytes that it takes beside weights and inputs, where one program does it.
+    run: does the work and returns (B, H, W, C); done when it returns.
+    planned: bytes that it takes beyond weights and inputs, if it is a single program.
     """
 
     run: Callable[[], Any]
@@ -39,9 +39,9 @@ class Work(NamedTuple):
 
 class Parts:
     """Args:
-    upscaler: ours.
-    configs: of both networks.
-    side: of the results, in pixels.
+    upscaler: our upscaler.
+    configs: both networks' configs.
+    side: side of the results, in pixels.
     """
 
     def __init__(self, upscaler: Engine, configs: tuple[MMDiTConfig, VAEConfig], side: int):
@@ -49,7 +49,7 @@ class Parts:
         self.latent = side // LATENT_FACTOR
 
     def inputs(self, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images (B, H, W, 3) in [−1, 1], latents and noise (B, h, w, C)."""
+        """Draws images (B, H, W, 3) in [−1, 1], latents and noise (B, h, w, C)."""
         random = np.random.default_rng(batch)
         shape = (batch, self.latent, self.latent, self.configs[1].latent_channels)
         images = random.uniform(-1, 1, (batch, self.side, self.side, 3)).astype(np.float32)
@@ -72,7 +72,7 @@ class Parts:
         return self._program(up.velocity, up._transformer_params, patches, positions, None)
 
     def _program(self, function: Any, *inputs: Any) -> Work:
-        """Of a function that was jitted; of several results the first counts."""
+        """The work of a jitted function; of several results the first counts."""
         dtype = self.upscaler.dtype
 
         def run() -> jax.Array:
@@ -88,7 +88,7 @@ class Parts:
         return Work(run, planned)
 
     def _whole(self, batch: int) -> Callable[[], list[np.ndarray]]:
-        """Host to host, in the batches that infer/upscale.py makes."""
+        """From host to host, in the batches that infer/upscale.py makes."""
         up, side = self.upscaler, (self.side, self.side)
         images, _, noise = self.inputs(batch)
         plan = up.settings.plan((self.side // 4, self.side // 4))
@@ -123,7 +123,7 @@ class Parts:
         return Work(synchronized(device.type, run))
 
     def apart(self, part: Part, ours: Any, theirs: torch.Tensor) -> float:
-        """Root mean square of the difference over that of PyTorch's result."""
+        """Root mean square of the difference, relative to PyTorch's result."""
         wanted = theirs.float().cpu().numpy().transpose(0, 2, 3, 1)
         if part == "transformer":
             wanted = np.asarray(patchify(jnp.asarray(wanted), self.configs[0].patch_size))
@@ -131,7 +131,7 @@ class Parts:
         return float(np.sqrt(np.square(found.astype(np.float32) - wanted).mean() / np.square(wanted).mean()))
 
     def flop(self, part: Part) -> float:
-        """Of one image, a multiplication and an addition being two; of our autoencoder, whose up-sampling is cut."""
+        """FLOPs per image; a multiplication and an addition count as two. Our autoencoder, with shortened up-sampling."""
         if part == "end":
             return sum(self.flop(part) for part in ("encode", "transformer", "decode"))
         if part == "transformer":
@@ -149,7 +149,7 @@ class Parts:
 
 @contextmanager
 def whole_attention() -> Iterator[None]:
-    """The autoencoder's attention not in chunks: XLA counts a loop's body once."""
+    """Computes the autoencoder's attention without chunks, because XLA counts a loop's body once."""
     before = attention._LOOP_QUERIES
     attention._LOOP_QUERIES = 2**62
     try:
@@ -159,7 +159,7 @@ def whole_attention() -> Iterator[None]:
 
 
 def transformer_flop(config: MMDiTConfig, tokens: int) -> float:
-    """Of the joint blocks; of the last block's text, queries count, which PyTorch computes."""
+    """FLOPs of the joint blocks; includes the last block's text queries, which PyTorch computes."""
     square = config.width**2
     image = 12 * config.num_layers * square * 2 * tokens
     text = (12 * (config.num_layers - 1) + 3) * square * 2 * TOKENS

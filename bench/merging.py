@@ -1,14 +1,13 @@
-"""LoRA beside the weights against LoRA merged inside the scan, layer by layer, in passes without gradients.
+"""Compares LoRA beside the weights with LoRA merged inside the scan, layer by layer, in passes without gradients.
 
     python bench/merging.py --size half --device cpu
     python bench/merging.py                                # SD3-medium on a GPU
 
-A step of DASM takes each image through teacher and auxiliary network 24 times. Merging costs a product of A and B and a copy
-of the kernel for each layer and pass, and saves two thin products for each token. But a weight in bfloat16 has 8 bits, and
-what an adapter adds to it may be less than the last. `kept` is the share of the velocity's change by the adapter that is
-there when kernels (or, beside them, A and B) are rounded to bfloat16 and all else is float32: 1 minus the root mean square
-of the error over that of the change. B starts from zeros and moves by about the learning rate a step at most: 1e-6 for
-the auxiliary network.
+A step of DASM evaluates teacher and auxiliary network 24 times per image. Merging costs a product of A and B and a copy of
+the kernel per layer and pass, and saves two thin products per token. But a weight in bfloat16 has 8 bits, and an adapter may
+add less than the last of them. `kept` is how much of the adapter's change of the velocity remains when kernels (or, beside
+them, A and B) are rounded to bfloat16 and everything else is float32: 1 minus the root mean square of the error divided by
+that of the change. B starts at zero and moves by at most about the learning rate per step: 1e-6 for the auxiliary network.
 """
 
 from __future__ import annotations
@@ -39,23 +38,23 @@ GUIDED = 2
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     size: Size = "full"
-    """Of the transformer."""
+    """Size of the transformer."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """Where to run."""
+    """Device."""
     mixed_precision: Literal["fp16", "bf16", "fp32"] | None = None
-    """To time in; default: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the timing. Default: bf16 on a GPU, fp32 on a CPU."""
     side: int = 512
-    """Of the images, in pixels."""
+    """Side of the images, in pixels."""
     batch: int = 2
-    """Images; each takes part with the empty and with the real prompt."""
+    """Images; each is evaluated with the empty and with the real prompt."""
     rank: int = 64
-    """Of the adapter."""
+    """Rank of the adapter."""
     std: tuple[float, ...] = (1e-5, 1e-4, 1e-3)
-    """Deviations of B to tell exactness for; repeat for several."""
+    """Standard deviations of B for which to print `kept`; repeat for several."""
     seconds: float = 5.0
-    """To time each for, at least."""
+    """Least number of seconds to time each for."""
     json: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 def main() -> None:
@@ -92,7 +91,7 @@ def main() -> None:
 def exactness(
     config: MMDiTConfig, std: float, options: Options, given: tuple[jax.Array, ...]
 ) -> dict[str, float]:
-    """In bfloat16: the share of the adapter's effect that is there, beside and merged."""
+    """The fraction of the adapter's effect that remains in bfloat16, beside and merged."""
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), random_base(config))
     adapter = random_adapter(base, options.rank, std)
     wanted = passes(config, jnp.float32, "beside", base, adapter, given)()
@@ -119,7 +118,7 @@ def passes(
     given: tuple[jax.Array, ...],
     kernels: Any = None,
 ) -> Callable[[], jax.Array]:
-    """A jitted pass; merged kernels are rounded to `kernels`, or else to `dtype`."""
+    """A jitted pass; merged kernels are rounded to `kernels`, by default to `dtype`."""
 
     def merging(
         call: Callable, arguments: tuple, named: dict, context: nn.module.InterceptorContext

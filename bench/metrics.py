@@ -1,9 +1,9 @@
-"""PSNR, SSIM and NIQE of a folder of pairs: ours against PyTorch and against NumPy computing the same, in one run.
+"""Times PSNR, SSIM and NIQE on a folder of pairs: ours against the same in PyTorch and in NumPy, in one run.
 
     python bench/metrics.py --inp_imgs bicubic --gt_imgs drealsr/test_HR --niqe_params niqe_pris_params.npz
 
-PyTorch does what pyiqa does: one picture at a time, in float64, with two-dimensional convolutions. NumPy is the tests'
-oracle. All three read the files themselves; ours in threads while it computes.
+PyTorch works like pyiqa: one picture at a time, in float64, with two-dimensional convolutions. NumPy is the tests' oracle.
+All three read the files themselves; ours reads in threads while it computes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from tsdsr_jax.images.files import read_photo
 
 NAMES = "psnr", "ssim", "niqe"
 MAX_PIXELS = 100_000_000
-# More than this from ours, and the ratio would be one between different things. PyTorch, in float64 without our care for
-# pixels that equal their surroundings' mean, is 0.2 apart in NIQE on single pictures, as pyiqa is.
+# Values that differ more from ours are not the same metric. PyTorch's NIQE differs by 0.2 on single pictures, like pyiqa's,
+# because it does not handle pixels that equal their surroundings' mean.
 FARTHEST = {"psnr": 1e-3, "ssim": 1e-4, "niqe": 0.02}
 
 
@@ -46,9 +46,9 @@ class Options:
     niqe_params: Path
     """NIQE's parameters."""
     rounds: int = 3
-    """Times each of ours and PyTorch's runs; medians are shown."""
+    """Number of runs of ours and of PyTorch; medians are shown."""
     json: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 def main() -> None:
@@ -106,7 +106,9 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     too_far = [name for name in NAMES if figures["apart_numpy"][name] > FARTHEST[name]]
     if too_far:
-        raise UserError(f"{', '.join(too_far)}: too far from NumPy's; these ratios compare different things")
+        raise UserError(
+            f"{', '.join(too_far)}: too far from NumPy's values, so that speeds cannot be compared"
+        )
 
 
 def pixels(pair: FilePair) -> tuple[np.ndarray, np.ndarray]:

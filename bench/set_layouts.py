@@ -1,11 +1,11 @@
-"""Measures a prepared training set's size and how fast it is read, in both layouts and as the PyTorch original reads it.
+"""Measures the size of a training set and how fast it is read, in both layouts and as the PyTorch original reads it.
 
     python bench/set_layouts.py --photos FOLDER            # one prompt for all, and one prompt each
     python bench/set_layouts.py --photos FOLDER --size 256 --samples 200
 
-The sets are written by the code behind train/prepare.py, with latents and embeddings of random numbers in SD3's shapes. They
-are read in random order by one thread, the layouts in turn within each round; the files are in the cache, so what is
-measured is decoding, not the disk. The original's way (Pillow and torch.load) needs torch.
+The code behind train/prepare.py writes the sets, with random latents and embeddings in SD3's shapes. One thread reads them
+in random order, and the layouts alternate within each round. The files are in the system's cache, so that decoding is
+measured, not the disk. The original's way (Pillow and torch.load) needs torch.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from tsdsr_jax import cli
 from tsdsr_jax.cli import Share
 from tsdsr_jax.data.crops import Pairs, Planned, SetLayout
 from tsdsr_jax.data.degradation import DegradationConfig
+from tsdsr_jax.data.manifest_writer import ManifestWriter
 from tsdsr_jax.data.photos import CropConfig, Photographs
-from tsdsr_jax.data.preparation import Finished, Prompts
+from tsdsr_jax.data.set_prompts import Prompts
 from tsdsr_jax.data.sources import look_at, open_sets
-from tsdsr_jax.data.writers import Manifest, SetPlan, make_writer
+from tsdsr_jax.data.writers import FinishedSample, SetPlan, make_writer
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
@@ -53,11 +54,11 @@ class Options:
     size: int = 512
     """Side of the samples."""
     samples: int = 64
-    """Of a set."""
+    """Samples per set."""
     rounds: int = 3
-    """Medians are over these."""
+    """Rounds; medians over them are shown."""
     json: Path | None = None
-    """Write the figures there, too."""
+    """JSON file for the results."""
 
 
 def main() -> None:
@@ -111,12 +112,12 @@ def compare(
 
 
 def write(options: Options, source: Photographs, own_prompts: bool, layout: SetLayout, root: Path) -> None:
-    """A set, by the production writers."""
+    """Writes a set with the library's writers."""
     texts = [f"prompt {index}" for index in range(options.samples if own_prompts else 1)]
     of = [index if own_prompts else 0 for index in range(options.samples)]
     samples = [Planned(index % len(source), index // len(source), None) for index in range(options.samples)]
     plan = SetPlan([f"sample {index}" for index in range(options.samples)], of, Prompts(texts, of))
-    manifest = Manifest(root, layout, {}, Share(0, 1))
+    manifest = ManifestWriter(root, layout, {}, Share(0, 1))
     manifest.begin()
     writer = make_writer(layout, root, plan, Share(0, 1), per_file=256)
     writer.write_prompts(lambda texts: [random_prompt(text) for text in texts], lambda count: None)
@@ -125,9 +126,9 @@ def write(options: Options, source: Photographs, own_prompts: bool, layout: SetL
         if pair.problem:
             raise UserError(pair.problem)
         latent = np.random.default_rng(index).standard_normal((side, side, CHANNELS), np.float32)
-        writer.add(Finished(index, pair.lr.tobytes(), pair.hr.tobytes(), latent, ""))
+        writer.add(FinishedSample(index, pair.lr.tobytes(), pair.hr.tobytes(), latent, ""))
     writer.close()
-    manifest.finish(writer, {})
+    manifest.add_latents(writer, {})
 
 
 def random_prompt(text: str) -> PromptEmbeds:
@@ -137,7 +138,7 @@ def random_prompt(text: str) -> PromptEmbeds:
 
 
 def read_as_original(root: Path, index: int) -> Mapping[str, object]:
-    """One file per kind, as a PyTorch dataset would read them."""
+    """Reads one file per kind, as a PyTorch dataset would."""
     name = f"{index + 1:07d}"
 
     def image(kind: str) -> object:

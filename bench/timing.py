@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing two sides in turn, and telling on what."""
+"""Shared by the benchmarks: timing several sides in turn, and describing the machine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tsdsr_jax.errors import UserError
 def in_turn(
     functions: Mapping[str, Callable[[], Any]], seconds: float, least: int = 3
 ) -> dict[str, list[float]]:
-    """Times of functions that return when their work is done, each called once before.
+    """Times functions that return when their work is done. Each is first called once without timing.
 
-    They take turns, so that what else the machine does meets all of them; until all have run `least` times and `seconds`
-    have gone by for each.
+    They take turns, so that other load on the machine affects all of them, until each has run at least `least` times and for
+    `seconds`.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -34,7 +34,7 @@ def in_turn(
 
 
 def check_device(name: str) -> None:
-    """Refuses to measure a CPU where a GPU is meant."""
+    """Refuses to measure on a CPU when a GPU was asked for."""
     if name == "cuda" and jax.default_backend() != "gpu":
         raise UserError("--device cuda: JAX sees no GPU; --device cpu runs the small sizes")
 

@@ -1,10 +1,10 @@
-"""Measures the models that train/recipes/tiny.sh makes, beside what they have to beat.
+"""Measures the models that train/recipes/tiny.sh makes, together with the baselines they should beat.
 
 python bench/tiny_model.py --runs runs/tiny --hr_dir drealsr/test_HR --lr_dir drealsr/test_LR
     --niqe_params niqe_pris_params.npz --output_dir runs/tiny/table
 
-Bicubic; the autoencoder alone on the HR pictures, the ceiling of any student; bicubic with blurred noise at the last
-student's PSNR, which NIQE alone takes for detail; and every student, RUNS/model-NAME-SEED, its seeds together.
+The table has bicubic; the autoencoder alone on the HR pictures, the upper bound for any student; bicubic with blurred noise
+at the last student's PSNR, which NIQE mistakes for detail; and every student, RUNS/model-NAME-SEED, with its seeds together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation.measure import by_name, find_pairs, measure
 from tsdsr_jax.evaluation.psnr_ssim import psnr_y
 from tsdsr_jax.evaluation.registry import Metric, Sources, load_metrics
-from tsdsr_jax.evaluation.tables import layout
+from tsdsr_jax.evaluation.tables import layout_columns
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.weights.bundled import PROMPT
@@ -50,21 +50,21 @@ class Options:
     runs: Path
     """The recipe's --output, or a folder of several models called model-NAME-SEED."""
     hr_dir: Path
-    """Photographs that were not trained on."""
+    """Folder of photographs that were not used in training."""
     lr_dir: Path | None = None
-    """Their low-resolution versions. Default: photographs are cut to multiples of 16 and degraded here, lightly."""
+    """Folder of their low-resolution versions. Default: cut the photographs to multiples of 16 and degrade them lightly."""
     niqe_params: Path
-    """NIQE's pristine model."""
+    """NIQE's parameters."""
     output_dir: Path
     """Folder for all pictures and for table.json."""
 
 
 @dataclasses.dataclass
 class Row:
-    """One method.
+    """One method's row of the table.
 
     Attributes:
-      name: as printed.
+      name: its name in the table.
       values: metric -> its mean over the pictures, one per seed.
     """
 
@@ -103,7 +103,7 @@ def main() -> None:
     wanted = statistics.fmean(students[-1].values["psnr"])
     rows.append(row("bicubic + blurred noise (control)", control(lr, hr, output / "control", wanted)))
     rows += students
-    print(layout([("", *METRICS), *(row.cells() for row in rows)]))
+    print(layout_columns([("", *METRICS), *(row.cells() for row in rows)]))
     (output / "table.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
 
 
@@ -156,7 +156,7 @@ def of_folder(results: Path, hr: Path, metrics: Sequence[Metric]) -> dict[str, f
 
 
 def each(source: Path, target: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
-    """Every picture changed, (H, W, 3) uint8 -> the same."""
+    """Applies a function, (H, W, 3) uint8 -> the same, to every picture."""
     for name, path in tqdm(by_name(source)[0].items(), desc=target.name, disable=None):
         result = change(read_photo(path, MAX_PIXELS).rgb)
         save(result, target / f"{name}.png")
@@ -174,7 +174,7 @@ def enlarged(picture: np.ndarray) -> np.ndarray:
 
 
 def rebuilt(model: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Encodes and decodes; the student's LoRA on the encoder is left out where the recipe's own autoencoder is there."""
+    """Encodes and decodes; without the student's LoRA on the encoder if the recipe's own autoencoder exists."""
     plain = model.parent / "new"
     files = open_checkpoint(plain if plain.is_dir() else model).network("vae")
     network, params = AutoencoderKL(files.config), files.load(jnp.float32)
@@ -198,7 +198,7 @@ def upscaled(model: Path, lr: Path, output: Path) -> Path:
 
 
 def control(lr: Path, hr: Path, output: Path, wanted: float) -> Path:
-    """Bicubic plus blurred Gaussian noise, as strong as brings its mean PSNR to `wanted`."""
+    """Bicubic plus blurred Gaussian noise, strong enough that the mean PSNR is `wanted`."""
     pairs, _ = find_pairs(lr, hr)
     bicubic, noise, truth = [], [], []
     for index, pair in enumerate(pairs):
@@ -228,7 +228,7 @@ def control(lr: Path, hr: Path, output: Path, wanted: float) -> Path:
 
 
 def blurred_noise(size: tuple[int, int], seed: int) -> np.ndarray:
-    """(H, W, 1) of deviation 1."""
+    """Blurred noise (H, W, 1) of deviation 1."""
     grain = np.random.default_rng(seed).standard_normal(size)
     grain = ndimage.gaussian_filter(grain, BLUR, mode="constant")
     return (grain / grain.std())[..., None]

@@ -1,6 +1,6 @@
-"""SD3's two networks in PyTorch (diffusers, PEFT) with random weights, for benchmarks; and the same weights as ours.
+"""SD3's two networks in PyTorch (diffusers, PEFT) with random weights, for benchmarks; our networks with the same weights.
 
-Importing this leaves jax alone: PyTorch may take its memory first.
+Importing this does not start jax, so that PyTorch can allocate its memory first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOKENS = 333
 
 
 def configs(size: Size) -> tuple[MMDiTConfig, VAEConfig]:
-    """tiny: the bundled model's sizes but for the position table; half: half of SD3-medium's widths and depth."""
+    """tiny: the bundled model's sizes, except the position table; half: half of SD3-medium's widths and depth."""
     if size == "full":
         return MMDiTConfig.sd3_medium(), VAEConfig.sd3()
     if size == "half":
@@ -55,12 +55,12 @@ def configs(size: Size) -> tuple[MMDiTConfig, VAEConfig]:
 
 
 class TorchNetworks(TorchPipeline):
-    """The same with random weights, and what is made of them."""
+    """PyTorch's networks with random weights, and conversions of them."""
 
     @classmethod
     def random(cls, size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> TorchNetworks:
         torch.manual_seed(seed)
-        # Ours choose convolutions by measurement, too, and compute float32 as such.
+        # Like ours: choose convolutions by measurement, and compute float32 without TF32.
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False
         with _made_as(device, dtype):
@@ -71,11 +71,11 @@ class TorchNetworks(TorchPipeline):
             )
         for model in (transformer, vae):
             model.eval().requires_grad_(False)
-        # As a PyTorch user would who wants speed from a GPU's convolutions.
+        # As PyTorch users do for fast convolutions on a GPU.
         return cls(transformer, vae.to(memory_format=torch.channels_last), text)
 
     def add_lora(self, rank: int = 64) -> None:
-        """Adapters as TSD-SR's released inference carries them: beside the weights, not merged."""
+        """Adds adapters as in TSD-SR's released inference: beside the weights, not merged."""
         for model, targets in ((self.transformer, list(STUDENT)), (self.vae, ENCODER)):
             model.add_adapter(
                 LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
@@ -84,7 +84,7 @@ class TorchNetworks(TorchPipeline):
     def upscaler(
         self, size: Size, settings: Settings, precision: str, weights: EightBits | None = None
     ) -> Engine:
-        """Ours, with these weights, on the first device."""
+        """Our networks with these weights, on the first device."""
         transformer, vae = configs(size)
         prompt = PromptEmbeds(*(numpy_of(part[0]) for part in self.text))
         return Engine(
@@ -127,14 +127,14 @@ class _Reader(NamedTuple):
 
 
 def params_of(model: Any, config: Config) -> Tree:
-    """A PyTorch network's parameters as ours, on the host, in its dtype."""
+    """Converts a PyTorch network's parameters to ours, on the host, keeping the dtype."""
     return to_tree(
         read_base(_Reader({name: numpy_of(tensor) for name, tensor in model.state_dict().items()}), config)
     )
 
 
 def numpy_of(tensor: Tensor) -> np.ndarray:
-    """NumPy knows no bfloat16 of its own; jax's is the same bits."""
+    """Converts a tensor to NumPy; bfloat16 becomes jax's, which has the same bits."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
@@ -142,7 +142,7 @@ def numpy_of(tensor: Tensor) -> np.ndarray:
 
 
 def synchronized(device: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function` without gradients, whose result is there when it returns."""
+    """Wraps `function` to run without gradients and to return only when its result is ready."""
 
     def run() -> Any:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""SD3's two networks in PyTorch as upscaling uses them; imports nothing of ours, so that PyTorch's start is its own."""
+"""SD3's two networks in PyTorch as upscaling uses them. It imports nothing of ours, which would slow PyTorch's start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Of PNG files, as infer/upscale.py writes them; Pillow's own takes twice as long.
+# The compression level with which infer/upscale.py writes PNG files; Pillow's default takes twice as long.
 PNG_LEVEL = 3
 
 
@@ -25,7 +25,7 @@ class Text(NamedTuple):
 class TorchPipeline:
     """Attributes:
     transformer, vae: in eval mode, channels last.
-    text: of the prompt.
+    text: the prompt's embeddings.
     """
 
     transformer: SD3Transformer2DModel
@@ -54,7 +54,7 @@ class TorchPipeline:
         return ((decoded.clamp(-1, 1) * 0.5 + 0.5) * 255).to(torch.uint8)
 
     def compile(self) -> None:
-        """All three methods, each as a program of its own, for one shape; in the default mode."""
+        """Compiles all three methods, each as a separate program, for one shape, in the default mode."""
         torch._dynamo.reset()
         for name in ("encode", "velocity", "decode"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=False))

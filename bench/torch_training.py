@@ -1,4 +1,4 @@
-"""PyTorch's side of `training.py`: a step of student and auxiliary network with PEFT, as TSD-SR's script does it."""
+"""PyTorch's side of `training.py`: a step of student and auxiliary network with PEFT, as in TSD-SR's script."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ RATE, RATE_AUXILIARY = 5e-6, 1e-6
 
 
 class TorchStep:
-    """Adapters are float32, the rest in `precision`, computed under autocast.
+    """Trains adapters in float32; everything else is in `precision`, computed under autocast.
 
     Args:
-      size: of both networks.
-      device: PyTorch's name of it.
+      size: size of both networks.
+      device: PyTorch's name of the device.
       precision: fp32, fp16 or bf16.
       config: the losses.
-      rank: of all adapters.
-      gradient_checkpointing: of both networks.
+      rank: rank of all adapters.
+      gradient_checkpointing: for both networks.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TorchStep:
         return {name: torch.from_numpy(np.asarray(value)).to(self.device) for name, value in data.items()}
 
     def guided(self, adapter: str, x: Tensor, timestep: Tensor, text: oracle.TorchText) -> Tensor:
-        """Empty and real prompt in one call."""
+        """Evaluates empty and real prompt in one call."""
         null = oracle.TorchText(*(torch.zeros_like(part) for part in text))
         both = oracle.TorchText(*(torch.cat(pair) for pair in zip(null, text, strict=True)))
         transformer = self.networks.transformer
@@ -146,7 +146,7 @@ class TorchStep:
         return (0.5 * weight * ((clean - fake.detach()) ** 2).mean((1, 2, 3))).mean()
 
     def activate(self, adapter: str) -> None:
-        """Switching adapters sets requires_grad anew; the backward pass needs the one that ran."""
+        """Switching adapters resets requires_grad, but the backward pass needs the setting of the forward pass."""
         self.networks.transformer.set_adapter(adapter)
 
     def losses(self, data: dict[str, np.ndarray]) -> dict[str, float]:

@@ -1,12 +1,12 @@
-"""A training step of the student: ours against PyTorch with PEFT in the same run, same weights, same losses.
+"""Times a training step of the student against PyTorch with PEFT, in the same run, with the same weights and losses.
 
     python bench/training.py --size tiny --device cpu --side 128       # minutes on two cores
     python bench/training.py --batch 2 --use_dasm                      # SD3-medium on a GPU
 
-PyTorch does what TSD-SR's script does: one transformer with three adapters beside its weights, switched on in turn, a
-student's step and an auxiliary network's step after each other, eager. Both evaluate guidance in one call, and both leave
-LPIPS out; the teacher sees both latents in one call in ours and one after the other in PyTorch. Losses must agree
-before anything is timed.
+PyTorch does what TSD-SR's script does, in eager mode: one transformer with three adapters beside its weights, which are
+switched on in turn, and a step of the student followed by a step of the auxiliary network. Both evaluate guidance in one
+call, and both omit LPIPS. The teacher sees both latents in one call in ours, and one after the other in PyTorch. Losses must
+agree before anything is timed.
 """
 
 from __future__ import annotations
@@ -49,32 +49,32 @@ from tsdsr_jax.training.sharding import make_mesh, replicated
 from tsdsr_jax.training.step import Trainer
 from tsdsr_jax.training.stepping import jit_step
 
-# Relative, of each loss.
+# Relative difference of each loss.
 FARTHEST = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     size: Literal["tiny", "half", "full"] = "full"
-    """Of both networks."""
+    """Size of both networks."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """For both frameworks."""
+    """Device for both frameworks."""
     mixed_precision: Literal["fp16", "bf16", "fp32"] | None = None
     """Default: bf16 on a GPU, fp32 on a CPU."""
     side: int = 512
-    """Of the training images, in pixels."""
+    """Side of the training images, in pixels."""
     batch: int = 2
-    """Images a step."""
+    """Images per step."""
     rank: int = 64
-    """Of all adapters."""
+    """Rank of all adapters."""
     use_dasm: bool = True
-    """Four points of a trajectory instead of one."""
+    """Use four points of a trajectory instead of one."""
     gradient_checkpointing: bool = False
-    """On both sides."""
+    """Use gradient checkpointing on both sides."""
     seconds: float = 5.0
-    """To time each for, at least."""
+    """Least number of seconds to time each for."""
     json: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
     @property
     def config(self) -> LossConfig:
@@ -112,7 +112,7 @@ def main() -> None:
     ratio = seconds["torch"] / seconds["ours"]
     print(
         f"{jax.devices()[0].device_kind}, {precision}, {options.size}, {options.batch} × {options.side}²: "
-        f"{seconds['ours'] * 1e3:.0f} ms a step, PyTorch {seconds['torch'] * 1e3:.0f}, ratio {ratio:.2f}; "
+        f"{seconds['ours'] * 1e3:.0f} ms per step, PyTorch {seconds['torch'] * 1e3:.0f}, ratio {ratio:.2f}; "
         f"losses {apart:.1e} apart"
     )
     memory = {"ours_gb": ours.memory(data) / 1e9, "torch_gb": theirs.memory() / 1e9}
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def random_data(options: Options) -> dict[str, np.ndarray]:
-    """A batch and a step's draws by name; images and latents NCHW."""
+    """A batch and a step's random draws, by name; images and latents are NCHW."""
     random = np.random.default_rng(0)
     transformer, vae = configs(options.size)
     batch, side, latent = options.batch, options.side, options.side // vae.factor
@@ -153,7 +153,7 @@ def random_data(options: Options) -> dict[str, np.ndarray]:
 
 
 class OurStep:
-    """`training.Trainer`'s step, its draws made on the device, and its losses at given draws."""
+    """Our training step, which draws on the device, and its losses at given draws."""
 
     def __init__(self, options: Options, precision: str, theirs: TorchStep):
         self.dtype = devices.DTYPES[precision]
@@ -199,7 +199,7 @@ class OurStep:
         return {name: float(value) for name, value in found.items()}
 
     def samples(self, data: dict[str, np.ndarray]) -> Record:
-        """As a prepared set's batch comes to the device, one accumulation part."""
+        """A batch as it comes from a training set to the device, with one accumulation part."""
         lr, hr = (((parity.nhwc(data[name]) + 1) * 127.5).astype(np.uint8)[None] for name in ("lr", "hr"))
         text = (data[name][None].astype(np.float16) for name in ("states", "pooled"))
         return jax.device_put(Record(lr, hr, parity.nhwc(data["latent_hr"])[None], *text))
@@ -210,7 +210,7 @@ class OurStep:
         jax.block_until_ready(metrics)
 
     def memory(self, data: dict[str, np.ndarray]) -> float:
-        """Bytes of the compiled step as planned, arguments included; the state is donated."""
+        """Planned bytes of the compiled step, arguments included; the state is donated."""
         with devices.matmul_precision(self.dtype):
             lowered = self.run.lower(self.state, self.base, self.samples(data), jax.random.key(0))
         found = lowered.compile().memory_analysis()
@@ -218,7 +218,7 @@ class OurStep:
 
 
 def base_of(model: Any, config: Any) -> Any:
-    """Our parameters of a network that carries adapters."""
+    """Our parameters of a network with adapters."""
     state = {
         name.replace(".base_layer", ""): tensor
         for name, tensor in model.state_dict().items()

@@ -3,9 +3,9 @@
     python bench/training_memory.py                      # batch 1, 2, 4; gradient checkpointing on and off
     python bench/training_memory.py --fsdp 8 --batch 2   # eight virtual devices that share one base
 
-The step is compiled for CPUs from shapes alone, and the figures are what XLA plans. They bound a GPU's from above: a CPU's
-attention keeps its scores, which a GPU's flash attention does not have, and a CPU computes much of bfloat16 in float32.
-Use Python 3.12 or newer: older JAX makes a float32 copy of whole stacks of bfloat16 weights on CPUs.
+The step is compiled for CPUs from shapes alone, and the figures are XLA's plans. They are an upper bound for a GPU:
+attention on a CPU keeps its scores, which flash attention on a GPU does not, and a CPU computes much of bfloat16 in float32.
+Use Python 3.12 or newer: older JAX copies whole stacks of bfloat16 weights to float32 on CPUs.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ class Options:
     size: int = 512
     """Side of the training images."""
     rank: int = 64
-    """Of all LoRAs."""
+    """Rank of all LoRAs."""
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Computation and frozen weights."""
+    """Precision of computation and frozen weights."""
     gradient_checkpointing: Literal["both", "on", "off"] = "both"
-    """Which of the two to compile."""
+    """Whether to compile with gradient checkpointing on, off, or both."""
     use_dasm: bool = True
-    """Four points of a trajectory, one after the other, instead of one: costs time, not memory."""
+    """Use four points of a trajectory, one after another, instead of one; costs time, not memory."""
     split_guidance: bool = False
     """Evaluate empty and real prompt one after the other."""
     lambda_lpips: float = 1.0
-    """0: without LPIPS and the decoder."""
+    """Weight of LPIPS; 0 omits LPIPS and the decoder."""
     fsdp: int = 1
     """Virtual devices that share one base."""
     json: Path | None = None
-    """Write the figures there, too."""
+    """JSON file for the results."""
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def measure(options: Options, batch: int, remat: bool) -> dict[str, Any]:
-    """Compiles one step from shapes; gigabytes per device."""
+    """Compiles one step from shapes; returns gigabytes per device."""
     mesh = make_mesh(fsdp=options.fsdp)
     dtype = PRECISIONS[options.mixed_precision]
     configs = MMDiTConfig.sd3_medium(), VAEConfig.sd3()
@@ -157,7 +157,7 @@ def measure(options: Options, batch: int, remat: bool) -> dict[str, Any]:
     began = time.perf_counter()
     compiled = jit_step(trainer, mesh, whole).lower(state, base, samples, jax.random.key(0)).compile()
     memory = compiled.memory_analysis()
-    # The state is donated: the new one takes the old one's place.
+    # The state is donated: the new one reuses the old one's memory.
     together = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     together += memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {

@@ -1,9 +1,10 @@
-"""A folder of photographs, from files to files: ours against PyTorch on a CPU, in float32, with the same random weights.
+"""Times a folder of photographs from files to files, against PyTorch on a CPU, in float32 with the same random weights.
 
     python bench/whole_folder.py --size tiny --photos drealsr/test_LR
 
-Everything but loading the networks is timed: reading, enlarging, both networks, colours and writing PNG. The first run,
-which compiles, is told apart. PyTorch is what the tests hold ours to, one photograph after the other. The files must agree.
+Everything except loading the networks is timed: reading, enlarging, both networks, color correction and writing PNG. The
+first run, which compiles, is listed separately. PyTorch runs the tests' oracle, one photograph after another. The files must
+agree.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling import batch_run
 from tsdsr_jax.upscaling.engine import Engine, Settings
 
-# Mean difference of a file, in grey levels.
+# Mean difference of a file, in gray levels.
 FARTHEST = 1.0
 
 
@@ -41,11 +42,11 @@ class Options:
     photos: Path
     """Folder of photographs."""
     size: Literal["tiny", "half", "full"] = "tiny"
-    """Of both networks."""
+    """Size of both networks."""
     process_size: int = 512
-    """Smallest side, in output pixels, that is processed as it is."""
+    """Smallest side, in output pixels, that is processed without enlarging."""
     json: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 def main() -> None:
@@ -69,10 +70,10 @@ def main() -> None:
         apart = max(difference(moved(job, out, "again"), moved(job, out, "torch")) for job in jobs)
     print(
         f"{len(jobs)} files to files: {again:.1f} s, with compilation {first:.1f} s; PyTorch {theirs:.1f} s "
-        f"(ratio {theirs / again:.2f}, {theirs / first:.2f}); at most {apart:.2f} grey levels apart"
+        f"(ratio {theirs / again:.2f}, {theirs / first:.2f}); at most {apart:.2f} gray levels apart"
     )
     if not apart <= FARTHEST:
-        raise UserError(f"expected at most {FARTHEST:g} grey levels: the two sides do not compute the same")
+        raise UserError(f"expected at most {FARTHEST:g} gray levels: the two sides do not compute the same")
     if options.json:
         row = {
             "size": options.size,
@@ -117,7 +118,7 @@ def in_torch(pipeline: OraclePipeline, jobs: list[batch_run.Job], out: Path) -> 
             picture = pipeline.upscale_image(Image.open(job.source))
         except AssertionError as error:
             raise UserError(
-                f"{job.source}: a size that PyTorch's side does not take, as the original ({error})"
+                f"{job.source}: PyTorch's side cannot process this size, like the original ({error})"
             ) from None
         picture.save(target, compress_level=PNG_LEVEL)
 

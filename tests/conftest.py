@@ -10,19 +10,20 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import pytest
 
 PLATFORM = os.environ.get("TSDSR_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
-# Scripts keep compiled programs. Those of the tests are shared by all their processes, and thrown away by the first.
+# Scripts keep compiled programs on disk. The tests' processes share a folder for them, which the first one removes.
 _PROGRAMS = None
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     _PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tsdsr-programs-")
 if PLATFORM == "cpu":
-    # Compiling is most of what the suite does. This has LLVM hurry, on one core; XLA's passes are as they are for users,
-    # but for the older of its two ways from a fusion to code, a third cheaper, while it has both.
+    # The suite spends most of its time compiling. These flags let LLVM optimize less, on one core. XLA's own passes stay as
+    # for users, except that it generates code in its older way, which is a third cheaper, while it has both.
     hurry = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     if version("jaxlib").startswith("0.10."):
         hurry += " --xla_cpu_use_fusion_emitters=false"
@@ -36,10 +37,10 @@ import jax  # noqa: E402
 if PLATFORM == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
 else:
-    # Tolerances are float32's; GPUs round the factors of float32 products to TF32 unless told otherwise.
+    # Tolerances are for float32, but by default GPUs round the factors of float32 products to TF32.
     jax.config.update("jax_default_matmul_precision", "highest")
 
-# CI fails on any other skip: a test that never runs is worse than none, because it looks like one.
+# CI fails on any other skip, because a test that never runs is worse than no test.
 EXPECTED_SKIPS = (r"\bshared/data\b", r"\bGPUs?\b", r"\bright to mount\b")
 # Python 3.11 is the version that is tested with PyTorch (see the Makefile).
 EXPECTED_SKIPS_WITHOUT_TORCH = (
@@ -51,9 +52,18 @@ _unexpected_skips: list[str] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def light_collections() -> None:
-    """Leaves what earlier modules and imports have made out of garbage collections, which took a fifth of the time."""
+    """Excludes objects of earlier modules and imports from garbage collection, which took a fifth of the time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps compiled programs, so that equal networks of a process's tests are compiled once."""
+    from tiny_checkpoint import compiled_once
+
+    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 def is_expected_skip(reason: str, python: tuple[int, int] = sys.version_info[:2]) -> bool:
@@ -73,8 +83,8 @@ def _in_ci() -> bool:
     return os.environ.get("CI", "").lower() in ("1", "true")
 
 
-# Few tests that take long. Files go to the test processes in order: what takes long must not be left for the end, when
-# the others have nothing to do.
+# Files with few but slow tests. Test processes receive files in order, so that slow ones must come first; at the end, other
+# processes would wait for them.
 FIRST = (
     "test_distill_processes.py",
     "test_gpu_programs.py",

@@ -1,4 +1,4 @@
-"""The order of samples, whoever reads them, and what happens to bad ones."""
+"""The order of samples, for any number of readers, and what happens to bad samples."""
 
 from itertools import chain
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_every_epoch_is_another_permutation():
 
 
 def test_the_order_is_the_same_for_ever():
-    """Saved runs depend on it: a change of this is a change of every resumed run."""
+    """Saved runs depend on it: changing the order would change every resumed run."""
     assert permutation(43, 0, 12).tolist() == [2, 1, 5, 7, 8, 9, 4, 0, 6, 3, 11, 10]
 
 
@@ -145,7 +145,7 @@ def test_text_gets_one_dtype():
 
 
 def test_workers_need_no_jax_backend():
-    """Of what workers import nothing wakes a device up (Grain itself may import jax)."""
+    """Nothing that workers import starts a device; Grain itself may import jax."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Each stage of the degradation against another implementation, or against what its definition says of its statistics."""
+"""Compares each stage of the degradation with another implementation, or with statistics that its definition implies."""
 
 import dataclasses
 import io
@@ -65,7 +65,7 @@ def test_the_sinc_kernel_passes_low_frequencies_only():
     assert kernel.sum() == pytest.approx(1) and kernel.min() < -1e-3
     response = np.abs(np.fft.fft2(np.fft.ifftshift(np.pad(kernel, 22))))
     frequency = np.hypot(*np.meshgrid(*[2 * np.pi * np.fft.fftfreq(65)] * 2))
-    # Truncated to 21 pixels it ripples by a tenth.
+    # Truncated to 21 pixels, it ripples by a tenth.
     assert response[frequency < 0.5 * np.pi / 3].min() > 0.85
     assert response[frequency > 1.8 * np.pi / 3].max() < 0.1
 
@@ -112,7 +112,7 @@ def test_sharpening_is_an_unsharp_mask_where_there_is_detail():
     mask = blur((255 * np.abs(detail) > 10).astype(float))
     expected = mask * np.clip(wide + 0.5 * detail, 0, 1) + (1 - mask) * wide
     found = degradation.sharpen(image)
-    # A pixel at the threshold may fall to either side of it.
+    # A pixel at the threshold may fall on either side of it.
     assert np.abs(found - expected).mean() < 1e-5 and np.abs(found - image).max() > 0.02
 
 
@@ -140,7 +140,7 @@ def test_resizing_is_torchs(mode, factor):
 
 
 def test_the_two_kinds_of_resizing_differ():
-    """By the step between samples; that of the size is what a naive port would use for both."""
+    """They sample at different steps; a naive port would use the step of the size for both."""
     image = noise_image(96, 96)
     difference = degradation.resize_by(image, 0.377, "bicubic") - degradation.resize_to(
         image, 36, 36, "bicubic"
@@ -156,12 +156,12 @@ FLAT = Order(1, (1, 1), (0, 0, 1), (1, 1), (1, 1), 1.0, (20, 20), (1, 1), 0.0, (
 def test_gaussian_noise_has_its_deviation_in_colour_and_grey():
     image = np.full((200, 200, 3), 0.5, np.float32)
     generator = np.random.default_rng(0)
-    colour = degradation.add_noise(image, generator, FLAT) - image
-    grey = degradation.add_noise(image, generator, dataclasses.replace(FLAT, grey=1.0)) - image
-    for noise in (colour, grey):
+    color = degradation.add_random_noise(image, generator, FLAT) - image
+    gray = degradation.add_random_noise(image, generator, dataclasses.replace(FLAT, grey=1.0)) - image
+    for noise in (color, gray):
         assert noise.std() == pytest.approx(20 / 255, rel=0.02) and abs(noise.mean()) < 1e-3
-    assert abs(np.corrcoef(colour[..., 0].ravel(), colour[..., 1].ravel())[0, 1]) < 0.02
-    np.testing.assert_allclose(grey[..., 0], grey[..., 1], atol=1e-6)
+    assert abs(np.corrcoef(color[..., 0].ravel(), color[..., 1].ravel())[0, 1]) < 0.02
+    np.testing.assert_allclose(gray[..., 0], gray[..., 1], atol=1e-6)
 
 
 def test_poisson_noise_counts_as_many_photons_as_there_are_values():
@@ -169,17 +169,17 @@ def test_poisson_noise_counts_as_many_photons_as_there_are_values():
     image = (
         np.repeat(np.float32([0.2, 0.5, 0.8]), 40_000).reshape(-1, 200, 1).repeat(3, 2)
     )  # three values: V = 4
-    noise = degradation.poisson_noise(image, np.random.default_rng(0), grey=False)
+    noise = degradation.poisson_noise(image, np.random.default_rng(0), gray=False)
     assert noise.shape == image.shape
     for value in (0.2, 0.5, 0.8):
         u = round(255 * value) / 255
         assert noise[image == np.float32(value)].var() == pytest.approx(u / 4, rel=0.03)
     assert abs(noise.mean()) < 2e-3
-    grey = degradation.poisson_noise(image, np.random.default_rng(0), grey=True)
-    assert grey.shape == (*image.shape[:2], 1)
+    gray = degradation.poisson_noise(image, np.random.default_rng(0), gray=True)
+    assert gray.shape == (*image.shape[:2], 1)
     many = photo(64, 64)
     assert len(np.unique(np.round(255 * many))) > 128  # V = 256
-    variance = degradation.poisson_noise(many.repeat(20, 0), np.random.default_rng(0), grey=False).var()
+    variance = degradation.poisson_noise(many.repeat(20, 0), np.random.default_rng(0), gray=False).var()
     assert variance == pytest.approx(many.mean() / 256, rel=0.05)
 
 
@@ -233,7 +233,7 @@ def test_the_luma_table_is_the_transposed_one():
 
 @pytest.mark.parametrize(("quality", "at_most"), [(30, 4.0), (50, 3.0), (75, 2.0), (95, 1.0)])
 def test_jpeg_is_close_to_a_real_codec(quality, at_most):
-    # Smooth, as photographs are: a real codec also smooths chroma when it enlarges it, which ours does not.
+    # Smooth like photographs: a real codec also smooths chroma when it enlarges it, and ours does not.
     image = ndimage.gaussian_filter(photo(64, 96), (1.5, 1.5, 0))
     file = io.BytesIO()
     Image.fromarray(np.round(255 * image).astype(np.uint8)).save(
@@ -246,7 +246,7 @@ def test_jpeg_is_close_to_a_real_codec(quality, at_most):
 
 
 def test_the_codec_is_a_real_one():
-    """libjpeg by OpenCV against libjpeg by Pillow, 4:2:0 both; and a pair made with it is another one."""
+    """Compares libjpeg in OpenCV with libjpeg in Pillow, both 4:2:0; a pair made with it differs."""
     image = photo(41, 70)
     file = io.BytesIO()
     Image.fromarray(np.round(255 * image).astype(np.uint8)).save(

@@ -1,4 +1,4 @@
-"""Training sets in the original's folder layout: what is read, and what is refused with which words."""
+"""Training sets in the original's folder layout: what is read, what is refused, and with which message."""
 
 import shutil
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_the_fingerprint_follows_the_content_not_the_place(root, tmp_path):
     before = PreparedFolder(root).fingerprint()
     moved = PreparedFolder(Path(shutil.move(root, tmp_path / "elsewhere")))
     assert moved.fingerprint() == before
-    # Files of the same names and sizes, exchanged.
+    # Swaps two files of the same size.
     first, second = (files.latent_hr for files in moved.files[:2])
     contents = first.read_bytes(), second.read_bytes()
     assert len(contents[0]) == len(contents[1])
@@ -103,7 +103,7 @@ def test_missing_folders_and_files_are_named_together(root, tmp_path):
 
 def test_an_image_that_is_there_twice_is_refused(root):
     shutil.copy(root / "lr_bicubic" / "0001.png", root / "lr_bicubic" / "0001.bmp")
-    assert "0001: several images of this name" in refusal(root)
+    assert "0001: several images have this name" in refusal(root)
 
 
 def damage_image(root: Path) -> str:

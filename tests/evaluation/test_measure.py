@@ -1,4 +1,4 @@
-"""Pairing by name, and measuring whatever can be measured."""
+"""Pairs files by name, and measures those that can be measured."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_two_files_of_one_name(tmp_path: Path, generator):
         write(tmp_path / name, random_image(generator))
     pairs, problems = find_pairs(tmp_path, None)
     assert [pair.name for pair in pairs] == ["b"]
-    assert len(problems) == 1 and "several files of one name" in problems[0]
+    assert len(problems) == 1 and "several files with one name" in problems[0]
     assert str(tmp_path / "a.jpg") in problems[0] and str(tmp_path / "a.png") in problems[0]
 
 
@@ -79,7 +79,7 @@ def test_no_pairs(tmp_path: Path, generator):
 
 
 def test_values_of_many_sizes(tmp_path: Path, generator):
-    """More sizes than compiled shapes, landscapes and portraits, and batches that are not full."""
+    """More sizes than compiled shapes, both orientations, and batches that are not full."""
     expected = {}
     for index in range(23):
         height, width = generator.integers(12, 60, 2)
@@ -149,7 +149,7 @@ def test_pictures_above_the_limit_are_left_out(tmp_path: Path, generator):
 
 
 def test_odd_names_and_files(tmp_path: Path, generator):
-    """Bytes that are no text, line ends; a pipe is not waited for, a broken link is named."""
+    """Names that are not UTF-8 or contain newlines; a pipe does not block, and a broken link is named."""
     names = ["täst", "line\nend", os.fsdecode(b"odd\xff")]
     for name in tuple(names):
         try:
@@ -178,7 +178,7 @@ def test_niqe_needs_two_blocks(tmp_path: Path, generator):
     assert metric.better == "lower" and not metric.needs_reference
     measured = measure_here(pairs, [metric])
     assert {name for name, values in measured.values.items() if values} == {"b", "c"}
-    assert "no NIQE (191×96 pixels are too few, it needs 192×96)" in measured.problems[0]
+    assert "no NIQE (191×96 pixels are too few; at least 192×96 are needed)" in measured.problems[0]
 
 
 def test_no_memory_costs_the_pictures_not_the_run(tmp_path: Path, generator):
@@ -207,7 +207,9 @@ def test_too_small_for_one_metric(tmp_path: Path, generator):
     metrics, _ = load_metrics(("psnr", "ssim"), Sources(references=True))
     measured = measure_here(pairs, metrics)
     assert list(measured.values["a"]) == ["psnr"] and list(measured.values["b"]) == ["psnr", "ssim"]
-    assert measured.problems == [f"{tmp_path / 'a.png'}: no SSIM (40×10 pixels are too few, it needs 11×11)"]
+    assert measured.problems == [
+        f"{tmp_path / 'a.png'}: no SSIM (40×10 pixels are too few; at least 11×11 are needed)"
+    ]
     alone = measure_here(pairs[:1], metrics)
     assert alone.missing == {"ssim": "no picture could be measured"}
 
@@ -251,7 +253,7 @@ def test_metrics_of_whole_folders(tmp_path: Path, generator):
     assert measured.of_folder == {"fid": 4.5}
     assert measured.missing == {
         "fid2": "failed on these files (no network)",
-        "fid3": "is nan of these files",
+        "fid3": "is nan for these files",
     }
 
 
@@ -322,7 +324,7 @@ def test_metrics_of_pyiqa(tmp_path: Path, generator, monkeypatch, capsys):
     pytest.importorskip("torch")
     (tmp_path / "pyiqa.py").write_text(STAND_IN)
     monkeypatch.delitem(sys.modules, "pyiqa", raising=False)
-    # Gone afterwards, though an import puts it there.
+    # Removed afterwards, although an import adds it.
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     monkeypatch.delitem(sys.modules, "pyiqa")
     monkeypatch.syspath_prepend(tmp_path)
@@ -356,6 +358,6 @@ def test_metrics_of_pyiqa(tmp_path: Path, generator, monkeypatch, capsys):
     ]
     assert measured.of_folder["fid"] == pytest.approx(2.2)
     assert capsys.readouterr().out == ""
-    # Without references only the others are left.
+    # Without references, only metrics without reference remain.
     metrics, missing = load_metrics(("shift", "bright", "fid"), Sources(references=False))
     assert [metric.name for metric in metrics] == ["bright"] and list(missing) == ["shift", "fid"]

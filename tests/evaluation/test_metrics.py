@@ -1,4 +1,4 @@
-"""PSNR, SSIM and NIQE against float64 NumPy, and against figures that others have published."""
+"""Compares PSNR, SSIM and NIQE with NumPy in float64, and with published figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tsdsr_jax.images.resize import bicubic, pillow_bicubic
 
 # float32 against float64, over hundreds of thousands of pixels.
 PSNR_DB, SSIM = 1e-4, 2e-5
-# Shape parameters come from a table in steps of 0.001: a moment on the edge of two entries moves NIQE by that much.
+# Shape parameters come from a table in steps of 0.001; a moment between two entries changes NIQE by this much.
 NIQE_IMAGE, NIQE_MEAN = 3e-3, 1e-3
 
 
@@ -58,10 +58,10 @@ def in_corners(images: list[np.ndarray], height: int, width: int, filling: int) 
 def test_psnr_and_ssim(generator, sizes):
     references = [textured(generator, *size) for size in sizes]
     results = [disturbed(generator, image) for image in references]
-    # In the dark the constants count.
+    # In dark pictures the constants matter.
     references[0], results[0] = references[0] // 16, results[0] // 16
     height, width = np.max(sizes, axis=0)
-    # What lies around the pictures is different in the two, and must not count.
+    # The pixels around the pictures differ between the two, and must not count.
     batches = in_corners(results, height, width, 7), in_corners(references, height, width, 200)
     sizes = np.asarray(sizes, np.int32)
     pairs = list(zip(results, references, strict=True))
@@ -83,14 +83,14 @@ def test_equal_and_opposite_pictures(generator):
     sizes = np.array([[40, 30]], np.int32)
     assert psnr_ssim.psnr_y(image, image, sizes)[0] == pytest.approx(80, abs=1e-3)
     assert psnr_ssim.ssim_y(image, image, sizes)[0] == pytest.approx(1, abs=1e-6)
-    # Negated: the contrast-structure term would be negative, and is clipped.
+    # Negated, so that the contrast-structure term would be negative and is clipped.
     assert psnr_ssim.ssim_y(image, 255 - image, sizes)[0] == pytest.approx(
         oracle_metrics.ssim(image[0], 255 - image[0]), abs=SSIM
     )
 
 
 def test_detail_is_not_won_by_noise():
-    """Enlarging loses detail; noise on top makes NIQE think better of it, and the correlation worse."""
+    """Enlarging loses detail; added noise improves NIQE, but not the correlation."""
     image = np.asarray(photos(1)[0])[:320, :320]
     enlarged = pillow_bicubic(pillow_bicubic(image, 80, 80), 320, 320)
     noisy = disturbed(np.random.default_rng(0), enlarged)
@@ -102,7 +102,7 @@ def test_detail_is_not_won_by_noise():
 
 
 def test_published_figures_on_drealsr():
-    """SPEC-DATA §4: means over the 93 pairs of StableSR's DrealSRVal_crop128."""
+    """The means over the 93 pairs of StableSR's DrealSRVal_crop128."""
     names = sorted(path.name for path in data_folder("drealsr", "test_LR").glob("*.png"))
     assert len(names) == 93
     found: dict[str, list[tuple[float, float]]] = {"pillow": [], "torch": []}
@@ -161,7 +161,7 @@ def test_niqe_of_synthetic_pictures(generator):
 
 
 def test_niqe_of_pictures_with_flat_blocks(generator):
-    """A block without texture has no shape: its other features are left out, of the covariance it is left out whole."""
+    """A block without texture has no shape: it is left out of the covariance, but its other features count for the mean."""
     model = random_model(generator)
     image = textured(generator, 192, 384)
     image[:96, 96:192] = 40
@@ -169,7 +169,7 @@ def test_niqe_of_pictures_with_flat_blocks(generator):
     expected = oracle_metrics.niqe(image, model.mean, model.covariance)
     found = niqe.niqe(image[None], np.array([[192, 384]], np.int32), model)
     assert found == pytest.approx([expected], abs=NIQE_IMAGE)
-    # A single block with texture says nothing of how blocks spread.
+    # A single block with texture has no covariance.
     image[:, :288] = 7
     image[:96] = 7
     assert np.isnan(niqe.niqe(image[None], np.array([[192, 384]], np.int32), model))

@@ -1,4 +1,4 @@
-"""The report as a file, in a browser, and behind `infer/upscale.py --report`."""
+"""The report as a file, in a browser, and written by `infer/upscale.py --report`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from browser import open_page
 from commands import Command
 from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation import html
-from tsdsr_jax.evaluation.html import Column, Comparison, Layer, Summary, check_report_path, write_report
+from tsdsr_jax.evaluation import pictures
+from tsdsr_jax.evaluation.comparison import Column, Comparison, Layer, Summary
+from tsdsr_jax.evaluation.html import check_report_path, write_report
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (30, 200, 60), (40, 60, 220), (230, 210, 40)
 HOSTILE = (
@@ -35,10 +36,10 @@ HOSTILE = (
 )
 
 
-def picture(folder: Path, name: str, colour: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> Path:
-    """A PNG of one colour, (width, height)."""
+def picture(folder: Path, name: str, color: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> Path:
+    """A PNG of one color, (width, height)."""
     folder.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(folder / f"{name}.png")
+    Image.new("RGB", size, color).save(folder / f"{name}.png")
     return folder / f"{name}.png"
 
 
@@ -50,7 +51,7 @@ def noise(path: Path, *shape: int) -> np.ndarray:
 
 
 def pairs(folder: Path, count: int = 3) -> list[Comparison]:
-    """a, b, c …: a red or green input, a blue or yellow result four times as large; a rising PSNR, the last without."""
+    """Entries a, b, c …: red or green inputs, blue or yellow results four times as large; PSNR rises, the last has none."""
     entries = []
     for i in range(count):
         name = chr(ord("a") + i)
@@ -121,14 +122,14 @@ def test_noise_in_a_large_picture(tmp_path):
 
 def test_a_picture_that_cannot_be_encoded_costs_no_other(tmp_path, monkeypatch):
     good, bad = picture(tmp_path, "good", RED), picture(tmp_path, "bad", GREEN, (31, 31))
-    encode = html._encode
+    encode = pictures._encode
 
     def refuse(image, photo):
         if image.size == (31, 31):
             raise OSError("broken data stream")
         return encode(image, photo)
 
-    monkeypatch.setattr(html, "_encode", refuse)
+    monkeypatch.setattr(pictures, "_encode", refuse)
     write_report(tmp_path / "r.html", "t", [Comparison("x", (Layer("input", good), Layer("result", bad)))])
     layers = data_of((tmp_path / "r.html").read_text("utf-8"))["entries"][0]["layers"]
     assert layers[0]["encoding"] == "lossless" and "bad.png: broken data stream" in layers[1]["error"]
@@ -202,8 +203,8 @@ def test_only_our_own_reports_are_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe.html")
     (tmp_path / "dangling.html").symlink_to("nowhere")
     for name, reason in {
-        "mine.html": "no report of ours", "folder.html": "is a folder", "r.png": "ends in .html", "r": "ends in .html",
-        "file/r.html": "no writable folder", "pipe.html": "no report of ours", "dangling.html": "no report of ours",
+        "mine.html": "not a report", "folder.html": "is a folder", "r.png": "ends in .html", "r": "ends in .html",
+        "file/r.html": "not a writable folder", "pipe.html": "not a report", "dangling.html": "not a report",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=re.escape(name) + f".*{reason}"):
             write_report(tmp_path / name, "t", [])
@@ -234,7 +235,7 @@ def test_an_interrupted_report_leaves_the_older_one(tmp_path):
 
 @contextmanager
 def opened(path: Path, **context) -> Iterator:
-    """The page, offline, from its file; whatever it asks for beyond that fails the test."""
+    """Opens the page from its file, offline; any other request fails the test."""
     address = path.as_uri()
     with open_page(offline=True, **context) as page:
         asked = []
@@ -259,7 +260,7 @@ def wait_until(page, expression: str, arg: object = None) -> None:
 
 
 def seen(page, name: str) -> None:
-    """Waits until the image of this name is there, decoded."""
+    """Waits until the image of this name is decoded."""
     wait_until(
         page,
         "name => document.querySelector('#name').textContent === name && "
@@ -268,7 +269,7 @@ def seen(page, name: str) -> None:
     )
 
 
-def colour_at(page, x: float, y: float) -> tuple[int, ...]:
+def color_at(page, x: float, y: float) -> tuple[int, ...]:
     """At a place on the page, in CSS pixels."""
     clip = {"x": x, "y": y, "width": 1, "height": 1}
     return Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB").getpixel((0, 0))
@@ -285,7 +286,7 @@ def box(page, selector: str) -> tuple[float, float, float, float]:
 
 
 def names_in_order(page) -> str:
-    # The DOM's order and not what is laid out: a browser puts that off for cards far down.
+    # Uses the DOM's order, because browsers delay the layout of cards far down.
     names = page.locator(".card:not([hidden]) .name")
     return names.evaluate_all("names => names.map(name => name.textContent).join('')")
 
@@ -298,24 +299,24 @@ def test_the_viewer_compares_at_a_movable_divider(tmp_path):
         assert width / height == pytest.approx(4 / 3, rel=0.01)
         assert box(page, ".pane:nth-child(2) img") == pytest.approx((x, y, width, height))
         middle, row = x + width / 2, y + height / 4
-        assert (colour_at(page, middle - 30, row), colour_at(page, middle + 30, row)) == (RED, BLUE)
+        assert (color_at(page, middle - 30, row), color_at(page, middle + 30, row)) == (RED, BLUE)
 
         page.mouse.move(middle + 8, y + height / 2)
         page.mouse.down()
         page.mouse.move(middle + 8 + width / 4, y + height / 2, steps=4)
         page.mouse.up()
         assert divider_at(page) == 75
-        assert (colour_at(page, middle + 30, row), colour_at(page, x + width - 20, row)) == (RED, BLUE)
+        assert (color_at(page, middle + 30, row), color_at(page, x + width - 20, row)) == (RED, BLUE)
         page.mouse.click(x + width / 10, row)
-        assert divider_at(page) == 10 and colour_at(page, middle, row) == BLUE
+        assert divider_at(page) == 10 and color_at(page, middle, row) == BLUE
 
         for key, expected in (("ArrowLeft", 8), ("Shift+ArrowRight", 18), ("Home", 0), ("End", 100)):
             page.keyboard.press(key)
             assert divider_at(page) == expected
-        assert colour_at(page, x + width - 20, row) == RED
+        assert color_at(page, x + width - 20, row) == RED
         page.keyboard.press("Space")
         wait_until(page, "document.querySelector('#left-tag').textContent === 'result'")
-        assert colour_at(page, middle, row) == BLUE
+        assert color_at(page, middle, row) == BLUE
         page.select_option("#left", label="input")
         wait_until(page, "document.querySelector('#left-tag').textContent === 'input'")
         assert page.inner_text("#captions").strip() == "input 16×12, lossless"
@@ -355,7 +356,7 @@ def test_the_viewer_zooms_pans_and_goes_on(tmp_path):
         )
         page.keyboard.press("ArrowDown")
         seen(page, "b")
-        assert colour_at(page, x + 20, y + 20) == GREEN and page.inner_text("#place") == "2 of 3"
+        assert color_at(page, x + 20, y + 20) == GREEN and page.inner_text("#place") == "2 of 3"
         assert page.inner_text("#values") == "PSNR ↑\t21.00\nLPIPS ↓\t0.1000" and page.url.endswith("#b")
         page.click("#next")
         seen(page, "c")
@@ -446,7 +447,7 @@ def test_on_a_phone(tmp_path):
         x, y, width, height = box(page, "#stage img")
         middle, row = x + width / 2, y + height / 2
         touch(page, session, [(middle, row)], [(middle + 40, row)], [(middle + width / 4, row)])
-        assert divider_at(page) == 75 and colour_at(page, middle + 20, y + 20) == RED
+        assert divider_at(page) == 75 and color_at(page, middle + 20, y + 20) == RED
         page.touchscreen.tap(x + width / 5, row)
         assert divider_at(page) == 20
 
@@ -493,10 +494,9 @@ class Upscale(Command):
 
 
 @pytest.fixture
-def command(tmp_path_factory, tmp_path, monkeypatch, capsys) -> Iterator[Upscale]:
+def command(quick_compilation, tmp_path, monkeypatch, capsys) -> Upscale:
     tiny.save_everything(tmp_path / "models")
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield Upscale(upscale.main, "infer/upscale.py", tmp_path / "models", monkeypatch, capsys)
+    return Upscale(upscale.main, "infer/upscale.py", tmp_path / "models", monkeypatch, capsys)
 
 
 def test_upscaling_reports_what_has_a_result(command, tmp_path, monkeypatch):
@@ -532,4 +532,4 @@ def test_upscaling_refuses_a_place_for_its_report_before_the_work(command, tmp_p
     assert "ends in .html" in command.refused(tmp_path / "out", "--report", "r.pdf", source=source)
     (tmp_path / "mine.html").write_text("mine")
     line = command.refused(tmp_path / "out", "--report", str(tmp_path / "mine.html"), source=source)
-    assert "no report of ours" in line and (tmp_path / "mine.html").read_text() == "mine"
+    assert "not a report" in line and (tmp_path / "mine.html").read_text() == "mine"

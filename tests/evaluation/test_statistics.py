@@ -13,11 +13,11 @@ def test_estimate_of_many():
     assert found.mean == pytest.approx(values.mean())
     assert found.deviation == pytest.approx(values.std(ddof=1))
     assert found.count == 400
-    # For so many values the bootstrap's interval is the normal one.
+    # With so many values, the bootstrap's interval equals the normal one.
     half = 1.96 * values.std(ddof=1) / 20
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
     assert estimate(values.tolist()) == found
-    # Ten thousand resamples, and what 95 % of their means lie between.
+    # Ten thousand resamples, and the range of 95 % of their means.
     means = values[np.random.default_rng(0).integers(400, size=(10_000, 400))].mean(axis=1)
     means.sort()
     inside = ((means >= found.low) & (means <= found.high)).mean()

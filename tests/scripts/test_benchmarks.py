@@ -1,4 +1,4 @@
-"""bench/: every script runs at its smallest, tells what it measured, and refuses to compare results that differ."""
+"""Runs every script in bench/ at its smallest size; each prints figures and refuses to compare results that differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bench(name: str, *flags: str | Path) -> tuple[int, str]:
 
 @pytest.fixture
 def both_sides() -> None:
-    """What PyTorch's side needs."""
+    """Skips if packages that PyTorch's side needs are missing."""
     for package in ("torch", "diffusers", "peft"):
         pytest.importorskip(package)
 
@@ -51,7 +51,7 @@ def photos(tmp_path: Path) -> Path:
 def test_host(tmp_path: Path, photos: Path) -> None:
     flags = ("--repeat", "1", "--formats", "png", "--json", tmp_path / "told.json")
     status, told = bench("host", "--photos", photos, *flags)
-    assert status == 0 and re.search(r"png: [\d.]+ images a second on one core", told)
+    assert status == 0 and re.search(r"png: [\d.]+ images per second on one core", told)
     (row,) = json.loads((tmp_path / "told.json").read_text())["rows"]
     assert row["cores_per_gpu"] == pytest.approx(1000 / 12 / row["images_per_second_and_core"])
 
@@ -84,7 +84,7 @@ def test_inference(tmp_path: Path) -> None:
     encode, end = found["rows"]
     assert 0 < found["apart"] < 1e-3 and found["weights"]["ours"] < found["weights"]["torch"]
     assert encode["ratio_eager"] == pytest.approx(np.median(encode["eager"]) / np.median(encode["ours"]))
-    # A feature map of 16 channels at the least; all of them together would be tens of times that.
+    # At least a feature map of 16 channels; all maps together would take tens of times as much.
     assert 64 * 64 * 16 * 4 <= encode["memory"]["ours"] < 64 * 64 * 16 * 4 * 16
     assert end["tflop"] > encode["tflop"] > 0 and end["memory"] == {}
 
@@ -107,7 +107,7 @@ def test_results_that_differ_are_not_compared() -> None:
 def test_first_image() -> None:
     status, told = bench("first_image", *SMALL, "--against", "eager")
     assert status == 0 and re.search(r"eager: cold +[\d.]+ s, warm +[\d.]+ s  \(ratio", told)
-    assert float(re.search(r"at most ([\d.]+) grey levels", told)[1]) <= 0.2
+    assert float(re.search(r"at most ([\d.]+) gray levels", told)[1]) <= 0.2
 
 
 @slow
@@ -128,7 +128,7 @@ def test_training(tmp_path: Path, more: tuple[str, ...]) -> None:
         tmp_path / "told.json",
     ]
     status, told = bench("training", *SMALL, *flags, *more)
-    assert status == 0 and "ms a step" in told
+    assert status == 0 and "ms per step" in told
     found = json.loads((tmp_path / "told.json").read_text())
     assert found["apart"] < 1e-3 and found["memory"]["ours_gb"] > 0
 
@@ -136,7 +136,7 @@ def test_training(tmp_path: Path, more: tuple[str, ...]) -> None:
 @slow
 @pytest.mark.usefixtures("both_sides")
 def test_merging() -> None:
-    """What an adapter changes survives beside the weights, and does not survive in bfloat16 where it is small."""
+    """An adapter's change survives beside the weights; merged in bfloat16, a small change does not."""
     status, told = bench(
         "merging", *SMALL, *["--side", "64", "--batch", "1", "--rank", "4", "--seconds", "0", "--std", "1e-5"]
     )

@@ -1,4 +1,4 @@
-"""`make demo`'s script, into a temporary folder, and the bundled model it shows."""
+"""Runs the script of `make demo` into a temporary folder, and checks the bundled model that it shows."""
 
 import numpy as np
 import pytest

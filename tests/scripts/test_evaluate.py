@@ -1,4 +1,4 @@
-"""infer/evaluate.py as a user meets it."""
+"""Runs infer/evaluate.py as a user does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Evaluate(Command):
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch, capsys) -> Evaluate:
-    """Three pairs, of which two methods' results; without pyiqa, whether it is there or not."""
+    """Three references with the results of two methods; pyiqa counts as not installed."""
     monkeypatch.setattr(pyiqa_metrics, "is_installed", lambda: False)
     generator = np.random.default_rng()
     for name in ("a", "b", "c"):
@@ -92,7 +92,7 @@ def test_intervals_of_many(command, tmp_path):
 
 
 def test_values_that_are_missing(command, tmp_path):
-    """Empty in the CSV; the table says how many there are; the method without them is compared on the others."""
+    """They are empty in the CSV, the table shows how many there are, and methods are compared on the others."""
     for folder in ("sr", "hr", "other"):
         image = Image.open(tmp_path / folder / "a.png").crop((0, 0, 10, 10))
         image.save(tmp_path / folder / "small.png")
@@ -163,7 +163,7 @@ def test_methods_compared(command, tmp_path):
 
 
 def test_what_is_missing_is_said(command, tmp_path):
-    """By default all of the paper's metrics are wanted; those that cannot be had do not fail the run."""
+    """By default, metrics of the paper that cannot be computed do not fail the run."""
     printed = command.done(tmp_path / "log")
     assert "Not computed" in printed and "musiq" in printed and "pip install 'tsdsr_jax[metrics]'" in printed
     content = json.loads((tmp_path / "log/METRICS.json").read_text())
@@ -176,7 +176,7 @@ def test_what_is_missing_is_said(command, tmp_path):
         "maniqa-pipal",
         "clipiqa",
     }
-    # Asked for by name, they do.
+    # If asked for by name, they do.
     outcome = command(tmp_path / "log2", "--metrics", "psnr", "musiq")
     assert outcome.status == 1 and "musiq: needs pyiqa" in outcome.out
     assert "nothing to compute; musiq: needs pyiqa" in command.refused(
@@ -224,7 +224,7 @@ def test_log_files_are_not_replaced(command, tmp_path):
         (("--gt_imgs", "{root}/unpaired"), "no file has the same name in both"),
         (("--gt_imgs", "a", "b"), "--gt_imgs: 2 folders for 1 of --inp_imgs"),
         (("--names", "a", "b"), "--names: 2 names for 1 folders"),
-        (("--names", "x", "x", "--inp_imgs", "a", "b"), "x: stands for several folders"),
+        (("--names", "x", "x", "--inp_imgs", "a", "b"), "x: names several folders"),
         (("--compare",), "--compare: needs at least two folders"),
         (("--compare", "--inp_imgs", "a", "b", "--gt_imgs", "c", "d"), "give one folder of --gt_imgs"),
         (("--niqe_params", "{root}"), "is a folder"),
@@ -280,7 +280,7 @@ def test_report(command, tmp_path, monkeypatch):
 
 
 def test_report_of_different_references(command, tmp_path):
-    """Two test sets: each has its own entries, under its name; the page is a real one."""
+    """Two test sets, each with its own entries under its name, on a real page."""
     shutil.copytree(tmp_path / "hr", tmp_path / "hr2")
     more = (
         "--inp_imgs",

@@ -1,4 +1,4 @@
-"""Preparing a training set as a user does: both layouts, interruptions, shares, bad photographs, prompts."""
+"""Prepares training sets as a user does: both layouts, interruptions, shared work, bad photographs, prompts."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from photos import data_folder
 from tiny_text_encoders import save_text_encoders
 from tsdsr_jax.cli import Share
 from tsdsr_jax.commands import prepare
-from tsdsr_jax.data import shard_sets, writers
+from tsdsr_jax.data import manifest_writer, shard_sets, writers
 from tsdsr_jax.data.folder_sets import PreparedFolder
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.shard_sets import PreparedShards
@@ -31,11 +31,7 @@ from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.weights.prompt_files import load_prompt_embeds
 from tsdsr_jax.weights.torch_pickle import read_tensor
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory):
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +109,13 @@ def test_latents_are_samples_of_the_posterior_times_the_scaling_factor(command, 
         latent = record.latent_hr / tiny.tiny_vae_config().scaling_factor
         deviations.append((latent - posterior.mean[0]) / np.exp(0.5 * posterior.logvar[0]))
     deviations = np.array(deviations)
-    # 2560 values: their mean lies within 0.02, their deviation within 0.014, each in two cases of three.
+    # 2560 values, so that one standard error is 0.02 for the mean and 0.014 for the deviation.
     assert abs(deviations.mean()) < 0.08 and abs(deviations.std() - 1) < 0.06
     assert np.abs(np.corrcoef(deviations.reshape(10, -1)) - np.eye(10)).max() < 0.3
 
 
 def test_the_original_reads_the_folders(command, tmp_path):
-    """Its loader: integer names sorted as such, torch.load, a leading axis that is squeezed away."""
+    """Reads like its loader: sorts names as integers, uses torch.load, and squeezes the leading axis."""
     torch = pytest.importorskip("torch")
     command.done(tmp_path / "folders", "--layout", "folders")
     folder = tmp_path / "folders"
@@ -197,7 +193,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(command, tmp_path, monkey
         patch.setattr(writer, "add", interrupted)
         outcome = command(parts, "--layout", layout)
         assert outcome.status == 130 and "interrupted" in outcome.err
-    with pytest.raises(UserError, match=r"not finished; give train/prepare\.py the same flags again"):
+    with pytest.raises(UserError, match=r"not finished; run train/prepare\.py again with the same flags"):
         open_sets([parts])
     before = {path: path.stat().st_mtime_ns for path in parts.rglob("*") if path.is_file()}
     command.done(parts, "--layout", layout)
@@ -216,7 +212,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(command, tmp_path, monkey
 def test_machines_share_the_work(command, tmp_path, monkeypatch, layout):
     monkeypatch.setattr(writers, "_RUN", 3)
     shared = tmp_path / "shared"
-    assert "pieces are missing, those of the 1 other parts" in command.done(
+    assert "pieces are missing, perhaps those of the 1 other parts" in command.done(
         shared, "--layout", layout, "--shard", "1/2"
     )
     with pytest.raises(UserError, match="not finished"):
@@ -229,11 +225,11 @@ def test_machines_share_the_work(command, tmp_path, monkeypatch, layout):
 
 
 def test_worker_processes_change_nothing(command, tmp_path):
-    for workers in ("0", "2", "3"):
+    for workers in "02":
         command.done(tmp_path / workers, "--dataloader_num_workers", workers)
     for number in range(3):
         contents = {
-            shard_sets.shard_path(tmp_path / workers, "samples", number, 3).read_bytes() for workers in "023"
+            shard_sets.shard_path(tmp_path / workers, "samples", number, 3).read_bytes() for workers in "02"
         }
         assert len(contents) == 1
 
@@ -250,7 +246,7 @@ def test_other_settings_or_another_base_do_not_go_into_the_same_set(command, roo
         (("--default_embedding_dir", str(root / "null")), "default prompt: "),
     ):
         said = command.refused(output, *flags)
-        assert "holds a training set made otherwise" in said and words in said
+        assert "holds a training set made with other settings" in said and words in said
     other = tmp_path / "sd3"
     tiny.save_checkpoint(other, tiny.tiny_mmdit_config(), tiny.tiny_vae_config())
     tiny.save_network(other / "vae", tiny.tiny_vae_config(), tiny.random_params(tiny.tiny_vae_config(), 77))
@@ -328,7 +324,7 @@ def test_damaged_shards_are_refused_by_name(command, tmp_path):
     path.write_bytes(content)
     source = open_sets([output])
     assert len(source) == 10
-    # One byte of a record, whose checksum tells.
+    # Changes one byte of a record, which its checksum detects.
     middle = bytearray(content)
     middle[content.index(b"WEBP") + 200] ^= 255
     path.write_bytes(bytes(middle))
@@ -369,7 +365,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_texts_beside_the_photographs_are_encoded_once_each(
     command, root, encoders, tmp_path, monkeypatch, layout
 ):
-    from tsdsr_jax.data import preparation
+    from tsdsr_jax.data import set_prompts
     from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts
 
     photos = shutil.copytree(root / "photos", tmp_path / "photos")
@@ -384,7 +380,7 @@ def test_texts_beside_the_photographs_are_encoded_once_each(
         encoded.extend(texts)
         return encode_prompts(folder, texts, options)
 
-    monkeypatch.setattr(preparation, "encode_prompts", noted)
+    monkeypatch.setattr(set_prompts, "encode_prompts", noted)
     flags = ("--layout", layout, "--text_encoder_path", str(encoders), "--max_sequence_length", "7")
     said = command.refused(tmp_path / "set", "--prompts", "txt", *flags, photos=photos)
     assert (
@@ -393,7 +389,7 @@ def test_texts_beside_the_photographs_are_encoded_once_each(
     )
     default = load_prompt_embeds(root / "default")
     flags = ("--prompts", "txt_or_default", *flags)
-    # The default prompt's given embedding has 5 tokens, the encoded ones 84: they cannot share a set.
+    # The given embedding of the default prompt has 5 tokens, new ones have 84: they cannot share a set.
     said = command.refused(tmp_path / "set", *flags, photos=photos)
     assert "5 tokens" in said and "84" in said
     own = tmp_path / "default"
@@ -440,7 +436,7 @@ def test_the_sheet_shows_photographs_and_what_becomes_of_them(command, tmp_path)
 
 
 def test_from_real_photographs(command, root, tmp_path):
-    """A hundred photographs through both layouts, as the issue of every new user."""
+    """A hundred photographs in both layouts."""
     photos = data_folder("bsds500", "val")
     flags = ("--crop_size", "64", "--samples_per_file", "40")
     command.done(tmp_path / "shards", *flags, photos=photos)
@@ -466,7 +462,7 @@ def test_a_manifest_of_somebody_else_stays(command, tmp_path):
     own.write_text('{"my": "precious"}')
     assert "holds no training set of train/prepare.py" in command.refused(tmp_path / "set")
     assert own.read_text() == '{"my": "precious"}'
-    # Beside an original's set it means nothing.
+    # It does not matter in a set of the original's.
     command.done(tmp_path / "made", "--layout", "folders")
     (tmp_path / "made" / "manifest.json").write_text('{"my": "precious"}')
     assert len(open_sets([tmp_path / "made"])) == 10
@@ -476,7 +472,7 @@ def test_the_sheet_replaces_sheets_only(command, root, tmp_path):
     photos = shutil.copytree(root / "photos", tmp_path / "photos")
     victim = photos / "0" / "0.png"
     before = victim.read_bytes()
-    assert "is there already and no sheet" in command.refused(
+    assert "exists and is not a preview" in command.refused(
         tmp_path / "set", "--preview", str(victim), photos=photos
     )
     assert victim.read_bytes() == before
@@ -506,14 +502,15 @@ def test_a_folder_given_twice_counts_once(command, root, tmp_path):
 
 def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(root, tmp_path):
     manifests = [
-        writers.Manifest(tmp_path / "set", "shards", {"seed": seed}, Share(seed, 2)) for seed in (0, 1)
+        manifest_writer.ManifestWriter(tmp_path / "set", "shards", {"seed": seed}, Share(seed, 2))
+        for seed in (0, 1)
     ]
     for each in manifests:
         each.check()
     manifests[0].begin()
     with pytest.raises(UserError, match="seed: 0 there, 1 here"):
         manifests[1].begin()
-    # Both past their checks: the link decides.
+    # Both have passed their checks, so that the link decides.
     (tmp_path / "set" / "manifest.json").unlink()
     manifests[1]._write({"complete": False}, new=True)
     manifests[0]._write({"complete": False}, new=True)
@@ -523,7 +520,7 @@ def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(
 
 @pytest.mark.parametrize("layout", ["shards", "folders"])
 def test_a_photograph_that_can_be_read_again_is_made_after_all(command, root, tmp_path, monkeypatch, layout):
-    """As after a failure of the network: the file itself is what it was."""
+    """As after a network failure, with the file unchanged."""
     from tsdsr_jax.data import photos
 
     read = photos.read_photo

@@ -25,13 +25,9 @@ from tsdsr_jax.training import options, sharding
 from tsdsr_jax.weights.bundled import FOLDER
 from tsdsr_jax.weights.sd3_folder import MERGED_FILE
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ONE_STEP = ("--max_train_steps", "1", "--checkpointing_steps", "9", "--validation_steps", "9")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +86,17 @@ def upscaled(command: Command, said: str) -> Path:
 @pytest.mark.parametrize(
     ("flags", "lora"),
     [
-        (("--hr_dir", "photos", "--crop_size", "32"), "lora"),
+        ((), "lora"),
         # 2026-11-28: passed in 25 s
-        pytest.param(("--use_default_prompt", "--ema_decay", "0.9"), "lora/ema", marks=pytest.mark.slow),
+        pytest.param(
+            ("--hr_dir", "photos", "--crop_size", "32", "--use_default_prompt", "--ema_decay", "0.9"),
+            "lora/ema",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_student_upscales(root, monkeypatch, capsys, flags, lora):
-    """From photographs or a set, on its default prompt or the images' own; with an average, that is taken."""
+    """Trained on a set and its own prompts, or on photographs and the default prompt; an average is preferred."""
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     said = command.done(root / "runs" / "a student", *flags)
     assert f"'runs/a student/checkpoint_0000001/{lora}'" in said and "--embedding_dir default" in said

@@ -1,4 +1,4 @@
-"""train/recipes/tiny.sh: from photographs to a model that upscales, all stages, at the smallest budget."""
+"""Runs all stages of train/recipes/tiny.sh at the smallest budget, from photographs to a model that upscales."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""bench/tiny_model.py: the table of docs/tiny.md."""
+"""bench/tiny_model.py, which makes the table of docs/tiny.md."""
 
 import json
 import statistics
@@ -28,7 +28,7 @@ def save_pairs(root: Path, sides: tuple[int, ...]) -> tuple[Path, Path]:
 
 
 def psnr(results: Path, hr: Path) -> float:
-    """Of the luma of BT.601, in 219 levels, computed in its own way."""
+    """PSNR of BT.601 luma in 219 levels, computed independently."""
     values = []
     for path in sorted(hr.iterdir()):
         ours, theirs = (
@@ -98,7 +98,7 @@ def test_pairs_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_table(tmp_path, monkeypatch, capsys):
-    """Of the bundled model under two names; passed on 2 busy cores in 38 s, 2026-11-26."""
+    """Measures the bundled model under two names; passed on 2 busy cores in 38 s, 2026-11-26."""
     parameters = photos.data_folder() / "niqe_pris_params.npz"
     lr, hr = save_pairs(tmp_path, (48, 56))
     for name in ("model-mse-0", "model-mse-1", "model-dasm-0"):

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Trains the model of weights/tiny from nothing, on photographs alone: autoencoder, teacher, student, merged model.
+# Trains the model of weights/tiny from scratch, on photographs only: autoencoder, teacher, student, merged model.
 #
 #   train/recipes/tiny.sh --photos PHOTOS --validation OTHERS --output runs/tiny --budget cpu
 #
 #   --photos      folder of photographs; repeat for several
-#   --validation  folder of other photographs, which the autoencoder is tried on while it trains; the scaling factor of the
-#                 latents is measured on up to 32 of them
-#   --output      folder for everything; what is there already is not done again, and an interrupted stage goes on
+#   --validation  folder of other photographs, to validate the autoencoder during training; up to 32 of them also serve to
+#                 measure the scaling factor of the latents
+#   --output      folder for everything; finished stages are not repeated, and an interrupted stage continues
 #   --budget      cpu: one to two hours on two cores; gpu: over a hundred times that, never tried; minimal: to
-#                 see it run. It changes numbers of steps, crops and batch sizes, nothing else.
-#   --seed        of the student's last stage (default 0); students share what comes before it
-#   --student     what the student trains for after its start with MSE: mse, tsd or dasm (default)
+#                 see it run. It changes only numbers of steps, crops and batch sizes.
+#   --seed        seed of the student's last stage (default 0); students share all stages before it
+#   --student     loss of the student after its start with MSE: mse, tsd or dasm (default)
 #
-# PYTHON names the interpreter; by default that of .venv, where `make` has made one.
+# PYTHON names the interpreter. Default: that of .venv, if `make` has made one.
 #
-# The result, OUTPUT/model-STUDENT-SEED, has the LoRAs merged in and is used as weights/tiny is:
+# The result, OUTPUT/model-STUDENT-SEED, has the LoRAs merged in and is used like weights/tiny:
 #
 #   python infer/upscale.py --pretrained_model_name_or_path OUTPUT/model-dasm-0 --lora_dir none \
 #     --embedding_dir weights/tiny/prompt/default -i PHOTOS -o RESULTS
 #
-# The whole command is printed at the end.
+# The complete command is printed at the end.
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 
 fail() { echo "tiny.sh: $*" >&2; exit 2; }
-# A folder that is there, in one spelling.
+# An existing folder, always in the same spelling.
 folder() { (CDPATH='' cd -- "$2" 2>/dev/null && pwd -P) || fail "$1 $2: no such folder"; }
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$PWD/$1" ;; esac; }
 
@@ -53,8 +53,8 @@ case "$budget" in
   minimal) ae=(2 2)        crops=1  base=(2 2)        lora=(2 2)      start=(2 2)      end=(2 2) ;;
   *) fail "--budget $budget: expected cpu, gpu or minimal" ;;
 esac
-# With an MSE weight of 1 TSD is too weak to be seen, at 0 the student runs away, and near this value small changes matter
-# (docs/tiny.md), so the student's average is taken.
+# With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
+# (docs/tiny.md), so the student's average is used.
 tsd=(--lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 case "$student" in
   mse)  losses=(--lambda_tsd 0 --lambda_mse 1) ;;
@@ -72,13 +72,13 @@ fi
 # The scripts run in the user's folder, so that the commands they print work there.
 "$python" -c 'import flax, grain, jax, optax' 2>/dev/null ||
   fail "$python: lacks what tsdsr_jax needs; install it there, or name another interpreter with PYTHON"
-# Pictures of a stage would be the next one's photographs.
+# Otherwise the pictures of one stage would be photographs of the next.
 output=$("$python" -c 'import os, sys; print(os.path.realpath(sys.argv[1]))' "$output")
 for used in "$validation" "${folders[@]}"; do
   [[ $output/ != "$used"/* ]] || fail "--output $output: lies in the photographs of $used; choose another folder"
 done
 
-# Another budget would go on in these folders, and delete what the first one made.
+# Another budget would continue in these folders, and delete the first one's results.
 mkdir -p -- "$output"
 described="$budget ${photos[*]} --validation $validation"
 if [[ -f $output/recipe ]]; then
@@ -95,7 +95,7 @@ common=(--mixed_precision no --resume_from_checkpoint latest --checkpoints_total
 
 say() { printf '\n== %s\n' "$*"; }
 steps() { printf '%07d' "$1"; }
-# train SCRIPT STEPS BATCH FLAG...: with a checkpoint and pictures ten times on the way.
+# train SCRIPT STEPS BATCH FLAG...: trains, with a checkpoint and pictures ten times during the run.
 train() {
   local script=$1 count=$2 batch=$3; shift 3
   local every=$(((count + 9) / 10))
@@ -110,7 +110,7 @@ made=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
   --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 0 \
   --ema_decay 0.998 --output_dir "$output/autoencoder"
 
-# The scaling factor was measured with it. The transformer is only a config as yet.
+# The scaling factor was measured with it. Of the transformer there is only a config yet.
 mkdir -p "$output/new/transformer"
 cp -r "$made" "$weights/scheduler" "$output/new"
 cp "$weights/transformer/config.json" "$output/new/transformer"

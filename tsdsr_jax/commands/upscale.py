@@ -18,7 +18,8 @@ from tqdm import tqdm
 from tsdsr_jax import cli
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation.html import Comparison, Layer, check_report_path, write_report
+from tsdsr_jax.evaluation.comparison import Comparison, Layer
+from tsdsr_jax.evaluation.html import check_report_path, write_report
 from tsdsr_jax.images.files import read_size
 from tsdsr_jax.upscaling import batch_run
 from tsdsr_jax.upscaling.engine import Settings

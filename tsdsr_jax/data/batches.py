@@ -1,9 +1,8 @@
-"""Which samples each step sees, and reading them ahead of it with Grain.
+"""The order in which a run sees its samples, and reading them ahead with Grain.
 
-The order is a pure function: position -> epoch and place -> sample, with a new permutation each epoch. A run's place in
-its data is therefore one number, the position, whatever the number of workers, devices or hosts, and any of them may be
-another after a resume. Row r of part a of step s is position ((s·A) + a)·B + r in every arrangement; hosts read
-neighbouring rows.
+The order is a pure function: position -> epoch and place -> sample, with a new permutation each epoch. So one number, the
+position, tells where a run is in its data, and the number of workers, devices or hosts may change when it resumes. Row r of
+part a of step s always has position ((s·A) + a)·B + r; each host reads adjacent rows.
 
 No jax here: Grain's workers import this.
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,14 +23,14 @@ import numpy as np
 from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.errors import UserError
 
-# How many samples in place of a bad one are tried before giving up.
+# How many samples are tried, starting at a bad one, before giving up.
 TRIES = 16
 _READ_AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleShapes:
-    """What every record of a run looks like: programs are compiled for one shape. None for parts that are not there."""
+    """The shapes of every record in a run; programs are compiled for one shape. None for parts that records lack."""
 
     lr: tuple[int, ...] | None
     hr: tuple[int, ...] | None
@@ -42,15 +41,16 @@ class SampleShapes:
 
     @classmethod
     def of(cls, record: Record) -> SampleShapes:
-        return cls(*record.map(np.shape), None if record.prompt is None else record.prompt.dtype)
+        lr, hr, latent_hr, prompt, pooled = (None if part is None else part.shape for part in record)
+        return cls(lr, hr, latent_hr, prompt, pooled, None if record.prompt is None else record.prompt.dtype)
 
     @classmethod
     def of_source(cls, source: Source) -> SampleShapes:
-        """Of the first sample that can be read."""
+        """The shapes of the first sample that can be read."""
         return cls.of(first_sample(source)[1])
 
     def difference(self, record: Record) -> str:
-        """What is different about a record, in words; empty where nothing is."""
+        """How a record differs, in words; empty if it does not."""
         found = SampleShapes.of(record)
         for part, words in _PARTS.items():
             if getattr(found, part) != getattr(self, part):
@@ -59,16 +59,16 @@ class SampleShapes:
 
     def check(self, record: Record, source: Source, index: int) -> None:
         """Raises UserError, naming the sample and the first part that differs."""
-        # The name last: some sources have to read for it.
+        # The name last, because some sources have to read for it.
         if difference := self.difference(record):
             raise UserError(f"{source.name(index)}: {difference}")
 
     def cast(self, record: Record) -> Record:
-        """The record with its texts in the run's dtype."""
-        if record.prompt is None:
+        """The record with its embeddings in the run's dtype."""
+        if record.prompt is None or record.pooled is None:
             return record
-        texts = (text.astype(self.text_dtype, copy=False) for text in (record.prompt, record.pooled))
-        return Record(record.lr, record.hr, record.latent_hr, *texts)
+        prompt, pooled = (part.astype(self.text_dtype, copy=False) for part in (record.prompt, record.pooled))
+        return record._replace(prompt=prompt, pooled=pooled)
 
 
 _PARTS = {
@@ -82,14 +82,14 @@ _PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
-    """Which positions a process reads for each of its batches.
+    """The positions that a process reads for each step.
 
     Attributes:
       start: position of the first row of the first step.
-      steps: steps to come.
-      parts: A, gradient-accumulation parts of a step.
-      batch: B, rows of a part, of all processes together.
-      process, processes: this one's index, and how many share the rows evenly.
+      steps: number of steps to come.
+      parts: A, gradient-accumulation parts per step.
+      batch: B, rows per part, over all processes.
+      process, processes: this process's index, and the number of processes that share the rows evenly.
     """
 
     start: int
@@ -101,11 +101,11 @@ class RowPlan:
 
     @property
     def local(self) -> int:
-        """Rows of a part that this process reads."""
+        """Rows per part that this process reads."""
         return self.batch // self.processes
 
     def positions(self, step: int) -> np.ndarray:
-        """(A, local) positions of a step counted from the first to come."""
+        """(A, local) positions of a step; step 0 is the first to come."""
         part = self.start + (step * self.parts + np.arange(self.parts)) * self.batch
         return part[:, None] + self.process * self.local + np.arange(self.local)
 
@@ -114,7 +114,7 @@ class RowPlan:
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of an epoch, (count,).
 
-    From a bit generator's raw output, which NumPy promises never to change, so that a run resumes in the same order
+    It uses a bit generator's raw output, which NumPy promises never to change, so that a run keeps its order when it resumes
     under another version.
     """
     keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
@@ -122,17 +122,17 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def sample_at(position: int, seed: int, count: int) -> int:
-    """The sample at a position of the stream."""
+    """The index of the sample at a position."""
     epoch, place = divmod(position, count)
     return int(permutation(seed, epoch, count)[place])
 
 
 class LocalBatch(NamedTuple):
-    """One step's samples of this process.
+    """The samples of one step in this process.
 
     Attributes:
-      records: every part that is there (A, local, ...).
-      problems: sample name -> what is wrong with it, for those that were left out.
+      records: all samples stacked; each part that exists is (A, local, ...).
+      problems: name -> what is wrong, for samples that were left out.
     """
 
     records: Record
@@ -140,16 +140,16 @@ class LocalBatch(NamedTuple):
 
 
 class Batches:
-    """The steps to come as a sequence for Grain: item k is step k's samples, stacked.
+    """The steps to come, as a sequence for Grain; item k is the batch of step k.
 
     A sample that cannot be used is replaced by the next of its epoch, so that batches stay full and every process takes
     the same number of steps.
 
     Args:
       source: the samples.
-      shapes: what each has to look like.
+      shapes: the shapes that each sample must have.
       rows: which positions to read.
-      seed: of the order.
+      seed: seed of the order.
     """
 
     def __init__(self, source: Source, shapes: SampleShapes, rows: RowPlan, seed: int):
@@ -171,10 +171,10 @@ class Batches:
         return LocalBatch(Record(*stacked), problems)
 
     def read(self, position: int, problems: dict[str, str]) -> Record:
-        """The sample at a position, or the nearest after it that can be used.
+        """The sample at a position, or the next one that can be used.
 
         Raises:
-          UserError: many in a row cannot.
+          UserError: too many in a row cannot.
         """
         count = len(self.source)
         epoch, place = divmod(position, count)
@@ -193,10 +193,10 @@ class Batches:
 
 
 def first_sample(source: Source, tries: int = TRIES) -> tuple[str, Record]:
-    """The first sample that can be read, with its name: it tells what all look like.
+    """The first sample that can be read, with its name.
 
     Raises:
-      UserError: none of the first few can.
+      UserError: none of the first few samples can be read.
     """
     problems = []
     for index in range(min(tries, len(source))):
@@ -207,14 +207,14 @@ def first_sample(source: Source, tries: int = TRIES) -> tuple[str, Record]:
     raise UserError("none of the first samples can be used:\n" + "\n".join(f"  {line}" for line in problems))
 
 
-def read_ahead(elements: Any, workers: int) -> Iterator[Any]:
-    """The elements of a sequence in order, each made by a thread, or by worker processes.
+def read_ahead(elements: Any, workers: int) -> Generator[Any]:
+    """Yields the elements of a sequence in order; threads or worker processes make them ahead.
 
     Args:
-      elements: has `__len__` and `__getitem__`, and named tuples of arrays as elements; pickled for workers.
-      workers: processes; 0: threads of this one.
+      elements: has `__len__` and `__getitem__`; elements are named tuples of arrays. It is pickled for workers.
+      workers: number of processes; 0: threads of this one.
     """
-    dataset = grain.MapDataset.source(elements)  # pyrefly: ignore
+    dataset = grain.MapDataset.source(elements)
     threads = 1 if workers else 4
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_READ_AHEAD))
     if workers:
@@ -224,11 +224,11 @@ def read_ahead(elements: Any, workers: int) -> Iterator[Any]:
     iterator = iter(stream)
     try:
         for element in iterator:
-            # Copied out of the memory shared with a worker, which is then free for the next.
+            # Copied out of the memory shared with a worker, so that the worker can reuse it.
             yield _owned(element) if workers else element
     finally:
-        # Or worker processes and the memory they share with this one would outlive it; Grain's references to the last
-        # elements form cycles.
+        # Without this, worker processes and the memory they share with this one would outlive it: Grain keeps the last
+        # elements in reference cycles.
         iterator.close()
         del iterator, stream, dataset
         element = None
@@ -236,21 +236,21 @@ def read_ahead(elements: Any, workers: int) -> Iterator[Any]:
 
 
 def _owned(element: Any) -> Any:
-    """With copies of all arrays."""
+    """An element with copies of all its arrays."""
     if isinstance(element, tuple):
         return type(element)(*map(_owned, element))
     return np.array(element) if isinstance(element, np.ndarray) else element
 
 
 def _begin_worker(_worker: int, _workers: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the parent stops its workers itself, after saving.
+    # Ctrl-C reaches every process in a terminal; the parent stops its workers after saving.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Workers share the cores among themselves already.
+    # The workers already use all cores.
     cv2.setNumThreads(1)
 
 
 def _mark_flags_parsed() -> None:
-    """Grain's workers are started through absl, which refuses to unless the process has parsed its flags by absl."""
+    """Satisfies absl, which starts Grain's workers only in a process that has parsed its flags with absl."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -258,11 +258,11 @@ def _mark_flags_parsed() -> None:
 
 
 class BadSamples:
-    """The samples that this process has left out since it started; stops the run when they are too many.
+    """Counts the samples that this process has left out since it started, and stops the run if there are too many.
 
     Args:
-      total: samples in the set.
-      fraction: share of them that may be bad.
+      total: number of samples in the set.
+      fraction: fraction of them that may be bad.
     """
 
     def __init__(self, total: int, fraction: float):
@@ -270,10 +270,10 @@ class BadSamples:
         self.names: list[str] = []
 
     def add(self, problems: dict[str, str]) -> list[str]:
-        """Notes a batch's problems; returns the messages of those not seen before.
+        """Adds a batch's problems; returns the messages of new ones.
 
         Raises:
-          UserError: more than the fraction is bad.
+          UserError: more than the allowed fraction is bad.
         """
         new = {name: message for name, message in problems.items() if name not in self.names}
         self.names += new

@@ -1,13 +1,13 @@
 """Blur kernels of the two-order degradation (Real-ESRGAN, Wang et al. 2021, §3; constants as SeeSR's script has them).
 
-A kernel of odd side k is a function on the integer grid v = (x, y) centred at 0, of the squared Mahalanobis distance
+A kernel of odd side k is a function on the integer grid v = (x, y) centered at 0, of the squared Mahalanobis distance
 m = vᵀ Σ⁻¹ v with Σ = U diag(σx², σy²) Uᵀ, divided by its sum:
 
     Gaussian                exp(−m / 2)
-    generalised Gaussian    exp(−m^β / 2)
+    generalized Gaussian    exp(−m^β / 2)
     plateau                 1 / (1 + m^β)
 
-or, as the low-pass of a disc in frequency, ω·J₁(ω r) / (2π r), which has negative lobes.
+or ω·J₁(ω r) / (2π r), the low-pass filter of a disc in frequency space, which has negative lobes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def blur_kernel(
 
     Args:
       shape: which of the three functions.
-      size: odd side.
-      sigma_x, sigma_y: deviations along the axes turned by `angle`; σy None: isotropic.
+      size: side, odd.
+      sigma_x, sigma_y: deviations along the axes turned by `angle`; σy of None means isotropic.
       angle: in radians.
-      beta: exponent of the generalised Gaussian and the plateau.
+      beta: exponent of the generalized Gaussian and the plateau.
     """
     m = mahalanobis(size, sigma_x, sigma_x if sigma_y is None else sigma_y, angle)
     values = {
@@ -56,10 +56,10 @@ def blur_kernel(
 
 
 def sinc_kernel(size: int, cutoff: float) -> np.ndarray:
-    """The ideal circular low-pass, (size, size) float64 with sum 1.
+    """The ideal circular low-pass filter, (size, size) float64 with sum 1.
 
     Args:
-      size: odd side.
+      size: side, odd.
       cutoff: ω in radians per pixel, up to π.
     """
     half = size // 2
@@ -72,7 +72,7 @@ def sinc_kernel(size: int, cutoff: float) -> np.ndarray:
 
 
 def pulse(size: int) -> np.ndarray:
-    """The kernel that changes nothing."""
+    """The identity kernel."""
     kernel = np.zeros((size, size))
     kernel[size // 2, size // 2] = 1
     return kernel

@@ -1,4 +1,4 @@
-"""Which crops a prepared set is made of, and the pairs that Grain's workers make of them. Nothing here uses jax."""
+"""Chooses the crops of a training set that is being prepared, and makes pairs of them in Grain's workers. No jax here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Planned(NamedTuple):
     Attributes:
       photograph: index of the photograph.
       number: which of its crops.
-      box: where it lies; None: at random.
+      box: where the crop lies; None: at random.
     """
 
     photograph: int
@@ -34,13 +34,13 @@ class Planned(NamedTuple):
 def plan(
     photographs: Sequence[Photograph], crops: Crops, config: CropConfig, per_photograph: int = 1
 ) -> list[Planned]:
-    """All samples, in the photographs' order.
+    """Lists all samples to make, in the photographs' order.
 
     Args:
-      photographs: what there is.
-      crops: `random`: as many as `per_photograph`, the first of which is what training on the way sees in its first
-        epoch, and so on; `grid`: as many as fit side by side, around the centre; `whole`: the photograph, less what
-        exceeds multiples of 16 pixels.
+      photographs: all photographs.
+      crops: `random`: `per_photograph` random crops, of which crop n is the one that training directly from photographs
+        sees in epoch n; `grid`: as many as fit side by side, around the center; `whole`: the photograph, cut to multiples
+        of 16 pixels.
       config: the crops' size.
     """
     planned = []
@@ -75,12 +75,12 @@ def _grid(photograph: Photograph, config: CropConfig) -> list[Box]:
 
 
 class EncodedPair(NamedTuple):
-    """What a worker makes of a planned sample; of one that cannot be made only `problem` is not empty.
+    """What a worker makes of a planned sample.
 
     Attributes:
       lr, hr: (bytes,) uint8, compressed without loss.
       image: hr again, (H, W, 3) uint8.
-      problem: what is wrong.
+      problem: why the sample cannot be made; then the others are empty.
     """
 
     lr: np.ndarray
@@ -90,17 +90,17 @@ class EncodedPair(NamedTuple):
 
 
 class Pairs:
-    """The pairs of some planned samples as a sequence for Grain.
+    """The pairs of some planned samples, as a sequence for Grain.
 
     Args:
       source: the photographs.
-      samples: what to make.
-      layout: `shards` get WebP, `folders` PNG, which the original reads.
+      samples: the samples to make.
+      layout: `shards` store WebP; `folders` store PNG, which the original reads.
     """
 
     def __init__(self, source: Photographs, samples: Sequence[Planned], layout: SetLayout):
         self.source, self.samples, self.layout = source, samples, layout
-        self.pack = pack_image if layout == "shards" else pack_png
+        self.compress = pack_image if layout == "shards" else pack_png
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -114,12 +114,13 @@ class Pairs:
             if self.layout == "shards" and max(hr.shape) > LONGEST_WEBP:
                 name = self.source.name(sample.photograph)
                 raise UserError(
-                    f"{name}: a side exceeds {LONGEST_WEBP} pixels; cut it, or use --layout folders"
+                    f"{name}: a side exceeds {LONGEST_WEBP} pixels; crop it, or use --layout folders"
                 )
         except UserError as error:
             nothing = np.zeros(0, np.uint8)
             return EncodedPair(nothing, nothing, nothing, str(error))
-        return EncodedPair(*(np.frombuffer(self.pack(image), np.uint8) for image in (lr, hr)), hr, "")
+        packed_lr, packed_hr = (np.frombuffer(self.compress(image), np.uint8) for image in (lr, hr))
+        return EncodedPair(packed_lr, packed_hr, hr, "")
 
 
 def pack_png(image: np.ndarray) -> bytes:

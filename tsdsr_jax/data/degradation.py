@@ -1,7 +1,8 @@
-"""The two-order degradation that makes training pairs: blur, resize, noise, JPEG, twice (Real-ESRGAN, Wang et al. 2021).
+"""The second-order degradation that makes training pairs: two rounds of blur, resize, noise and JPEG (Real-ESRGAN, Wang et
+al. 2021).
 
-Order and constants are those of SeeSR's `make_paired_data.py`, which TSD-SR names as its source. Every draw is a sample's
-own; the script shares some within a batch, with the same distribution.
+Order and constants are those of SeeSR's `make_paired_data.py`, which TSD-SR names as its source. Here every sample has its
+own draws; the script shares some within a batch, from the same distribution.
 
 Images are (H, W, 3) float32 RGB in [0, 1]; random numbers come from a NumPy generator. No jax: Grain's workers run this.
 """
@@ -28,18 +29,18 @@ MODES: tuple[Mode, ...] = ("area", "bilinear", "bicubic")
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """One round of blur, resize, noise and JPEG.
+    """One round of blur, resize, noise and JPEG. The manifests of training sets store the fields by name.
 
     Attributes:
-      blur: probability of blurring at all; the first round always blurs.
-      sigma: of the kernels.
-      resize: probabilities of enlarging, shrinking and keeping.
-      enlarge, shrink: ranges of the factor.
-      gaussian: probability of Gaussian noise; else Poisson.
-      noise: deviation of the Gaussian noise, in grey levels of 255.
-      poisson: factor on the Poisson noise.
+      blur: probability of blurring; the first round always blurs.
+      sigma: range of the kernels' σ.
+      resize: probabilities of enlarging, shrinking and keeping the size.
+      enlarge, shrink: ranges of the resize factor.
+      gaussian: probability of Gaussian noise; otherwise it is Poisson noise.
+      noise: range of the Gaussian noise's deviation, in gray levels of 255.
+      poisson: range of the factor on the Poisson noise.
       grey: probability of noise that is the same in all channels.
-      quality: of JPEG.
+      quality: range of the JPEG quality.
     """
 
     blur: float
@@ -56,18 +57,18 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class DegradationConfig:
-    """All of it; defaults are the published values.
+    """The whole degradation; the defaults are the published values.
 
     Attributes:
-      scale: side of the photograph over that of its low-resolution version.
-      sharpen: unsharp-mask the photograph, as target and as source; the script's default.
+      scale: side of the photograph divided by the side of its low-resolution version.
+      sharpen: apply an unsharp mask to the photograph first, as the script does by default.
       codec: compress with a real JPEG codec instead of the script's model of one.
-      first, second: the two rounds. The second's JPEG comes with the last resize.
-      kernel_sizes: sides, all equally likely.
-      kernel_padding: side that all kernels are padded to.
-      sinc: probability of a sinc kernel instead of one of the mixture.
-      mixture: (shape, isotropic, probability).
-      generalized_beta, plateau_beta: two ranges each of the exponent, equally likely.
+      first, second: the two rounds. The second round's JPEG comes before or after the final resize.
+      kernel_sizes: sides of the kernels, all equally likely.
+      kernel_padding: side to which all kernels are padded.
+      sinc: probability of a sinc kernel instead of one from the mixture.
+      mixture: (shape, isotropic, probability) of each kind of kernel.
+      generalized_beta, plateau_beta: two equally likely ranges of the exponent.
       final_sinc: probability of the sinc filter at the end.
     """
 
@@ -95,9 +96,9 @@ class DegradationConfig:
 
 
 def light(config: DegradationConfig) -> DegradationConfig:
-    """The same steps, weaker; the values are this project's own.
+    """The same steps with weaker values, chosen by this project.
 
-    The published ones leave little of a small crop (32×32 pixels of 128×128).
+    The published values leave little of a small crop (128×128 pixels, degraded to 32×32).
     """
     return dataclasses.replace(
         config,
@@ -110,7 +111,7 @@ def light(config: DegradationConfig) -> DegradationConfig:
 
 
 class DegradedPair(NamedTuple):
-    """A training pair, (H, W, 3) uint8 both; `lr` is enlarged to the size of `hr`."""
+    """A training pair, both (H, W, 3) uint8; `lr` is enlarged to the size of `hr`."""
 
     lr: np.ndarray
     hr: np.ndarray
@@ -119,17 +120,18 @@ class DegradedPair(NamedTuple):
 def degrade(
     photo: np.ndarray, generator: np.random.Generator, config: DegradationConfig | None = None
 ) -> DegradedPair:
-    """Makes a pair of a photograph.
+    """Makes a training pair from a photograph.
 
     Args:
       photo: (H, W, 3) float32 in [0, 1], sides multiples of the scale.
-      generator: all randomness.
+      generator: source of all randomness.
+      config: the degradation; None: as published.
 
     Returns:
-      The pair, rounded half to even as the script writes its files.
+      The pair, rounded half to even, as in the script's files.
 
     Raises:
-      ValueError: a side is no multiple of the scale.
+      ValueError: a side is not a multiple of the scale.
     """
     config = config or DegradationConfig()
     height, width = photo.shape[:2]
@@ -141,7 +143,7 @@ def degrade(
 
 
 def target(photo: np.ndarray, config: DegradationConfig) -> np.ndarray:
-    """The photograph's side of a pair alone, (H, W, 3) uint8."""
+    """Only the target of a pair, (H, W, 3) uint8."""
     return to_bytes(sharpened(photo, config))
 
 
@@ -150,7 +152,7 @@ def sharpened(photo: np.ndarray, config: DegradationConfig) -> np.ndarray:
 
 
 def low_resolution(hr: np.ndarray, generator: np.random.Generator, config: DegradationConfig) -> np.ndarray:
-    """(H, W, 3) -> (H / scale, W / scale, 3) float32 in [0, 1], not rounded."""
+    """Degrades an image: (H, W, 3) -> (H / scale, W / scale, 3) float32 in [0, 1], not rounded."""
     height, width = (side // config.scale for side in hr.shape[:2])
     first, second = config.first, config.second
     compress = jpeg_codec if config.codec else jpeg
@@ -158,28 +160,28 @@ def low_resolution(hr: np.ndarray, generator: np.random.Generator, config: Degra
     image = convolve(hr, draw_kernel(generator, first.sigma, config))
     factor = draw_factor(generator, first)
     image = resize_by(image, factor, draw_mode(generator))
-    image = compress(add_noise(image, generator, first), generator.uniform(*first.quality))
+    image = compress(add_random_noise(image, generator, first), generator.uniform(*first.quality))
 
     if generator.random() < second.blur:
         image = convolve(image, draw_kernel(generator, second.sigma, config))
     factor = draw_factor(generator, second)
     image = resize_to(image, max(1, int(height * factor)), max(1, int(width * factor)), draw_mode(generator))
-    image = add_noise(image, generator, second)
+    image = add_random_noise(image, generator, second)
 
-    def finish(image: np.ndarray) -> np.ndarray:
+    def resize_and_filter(image: np.ndarray) -> np.ndarray:
         small = resize_to(image, height, width, draw_mode(generator))
         return convolve(small, draw_final_kernel(generator, config))
 
     quality = generator.uniform(*second.quality)
     if generator.random() < 0.5:
-        image = compress(np.clip(finish(image), 0, 1), quality)
+        image = compress(np.clip(resize_and_filter(image), 0, 1), quality)
     else:
-        image = finish(compress(np.clip(image, 0, 1), quality))
+        image = resize_and_filter(compress(np.clip(image, 0, 1), quality))
     return np.clip(image, 0, 1)
 
 
 def to_bytes(image: np.ndarray) -> np.ndarray:
-    """[0, 1] to 0...255, rounded half to even; what lies outside saturates."""
+    """Converts [0, 1] to uint8, rounding half to even and clipping."""
     return np.clip(np.round(255 * image), 0, 255).astype(np.uint8)
 
 
@@ -187,7 +189,7 @@ def to_bytes(image: np.ndarray) -> np.ndarray:
 
 
 def draw_kernel(generator: np.random.Generator, sigma: Range, config: DegradationConfig) -> np.ndarray:
-    """A random kernel, (padding, padding) float32."""
+    """Draws a random kernel, (padding, padding) float32."""
     size = int(generator.choice(config.kernel_sizes))
     if generator.random() < config.sinc:
         lowest = np.pi / 3 if size < 13 else np.pi / 5
@@ -206,7 +208,7 @@ def draw_kernel(generator: np.random.Generator, sigma: Range, config: Degradatio
 
 
 def draw_final_kernel(generator: np.random.Generator, config: DegradationConfig) -> np.ndarray:
-    """The last filter: a sinc, or one that changes nothing."""
+    """Draws the last filter: a sinc, or the identity."""
     if generator.random() >= config.final_sinc:
         return padded(pulse(1), config.kernel_padding)
     size = int(generator.choice(config.kernel_sizes))
@@ -214,15 +216,15 @@ def draw_final_kernel(generator: np.random.Generator, config: DegradationConfig)
 
 
 def padded(kernel: np.ndarray, side: int) -> np.ndarray:
-    """The kernel amid zeros, (side, side) float32."""
+    """The kernel surrounded by zeros, (side, side) float32."""
     return np.pad(kernel, (side - kernel.shape[0]) // 2).astype(np.float32)
 
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Cross-correlation, the image mirrored at its borders without repeating the edge.
+    """Cross-correlates an image with a kernel; borders are mirrored without repeating the edge.
 
-    OpenCV goes through Fourier transforms from 12 pixels a side on, so the kernel's margin of zeros is cut off first; and a
-    kernel that is a column times a row is applied as the two. Both change the result by float32 rounding.
+    OpenCV uses Fourier transforms for kernels of 12 pixels a side or more, so the kernel's margin of zeros is cut off first,
+    and a kernel that is a column times a row is applied as two. Both change the result by float32 rounding only.
     """
     small = np.abs(kernel) < _NEGLIGIBLE
     margin = next(
@@ -237,10 +239,10 @@ def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def sharpen(image: np.ndarray, side: int = 51, weight: float = 0.5, threshold: float = 10.0) -> np.ndarray:
-    """Unsharp mask where the detail exceeds the threshold (in grey levels), softly blended."""
+    """Applies an unsharp mask where the detail exceeds the threshold (in gray levels), with soft transitions."""
 
     def blur(x: np.ndarray) -> np.ndarray:
-        # A deviation of 0 lets OpenCV choose: 8 for 51 pixels.
+        # With a deviation of 0 OpenCV chooses: 8 for 51 pixels.
         return cv2.GaussianBlur(x, (side, side), 0, borderType=cv2.BORDER_REFLECT_101)
 
     detail = image - blur(image)
@@ -261,7 +263,7 @@ def draw_mode(generator: np.random.Generator) -> Mode:
 
 
 def resize_by(image: np.ndarray, factor: float, mode: Mode) -> np.ndarray:
-    """torch's `interpolate(scale_factor=factor)`: floor(side · factor) pixels, sampled every 1 / factor."""
+    """torch's `interpolate(scale_factor=factor)`: floor(side · factor) pixels, sampled every 1 / factor pixels."""
     height, width = (max(1, int(side * factor)) for side in image.shape[:2])
     return _resample(image, height, width, mode, factor)
 
@@ -284,10 +286,10 @@ def _resample(image: np.ndarray, height: int, width: int, mode: Mode, factor: fl
 
 @lru_cache(maxsize=64)
 def axis_weights(inputs: int, outputs: int, mode: Mode, step: float) -> csr_array:
-    """The resampling of one axis as a sparse (outputs, inputs) float32 matrix.
+    """The matrix that resamples one axis, a sparse (outputs, inputs) float32.
 
     Args:
-      step: input pixels between two outputs, for the interpolating modes; centres lie at half integers.
+      step: input pixels between two outputs, for the interpolating modes; pixel centers lie at half integers.
     """
     index = np.arange(outputs)
     if mode == "area":
@@ -324,8 +326,8 @@ def _sparse(weights: np.ndarray, columns: np.ndarray, rows: np.ndarray, shape: t
 # --- noise ----------------------------------------------------------------------------------------
 
 
-def add_noise(image: np.ndarray, generator: np.random.Generator, order: Order) -> np.ndarray:
-    """Gaussian or Poisson noise, in colour or grey; clipped to [0, 1]."""
+def add_random_noise(image: np.ndarray, generator: np.random.Generator, order: Order) -> np.ndarray:
+    """Adds Gaussian or Poisson noise, in color or gray; clips to [0, 1]."""
     if generator.random() < order.gaussian:
         noise = gaussian_noise(
             image.shape, generator, generator.uniform(*order.noise), generator.random() < order.grey
@@ -337,20 +339,20 @@ def add_noise(image: np.ndarray, generator: np.random.Generator, order: Order) -
 
 
 def gaussian_noise(
-    shape: tuple[int, ...], generator: np.random.Generator, sigma: float, grey: bool
+    shape: tuple[int, ...], generator: np.random.Generator, sigma: float, gray: bool
 ) -> np.ndarray:
-    """(H, W, 3), or (H, W, 1) where all channels share it; of deviation sigma / 255."""
-    return generator.standard_normal((*shape[:2], 1 if grey else shape[2]), np.float32) * np.float32(
+    """Gaussian noise of deviation sigma / 255, (H, W, 3), or (H, W, 1) if all channels share it."""
+    return generator.standard_normal((*shape[:2], 1 if gray else shape[2]), np.float32) * np.float32(
         sigma / 255
     )
 
 
-def poisson_noise(image: np.ndarray, generator: np.random.Generator, grey: bool) -> np.ndarray:
-    """What photon counting would add to the image, rounded to 8 bits; (H, W, 3), or (H, W, 1).
+def poisson_noise(image: np.ndarray, generator: np.random.Generator, gray: bool) -> np.ndarray:
+    """The noise of photon counting in an image rounded to 8 bits; (H, W, 3), or (H, W, 1) if all channels share it.
 
-    The number of photons at white is the number of distinct values in the image, rounded up to a power of two.
+    White counts as many photons as the image has distinct values, rounded up to a power of two.
     """
-    clean = image @ np.array([[0.2989], [0.587], [0.114]], np.float32) if grey else image
+    clean = image @ np.array([[0.2989], [0.587], [0.114]], np.float32) if gray else image
     clean = np.clip(np.round(255 * clean), 0, 255) / 255
     photons = 2 ** np.ceil(np.log2(len(np.unique(clean))))
     return (generator.poisson(clean * photons) / photons - clean).astype(np.float32)

@@ -1,13 +1,13 @@
-"""Training sets in the folder layout of the original: everything prepared, one file per photograph and kind.
+"""Training sets in the original's folder layout, with one file per sample and kind.
 
-    ROOT/lr_bicubic/NAME.png         degraded, back at the size of the original   (H, W, 3)
+    ROOT/lr_bicubic/NAME.png         degraded, enlarged to the original size      (H, W, 3)
     ROOT/gt/NAME.png                 the photograph                               (H, W, 3)
     ROOT/latent_hr/NAME.pt           its latent, times the scaling factor         ([1,] C, h, w)
     ROOT/prompt_embeds/NAME.pt       its prompt                                   ([1,] S, D)
-    ROOT/pool_embeds/NAME.pt         the same, pooled                             ([1,] P)
+    ROOT/pool_embeds/NAME.pt         its pooled prompt                            ([1,] P)
 
-`prompt_embeds/NAME.safetensors`, which `convert/prompts.py` writes, serves for the last two. Names are free, images may
-have any format that `images.py` reads. Which photographs there are is what lies in `lr_bicubic`.
+`prompt_embeds/NAME.safetensors`, which `convert/prompts.py` writes, can replace the last two. Names are free, and images may
+have any format that `images.files` reads. The files in `lr_bicubic` decide which samples there are.
 
 No jax here: Grain's workers import this.
 """
@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tsdsr_jax.data.manifest import MANIFEST, check_complete, has_manifest, read_manifest
 from tsdsr_jax.data.record import Record, spread
-from tsdsr_jax.data.shard_sets import MANIFEST, check_complete, has_manifest, read_manifest
 from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.hints import command
 from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
@@ -37,13 +37,13 @@ from tsdsr_jax.weights.prompt_files import (
 from tsdsr_jax.weights.torch_pickle import read_tensor
 
 LR_FOLDER, HR_FOLDER, LATENT_FOLDER = "lr_bicubic", "gt", "latent_hr"
-# Larger pictures are no training crops.
-MAX_PIXELS = 64_000_000
-_SIZES_LOOKED_AT = 1000
+# Training crops are never larger.
+_MAX_PIXELS = 64_000_000
+_SIZES_IN_FINGERPRINT = 1000
 
 
 class SampleFiles(NamedTuple):
-    """The files of one sample; `pooled` is None where `prompt` is a safetensors file that holds both."""
+    """The files of one sample; `pooled` is None if `prompt` is a safetensors file with both embeddings."""
 
     lr: Path
     hr: Path
@@ -53,19 +53,19 @@ class SampleFiles(NamedTuple):
 
 
 class PreparedFolder:
-    """The samples of a prepared folder, in the order of their names.
+    """Reads the samples of a folder, in the order of their names.
 
     Args:
       root: the folder.
-      images: whether records have lr and hr; without, they are not decoded.
+      images: whether records have lr and hr; if not, images are not decoded.
 
     Raises:
-      UserError: the folder is missing or empty, its preparation has not ended, or samples lack files; they are named.
+      UserError: the folder is missing, empty or not finished, or it names samples that lack files.
     """
 
     def __init__(self, root: Path, images: bool = True):
         self.images = images
-        self.files = find_files(root)
+        self.files = _sample_files(root)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -79,21 +79,23 @@ class PreparedFolder:
         files = self.files[index]
         lr, hr = read_images(files) if self.images else (None, None)
         embeds = read_prompt(files)
-        return Record(lr, hr, read_latent(files.latent_hr), _numbers(embeds.prompt), _numbers(embeds.pooled))
+        return Record(
+            lr, hr, read_latent(files.latent_hr), _as_float(embeds.prompt), _as_float(embeds.pooled)
+        )
 
     def name(self, index: int) -> str:
         return str(self.files[index].lr)
 
     def fingerprint(self) -> str:
-        """A hash of all names, of up to a thousand samples' file sizes, and of sixteen samples' content, evenly spread.
+        """A hash of all names, the file sizes of up to 1000 samples, and the content of 16, evenly spaced.
 
-        The same wherever the folders lie. Changes to other samples of the same size go unnoticed.
+        It does not change when the folder moves. Changes to other samples that keep their size go unnoticed.
         """
         digest = hashlib.sha256()
         for files in self.files:
             digest.update(f"{files.lr.name}\n".encode())
         for indices, content in (
-            (spread(len(self), _SIZES_LOOKED_AT), _file_size),
+            (spread(len(self), _SIZES_IN_FINGERPRINT), _file_size),
             (spread(len(self)), Path.read_bytes),
         ):
             for index in indices:
@@ -102,7 +104,7 @@ class PreparedFolder:
         return digest.hexdigest()
 
 
-def find_files(root: Path) -> list[SampleFiles]:
+def _sample_files(root: Path) -> list[SampleFiles]:
     """The samples below one folder, by name.
 
     Raises:
@@ -120,9 +122,7 @@ def find_files(root: Path) -> list[SampleFiles]:
         raise UserError(f"{root / LR_FOLDER}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
     twice = [str(root / LR_FOLDER / stem) for stem, paths in images[LR_FOLDER].items() if len(paths) > 1]
     if twice:
-        raise UserError(
-            f"{listed(twice)}: several images of this name; the other folders' files belong to one"
-        )
+        raise UserError(f"{listed(twice)}: several images have this name; keep one of them")
     tensors = {
         folder: _names(root / folder) for folder in (LATENT_FOLDER, TORCH_PROMPT_FOLDER, TORCH_POOLED_FOLDER)
     }
@@ -145,7 +145,9 @@ def find_files(root: Path) -> list[SampleFiles]:
                 SampleFiles(lr, images[HR_FOLDER][stem][0], root / LATENT_FOLDER / pickled, prompt, pooled)
             )
     if missing:
-        lines = [f"{root}: {len(images[LR_FOLDER])} images in {LR_FOLDER}/, but files are missing elsewhere"]
+        lines = [
+            f"{root}: {len(images[LR_FOLDER])} images in {LR_FOLDER}/, but files are missing in other folders"
+        ]
         lines += [f"  {folder}/ lacks {listed(stems)}" for folder, stems in missing.items()]
         if TORCH_PROMPT_FOLDER in missing:
             lines.append(
@@ -181,8 +183,8 @@ def _names(folder: Path) -> set[str]:
 
 
 def read_images(files: SampleFiles) -> tuple[np.ndarray, np.ndarray]:
-    """lr and hr, (H, W, 3) uint8 both."""
-    lr, hr = (read_photo(path, MAX_PIXELS).rgb for path in (files.lr, files.hr))
+    """lr and hr, both (H, W, 3) uint8."""
+    lr, hr = (read_photo(path, _MAX_PIXELS).rgb for path in (files.lr, files.hr))
     if lr.shape != hr.shape:
         raise UserError(
             f"{files.lr}: {lr.shape[1]}×{lr.shape[0]} pixels, but {files.hr} has {hr.shape[1]}×{hr.shape[0]}; "
@@ -198,19 +200,19 @@ def read_prompt(files: SampleFiles) -> PromptEmbeds:
 
 
 def read_latent(path: Path) -> np.ndarray:
-    """(h, w, C) float32 of a ([1,] C, h, w) tensor."""
+    """Reads a ([1,] C, h, w) tensor as (h, w, C) float32."""
     latent = read_tensor(path)
     latent = latent[0] if latent.ndim == 4 and latent.shape[0] == 1 else latent
     if latent.ndim != 3:
         raise UserError(
-            f"{path}: shape {latent.shape}; expected a latent (C, h, w), at most with a leading 1"
+            f"{path}: shape {latent.shape}; expected a latent (C, h, w), optionally with a leading 1"
         )
     latent = latent.astype(np.float32)
     if not np.isfinite(latent).all():
-        raise UserError(f"{path}: has values that are NaN or infinite; encode this image again")
+        raise UserError(f"{path}: has NaN or infinite values; encode this image again")
     return np.ascontiguousarray(latent.transpose(1, 2, 0))
 
 
-def _numbers(array: np.ndarray) -> np.ndarray:
-    """Sixteen bits as they are, anything else in float32."""
+def _as_float(array: np.ndarray) -> np.ndarray:
+    """Keeps 16-bit types; converts anything else to float32."""
     return array if array.dtype.itemsize == 2 else array.astype(np.float32)

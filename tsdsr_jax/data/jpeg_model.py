@@ -1,8 +1,8 @@
-"""JPEG compression as the training data's script simulates it: an 8-bit codec without the 8 bits.
+"""JPEG compression as the original's data script simulates it: a JPEG codec that does not round to 8 bits.
 
-It differs from a real codec in details that the data has, and a port must keep: quality is a real number, the tables scaled
-by it are neither rounded nor kept at 1 or more, pixels are not rounded before or after, chroma is averaged 2×2 and repeated,
-images are padded with black, and the luma table is the standard's transposed.
+It differs from a real codec in details that a port must keep: quality is a real number, the tables scaled by it are neither
+rounded nor kept at 1 or more, pixels are not rounded before or after, chroma is averaged 2×2 and repeated, images are padded
+with black, and the luma table is the transpose of the standard's.
 Source: DiffJPEG's non-differentiable mode as Real-ESRGAN and SeeSR use it.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-# ITU-T T.81, Annex K.1 and K.2. The luma table is used transposed, the chroma table is symmetric.
+# ITU-T T.81, Annex K.1 and K.2. The luma table is used transposed; the chroma table is symmetric.
 LUMA = np.array([
     [16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56],
     [14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92],
@@ -24,37 +24,35 @@ _TO_YCC = np.array(
     [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32
 )
 _TO_RGB = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]], np.float32)
-
-
 # The orthonormal DCT-II of 8 values as a matrix.
 _k = np.arange(8)
-_DCT = np.cos((2 * _k[None] + 1) * _k[:, None] * np.pi / 16) * np.where(_k == 0, np.sqrt(1 / 8), 0.5)[:, None]
-_DCT = _DCT.astype(np.float32)
+_dct = np.cos((2 * _k[None] + 1) * _k[:, None] * np.pi / 16) * np.where(_k == 0, np.sqrt(1 / 8), 0.5)[:, None]
+_DCT = _dct.astype(np.float32)
 
 
 def jpeg(image: np.ndarray, quality: float) -> np.ndarray:
-    """Compresses and restores (H, W, 3) float32 RGB in [0, 1]; of the same shape and range.
+    """Compresses and restores (H, W, 3) float32 RGB in [0, 1]; keeps shape and range.
 
     Args:
-      quality: above 0 to 100, as libjpeg counts it.
+      quality: above 0 and at most 100, on libjpeg's scale.
     """
     height, width = image.shape[:2]
     factor = 50 / quality if quality < 50 else 2 - quality / 50
     padded = cv2.copyMakeBorder(image, 0, -height % 16, 0, -width % 16, cv2.BORDER_CONSTANT, value=0)
     ycc = cv2.transform(padded, 255 * _TO_YCC)
-    # Chroma is centred at 0 already: the 128 that JFIF adds is the 128 that the transform takes away.
+    # Chroma is centered at 0 already: JFIF adds 128, the transform subtracts it again.
     small = cv2.resize(ycc[..., 1:], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    small = np.stack([_quantised(small[..., channel], CHROMA * factor) for channel in range(2)], -1)
-    ycc[..., 0] = _quantised(ycc[..., 0] - 128, LUMA * factor) + 128
+    small = np.stack([_quantized(small[..., channel], CHROMA * factor) for channel in range(2)], -1)
+    ycc[..., 0] = _quantized(ycc[..., 0] - 128, LUMA * factor) + 128
     ycc[..., 1:] = cv2.resize(small, ycc.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     return np.clip(cv2.transform(ycc, _TO_RGB / 255)[:height, :width], 0, 1)
 
 
-def _quantised(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """One plane, (H, W) with sides multiples of 8, through the quantised transform of its 8×8 blocks.
+def _quantized(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Quantizes the DCT of each 8×8 block of one plane, (H, W) with sides multiples of 8.
 
-    As many small products, one block row or one pixel row each: they need no transposed copy, and they are too small for
-    a BLAS to split among threads, whose number must not change the result.
+    It uses many small products, one per row of blocks or pixels. They need no transposed copy, and they are too small for
+    BLAS to split among threads, so that the number of threads does not change the result.
     """
     shape, table = plane.shape, table.astype(np.float32)[None, :, None, :]
 
@@ -70,8 +68,9 @@ def _quantised(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def jpeg_codec(image: np.ndarray, quality: float) -> np.ndarray:
-    """The same by libjpeg: 8 bits in and out, the quality rounded, 4:2:0, the untransposed table, chroma smoothed."""
+    """The same with libjpeg: 8 bits in and out, rounded quality, 4:2:0, the untransposed table, smoothed chroma."""
     pixels = cv2.cvtColor(np.round(255 * np.clip(image, 0, 1)).astype(np.uint8), cv2.COLOR_RGB2BGR)
     _, file = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, max(1, min(100, round(quality)))])
-    restored = cv2.cvtColor(cv2.imdecode(file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-    return restored.astype(np.float32) / 255
+    decoded = cv2.imdecode(file, cv2.IMREAD_COLOR)
+    assert decoded is not None, "OpenCV has just encoded it"
+    return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB).astype(np.float32) / 255

@@ -1,4 +1,4 @@
-"""The flags of data: how photographs are cut up and degraded, and where samples and prompts come from."""
+"""Flags for data: where samples and prompts come from, and how photographs are cropped and degraded."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tsdsr_jax.weights.bundled import prompt_folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CropOptions:
-    """How photographs are cut up; the same flags for preparing and for training."""
+    """How photographs are cropped; the same flags for preparing a set and for training."""
 
     crop_size: tuple[int, ...] = ()
-    """Side of the crops, or their height and width; multiples of 16. Default: 512, or all that a smaller model has positions
-    for."""
+    """Side of the crops, or their height and width, in multiples of 16. Default: 512, or the longest side that a smaller
+    model can handle."""
     min_size: int | None = None
-    """Leave photographs out that have fewer than this many pixels squared. Default: 3/4 of the crops' shorter side."""
+    """Leave out photographs with fewer pixels than a square of this side. Default: 3/4 of the crops' shorter side."""
     sharpen_gt: bool = True
-    """Unsharp-mask the photographs before they serve as target and as source, as the published pipeline does by default."""
+    """Sharpen the photographs with an unsharp mask before they are used, as the published pipeline does by default."""
 
     def fitted(self, longest_side: int) -> Self:
-        """With the default of --crop_size for a model that ends there."""
+        """Sets the default of --crop_size for a model with this longest side."""
         return self if self.crop_size else dataclasses.replace(self, crop_size=(min(512, longest_side),))
 
     def crop(self) -> CropConfig:
@@ -52,9 +52,9 @@ class PairOptions(CropOptions):
     """How photographs become training pairs."""
 
     jpeg: Literal["model", "codec"] = "model"
-    """Compress with the published pipeline's model of JPEG, or with a real codec."""
+    """How to compress: with the published pipeline's model of JPEG, or with a real codec."""
     degradation_strength: Literal["published", "light"] = "published"
-    """How much the photographs are degraded: as published, or with less blur, noise and JPEG, for small crops."""
+    """How strongly to degrade: as published, or with less blur, noise and JPEG, for small crops."""
 
     def degradation(self) -> DegradationConfig:
         config = dataclasses.replace(super().degradation(), codec=self.jpeg == "codec")
@@ -63,21 +63,22 @@ class PairOptions(CropOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions(PairOptions):
-    """Where a training script's samples and prompts come from."""
+    """Where the samples and prompts of a training run come from."""
 
     data_dir: tuple[Path, ...] = ()
-    """Prepared training set, of train/prepare.py or in the original's folders (gt, lr_bicubic, latent_hr, prompt_embeds,
-    pool_embeds); repeat for several."""
+    """Prepared training set, made by train/prepare.py or in the original's folders (gt, lr_bicubic, latent_hr,
+    prompt_embeds, pool_embeds); repeat for several."""
     hr_dir: tuple[Path, ...] = ()
-    """Instead: a folder of photographs, searched with its subfolders, to crop and degrade on the way; repeat for several."""
+    """Instead of a set: folder of photographs, searched with its subfolders, to crop and degrade during training; repeat for
+    several."""
     default_embedding_dir: Path | None = None
-    """Embeddings of the default prompt: for photographs that have none beside them, or for all where a flag says so.
-    Default: dataset/default, or weights/tiny's."""
+    """Embeddings of the default prompt, for photographs that have none beside them, or for all if a flag says so.
+    Default: dataset/default, or those of weights/tiny."""
     null_embedding_dir: Path | None = None
-    """Embeddings of the empty prompt, for guidance. Default: dataset/null, or weights/tiny's."""
+    """Embeddings of the empty prompt, for guidance. Default: dataset/null, or those of weights/tiny."""
 
     def prompted(self, model: str) -> Self:
-        """With the defaults of the prompts' folders for a model."""
+        """Sets the defaults of the prompts' folders for a model."""
         default = self.default_embedding_dir or prompt_folder(model, "default")
         null = self.null_embedding_dir or prompt_folder(model, "null")
         return dataclasses.replace(self, default_embedding_dir=default, null_embedding_dir=null)

@@ -1,4 +1,4 @@
-"""Folders of photographs as training samples: found, looked at, cropped, and degraded as they are read.
+"""Folders of photographs as training samples, cropped and degraded while they are read.
 
 No jax here: Grain's workers run this.
 """
@@ -14,26 +14,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tsdsr_jax.data.degradation import DegradationConfig, degrade, target
+from tsdsr_jax.data.degradation import DegradationConfig, DegradedPair, degrade, target
 from tsdsr_jax.data.record import Record, spread
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.images.resize import reflect_pad
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, load_prompt_embeds
 
-# Half a gigabyte decoded: larger than any camera's picture, and a worker each holds one.
-MAX_PIXELS = 180_000_000
-# Crops must fit the autoencoder's factor times the transformer's patch.
+# Half a gigabyte decoded, one per worker; no camera's pictures are larger.
+MAX_PHOTOGRAPH_PIXELS = 180_000_000
+# The autoencoder's factor times the transformer's patch size.
 CROP_STEP = 16
-_STREAM = 0x70686F74  # keeps the draws apart from those of the samples' order
+_STREAM = 0x70686F74  # makes draws independent of those for the samples' order
 
 
 @dataclasses.dataclass(frozen=True)
 class CropConfig:
-    """What is cut out of the photographs.
+    """How photographs are cropped.
 
     Attributes:
-      height, width: of the crops. Photographs that are smaller are mirrored at their right and bottom.
+      height, width: size of the crops. Smaller photographs are mirrored at their right and bottom edges.
       minimum: photographs of fewer than minimum² pixels are left out.
       flip: probability of mirroring left to right.
     """
@@ -54,12 +54,12 @@ class Photograph(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The same wherever the folder lies."""
+        """Its path below the folder, which does not change when the folder moves."""
         return self.path.relative_to(self.root).as_posix()
 
 
 class Box(NamedTuple):
-    """A part of a photograph, in pixels."""
+    """A rectangle in a photograph, in pixels."""
 
     top: int
     left: int
@@ -68,12 +68,12 @@ class Box(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What there is in some folders.
+    """The photographs found in some folders.
 
     Attributes:
-      photographs: those that can be used, in a fixed order.
+      photographs: the usable ones, in a fixed order.
       small: names of those that are too small.
-      unreadable: what is wrong with the others, a message each.
+      unreadable: one message for each that cannot be read.
     """
 
     photographs: list[Photograph]
@@ -84,15 +84,15 @@ class Survey(NamedTuple):
 def survey(
     files: Sequence[tuple[Path, Path]], minimum: int, progress: Callable[[int], object] = lambda count: None
 ) -> Survey:
-    """Looks at every photograph's header.
+    """Reads the header of every photograph.
 
     Args:
-      files: (file, the folder it was found below) each.
-      minimum: fewer than minimum² pixels are too small.
-      progress: called with the number of files looked at since the last call.
+      files: pairs of a file and the folder below which it was found.
+      minimum: photographs of fewer than minimum² pixels are too small.
+      progress: called with the number of files read since the last call.
 
     Raises:
-      UserError: none can be used.
+      UserError: no photograph can be used.
     """
 
     def look(file: tuple[Path, Path]) -> Photograph | str:
@@ -101,7 +101,7 @@ def survey(
             size = f"{str(file[0])!a}: its name is not UTF-8"
         else:
             try:
-                size = read_size(file[0], MAX_PIXELS)
+                size = read_size(file[0], MAX_PHOTOGRAPH_PIXELS)
             except UserError as error:
                 size = str(error)
         progress(1)
@@ -124,7 +124,7 @@ def survey(
 
 
 def _has_text_name(path: Path) -> bool:
-    """Whether a name can be printed and written into a manifest; a POSIX file's may be any bytes."""
+    """Whether a name can be printed and stored in a manifest; on POSIX it may be any bytes."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -133,7 +133,7 @@ def _has_text_name(path: Path) -> bool:
 
 
 def left_out(found: Survey, minimum: int) -> list[str]:
-    """What to tell of a survey: how many photographs are left out, which, and why."""
+    """Messages that tell how many photographs are left out, which, and why."""
     lines = []
     if found.small:
         names = ", ".join(found.small[:5]) + (", ..." if len(found.small) > 5 else "")
@@ -149,38 +149,39 @@ def left_out(found: Survey, minimum: int) -> list[str]:
 
 
 def random_crop(image: np.ndarray, config: CropConfig, generator: np.random.Generator) -> np.ndarray:
-    """(H, W, 3) -> (height, width, 3): mirrored at random, enlarged by reflection where too small, cut out at random."""
+    """A random crop, mirrored at random; too small images are extended by reflection. (H, W, 3) -> (height, width, 3)."""
     if generator.random() < config.flip:
         image = image[:, ::-1]
-    image = enlarged(image, config.height, config.width)
+    image = _extended(image, config.height, config.width)
     top = int(generator.integers(image.shape[0] - config.height + 1))
     left = int(generator.integers(image.shape[1] - config.width + 1))
     return image[top : top + config.height, left : left + config.width]
 
 
 def cut_out(image: np.ndarray, box: Box) -> np.ndarray:
-    image = enlarged(image, box.top + box.height, box.left + box.width)
+    """The part of an image in a box, which may exceed the image."""
+    image = _extended(image, box.top + box.height, box.left + box.width)
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def enlarged(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """At least (height, width), mirrored at the bottom and on the right."""
+def _extended(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Extends an image to at least (height, width) by reflection at the bottom and on the right."""
     return reflect_pad(image, max(height, image.shape[0]), max(width, image.shape[1]))
 
 
 class Photographs:
-    """Photographs, each cropped and degraded anew in every epoch.
+    """Photographs as samples, each cropped and degraded differently in every epoch.
 
-    What a sample looks like depends on the seed, the epoch and its index only, whoever reads it.
+    A sample depends only on the seed, the epoch and its index, not on the process that reads it.
 
     Args:
       photographs: the files, as `survey` finds them.
-      crop: what is cut out.
-      degradation: how.
-      seed: of all draws.
-      default: the prompt of photographs that have none of their own, where others do.
-      own_prompts: whether embeddings beside the photographs are used.
-      with_lr: whether to degrade at all; without, records have no `lr`.
+      crop: how to crop them.
+      degradation: how to degrade them.
+      seed: seed of all draws.
+      default: prompt for photographs without one of their own, if others have one.
+      with_lr: whether records have `lr`; if not, nothing is degraded.
+      own_prompts: whether to use embeddings beside the photographs.
     """
 
     def __init__(
@@ -207,30 +208,35 @@ class Photographs:
         """Reads, crops and degrades; see `Source.read`."""
         prompt = self._prompt(index)
         texts = (None, None) if prompt is None else (prompt.prompt, prompt.pooled)
-        return Record(*self.pair(index, epoch), None, *texts)
+        if self.with_lr:
+            return Record(*self.pair(index, epoch), None, *texts)
+        crop, _ = self._crop(index, epoch, None)
+        return Record(None, target(crop, self.degradation), None, *texts)
 
-    def pair(self, index: int, draw: int, box: Box | None = None) -> tuple[np.ndarray | None, np.ndarray]:
-        """lr and hr of a photograph; draws of other numbers are degraded otherwise.
+    def pair(self, index: int, draw: int, box: Box | None = None) -> DegradedPair:
+        """A pair made of one photograph.
 
         Args:
-          box: what to cut out; None: a random crop, as the epoch `draw` has it.
+          index: which photograph.
+          draw: number of the random draw; each gives another degradation.
+          box: the crop; None: a random one, the same as in epoch `draw`.
         """
-        photo = read_photo(self.photographs[index].path, MAX_PIXELS).rgb
+        crop, generator = self._crop(index, draw, box)
+        return degrade(crop, generator, self.degradation)
+
+    def _crop(self, index: int, draw: int, box: Box | None) -> tuple[np.ndarray, np.random.Generator]:
+        """A crop, float32 in [0, 1], and the generator for what follows."""
+        photo = read_photo(self.photographs[index].path, MAX_PHOTOGRAPH_PIXELS).rgb
         generator = np.random.default_rng([_STREAM, self.seed, draw, index])
         crop = random_crop(photo, self.crop, generator) if box is None else cut_out(photo, box)
-        crop = crop.astype(np.float32) / 255
-        return (
-            degrade(crop, generator, self.degradation)
-            if self.with_lr
-            else (None, target(crop, self.degradation))
-        )
+        return crop.astype(np.float32) / 255, generator
 
     def _prompt(self, index: int) -> PromptEmbeds | None:
         path = self.prompts[index]
         return self.default if path is None else load_prompt_embeds(path)
 
     def fingerprint(self) -> str:
-        """A hash of all names and sizes, of which have prompts, and of sixteen photographs' content, evenly spread."""
+        """A hash of all names and sizes, of which have prompts, and of the content of 16 evenly spaced photographs."""
         digest = hashlib.sha256()
         for photo, prompt in zip(self.photographs, self.prompts, strict=True):
             digest.update(f"{photo.name} {photo.height} {photo.width} {prompt is not None}\n".encode())
@@ -240,6 +246,6 @@ class Photographs:
 
 
 def own_prompt(path: Path) -> Path | None:
-    """A photograph's prompt embedding beside it, as `convert/prompts.py` writes it, if there is one."""
+    """The prompt embedding beside a photograph, as `convert/prompts.py` writes it, if there is one."""
     beside = path.with_suffix(".safetensors")
     return beside if beside.is_file() else None

@@ -1,4 +1,4 @@
-"""What a training sample is on the host, whatever it is read from. No jax here: Grain's workers import this."""
+"""A training sample on the host, whatever source it is read from. No jax here: Grain's workers import this."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import numpy as np
 
 
 class Record(NamedTuple):
-    """One training sample, or a batch of them, whose arrays have leading axes and lie on the host or on devices.
+    """One training sample, or a batch of them.
 
-    None stands for what the source does not have or was not asked for.
+    The arrays of a batch have leading axes and are on the host or on devices. Parts that the source does not have, or was
+    not asked for, are None.
 
     Attributes:
-      lr, hr: (H, W, 3) uint8; lr is degraded, and resized to hr's size.
-      latent_hr: (h, w, C) float32, times the scaling factor; None: to be encoded from hr.
-      prompt, pooled: (S, D) and (P,), float16, bfloat16 or float32; None: the default prompt.
+      lr, hr: (H, W, 3) uint8; lr is degraded and enlarged to hr's size.
+      latent_hr: (h, w, C) float32, times the scaling factor; if None, hr has to be encoded.
+      prompt, pooled: (S, D) and (P,), float16, bfloat16 or float32; if None, the default prompt is used.
     """
 
     lr: np.ndarray | None
@@ -26,30 +27,30 @@ class Record(NamedTuple):
     pooled: np.ndarray | None
 
     def map(self, function: Callable[[np.ndarray], Any]) -> Record:
-        """Applied to what is there."""
+        """Applies a function to every part that is not None."""
         return Record(*(None if part is None else function(part) for part in self))
 
 
 class Source(Protocol):
-    """Samples by index."""
+    """A data set: samples by index."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int, epoch: int = 0) -> Record:
-        """The sample, the same for the same index and epoch wherever it is read.
+        """Reads a sample; it depends only on the index and the epoch.
 
         Raises:
-          UserError: it cannot be used.
+          UserError: the sample cannot be used.
         """
         ...
 
     def name(self, index: int) -> str: ...
 
     def fingerprint(self) -> str:
-        """A hash that tells the set from others, the same wherever it lies."""
+        """A hash that identifies the set, wherever its files are."""
         ...
 
 
 def spread(count: int, most: int = 16) -> range:
-    """At most so many of `count` indices, evenly: what a fingerprint looks at closely."""
+    """At most `most` evenly spaced indices below `count`, for fingerprints."""
     return range(0, count, max(1, -(-count // most)))

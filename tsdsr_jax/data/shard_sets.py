@@ -1,11 +1,11 @@
-"""Prepared training sets in Grain's ArrayRecord files: few large files, read at random, each prompt stored once.
+"""Training sets in Grain's ArrayRecord files: a few large files with random access, each prompt stored once.
 
-    ROOT/manifest.json                          what the set is: counts, settings, versions
+    ROOT/manifest.json                          counts, settings, versions
     ROOT/samples-00000-of-00012.arrayrecord     lr and hr as lossless WebP, latent_hr, the number of the prompt, the name
     ROOT/prompts-00000-of-00001.arrayrecord     prompt and pooled embeddings in 16 bits, the text
 
-Each record is a safetensors file of its own. Lossless WebP, because eight photographs of 512×512 and their degraded versions
-took 212 kB each and 0.7 of the time to decode, as PNG of level 3 268 kB.
+Each record is a safetensors file of its own. Images are lossless WebP: on eight photographs of 512×512 and their degraded
+versions it took 212 kB each and 0.7 of the decoding time, against 268 kB as PNG of level 3.
 
 No jax here: Grain's workers import this.
 """
@@ -16,9 +16,8 @@ import hashlib
 import io
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -28,17 +27,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from tsdsr_jax.atomic import replacing
+from tsdsr_jax.data.manifest import MANIFEST, check_complete, read_manifest
 from tsdsr_jax.data.record import Record, spread
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
-MANIFEST = "manifest.json"
-FORMAT = "tsdsr_jax training set 1"
-_WEBP = {"format": "WEBP", "lossless": True, "method": 0, "quality": 0, "exact": True}
-# Records compressed one by one already; groups would be read whole for one of theirs.
+# Records are compressed already. In larger groups, reading one record would read its whole group.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _PROMPTS_KEPT = 16
-# Several threads read; of the module, because sources are pickled for workers.
+# Several threads read. The lock belongs to the module because sources are pickled for workers.
 _CACHES = threading.Lock()
 
 
@@ -46,55 +43,16 @@ def shard_path(root: Path, kind: str, number: int, total: int) -> Path:
     return root / f"{kind}-{number:05d}-of-{total:05d}.arrayrecord"
 
 
-def is_sharded(root: Path) -> bool:
-    return has_manifest(root) and read_manifest(root)["layout"] == "shards"
-
-
-def has_manifest(root: Path) -> bool:
-    """Whether a set was made by `train/prepare.py`; a file of this name may be somebody else's."""
-    try:
-        return str(json.loads((root / MANIFEST).read_text(encoding="utf-8")).get("format")).startswith(
-            "tsdsr_jax"
-        )
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest that `train/prepare.py` leaves in both layouts.
-
-    Raises:
-      UserError: it is damaged, or of another format.
-    """
-    path = root / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a training set's manifest ({error})") from None
-    if not known:
-        raise UserError(f"{path}: is of the format {manifest['format']!r}; this version reads {FORMAT!r}")
-    return manifest
-
-
-def check_complete(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises UserError for a set whose preparation has not ended."""
-    if not manifest["complete"]:
-        raise UserError(
-            f"{root}: this set is not finished; give train/prepare.py the same flags again, which goes on where it was"
-        )
-
-
 # --- writing --------------------------------------------------------------------------------------
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:
-    """Writes one file of records; it is complete or absent.
+    """Writes one file of records, complete or not at all.
 
     Raises:
       UserError: it cannot be written.
     """
-    # Imported here: only writing needs it.
+    # Imported here because only writing needs it.
     from array_record.python.array_record_module import ArrayRecordWriter
 
     with replacing(path) as temporary:
@@ -108,13 +66,13 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
 
 
 def pack_sample(name: str, lr: bytes, hr: bytes, latent_hr: np.ndarray, prompt: int) -> bytes:
-    """One sample's record.
+    """Packs one sample into a record.
 
     Args:
-      name: of the photograph and the crop.
+      name: the photograph's name and the crop's number.
       lr, hr: from `pack_image`.
       latent_hr: (h, w, C) float32.
-      prompt: number of its prompt within the set.
+      prompt: index of its prompt within the set.
     """
     images = {"lr": _bytes(lr), "hr": _bytes(hr)}
     return save({"name": _bytes(name.encode()), **images, "latent_hr": latent_hr, "prompt": np.array(prompt)})
@@ -127,9 +85,9 @@ def pack_prompt(text: str, embeds: PromptEmbeds) -> bytes:
 
 
 def pack_image(image: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 without loss."""
+    """Compresses (H, W, 3) uint8 without loss."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, **_WEBP)
+    Image.fromarray(image).save(file, "WEBP", lossless=True, method=0, quality=0, exact=True)
     return file.getvalue()
 
 
@@ -138,25 +96,31 @@ def _bytes(content: bytes) -> np.ndarray:
 
 
 def count_records(path: Path) -> int:
-    """How many a file holds; UserError where it cannot be read."""
+    """How many records a file holds.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     try:
         return len(ArrayRecordDataSource([str(path)]))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it, and it is made again") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}); delete it, and train/prepare.py makes it again"
+        ) from None
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 class PreparedShards:
-    """The samples of one such set.
+    """Reads the samples of one set.
 
     Args:
-      root: its folder.
-      images: whether records have lr and hr; without, they are not decoded.
+      root: the set's folder.
+      images: whether records have lr and hr; if not, images are not decoded.
 
     Raises:
-      UserError: unfinished, or files are missing or damaged.
+      UserError: the set is not finished, or files are missing or damaged.
     """
 
     def __init__(self, root: Path, images: bool = True):
@@ -164,7 +128,7 @@ class PreparedShards:
         self.manifest = read_manifest(root)
         check_complete(root, self.manifest)
         if not sum(self.manifest["samples"]):
-            raise UserError(f"{root}: holds no sample; none of its photographs could be used")
+            raise UserError(f"{root}: holds no sample, because none of its photographs could be used")
         self._samples = self._open("samples", sum(self.manifest["samples"]))
         self._prompts = self._open("prompts", self.manifest["prompts"])
         self._prompt_cache: dict[int, PromptEmbeds] = {}
@@ -181,7 +145,7 @@ class PreparedShards:
             source = ArrayRecordDataSource([str(path) for path in paths])
         except (RuntimeError, ValueError) as error:
             for path in paths:
-                count_records(path)  # names the one that is damaged
+                count_records(path)  # raises an error that names the damaged file
             raise UserError(f"{self.root}: its {kind} files cannot be read ({error})") from None
         if len(source) != count:
             raise UserError(
@@ -228,7 +192,7 @@ class PreparedShards:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
     def name(self, index: int) -> str:
-        """The photograph's name; the number where that cannot be read."""
+        """The photograph's name, or the sample's number if that cannot be read."""
         try:
             name = self._record(self._samples, index, "sample")["name"].tobytes().decode()
         except UserError:

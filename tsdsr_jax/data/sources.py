@@ -1,4 +1,4 @@
-"""Which samples a run sees, from its flags: prepared sets, or photographs degraded on the way."""
+"""Opens a run's samples as its flags say: prepared sets, or photographs that are degraded during training."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from tqdm import tqdm
 from tsdsr_jax import hints
 from tsdsr_jax.data.batches import SampleShapes, first_sample
 from tsdsr_jax.data.folder_sets import PreparedFolder
+from tsdsr_jax.data.manifest import is_sharded
 from tsdsr_jax.data.options import CropOptions, DataOptions, PairOptions
 from tsdsr_jax.data.photos import Photographs, Survey, left_out, survey
 from tsdsr_jax.data.record import Record, Source
-from tsdsr_jax.data.shard_sets import PreparedShards, is_sharded
+from tsdsr_jax.data.shard_sets import PreparedShards
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.search import find_photographs
 from tsdsr_jax.weights.prompt_files import load_prompt_embeds
 from tsdsr_jax.weights.text_encoders import has_encoders
 
-# What a run needs of its samples.
+# What a run needs from its samples.
 Parts = Literal["pairs", "latents"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What is trained on.
+    """The data of a run.
 
     Attributes:
       source: the samples.
-      shapes: what each looks like.
-      identity: what a resumed run must agree in.
+      shapes: their shapes.
+      identity: settings that must stay the same when the run resumes.
     """
 
     source: Source
@@ -46,24 +47,24 @@ class Data:
 def open_data(
     options: DataOptions, seed: int, parts: Parts, note: Callable[[str], object], output: Path | None = None
 ) -> Data:
-    """The samples of `--data_dir` or `--hr_dir`.
+    """Opens the samples of `--data_dir` or `--hr_dir`.
 
     Args:
       options: the flags.
-      seed: of crops and degradations.
-      parts: whether images and their degraded versions are needed, or latents only.
-      note: told what is left out.
-      output: the run's own folder, whose pictures are no photographs.
+      seed: seed of crops and degradations.
+      parts: `pairs`: images and their degraded versions; `latents`: only what latents need.
+      note: told which photographs are left out.
+      output: the run's own folder; pictures in it are ignored.
 
     Raises:
-      UserError: nothing there, or nothing that can be used.
+      UserError: there are no samples that can be used.
     """
     if options.data_dir:
-        source = open_sets(options.data_dir, parts)
-        identity = {}
+        source: Source = open_sets(options.data_dir, parts)
+        identity: dict[str, str] = {}
     else:
         source = _open_photographs(options, seed, parts, note, output)
-        # Without pairs nothing is degraded.
+        # Without pairs, nothing is degraded.
         identity = crop_identity(options) | (pair_identity(options) if parts == "pairs" else {})
     return Data(source, SampleShapes.of_source(source), identity | content_identity(source))
 
@@ -75,7 +76,7 @@ def open_images(
     note: Callable[[str], object],
     output: Path | None = None,
 ) -> Data:
-    """Crops of photographs, without anything else; arguments and errors as of `open_data`."""
+    """Opens crops of photographs, undegraded and without prompts; see `open_data` for arguments and errors."""
     found = look_at(roots, options.crop().minimum, note, output)
     degradation = options.degradation()
     source = Photographs(
@@ -102,10 +103,10 @@ def content_identity(source: Source) -> dict[str, str]:
 
 
 def open_sets(roots: Sequence[Path], parts: Parts = "pairs") -> Source:
-    """One or several prepared sets of either layout as one.
+    """Opens one or several sets, of either layout, as one.
 
     Raises:
-      UserError: missing, unfinished, or made differently from each other.
+      UserError: a set is missing or not finished, or the sets' samples differ in shape.
     """
     images = parts == "pairs"
     sets = [
@@ -121,7 +122,7 @@ def open_sets(roots: Sequence[Path], parts: Parts = "pairs") -> Source:
 
 
 class Joined:
-    """Several sources, one after the other."""
+    """Several sources, one after another."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = list(sources)
@@ -149,13 +150,13 @@ class Joined:
 def look_at(
     roots: Sequence[Path], minimum: int, note: Callable[[str], object], output: Path | None = None
 ) -> Survey:
-    """`survey` with a progress bar; tells what is left out. Images below `output` are none of the photographs."""
+    """Finds and surveys photographs, with a progress bar; tells `note` which are left out. Ignores images below `output`."""
     found_below = [(path, root) for root in roots for path in find_photographs(root, output)]
-    # A folder may be given twice, or lie in another.
+    # A folder may be given twice, or be part of another.
     files = list({os.path.realpath(path): (path, root) for path, root in reversed(found_below)}.values())[
         ::-1
     ]
-    with tqdm(total=len(files), desc="looking at photographs", leave=False, disable=None) as bar:
+    with tqdm(total=len(files), desc="reading photographs' sizes", leave=False, disable=None) as bar:
         found = survey(files, minimum, bar.update)
     for line in left_out(found, minimum):
         note(line)
@@ -172,6 +173,7 @@ def _open_photographs(
         photo.name for photo, prompt in zip(found.photographs, source.prompts, strict=True) if not prompt
     ]:
         if len(lacking) < len(source):
+            assert options.default_embedding_dir, "`prompted` sets its default"
             source.default = load_prompt_embeds(options.default_embedding_dir)
             note(
                 f"{len(lacking)} of {len(source)} photographs have no prompt embedding beside them and get the default "
@@ -179,16 +181,16 @@ def _open_photographs(
             )
         texts = sum(photo.path.with_suffix(".txt").is_file() for photo in found.photographs)
         if texts:
-            read = f"{texts} photographs have a .txt beside them, which is read only when a set is prepared"
+            read = f"{texts} photographs have a .txt beside them, which is used only when a set is prepared"
             note(f"{read}{_how_to_prepare(options, output, whole=texts == len(source))}")
     return source
 
 
 def _how_to_prepare(options: DataOptions, output: Path | None, whole: bool) -> str:
-    """The command that prepares the photographs with their texts, where the model can encode them."""
+    """The command that prepares a set with these texts, if the model can encode them."""
     flags = hints.given(options, *hints.MODEL, "hr_dir", *hints.CROPS)
     if output is None or not has_encoders(flags.get("pretrained_model_name_or_path", "")):
-        return ", by train/prepare.py --prompts txt and a model with text encoders"
+        return ", by train/prepare.py --prompts txt with a model that has text encoders"
     prompts = "txt" if whole else "txt_or_default"
     target = hints.new_folder(output, "set")
     return f": {hints.command('train/prepare.py', **flags, prompts=prompts, output_dir=target)}"

@@ -1,57 +1,58 @@
-"""Writing a prepared training set, in either layout, so that it can be interrupted and shared between machines.
+"""Writes a training set in either layout, so that preparing it can be interrupted and shared between machines.
 
-What is written is complete or absent, and what is there is not made again: whole files of shards, single samples of folders.
-The manifest keeps the settings, which a later run must share, and says when all is done; machines share an output folder and
-need not know of each other.
+Whatever is written is complete or absent, and is not made again: a whole file in `shards`, a single sample in `folders`.
+Machines share an output folder and need not know of each other.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-from uuid import uuid4
+
+import numpy as np
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.cli import Share
 from tsdsr_jax.data.crops import SetLayout
 from tsdsr_jax.data.folder_sets import HR_FOLDER, LATENT_FOLDER, LR_FOLDER
-from tsdsr_jax.data.preparation import Finished, Prompts
-from tsdsr_jax.data.shard_sets import (
-    FORMAT,
-    MANIFEST,
-    count_records,
-    has_manifest,
-    pack_prompt,
-    pack_sample,
-    read_manifest,
-    shard_path,
-    write_shard,
-)
-from tsdsr_jax.errors import UserError
-from tsdsr_jax.identity import differences
+from tsdsr_jax.data.set_prompts import Prompts
+from tsdsr_jax.data.shard_sets import count_records, pack_prompt, pack_sample, shard_path, write_shard
 from tsdsr_jax.weights.prompt_files import TORCH_POOLED_FOLDER, TORCH_PROMPT_FOLDER, PromptEmbeds
 from tsdsr_jax.weights.torch_pickle import write_tensor
 
 TEXT_FOLDER = "prompt_txt"
 PROMPTS_PER_FILE = 1024
-# Neighbours of one machine, where several share the work in folders.
+# In folders, machines take turns in runs of this many samples.
 _RUN = 64
-_STALE_SECONDS = 24 * 3600
 Embed = Callable[[Sequence[str]], list[PromptEmbeds]]
 
 
-class SetPlan(NamedTuple):
-    """What is to be written.
+class FinishedSample(NamedTuple):
+    """A sample ready to be written.
 
     Attributes:
-      names: of all samples, in order.
-      prompt_of: the number of each sample's prompt.
+      position: its place in the plan.
+      lr, hr: compressed images.
+      latent_hr: (h, w, C) float32.
+      problem: why it cannot be made; then the others are empty.
+    """
+
+    position: int
+    lr: bytes
+    hr: bytes
+    latent_hr: np.ndarray
+    problem: str
+
+
+class SetPlan(NamedTuple):
+    """What a finished set contains.
+
+    Attributes:
+      names: the samples' names, in order.
+      prompt_of: for each sample, the index of its prompt.
       prompts: the texts.
     """
 
@@ -60,27 +61,28 @@ class SetPlan(NamedTuple):
     prompts: Prompts
 
 
-class Writer(Protocol):
-    """One layout."""
+class SetWriter(Protocol):
+    """Writes one layout."""
 
     def pending(self, problems: Mapping[int, str]) -> list[int]:
-        """Positions of this part's samples that are still to be made, in the order in which `add` wants them; those that had
-        problems before are tried again.
+        """Positions of the samples that this part still has to make, in the order in which `add` expects them.
+
+        Includes samples that could not be made before.
         """
         ...
 
     def write_prompts(self, embed: Embed, progress: Callable[[int], object]) -> None:
-        """Embeds and writes this part's prompts that are not there yet."""
+        """Embeds and writes the prompts that this part still lacks."""
         ...
 
-    def add(self, sample: Finished) -> None: ...
+    def add(self, sample: FinishedSample) -> None: ...
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Waits until everything is written."""
         ...
 
     def missing(self, problems: Mapping[int, str]) -> int:
-        """Samples or files that some part still has to write, apart from samples with problems."""
+        """How many samples or files any part still has to write, apart from samples with problems."""
         ...
 
     def counts(self) -> dict[str, Any]:
@@ -89,13 +91,13 @@ class Writer(Protocol):
 
 
 class ShardWriter:
-    """ArrayRecord files of `per_file` planned samples each.
+    """Writes ArrayRecord files of `per_file` planned samples each.
 
     Args:
       root: the set's folder.
       plan: all samples.
       part: this machine's share of the files.
-      per_file: planned samples of a file; those that cannot be made are missing from it.
+      per_file: planned samples per file; samples that cannot be made are left out of it.
     """
 
     def __init__(self, root: Path, plan: SetPlan, part: Share, per_file: int):
@@ -104,7 +106,7 @@ class ShardWriter:
         self.prompt_files = -(-len(plan.prompts.texts) // PROMPTS_PER_FILE)
         self._records: list[bytes] = []
         self._pool = ThreadPoolExecutor(1)
-        self._writing: list[Future] = []
+        self._writing: list[Future[None]] = []
 
     def _positions(self, number: int) -> range:
         return range(number * self.per_file, min((number + 1) * self.per_file, len(self.plan.names)))
@@ -124,12 +126,12 @@ class ShardWriter:
         for number in self._mine(self.prompt_files):
             texts = self.plan.prompts.texts[number * PROMPTS_PER_FILE : (number + 1) * PROMPTS_PER_FILE]
             if self._lacks("prompts", number, self.prompt_files):
-                # One record at a time: a file's embeddings are 2.7 GB.
+                # One record at a time, because the embeddings of a file take 2.7 GB.
                 records = (pack_prompt(*pair) for pair in zip(texts, embed(texts), strict=True))
                 write_shard(shard_path(self.root, "prompts", number, self.prompt_files), records)
             progress(len(texts))
 
-    def add(self, sample: Finished) -> None:
+    def add(self, sample: FinishedSample) -> None:
         position = sample.position
         if not sample.problem:
             prompt = self.plan.prompt_of[position]
@@ -142,11 +144,11 @@ class ShardWriter:
                 self._records,
                 [],
             )
-            settle(self._writing, most=1)
+            _settle(self._writing, most=1)
             self._writing.append(self._pool.submit(write_shard, path, records))
 
     def close(self) -> None:
-        settle(self._writing)
+        _settle(self._writing)
         self._pool.shutdown()
 
     def missing(self, problems: Mapping[int, str]) -> int:
@@ -164,7 +166,7 @@ def _name(position: int) -> str:
 
 
 class FolderWriter:
-    """The original's folders: one file per sample and kind, called by number, because the original sorts by it.
+    """Writes the original's folders: one file per sample and kind, named by number because the original sorts by it.
 
     Args:
       root: the set's folder.
@@ -174,10 +176,10 @@ class FolderWriter:
 
     def __init__(self, root: Path, plan: SetPlan, part: Share):
         self.root, self.plan, self.part = root, plan, part
-        # Folders may hold other files, such as a desktop's.
+        # Folders may hold other files, such as those that file managers leave.
         self._planned = {_name(position) for position in range(len(plan.names))}
         self._pool = ThreadPoolExecutor(4)
-        self._writing: list[Future] = []
+        self._writing: list[Future[None]] = []
 
     def _file(self, folder: str, position: int, suffix: str) -> Path:
         return self.root / folder / (_name(position) + suffix)
@@ -194,7 +196,7 @@ class FolderWriter:
         ]
 
     def _made(self) -> set[str]:
-        """Names of the samples of which all images and latents are there."""
+        """Names of the samples whose images and latents all exist."""
         return set.intersection(*map(self._there, (LR_FOLDER, HR_FOLDER, LATENT_FOLDER))) & self._planned
 
     def _prompted(self) -> set[str]:
@@ -229,21 +231,21 @@ class FolderWriter:
         write_tensor(self._file(TORCH_PROMPT_FOLDER, position, ".pt"), embeds.prompt[None])
         write_tensor(self._file(TORCH_POOLED_FOLDER, position, ".pt"), embeds.pooled[None])
 
-    def add(self, sample: Finished) -> None:
+    def add(self, sample: FinishedSample) -> None:
         if not sample.problem:
-            settle(self._writing, most=16)
+            _settle(self._writing, most=16)
             self._writing.append(self._pool.submit(self._write, sample))
 
-    def _write(self, sample: Finished) -> None:
+    def _write(self, sample: FinishedSample) -> None:
         latent = sample.latent_hr.transpose(2, 0, 1)[None]
         write_tensor(self._file(LATENT_FOLDER, sample.position, ".pt"), latent)
-        # lr last: which samples there are is what lies in its folder.
+        # lr last, because readers take the files in its folder as the list of samples.
         for folder, content in ((HR_FOLDER, sample.hr), (LR_FOLDER, sample.lr)):
             with replacing(self._file(folder, sample.position, ".png")) as temporary:
                 temporary.write_bytes(content)
 
     def close(self) -> None:
-        settle(self._writing)
+        _settle(self._writing)
         self._pool.shutdown()
 
     def missing(self, problems: Mapping[int, str]) -> int:
@@ -262,122 +264,11 @@ class FolderWriter:
         }
 
 
-def make_writer(layout: SetLayout, root: Path, plan: SetPlan, part: Share, per_file: int) -> Writer:
+def make_writer(layout: SetLayout, root: Path, plan: SetPlan, part: Share, per_file: int) -> SetWriter:
     return ShardWriter(root, plan, part, per_file) if layout == "shards" else FolderWriter(root, plan, part)
 
 
-def settle(writing: list[Future], most: int = 0) -> None:
-    """Waits until at most so many are under way; raises what one of them raised."""
+def _settle(writing: list[Future[None]], most: int = 0) -> None:
+    """Waits until at most `most` writes are running; re-raises their errors."""
     while len(writing) > most:
         writing.pop(0).result()
-
-
-# --- the manifest ---------------------------------------------------------------------------------
-
-
-class Manifest:
-    """A set's manifest and its list of samples that could not be made.
-
-    Args:
-      root: the set's folder.
-      layout: of the set.
-      settings: what all runs on it must share.
-      part: this machine's share.
-    """
-
-    def __init__(self, root: Path, layout: SetLayout, settings: Mapping[str, Any], part: Share):
-        self.root, self.layout, self.settings, self.part = root, layout, dict(settings), part
-
-    def check(self) -> None:
-        """Refuses a folder that holds another set, or something else.
-
-        Raises:
-          UserError: saying what differs.
-        """
-        names = os.listdir(self.root) if self.root.is_dir() else []
-        if has_manifest(self.root):
-            self._check(read_manifest(self.root))
-        elif any(not name.startswith(".") for name in names):
-            raise UserError(
-                f"{self.root}: is not empty and holds no training set of train/prepare.py; choose another --output_dir"
-            )
-
-    def begin(self) -> None:
-        """Writes it before the first piece is, unless another machine has; then that is checked."""
-        self.check()
-        if not has_manifest(self.root):
-            self._write({"complete": False}, new=True)
-            # Another machine may have been faster.
-            self._check(read_manifest(self.root))
-
-    def _check(self, found: Mapping[str, Any]) -> None:
-        theirs = {"layout": found.get("layout")} | found.get("settings", {})
-        differing = differences(theirs, {"layout": self.layout} | self.settings)
-        if differing:
-            listed = "".join(f"\n  {line}" for line in differing)
-            raise UserError(
-                f"{self.root}: holds a training set made otherwise; choose another --output_dir, or give the flags that it "
-                f"was made with. What differs:{listed}"
-            )
-
-    def _write(self, entries: Mapping[str, Any], new: bool = False) -> None:
-        content = {"format": FORMAT, "layout": self.layout, **entries, "settings": self.settings}
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        path = self.root / MANIFEST
-        if not new:
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            return
-        # Written under another name and linked, so that of two machines that begin together one wins.
-        own = self.root / f".{uuid4().hex}.part"
-        with replacing(own) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        try:
-            os.link(own, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        finally:
-            own.unlink(missing_ok=True)
-
-    def note_problem(self, position: int, message: str) -> None:
-        """Remembers a sample that cannot be made; without a message, that it can."""
-        # Begins with the line's end, in case a kill has cut the last one.
-        line = "\n" + json.dumps({"sample": position, "problem": message})
-        try:
-            with open(self.root / f"problems-{self.part}.jsonl", "a", encoding="ascii") as file:
-                file.write(line)
-        except OSError as error:
-            raise UserError(f"{self.root}: cannot be written ({error.strerror})") from None
-
-    def problems(self) -> dict[int, str]:
-        """Position -> message, of all machines."""
-        found: dict[int, str] = {}
-        for path in sorted(self.root.glob("problems-*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
-            for line in path.read_bytes().split(b"\n"):
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # empty, or cut off by a kill; then its sample is made again
-                found[entry["sample"]] = entry["problem"]
-        return {position: message for position, message in found.items() if message}
-
-    def _sweep(self) -> None:
-        """Removes what killed runs have left; what is younger than a day may be another machine's work."""
-        for path in self.root.rglob(".*.part"):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
-
-    def finish(self, writer: Writer, more: Mapping[str, Any]) -> int:
-        """Completes the manifest if nothing is missing; returns how much is."""
-        self.begin()
-        problems = self.problems()
-        missing = writer.missing(problems)
-        if not missing:
-            self._sweep()
-            left_out = [problems[position] for position in sorted(problems)]
-            self._write({"complete": True, **writer.counts(), "damaged": left_out, **more})
-        return missing

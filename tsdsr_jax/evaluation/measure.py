@@ -1,6 +1,6 @@
-"""A folder of results against a folder of references: which files go together, and what each metric says of each pair.
+"""Measures a folder of results against a folder of references: pairs their files and computes all metrics.
 
-What cannot be measured is named, and nothing is averaged over it.
+Files that cannot be measured are listed and left out of all averages.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.images.search import find_photographs
 
 _BATCH_PIXELS = 2**21  # eight pictures of 512×512
+_Pixels = tuple[np.ndarray, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class FilePair:
 
     Attributes:
       name: path below the folder, without suffix, with forward slashes.
-      result, reference: files.
+      result, reference: the files; reference is None if there is none.
     """
 
     name: str
@@ -42,14 +43,14 @@ class FilePair:
 
 @dataclasses.dataclass
 class Measured:
-    """What is known of one folder of results.
+    """The measurements of one folder of results.
 
     Attributes:
-      pairs: those that were measured, in the order of their names.
-      values: pair's name -> metric's name -> value; a value that could not be computed is absent.
+      pairs: the measured pairs, sorted by name.
+      values: pair's name -> metric's name -> value; values that could not be computed are absent.
       of_folder: metric's name -> value, for metrics of whole folders.
-      problems: one line per file or value that is missing, with the reason.
-      missing: metric's name -> why it was computed of nothing.
+      problems: for each missing file or value, a line with the reason.
+      missing: metric's name -> why it has no value at all.
     """
 
     pairs: list[FilePair] = dataclasses.field(default_factory=list)
@@ -64,10 +65,10 @@ class Measured:
 
 
 def find_pairs(results: Path, references: Path | None) -> tuple[list[FilePair], list[str]]:
-    """Pairs files of the same path and name, whatever their suffixes, in both folders and their subfolders.
+    """Pairs files that have the same path below both folders, ignoring suffixes.
 
     Returns:
-      The pairs, sorted by name, and a line for every file that has no partner or more than one.
+      The pairs, sorted by name, and a line for every file with no partner or several.
 
     Raises:
       UserError: a folder is missing or holds no images, or no file has a partner.
@@ -87,7 +88,7 @@ def find_pairs(results: Path, references: Path | None) -> tuple[list[FilePair], 
     if not common:
         raise UserError(
             f"{results} and {references}: no file has the same name in both (for example {_first(found)} and"
-            f" {_first(wanted)}); results are paired with references by name"
+            f" {_first(wanted)}); results and references are paired by name"
         )
     return [FilePair(name, found[name], wanted[name]) for name in common], sorted(problems)
 
@@ -97,10 +98,13 @@ def _first(files: Mapping[str, Path]) -> str:
 
 
 def by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Name -> image file of a folder, subfolders included, and lines for names that several files have.
+    """Lists a folder's images by name, including subfolders.
+
+    Returns:
+      Name -> file, and a line for each name that several files share.
 
     Raises:
-      UserError: no such folder, or no images in it.
+      UserError: the folder is missing or holds no images.
     """
     if os.path.isfile(folder):
         raise UserError(f"{folder}: is a file; expected a folder of images")
@@ -109,7 +113,7 @@ def by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
         name = printable(file.relative_to(folder).with_suffix("").as_posix())
         together.setdefault(name, []).append(file)
     problems = [
-        f"{', '.join(map(str, files))}: several files of one name; keep one of them"
+        f"{', '.join(map(str, files))}: several files with one name; keep only one"
         for files in together.values()
         if len(files) > 1
     ]
@@ -125,14 +129,14 @@ def measure(
 ) -> Measured:
     """Computes all metrics for all pairs that can be read and agree in size.
 
-    Files are read in threads while the device computes. Pictures of like size share a batch and a compiled program.
+    Threads read files while the device computes. Pictures of similar size share a batch and a compiled program.
 
     Args:
-      pairs: what to measure.
-      metrics: of pictures and of folders.
-      device: for the metrics in JAX.
-      max_pixels: larger pictures are not read.
-      on_done: told how many more pairs are finished.
+      pairs: the pairs to measure.
+      metrics: metrics of pictures and of folders.
+      device: where JAX computes.
+      max_pixels: pictures with more pixels are left out.
+      on_done: called with the number of pairs finished since the last call.
     """
     measured = Measured()
     per_picture = [metric for metric in metrics if metric.start]
@@ -167,7 +171,7 @@ def measure(
 
 
 def _size(pair: FilePair, max_pixels: int) -> Size | str:
-    """The pair's common size, or the line that says why there is none."""
+    """The pair's common size, or a line that tells why there is none."""
     try:
         result = read_size(pair.result, max_pixels)
         reference = read_size(pair.reference, max_pixels) if pair.reference else result
@@ -183,7 +187,7 @@ def _size(pair: FilePair, max_pixels: int) -> Size | str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Read:
-    """Pairs with their pixels, and lines about those that could not be read."""
+    """A batch of pairs with their pixels, and a line for each that could not be read."""
 
     pairs: list[FilePair]
     batch: PictureBatch
@@ -193,7 +197,7 @@ class _Read:
 def _batches(
     sound: Sequence[tuple[FilePair, Size]], device: jax.Device, max_pixels: int, pool: ThreadPoolExecutor
 ) -> Iterator[_Read]:
-    """Reads batch after batch, one ahead."""
+    """Yields batches; threads read the next one ahead."""
     buckets = plan_buckets([size for _, size in sound])
     together: dict[Size, list[FilePair]] = {}
     for (pair, _), bucket in zip(sound, buckets, strict=True):
@@ -203,7 +207,7 @@ def _batches(
         count = max(1, min(len(members), _BATCH_PIXELS // (bucket[0] * bucket[1])))
         groups += [(bucket, count, members[start : start + count]) for start in range(0, len(members), count)]
 
-    def read(group: tuple[Size, int, list[FilePair]]) -> list[Future]:
+    def read(group: tuple[Size, int, list[FilePair]]) -> list[Future[_Pixels | str]]:
         return [pool.submit(_pixels, pair, max_pixels) for pair in group[2]]
 
     upcoming = read(groups[0]) if groups else []
@@ -212,24 +216,25 @@ def _batches(
         yield _stack(members, [file.result() for file in files], bucket, count, device)
 
 
-def _pixels(pair: FilePair, max_pixels: int) -> tuple[np.ndarray, np.ndarray | None] | str:
+def _pixels(pair: FilePair, max_pixels: int) -> _Pixels | str:
+    """A pair's result and reference, or a line that tells why they cannot be read."""
     try:
         result = read_photo(pair.result, max_pixels).rgb
         return result, read_photo(pair.reference, max_pixels).rgb if pair.reference else None
     except UserError as error:
         return str(error)
     except MemoryError:
-        return f"{pair.result}: no memory to read it; lower --max_pixels leaves such pictures out"
+        return f"{pair.result}: not enough memory to read it; a lower --max_pixels leaves such pictures out"
 
 
 def _stack(
     members: Sequence[FilePair],
-    pixels: Sequence[tuple[np.ndarray, np.ndarray | None] | str],
+    pixels: Sequence[_Pixels | str],
     bucket: Size,
     count: int,
     device: jax.Device,
 ) -> _Read:
-    """Puts what was read into the corners of a batch of a fixed size."""
+    """Places pictures in the top left corners of a batch of fixed size."""
     sound = [(pair, found) for pair, found in zip(members, pixels, strict=True) if not isinstance(found, str)]
     results = np.zeros((count, *bucket, 3), np.uint8)
     references = np.zeros_like(results) if any(pair.reference for pair, _ in sound) else None
@@ -244,11 +249,12 @@ def _stack(
 
 
 def _start(metric: Metric, batch: PictureBatch) -> Values:
-    """Starts a metric on a batch; what goes wrong for want of memory becomes the pictures' reason."""
+    """Starts a metric on a batch. Running out of memory becomes the reason why the pictures have no value."""
+    assert metric.start, "metrics of folders are computed elsewhere"
     if not any(metric.fits(*size) for size in batch.sizes[: batch.count].tolist()):
         return lambda: [""] * batch.count
     try:
-        wait = metric.start(batch)  # pyright: ignore
+        wait = metric.start(batch)
     except Exception as error:
         return partial(_no_memory, error, batch.count)
 
@@ -262,22 +268,22 @@ def _start(metric: Metric, batch: PictureBatch) -> Values:
 
 
 def _no_memory(error: Exception, count: int) -> list[str]:
-    """The reason for each picture, where it is one; any other error is a bug and goes up."""
+    """Turns running out of memory into a reason for each picture; re-raises any other error, which is a bug."""
     exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     if not exhausted and not isinstance(error, MemoryError):
         raise error
-    return ["out of memory; --device cpu has more, perhaps"] * count
+    return ["out of memory; try --device cpu"] * count
 
 
 def _record(read: _Read, metrics: Sequence[Metric], started: Sequence[Values], measured: Measured) -> None:
-    """Waits for a batch's values and puts them where they belong."""
+    """Waits for a batch's values and stores them."""
     measured.pairs += read.pairs
     measured.values |= {pair.name: {} for pair in read.pairs}
     for metric, wait in zip(metrics, started, strict=True):
         for pair, size, value in zip(read.pairs, read.batch.sizes.tolist(), wait(), strict=False):
             if not metric.fits(*size):
                 needed = "×".join(map(str, sorted(metric.smallest, reverse=True)))
-                value = f"{size[1]}×{size[0]} pixels are too few, it needs {needed}"
+                value = f"{size[1]}×{size[0]} pixels are too few; at least {needed} are needed"
             if isinstance(value, float) and math.isfinite(value):
                 measured.values[pair.name][metric.name] = value
             else:
@@ -285,13 +291,14 @@ def _record(read: _Read, metrics: Sequence[Metric], started: Sequence[Values], m
 
 
 def _of_folder(metric: Metric, measured: Measured) -> None:
+    assert metric.over_folders
     try:
         results = [pair.result for pair in measured.pairs]
         references = [pair.reference for pair in measured.pairs if pair.reference]
-        value = metric.over_folders(results, references)  # pyright: ignore
+        value = metric.over_folders(results, references)
         if math.isfinite(value):
             measured.of_folder[metric.name] = value
         else:
-            measured.missing[metric.name] = f"is {value} of these files"
-    except Exception as error:  # another package's, with its own files and downloads
+            measured.missing[metric.name] = f"is {value} for these files"
+    except Exception as error:  # another package's error, from its own files and downloads
         measured.missing[metric.name] = f"failed on these files ({first_line(error)})"

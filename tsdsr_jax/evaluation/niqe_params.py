@@ -1,4 +1,4 @@
-"""NIQE's model of natural photographs, from the files that BasicSR, pyiqa and the MATLAB release come with."""
+"""NIQE's model of natural photographs, read from the files of BasicSR, pyiqa or the MATLAB release."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from scipy import io
 from tsdsr_jax.errors import UserError, first_line
 
 FEATURES = 36  # 18 at each of two scales
-# What BasicSR and the MATLAB release call them.
+# Names in BasicSR's files and in those of the MATLAB release.
 _NAMES = {"mean": ("mu_pris_param", "mu_prisparam"), "covariance": ("cov_pris_param", "cov_prisparam")}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PristineModel:
-    """Features of natural photographs.
+    """The distribution of features of natural photographs.
 
     Attributes:
       mean: (36,) float64.
@@ -33,22 +33,22 @@ def load_pristine(path: Path) -> PristineModel:
     """Reads BasicSR's `niqe_pris_params.npz`, or `niqe_modelparameters.mat` of pyiqa and of the MATLAB release.
 
     Raises:
-      UserError: missing, damaged, or another kind of file.
+      UserError: the file is missing, damaged, or of another kind.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: {'is a folder' if os.path.isdir(path) else 'not found'}; {how_to_get()}")
+        raise UserError(f"{path}: {'is a folder' if os.path.isdir(path) else 'not found'}; {_how_to_get()}")
     try:
         stored = io.loadmat(path) if path.suffix.lower() == ".mat" else _load_archive(path)
-    except Exception as error:  # the readers have no common error for files that are something else
+    except Exception as error:  # the readers share no error class for other files
         raise UserError(
-            f"{path}: not a file of NIQE's parameters ({first_line(error)}); {how_to_get()}"
+            f"{path}: not a file of NIQE's parameters ({first_line(error)}); {_how_to_get()}"
         ) from None
     arrays = {}
     for key, names in _NAMES.items():
         name = next((name for name in names if name in stored), None)
         if name is None:
             raise UserError(
-                f"{path}: not a file of NIQE's parameters (no {' or '.join(names)}); {how_to_get()}"
+                f"{path}: not a file of NIQE's parameters (no {' or '.join(names)}); {_how_to_get()}"
             )
         arrays[key] = np.asarray(stored[name], np.float64)
     shapes = arrays["mean"].size, arrays["covariance"].shape
@@ -57,7 +57,7 @@ def load_pristine(path: Path) -> PristineModel:
             f"{path}: {shapes[0]} means and a covariance of {shapes[1]}; expected 36 and (36, 36)"
         )
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise UserError(f"{path}: holds values that are not finite; get the file again")
+        raise UserError(f"{path}: has values that are not finite; get the file again")
     return PristineModel(arrays["mean"].ravel(), arrays["covariance"])
 
 
@@ -66,7 +66,7 @@ def _load_archive(path: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def how_to_get() -> str:
+def _how_to_get() -> str:
     """Where the parameters come from."""
     return (
         "--niqe_params takes niqe_pris_params.npz of BasicSR (in TSD-SR's repository as basicsr/metrics/), or"

@@ -1,8 +1,8 @@
-"""PSNR and SSIM on luma, in the conventions of the papers on real-world super-resolution.
+"""PSNR and SSIM on luma, as papers on real-world super-resolution compute them.
 
-Both follow what pyiqa computes with `test_y_channel=True, color_space="ycbcr"`: no border is cropped, nothing is resized.
-Photographs of several sizes share a compiled program: each lies in the top left corner of a batch, and `sizes` says how
-much of it counts.
+Both match pyiqa's results with `test_y_channel=True, color_space="ycbcr"`: no border is cropped and nothing is resized.
+Photographs of several sizes share a compiled program: each lies in the top left corner of an array of a batch, and `sizes`
+gives its height and width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def gaussian_taps(width: int, sigma: float) -> np.ndarray:
 SSIM_SIDE = 11
 _WINDOW = gaussian_taps(SSIM_SIDE, 1.5)
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-# Middle of the luma range. Variances are taken around it: float32 then loses nothing that shows in four decimals.
+# Middle of the luma range. Variances are computed around it, which keeps four decimals exact in float32.
 _MIDDLE = 125.0
 
 
@@ -35,10 +35,10 @@ def psnr_y(result: jax.Array, reference: jax.Array, sizes: jax.Array) -> jax.Arr
 
     Args:
       result, reference: (B, H, W, 3) uint8.
-      sizes: (B, 2) int32, height and width of what counts.
+      sizes: (B, 2) int32, height and width of each picture.
 
     Returns:
-      (B,) float32 decibels; 80 for equal images, because 1e-8 is added to the mean square.
+      (B,) float32 decibels; 80 for equal images, because 1e-8 is added to the mean squared error.
     """
     difference = (_luma(result) - _luma(reference)) / 255
     return -10 * jnp.log10(_mean(jnp.square(difference), sizes) + 1e-8)
@@ -47,13 +47,13 @@ def psnr_y(result: jax.Array, reference: jax.Array, sizes: jax.Array) -> jax.Arr
 def ssim_y(result: jax.Array, reference: jax.Array, sizes: jax.Array) -> jax.Array:
     """Structural similarity of the luma rounded to integers (Wang et al. 2004).
 
-    11×11 Gaussian window, σ = 1.5, only where it lies inside; K = 0.01, 0.03; the contrast-structure term is clipped at
-    0, as pyiqa does. Three programs: within one, XLA computes each filter again for every tap of the next, twenty times
-    slower on a CPU.
+    The window is Gaussian, 11×11, σ = 1.5, used only where it lies inside the image; K = 0.01, 0.03; the contrast-structure
+    term is clipped at 0, as in pyiqa. There are three programs, because in a single one XLA recomputes each filter for every
+    tap of the next, which is twenty times slower on a CPU.
 
     Args:
       result, reference: (B, H, W, 3) uint8, H and W at least 11.
-      sizes: (B, 2) int32, height and width of what counts, at least 11.
+      sizes: (B, 2) int32, height and width of each picture, at least 11.
 
     Returns:
       (B,) float32, at most 1.
@@ -84,17 +84,17 @@ def _similarity(moments: tuple[jax.Array, ...], sizes: jax.Array) -> jax.Array:
 
 @jax.jit
 def detail_correlation(result: jax.Array, reference: jax.Array, sizes: jax.Array) -> jax.Array:
-    """How much of the fine detail is the reference's: correlation of the luma's two finest Haar bands.
+    """How much of the fine detail agrees with the reference: correlation of the luma's two finest Haar levels.
 
-    Detail that was made up raises NIQE, and so does noise; this tells them from detail that is right. Both levels count the
-    same; within a level horizontal, vertical and diagonal coefficients are taken together.
+    Invented detail improves NIQE, and so does noise; this metric tells both from detail that is right. Both levels count
+    equally; within a level, horizontal, vertical and diagonal coefficients are correlated together.
 
     Args:
       result, reference: (B, H, W, 3) uint8, H and W at least 4.
-      sizes: (B, 2) int32, height and width of what counts, at least 4.
+      sizes: (B, 2) int32, height and width of each picture, at least 4.
 
     Returns:
-      (B,) float32 in [−1, 1]; NaN where one of the two has no detail.
+      (B,) float32 in [−1, 1]; NaN if one of the two has no detail.
     """
     x, y = _luma(result), _luma(reference)
     levels = []
@@ -116,16 +116,16 @@ def _haar(image: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def filter_valid(image: jax.Array, taps: np.ndarray, axis: int, stride: int = 1) -> jax.Array:
-    """Correlates along one axis, only where the taps lie inside; every `stride`-th value.
+    """Correlates along one axis, only where all taps lie inside; returns every `stride`-th value.
 
-    A sum of slices: XLA makes one loop of it, where a convolution of a single channel would be slow on a CPU.
+    It is a sum of slices, which XLA fuses into one loop; a convolution with a single channel would be slow on a CPU.
     """
     size = (image.shape[axis] - len(taps)) // stride * stride + 1
-    parts = (
+    parts = [
         float(tap) * lax.slice_in_dim(image, start, start + size, stride, axis)
         for start, tap in enumerate(taps)
-    )
-    return sum(parts)  # pyright: ignore
+    ]
+    return sum(parts[1:], start=parts[0])
 
 
 def _luma(rgb: jax.Array) -> jax.Array:
@@ -135,7 +135,7 @@ def _luma(rgb: jax.Array) -> jax.Array:
 
 
 def _mean(image: jax.Array, sizes: jax.Array) -> jax.Array:
-    """(B, H, W) -> (B,) means of the top left corners; rows first, which keeps float32's rounding small."""
+    """(B, H, W) -> (B,) means of the top left corners; rows first, to keep float32's rounding small."""
     rows = jnp.arange(image.shape[1]) < sizes[:, :1]
     columns = jnp.arange(image.shape[2]) < sizes[:, 1:]
     by_row = jnp.where(columns[:, None], image, 0).sum(2) / sizes[:, 1:]

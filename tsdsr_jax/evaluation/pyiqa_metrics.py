@@ -1,6 +1,6 @@
-"""Metrics of pyiqa (IQA-PyTorch), the package the paper was measured with; optional, and it brings PyTorch.
+"""Metrics from pyiqa (IQA-PyTorch), the package that the paper used. It is optional and needs PyTorch.
 
-Its weights come from the Hugging Face Hub at the first use.
+pyiqa downloads weights from the Hugging Face Hub when a metric is first used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_installed() -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PyIQA:
-    """One of its metrics, ready to compute."""
+    """One of pyiqa's metrics, loaded."""
 
     model: Any
 
@@ -41,7 +41,7 @@ class PyIQA:
 
     @property
     def needs_reference(self) -> bool:
-        # pyiqa counts FID among those without.
+        # pyiqa calls FID a metric without reference.
         return self.model.metric_mode == "FR" or self.over_folders
 
     @property
@@ -49,7 +49,7 @@ class PyIQA:
         return bool(self.model.lower_better)
 
     def of_pair(self, result: np.ndarray, reference: np.ndarray | None) -> float:
-        """The value for (H, W, 3) uint8 pictures."""
+        """The value of (H, W, 3) uint8 pictures."""
         import torch
 
         pair = (result, reference) if self.needs_reference else (result,)
@@ -62,22 +62,22 @@ class PyIQA:
             return float(self.model(*tensors))
 
     def of_folders(self, results: Sequence[Path], references: Sequence[Path]) -> float:
-        """The value for two sets of files."""
+        """The value of two sets of files."""
         with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(sys.stderr):
             folders = []
             for name, files in (("references", references), ("results", results)):
                 folder = Path(root, name)
                 folder.mkdir()
                 for number, file in enumerate(files):
-                    # Exactly the files that the other metrics measured.
+                    # Only the files that the other metrics measured.
                     (folder / f"{number:06d}{file.suffix.lower()}").symlink_to(file.resolve())
                 folders.append(str(folder))
             return float(self.model(*folders))
 
 
-def load(name: str) -> PyIQA | str:
-    """A metric by pyiqa's name, on a GPU if PyTorch has one; or why it cannot be had."""
-    # It writes a line of log for each metric, and its downloads' bars; standard output belongs to the table.
+def load_pyiqa_metric(name: str) -> PyIQA | str:
+    """Loads a metric by pyiqa's name, on a GPU if PyTorch has one; returns the reason if it cannot be loaded."""
+    # pyiqa logs a line per metric and shows download bars, but standard output is for the table only.
     logging.getLogger("pyiqa").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -86,5 +86,5 @@ def load(name: str) -> PyIQA | str:
             if name not in pyiqa.list_models():
                 return f"pyiqa {version('pyiqa')} has no metric of this name; pyiqa.list_models() names them"
             return PyIQA(pyiqa.create_metric(name))
-        except Exception as error:  # a download, a damaged file, a missing package: anything at all
+        except Exception as error:  # any failure: a download, a damaged file, a missing package
             return f"pyiqa cannot load it ({first_line(error)}); its weights come from the Hugging Face Hub"

@@ -1,7 +1,6 @@
-"""The metrics an evaluation computes: our own in JAX, all others through pyiqa.
+"""The metrics an evaluation computes: our own in JAX, all others with pyiqa.
 
-A metric that cannot be computed here, because a file of weights or a package is missing, is handed back with the reason,
-so that tables can say so.
+If a metric cannot be computed because a file of weights or a package is missing, the reason is returned for the tables.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ PAPER = ("psnr", "ssim", "lpips", "dists", "fid", "niqe", "musiq", "maniqa-pipal
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PictureBatch:
-    """Pictures in the top left corners of one array.
+    """Pictures in the top left corners of an array.
 
     Attributes:
-      results, references: (B, H, W, 3) uint8; no references, None.
-      sizes: (B, 2) int32, height and width of each; (H, W) where there is no picture.
-      count: the first so many are there.
-      device: where metrics in JAX compute.
+      results, references: (B, H, W, 3) uint8; references is None if there are none.
+      sizes: (B, 2) int32, height and width of each picture; (H, W) for unused places.
+      count: number of pictures; they come first.
+      device: where JAX computes.
     """
 
     results: np.ndarray
@@ -58,28 +57,28 @@ class PictureBatch:
         return jax.device_put((self.results, self.references, self.sizes), self.device)
 
     def picture(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """One result and its reference, in their own size."""
+        """One result and its reference, in their original size."""
         height, width = self.sizes[index]
         reference = None if self.references is None else self.references[index, :height, :width]
         return self.results[index, :height, :width], reference
 
 
 Values = Callable[[], Sequence[float | str]]
-"""Waits, and returns a number for each picture of a batch, or the reason why there is none."""
+"""Waits for a batch's values; returns for each picture a number, or the reason why there is none."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Metric:
-    """A number per picture, or one per folder.
+    """A metric of pictures, or of whole folders.
 
     Attributes:
-      name: pyiqa's.
-      better: which values are; None: unknown.
-      needs_reference: full-reference.
-      source: what computes it, for the record.
-      start: begins a batch and returns at once.
-      over_folders: for a metric of whole folders instead: (results, references) -> value.
-      smallest: height and width that a picture needs at least, whichever way round.
+      name: pyiqa's name.
+      better: which values are better; None if unknown.
+      needs_reference: whether it compares with a reference.
+      source: what computes it, for the log.
+      start: for metrics of pictures: starts a batch and returns at once.
+      over_folders: for metrics of whole folders: (results, references) -> value.
+      smallest: the least height and width of a picture, in either order.
     """
 
     name: str
@@ -92,7 +91,7 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """For tables."""
+        """Its name in tables."""
         return self.name.upper()
 
     def fits(self, height: int, width: int) -> bool:
@@ -101,11 +100,11 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Where metrics get what they need.
+    """What is available to metrics.
 
     Attributes:
-      references: whether there are any.
-      niqe_params, lpips_weights: files; None: pyiqa computes these, where it is installed.
+      references: whether there are references.
+      niqe_params, lpips_weights: files; if None, pyiqa computes these metrics, where it is installed.
     """
 
     references: bool
@@ -114,10 +113,10 @@ class Sources:
 
 
 def load_metrics(names: Sequence[str], sources: Sources) -> tuple[list[Metric], dict[str, str]]:
-    """The metrics of these names, and for each that cannot be computed, the reason.
+    """Loads metrics by name; returns them, and name -> reason for those that cannot be computed.
 
     Raises:
-      UserError: a file of weights or parameters that was given is not one.
+      UserError: a file of weights or parameters is missing, damaged or of another kind.
     """
     loaded, missing = [], {}
     for name in dict.fromkeys(names):
@@ -132,7 +131,7 @@ def load_metrics(names: Sequence[str], sources: Sources) -> tuple[list[Metric], 
 
 
 def _load(name: str, sources: Sources) -> Metric | str:
-    """A metric, or the reason why not."""
+    """Loads a metric, or returns the reason why it cannot be computed."""
     if name == "psnr":
         return Metric(name, "higher", True, "tsdsr_jax", _starting(psnr_ssim.psnr_y))
     if name == "ssim":
@@ -150,7 +149,7 @@ def _load(name: str, sources: Sources) -> Metric | str:
         similar = [] if name in PAPER else difflib.get_close_matches(name, PAPER, 1)
         hint = f"; did you mean {similar[0]}?" if similar else ""
         return f"needs {OWN_FILES.get(name, '')}pyiqa: pip install 'tsdsr_jax[metrics]'{hint}"
-    found = pyiqa_metrics.load(name)
+    found = pyiqa_metrics.load_pyiqa_metric(name)
     if isinstance(found, str):
         return found
     needs_reference = found.needs_reference
@@ -161,7 +160,7 @@ def _load(name: str, sources: Sources) -> Metric | str:
     def value(batch: PictureBatch, index: int) -> float | str:
         try:
             return found.of_pair(*batch.picture(index))
-        except Exception as error:  # what its networks make of a picture (too small a one, say) is theirs
+        except Exception as error:  # pyiqa's own errors, for example about too small a picture
             return first_line(error)
 
     def start(batch: PictureBatch) -> Values:
@@ -199,7 +198,7 @@ def _lpips(path: Path) -> Metric:
             f"--lpips_weights {path}: not found; {command('convert/lpips.py', help=True)} says how to make them"
         )
     network, params = load_lpips(path)
-    # One program per size: its convolutions see the borders, which padding to a common size would move.
+    # One program per size, because padding to a common size would change what its convolutions see at the borders.
     compare = jax.jit(LPIPS(network).apply)
 
     @cache

@@ -1,4 +1,4 @@
-"""An evaluation as a page to look at: each picture's results beside its reference, with its metrics."""
+"""Writes an evaluation as a report: each picture's results beside its reference, with its metrics."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tsdsr_jax.evaluation import tables
-from tsdsr_jax.evaluation.html import Column, Comparison, Layer, Summary, write_report
+from tsdsr_jax.evaluation.comparison import Column, Comparison, Layer, Summary
+from tsdsr_jax.evaluation.html import write_report
 from tsdsr_jax.evaluation.measure import FilePair
 from tsdsr_jax.evaluation.registry import Metric
 from tsdsr_jax.evaluation.tables import MeasuredMethod
 
 
-def write(
+def write_evaluation_report(
     path: Path,
     methods: Sequence[MeasuredMethod],
     metrics: Sequence[Metric],
@@ -21,15 +22,15 @@ def write(
     notes: Sequence[str],
     progress: Callable[[], object],
 ) -> None:
-    """Writes the page.
+    """Writes the report.
 
     Args:
       path: the HTML file.
       methods, metrics: what was measured.
-      inputs: low-resolution pictures by the results' names, to be shown first.
-      together: whether all methods were measured against the same references. Then they share an entry per picture, with
-        all their values; otherwise each has entries of its own.
-      notes: lines on top.
+      inputs: name of a result -> its low-resolution input, to be shown first.
+      together: whether all methods share their references. If so, they share one entry per picture; otherwise each method
+        has its own entries.
+      notes: lines at the top.
       progress: called after each entry.
 
     Raises:
@@ -38,7 +39,7 @@ def write(
     per_picture = [metric for metric in metrics if not metric.over_folders]
     groups = [methods] if together else [[method] for method in methods]
     entries = [entry for group in groups for entry in _entries(group, per_picture, inputs, not together)]
-    header, *rows = tables.means(methods, metrics)
+    header, *rows = tables.mean_table(methods, metrics)
     write_report(
         path,
         title=" · ".join(method.name for method in methods),

@@ -1,4 +1,4 @@
-"""Means with their uncertainty, and differences between methods on the same pictures."""
+"""Means with confidence intervals, and differences between methods on the same pictures."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 10_000
-# Of fewer values the interval is too narrow: for normal ones it covers the mean in 85 % of cases with 5, 90 % with 10.
+# With fewer values the interval is too narrow: for normal ones it covers the mean in 85 % of cases with 5, in 90 % with 10.
 FEWEST = 10
-_CHUNK = 2_000_000  # numbers drawn at a time
+_CHUNK = 2_000_000  # random numbers drawn at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +19,10 @@ class Estimate:
     """A mean over pictures.
 
     Attributes:
-      mean: arithmetic.
-      deviation: standard deviation between pictures (n - 1); None for a single one.
-      low, high: 95 % percentile bootstrap interval of the mean, over pictures; None for fewer than ten.
-      count: pictures measured.
+      mean: arithmetic mean.
+      deviation: standard deviation between pictures (n - 1); None for a single picture.
+      low, high: 95 % percentile bootstrap interval of the mean, over pictures; None for fewer than ten pictures.
+      count: number of pictures.
     """
 
     mean: float
@@ -31,13 +32,14 @@ class Estimate:
     count: int
 
 
-def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
+def estimate(values: ArrayLike, seed: int = 0) -> Estimate:
     """Mean, deviation and interval of finite values.
 
-    The interval comes from resampling the pictures 10,000 times with a fixed seed: the same values give the same interval.
+    The interval comes from resampling the pictures 10,000 times. The seed is fixed, so that the same values give the same
+    interval.
 
     Raises:
-      ValueError: no values.
+      ValueError: there are no values.
     """
     array = np.asarray(values, np.float64)
     if not len(array):
@@ -61,11 +63,12 @@ def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Second minus first method, over the pictures that both have.
+    """Second minus first method, on the pictures that both have.
 
     Attributes:
-      change: the differences' mean and interval.
-      wins, losses: pictures on which the second is better, and worse; None where nobody knows what better is.
+      change: mean and interval of the differences.
+      wins, losses: number of pictures on which the second method is better, and worse; None if it is unknown which values
+        are better.
     """
 
     change: Estimate
@@ -81,7 +84,7 @@ def difference(first: Sequence[float], second: Sequence[float], better: str | No
       better: "higher", "lower" or None.
 
     Raises:
-      ValueError: no values, or different numbers of them.
+      ValueError: there are no values, or different numbers of them.
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} values; expected pairs")

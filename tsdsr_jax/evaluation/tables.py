@@ -1,4 +1,4 @@
-"""An evaluation as people read it: a table of means, one of differences, a CSV line per picture, JSON."""
+"""An evaluation as text: a table of means, a table of differences, CSV with a line per picture, JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from tsdsr_jax.evaluation.measure import Measured
 from tsdsr_jax.evaluation.registry import Metric
@@ -18,11 +19,11 @@ TableRows = list[list[str]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MeasuredMethod:
-    """A folder of results that has been measured.
+    """A method, with the measurements of its folder of results.
 
     Attributes:
-      name: its row in tables.
-      measured: see `evaluation.measure`.
+      name: its name in tables.
+      measured: see `measure.Measured`.
     """
 
     name: str
@@ -30,13 +31,13 @@ class MeasuredMethod:
 
     @cached_property
     def means(self) -> dict[str, Estimate]:
-        """Metric's name -> its mean over the pictures that have it; made once, because of the intervals."""
+        """Metric's name -> its mean over the pictures that have it. Cached, because intervals take time."""
         names = dict.fromkeys(name for values in self.measured.values.values() for name in values)
         return {name: estimate(self.measured.of(name)) for name in names}
 
 
-def means(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
-    """A header and a row per method: means to four decimals, and the number of pictures behind them."""
+def mean_table(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
+    """A header and a row per method: means with four decimals, and the number of pictures."""
     rows = [["", *(metric.label + ARROWS[metric.better] for metric in metrics), "images"]]
     for method in methods:
         count = len(method.measured.pairs)
@@ -57,7 +58,7 @@ def _mean_cell(method: MeasuredMethod, metric: Metric, count: int) -> str:
 def compare(
     first: MeasuredMethod, second: MeasuredMethod, metrics: Sequence[Metric]
 ) -> dict[str, tuple[Difference, list[str]]]:
-    """Metric's name -> paired differences, second minus first, and the names of the pictures that both have."""
+    """Metric's name -> differences, second minus first, and the names of the pictures that both have."""
     result = {}
     for metric in metrics:
         names = [
@@ -67,13 +68,15 @@ def compare(
             and metric.name in second.measured.values.get(pair.name, {})
         ]
         if names:
-            values = ([m.measured.values[name][metric.name] for name in names] for m in (first, second))
-            result[metric.name] = difference(*values, metric.better), names
+            ours, theirs = (
+                [method.measured.values[name][metric.name] for name in names] for method in (first, second)
+            )
+            result[metric.name] = difference(ours, theirs, metric.better), names
     return result
 
 
-def differences(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
-    """A header and a row per method and metric: how it differs from the first method on the same pictures."""
+def difference_table(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> TableRows:
+    """A header and a row per method and metric: its difference from the first method, on the same pictures."""
     rows = [["", "metric", "difference", "95 % interval", "better", "worse", "images"]]
     for method in methods[1:]:
         compared = compare(methods[0], method, metrics)
@@ -89,8 +92,8 @@ def differences(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) ->
     return rows
 
 
-def layout(rows: TableRows) -> str:
-    """Text in columns: the first ones to the left, numbers to the right."""
+def layout_columns(rows: TableRows) -> str:
+    """Text in columns: the first column is left-aligned, all others are right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -103,7 +106,7 @@ def layout(rows: TableRows) -> str:
 
 
 def as_csv(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> str:
-    """A line per picture; empty where a value is missing. Numbers in full, so that nothing has to be measured again."""
+    """CSV with a line per picture; missing values are empty. Numbers have full precision."""
     text = io.StringIO()
     names = [metric.name for metric in metrics if not metric.over_folders]
     writer = csv.writer(text, lineterminator="\n")
@@ -119,9 +122,9 @@ def as_csv(methods: Sequence[MeasuredMethod], metrics: Sequence[Metric]) -> str:
 
 def as_json(
     methods: Sequence[MeasuredMethod], metrics: Sequence[Metric], missing: Mapping[str, str], compared: bool
-) -> dict:
-    """Everything but the single pictures."""
-    found: dict = {
+) -> dict[str, Any]:
+    """Everything except the values of single pictures."""
+    found: dict[str, Any] = {
         "metrics": {
             metric.name: {"better": metric.better, "computed_by": metric.source} for metric in metrics
         },
@@ -136,7 +139,7 @@ def as_json(
     return found
 
 
-def _method(method: MeasuredMethod, metrics: Sequence[Metric]) -> dict:
+def _method(method: MeasuredMethod, metrics: Sequence[Metric]) -> dict[str, Any]:
     measured = method.measured
     figures = {m.name: _estimate(method.means[m.name]) for m in metrics if m.name in method.means}
     figures |= {name: {"value": value} for name, value in measured.of_folder.items()}
@@ -148,13 +151,13 @@ def _method(method: MeasuredMethod, metrics: Sequence[Metric]) -> dict:
     }
 
 
-def _differences(first: MeasuredMethod, second: MeasuredMethod, metrics: Sequence[Metric]) -> dict:
+def _differences(first: MeasuredMethod, second: MeasuredMethod, metrics: Sequence[Metric]) -> dict[str, Any]:
     return {
         name: _estimate(found.change) | {"better": found.wins, "worse": found.losses}
         for name, (found, _) in compare(first, second, metrics).items()
     }
 
 
-def _estimate(found: Estimate) -> dict:
+def _estimate(found: Estimate) -> dict[str, Any]:
     interval = None if found.low is None else [found.low, found.high]
     return {"mean": found.mean, "sd": found.deviation, "ci95": interval, "images": found.count}

@@ -1,5 +1,5 @@
 "use strict";
-// Runs before the pictures behind it have arrived: the grid works at once, a picture is waited for when it is opened.
+// Runs before the pictures after it have loaded: the grid works at once, and opening a picture waits for it.
 
 const { entries, columns } = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
@@ -17,7 +17,7 @@ function make(tag, text, className = "") {
 
 const byName = new Intl.Collator(undefined, { numeric: true }).compare;
 const letters = (text) => text.normalize("NFKD").toLowerCase();
-// Entries as they stand on the page.
+// Indices of the entries shown, in order.
 let order = [];
 let descending = false;
 
@@ -29,7 +29,7 @@ function compare(a, b) {
   const names = byName(entries[a].name, entries[b].name);
   if (column < 0) return turn * names;
   const [first, second] = [entries[a].values[column], entries[b].values[column]];
-  // What has no value stands last either way.
+  // Entries without a value come last in both directions.
   if (first === null || second === null) return (first === null) - (second === null) || names;
   return turn * (first - second) || names;
 }
@@ -58,7 +58,7 @@ function directionName() {
 
 $("sort").addEventListener("change", () => {
   const column = sortColumn();
-  // The worst first: those are what one looks for.
+  // Worst first, because those are the ones to look at.
   descending = column >= 0 && columns[column].better === "lower";
   arrange();
 });
@@ -81,11 +81,11 @@ const divider = $("divider");
 const panes = [...stage.querySelectorAll(".pane")];
 const selects = [$("left"), $("right")];
 
-// `sides`: layers on the left and right; `wanted`: their titles once the user has chosen, for the images that follow. `at`:
-// the divider, from 0 to 1 across what is seen of the picture. `scale`: CSS pixels per pixel of the largest layer, null to
-// fit; `x`, `y`: the picture's corner on the stage.
+// `sides`: the layers on the left and right; `wanted`: their titles once the user has chosen, kept for other images. `at`: the
+// divider's position across the visible part of the picture, from 0 to 1. `scale`: CSS pixels per pixel of the largest layer,
+// null to fit; `x`, `y`: the picture's corner on the stage.
 const view = { index: -1, sides: [0, 0], wanted: null, at: 0.5, scale: null, x: 0, y: 0 };
-// Counts the pictures asked for, so that one that comes late does not replace its successor.
+// Counts requests for pictures, so that one that loads late does not replace a newer one.
 let reading = 0;
 
 const nameInAddress = () => {
@@ -96,7 +96,7 @@ const nameInAddress = () => {
   }
 };
 
-// The address follows the viewer, so that a link names an image and a phone's Back closes it.
+// The address follows the viewer, so that a link opens an image and a phone's Back button closes it.
 function visit(index) {
   const address = "#" + encodeURIComponent(entries[index].name);
   if (viewer.open) history.replaceState(history.state, "", address);
@@ -157,7 +157,7 @@ function step(by) {
   if (place >= 0 && next !== undefined) visit(next);
 }
 
-// Pictures and what is said of them change together.
+// Pictures and their captions change together.
 async function showSides() {
   const mine = ++reading;
   view.sides.forEach((side, i) => (selects[i].value = side));
@@ -188,7 +188,7 @@ function caption(layer) {
   return [make("b", layer.title), size];
 }
 
-// An <img> of the decoded picture, or a sentence in its place.
+// An <img> of the decoded picture, or a sentence instead.
 async function content(index, side) {
   const layer = entries[index].layers[side];
   if (!layer?.size) return make("p", layer?.error ?? "This entry has no picture.");
@@ -197,18 +197,18 @@ async function content(index, side) {
   image.alt = `${layer.title}: ${entries[index].name}`;
   image.draggable = false;
   const [width, height] = largest();
-  // A pixel of rounding between sizes is stretched away; another shape is not.
+  // Pictures whose sizes differ by rounding are stretched to fit; those of another shape are not.
   image.classList.toggle("other-shape", Math.abs(Math.log((layer.size[0] * height) / (layer.size[1] * width))) > 0.03);
   try {
     image.src = `data:${block.dataset.type};base64,${block.textContent}`;
     await image.decode();
     return image;
   } catch {
-    return make("p", `${layer.title}: this report is cut short or damaged; write it again.`);
+    return make("p", `${layer.title}: this report is incomplete or damaged; create it again.`);
   }
 }
 
-// The block of an id, once the parser is through with it; null when the page has ended without it.
+// The block with this id, once the browser has parsed all of it; null if the page ends without it.
 async function arrived(id) {
   for (;;) {
     const block = $(id);
@@ -227,7 +227,7 @@ function choose(sides) {
 
 const LARGEST_SCALE = 64;
 
-// Width and height of the entry's largest layer: the pixels that the zoom counts.
+// Width and height of the entry's largest layer, whose pixels the zoom refers to.
 function largest() {
   const sizes = entries[view.index].layers.map((layer) => layer.size).filter(Boolean);
   return sizes.sort((a, b) => b[0] * b[1] - a[0] * a[1])[0] ?? [1, 1];
@@ -250,7 +250,7 @@ const isZoomed = () => {
   return width > stage.clientWidth + 0.5 || height > stage.clientHeight + 0.5;
 };
 
-// What the divider can reach: the seen part of the picture.
+// The range of the divider: the visible part of the picture.
 function reach() {
   const { x, width } = rectangle();
   return [Math.max(0, x), Math.min(stage.clientWidth, x + width)];
@@ -261,7 +261,7 @@ function layout() {
   const [wide, high] = [stage.clientWidth, stage.clientHeight];
   const { x, y, width, height } = rectangle();
   const whole = (value) => Math.round(value * devicePixelRatio) / devicePixelRatio;
-  // A picture smaller than the stage is centred, a larger one leaves no gap.
+  // A picture smaller than the stage is centered; a larger one leaves no gap.
   view.x = whole(width <= wide ? (wide - width) / 2 : clamp(x, wide - width, 0));
   view.y = whole(height <= high ? (high - height) / 2 : clamp(y, high - height, 0));
   for (const image of stage.querySelectorAll("img")) {
@@ -287,7 +287,7 @@ function layoutDivider() {
   divider.setAttribute("aria-valuetext", `${Math.round(view.at * 100)} % ${$("left-tag").textContent}`);
   panes[0].style.clipPath = `inset(0 ${wide - line}px 0 0)`;
   panes[1].style.clipPath = `inset(0 0 0 ${line}px)`;
-  // A message in place of a picture keeps to its side.
+  // A message instead of a picture stays on its side.
   for (const text of stage.querySelectorAll(".pane p")) {
     const [start, end] = text.parentElement === panes[0] && !divider.hidden ? [from, line] : [line, to];
     text.style.left = `${Math.max(start, from)}px`;
@@ -306,7 +306,7 @@ function divideBy(part) {
   layoutDivider();
 }
 
-// The pixel below (x, y) stays there.
+// Zooms around (x, y), which stays in place.
 function zoomTo(wanted, x = stage.clientWidth / 2, y = stage.clientHeight / 2) {
   const before = view.scale ?? fitting();
   const scale = clamp(wanted, Math.min(fitting(), 1 / devicePixelRatio), Math.max(fitting(), LARGEST_SCALE));
@@ -336,12 +336,12 @@ function toggleSquares() {
 
 // ---- viewer: mouse, fingers, keys ----
 
-// Pointers that are down, by id, where they are on the stage.
+// Position on the stage of each pressed pointer, by id.
 const pointers = new Map();
-// What one pointer does: "divide", "pan" or "swipe"; two pinch.
+// What a pointer does: "divide", "pan" or "swipe"; with two pointers, "pinch".
 let gesture = null;
 let start = null;
-// From the divider's line to the finger that holds it.
+// Distance from the divider's line to the finger that holds it.
 let grip = 0;
 
 function onStage(event) {
@@ -415,7 +415,7 @@ stage.addEventListener(
   (event) => {
     event.preventDefault();
     const { x, y } = onStage(event);
-    // Lines and pages count as pixels; a trackpad's pinch comes as small steps with Ctrl.
+    // Converts lines and pages to pixels. A trackpad sends a pinch as small steps with Ctrl.
     const pixels = event.deltaY * [1, 16, 400][event.deltaMode] * (event.ctrlKey ? 5 : 1);
     zoomBy(Math.exp(-clamp(pixels, -300, 300) / 500), x, y);
   },
@@ -457,12 +457,12 @@ const keys = {
 for (const [id, action] of Object.entries(actions)) {
   $(id).addEventListener("click", (event) => {
     action();
-    // After a mouse click the keys are the viewer's again; who came by Tab stays.
+    // After a mouse click, keys go to the viewer again; after Tab, the focus stays on the button.
     if (event.detail > 0 && viewer.open) divider.focus();
   });
 }
 
-// Of the whole document: a button that had the focus and is disabled now leaves it outside the viewer.
+// On the whole document, because disabling the focused button moves the focus out of the viewer.
 document.addEventListener("keydown", (event) => {
   if (!viewer.open || event.ctrlKey || event.metaKey || event.altKey) return;
   const onSelect = event.target.matches("select");

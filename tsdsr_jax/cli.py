@@ -3,8 +3,8 @@
     options = cli.parse(Options, description="Upscale photographs.")    # exits 2 on a bad command line
     cli.run(main)                                                       # exits 1 on a UserError
 
-tyro converts the values and writes `--help`. What it does not do is done here, before it sees the arguments:
-booleans that may carry a value, spelling help for unknown flags, and messages of one line instead of a box.
+tyro converts the values. Before it sees the arguments, this module handles what tyro does not: booleans that may
+carry a value, suggestions for misspelled flags, and messages of one line. `cli_help` writes `--help`.
 """
 
 import contextlib
@@ -16,27 +16,23 @@ import re
 import shlex
 import signal
 import sys
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
+from tsdsr_jax.cli_help import Groups, help_text
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.flags import Flag, expected, flags_of, join, members
+from tsdsr_jax.flags import PathOrName as PathOrName
 
 OptionsClass = TypeVar("OptionsClass")
 
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "0"), False
 )
-# Marks text that may be a path: `str` where a hub id or a word such as "none" will do, too.
-_PERHAPS_A_PATH = "perhaps a path"
-PathOrName = Annotated[str, _PERHAPS_A_PATH]
 _NEGATIVE_NUMBER = re.compile(r"-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
-
-
 _LARGEST_FLOAT32 = 3.4028234e38
 
 
@@ -44,50 +40,12 @@ class _UsageError(Exception):
     """A command line that cannot be understood; the message is the one line to print."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Flag:
-    name: str
-    hint: Any  # the field's type, `Annotated` included
-    default: Any  # dataclasses.MISSING for a required flag
-    aliases: tuple[str, ...]
-
-    @property
-    def display(self) -> str:
-        return "--" + self.name
-
-    @property
-    def kind(self) -> Any:
-        """The type without its annotations."""
-        return typing.get_args(self.hint)[0] if typing.get_origin(self.hint) is Annotated else self.hint
-
-    @property
-    def is_bool(self) -> bool:
-        return _members(self.kind) in ([bool], [bool, type(None)])
-
-    @property
-    def is_switch(self) -> bool:
-        """tyro makes `--x` and `--no_x` of these; other booleans it wants with a value."""
-        return self.kind is bool and self.default is not dataclasses.MISSING
-
-    @property
-    def takes_paths(self) -> bool:
-        return _may_be_path(self.hint)
-
-    @property
-    def arity(self) -> tuple[int, bool]:
-        """How many values the flag takes at least, and whether more may follow."""
-        origin, arguments = typing.get_origin(self.kind), typing.get_args(self.kind)
-        if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
-            return 1, True
-        return (len(arguments), False) if origin is tuple else (1, False)
-
-    @property
-    def repeatable(self) -> bool:
-        return self.arity[1]
-
-
 def parse(
-    options_class: type[OptionsClass], *, description: str, argv: Sequence[str] | None = None
+    options_class: type[OptionsClass],
+    *,
+    description: str | None,
+    groups: Groups | None = None,
+    argv: Sequence[str] | None = None,
 ) -> OptionsClass:
     """Reads the command line into `options_class`.
 
@@ -99,24 +57,26 @@ def parse(
     Args:
       options_class: a frozen dataclass of plain values. The docstring below a field is its help text; short
         names come from `Annotated[..., tyro.conf.arg(aliases=["-i"])]`.
-      description: what the script does; stands at the top of `--help`.
+      description: what the command does, usually its module's docstring; the first paragraphs of `--help`.
+      groups: how `--help` arranges the flags.
       argv: the arguments without the script's name; `sys.argv[1:]` when absent.
 
     A command line that does not fit ends the process with status 2 and one line on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    flags = _flags_of(options_class)
+    flags = flags_of(options_class)
     try:
         if any(token in ("-h", "--help") for token in argv):
-            return _tyro(options_class, ["--help"], description, repeating=False)
+            print(help_text(script_name(), options_class, description or "", groups or {}))
+            raise SystemExit(0)
         given = _read(argv, flags)
         for flag in flags:
             if flag.takes_paths and flag.name in given:
                 given[flag.name] = [os.path.expanduser(value) for value in given[flag.name]]
-        missing = [f.display for f in flags if f.default is dataclasses.MISSING and f.name not in given]
+        missing = [f.display for f in flags if f.required and f.name not in given]
         if missing:
-            raise _UsageError(f"{_join(missing, 'and')} must be given; --help explains the flags")
-        options = _convert(options_class, flags, given, description)
+            raise _UsageError(f"{join(missing, 'and')} must be given; --help explains the flags")
+        options = _convert(options_class, flags, given)
     except _UsageError as error:
         print(f"{script_name()}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -124,7 +84,7 @@ def parse(
     own = {
         f.name: getattr(options, f.name)[len(f.default) :]
         for f in flags
-        if f.repeatable and f.name in given and f.default is not dataclasses.MISSING
+        if f.repeatable and f.name in given and not f.required
     }
     return dataclasses.replace(options, **own) if own else options  # pyright: ignore
 
@@ -177,31 +137,11 @@ def script_name() -> str:
     return Path(sys.argv[0]).name
 
 
-def _may_be_path(hint: Any) -> bool:
-    marked = _PERHAPS_A_PATH in getattr(hint, "__metadata__", ())
-    return hint is Path or marked or any(map(_may_be_path, typing.get_args(hint)))
-
-
-def _flags_of(options_class: type) -> list[_Flag]:
-    hints = typing.get_type_hints(options_class, include_extras=True)
-    flags = []
-    for field in dataclasses.fields(options_class):
-        if not field.init:
-            continue
-        hint, default = hints[field.name], field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        settings = getattr(hint, "__metadata__", ())
-        aliases = tuple(a for s in settings for a in getattr(s, "aliases", None) or ())
-        flags.append(_Flag(field.name, hint, default, aliases))
-    return flags
-
-
-def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
+def _read(argv: list[str], flags: list[Flag]) -> dict[str, list[str]]:
     """Splits the arguments into values per flag, still as text."""
-    by_spelling: dict[str, tuple[_Flag, bool]] = {}
+    by_spelling: dict[str, tuple[Flag, bool]] = {}
     for flag in flags:
-        if flag.is_bool and flag.default is not dataclasses.MISSING:
+        if flag.is_bool and not flag.required:
             by_spelling["--no_" + flag.name] = (flag, False)
     for flag in flags:  # second, so that a field that is really called `no_...` wins
         by_spelling |= dict.fromkeys((flag.display, *map(_canonical, flag.aliases)), (flag, True))
@@ -212,7 +152,7 @@ def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
     while rest:
         token = rest.pop(0)
         if _is_value(token):
-            after = f" after {flag.display}, which takes {_expected(flag.kind)}" if flag else ""
+            after = f" after {flag.display}, which takes {expected(flag.kind)}" if flag else ""
             raise _UsageError(f"unexpected argument '{token}'{after or '; every value follows its flag'}")
         spelling, has_value, attached = token.partition("=")
         if _canonical(spelling) not in by_spelling:
@@ -224,7 +164,7 @@ def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
                 raise _UsageError(f"{_canonical(spelling)} takes no value; {flag.display} does")
             if not has_value and positive and rest and rest[0].lower() in _BOOLEANS:
                 attached, has_value = rest.pop(0), "="
-            is_none = attached == "None" and type(None) in _members(flag.kind)
+            is_none = attached == "None" and type(None) in members(flag.kind)
             if has_value and attached.lower() not in _BOOLEANS and not is_none:
                 raise _bad_value(flag, [attached])
             given[flag.name] = [attached if has_value else str(positive)]
@@ -236,7 +176,7 @@ def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
             values.append(rest.pop(0))
         if len(values) < count:
             hint = f"; write {shlex.quote(f'{flag.display}={rest[0]}')} if {rest[0]} is it" if rest else ""
-            raise _UsageError(f"{flag.display} needs {_expected(flag.kind)}{hint}")
+            raise _UsageError(f"{flag.display} needs {expected(flag.kind)}{hint}")
         given[flag.name] = given.get(flag.name, []) + values if flag.repeatable else values
     return given
 
@@ -261,13 +201,13 @@ def _suggestion(spelling: str, known: list[str]) -> str:
 
 
 def _convert(
-    options_class: type[OptionsClass], flags: list[_Flag], given: dict[str, list[str]], description: str
+    options_class: type[OptionsClass], flags: list[Flag], given: dict[str, list[str]]
 ) -> OptionsClass:
     arguments = [token for f in flags if f.name in given for token in _spell(f, given[f.name])]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return _tyro(options_class, arguments, description)
+            return _tyro(options_class, arguments)
     except SystemExit:
         for flag in flags:
             if flag.name in given and not flag.is_bool and not _accepts(flag, given[flag.name]):
@@ -276,7 +216,7 @@ def _convert(
         raise _UsageError(_unframed(said.getvalue())) from None
 
 
-def _spell(flag: _Flag, values: list[str]) -> Iterator[str]:
+def _spell(flag: Flag, values: list[str]) -> Iterator[str]:
     """The flag as tyro reads it without doubt, whatever the values look like."""
     if flag.is_bool and values != ["None"]:
         truth = _BOOLEANS[values[0].lower()]
@@ -288,60 +228,23 @@ def _spell(flag: _Flag, values: list[str]) -> Iterator[str]:
         yield from values[1:]
 
 
-def _accepts(flag: _Flag, values: list[str]) -> bool:
+def _accepts(flag: Flag, values: list[str]) -> bool:
     """Whether tyro can convert this flag's values, asked of a class that has no other field."""
     alone = dataclasses.make_dataclass("Alone", [(flag.name, flag.hint)])
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
-            _tyro(alone, list(_spell(flag, values)), "")
+            _tyro(alone, list(_spell(flag, values)))
         except SystemExit:
             return False
     return True
 
 
-def _tyro(
-    options_class: type[OptionsClass], arguments: list[str], description: str, *, repeating: bool = True
-) -> OptionsClass:
-    """tyro's reading of `arguments`; without `repeating`, `--help` does not say that values join the default."""
-    return tyro.cli(
-        options_class,
-        prog=script_name(),
-        description=description,
-        args=arguments,
-        use_underscores=True,
-        config=(tyro.conf.UseAppendAction,) if repeating else (),
-    )
+def _tyro(options_class: type[OptionsClass], arguments: list[str]) -> OptionsClass:
+    return tyro.cli(options_class, args=arguments, use_underscores=True, config=(tyro.conf.UseAppendAction,))
 
 
-def _bad_value(flag: _Flag, values: list[str]) -> _UsageError:
-    return _UsageError(f"{flag.display} was given '{' '.join(values)}'; expected {_expected(flag.kind)}")
-
-
-def _members(kind: Any) -> list[Any]:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return list(typing.get_args(kind))
-    return [kind]
-
-
-def _expected(kind: Any) -> str:
-    """What a flag of this type accepts, in words."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    names = {int: "an integer", float: "a number", bool: "true or false", Path: "a path", type(None): "None"}
-    if len(_members(kind)) > 1:
-        return _join([_expected(m) for m in _members(kind)], "or")
-    if origin is Annotated:
-        return _expected(arguments[0])
-    if origin is Literal:
-        return "one of " + _join([str(a) for a in arguments], "or")
-    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
-        return f"one or more values, each {_expected(arguments[0])}"
-    if origin is tuple:
-        return f"{len(arguments)} values: {', '.join(_expected(a) for a in arguments)}"
-    return names.get(kind, "a value")
-
-
-def _join(words: list[str], conjunction: str) -> str:
-    return f" {conjunction} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def _bad_value(flag: Flag, values: list[str]) -> _UsageError:
+    return _UsageError(f"{flag.display} was given '{' '.join(values)}'; expected {expected(flag.kind)}")
 
 
 def _unframed(text: str) -> str:

@@ -40,8 +40,13 @@ def _program(script: str) -> list[str]:
     file = CHECKOUT / script
     if file.is_file():
         return [interpreter(), shown(file)]
+    return [installed_name(script)]
+
+
+def installed_name(script: str) -> str:
+    """The command that is a script once the package is installed: `train/distill.py` -> `tsdsr-distill`."""
     name = script.removesuffix(".py").replace("convert/", "convert-").rpartition("/")[2]
-    return [f"tsdsr-{name}"]
+    return f"tsdsr-{name}"
 
 
 def interpreter() -> str:

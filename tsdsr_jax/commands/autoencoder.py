@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
+from tsdsr_jax.commands.groups import TRAINING
 from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.options import CropOptions
 from tsdsr_jax.data.record import Record
@@ -85,7 +86,7 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
 
 
 def main() -> None:
-    options = cli.parse(Options, description=__doc__)
+    options = cli.parse(Options, description=__doc__, groups=TRAINING)
     check(options)
     files = NetworkFiles(options.vae_dir, "vae")
     check_crop(options, files.config)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from tsdsr_jax import cli
+from tsdsr_jax.commands.groups import ENCODING
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.prompt_files import (
     DEFAULT_PROMPT,
@@ -66,7 +67,7 @@ class Options:
 
 
 def main() -> None:
-    convert(cli.parse(Options, description=__doc__))
+    convert(cli.parse(Options, description=__doc__, groups=ENCODING))
 
 
 def convert(options: Options) -> None:

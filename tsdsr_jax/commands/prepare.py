@@ -31,6 +31,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli, hints
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.cli import check_writable
+from tsdsr_jax.commands.groups import PREPARING
 from tsdsr_jax.data.batches import first_sample, read_ahead
 from tsdsr_jax.data.crops import Crops, Pairs, Planned, SetLayout, plan
 from tsdsr_jax.data.degradation import degrade, to_bytes
@@ -129,7 +130,7 @@ class Options(PairOptions):
 
 
 def main() -> None:
-    options = cli.parse(Options, description=__doc__)
+    options = cli.parse(Options, description=__doc__, groups=PREPARING)
     check(options)
     model = find_model(options)
     options = completed(options, model)

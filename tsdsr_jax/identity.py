@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def mismatches(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two mappings, in words."""
 
     def short(value: Any) -> str:

@@ -50,16 +50,16 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    for source in find_files(options.input):
+    for source in _find_files(options.input):
         target = options.output / source.name
         if target.resolve() == source.resolve():
             raise UserError(f"{target}: input and output are the same file; choose another --output")
         if target.exists() and not options.overwrite:
             raise UserError(f"{target}: exists already; pass --overwrite to replace it")
-        print(convert(source, target, options.base))
+        print(_convert(source, target, options.base))
 
 
-def find_files(path: Path) -> list[Path]:
+def _find_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -72,11 +72,11 @@ def find_files(path: Path) -> list[Path]:
     return files
 
 
-def convert(source: Path, target: Path, base: Path | None) -> str:
+def _convert(source: Path, target: Path, base: Path | None) -> str:
     """Converts one file; returns a line that says what was done."""
     reader = open_tensors(source)
     part = part_of(reader.specs)
-    config = read_config(base, part)
+    config = _read_config(base, part)
     if source.name in KNOWN_FILES and (source.name == "vae.safetensors") != (part == "vae"):
         raise UserError(
             f"{source}: holds a LoRA for the {part}; by its name it should not: are two files swapped?"
@@ -88,10 +88,10 @@ def convert(source: Path, target: Path, base: Path | None) -> str:
         save_tensors(target, write_lora(adapter.tree, config), {"format": "pt"})
     else:
         save_lora(target, adapter.tree, part)
-    return f"{source} -> {target} ({'PEFT' if ours else 'tsdsr_jax'} layout, {part}, {describe(adapter)})"
+    return f"{source} -> {target} ({'PEFT' if ours else 'tsdsr_jax'} layout, {part}, {_describe(adapter)})"
 
 
-def describe(adapter: Adapter) -> str:
+def _describe(adapter: Adapter) -> str:
     """Its ranks, and what reading it changed."""
     modules = lora.modules(adapter.tree)
     words = ["rank " + "/".join(str(rank) for rank in sorted(set(modules.values())))]
@@ -104,7 +104,7 @@ def describe(adapter: Adapter) -> str:
     return ", ".join(words)
 
 
-def read_config(base: Path | None, part: Part) -> Config:
+def _read_config(base: Path | None, part: Part) -> Config:
     if base is None:
         return MMDiTConfig.sd3_medium() if part == "transformer" else VAEConfig.sd3()
     return NetworkFiles(base / part, part).config

@@ -67,16 +67,16 @@ class Options:
 
 
 def main() -> None:
-    convert(cli.parse(Options, description=__doc__, groups=ENCODING))
+    make_embeddings(cli.parse(Options, description=__doc__, groups=ENCODING))
 
 
-def convert(options: Options) -> None:
+def make_embeddings(options: Options) -> None:
     """Converts or encodes, as the options say, and prints every file written with its shapes."""
     _check_modes(options)
     if options.input is not None:
         files = convert_torch_embeds(options.input, options.output, options.overwrite)
     else:
-        files = encode(options, texts_to_encode(options))
+        files = _encode(options, texts_to_encode(options))
     for file in files:
         embeds = load_prompt_embeds(file)
         print(f"{file}: prompt {embeds.prompt.shape}, pooled {embeds.pooled.shape}, {embeds.prompt.dtype}")
@@ -97,7 +97,7 @@ def texts_to_encode(options: Options) -> dict[Path, str]:
     return {target_file(options.output): DEFAULT_PROMPT if options.default else options.prompt or ""}
 
 
-def encode(options: Options, texts: dict[Path, str]) -> list[Path]:
+def _encode(options: Options, texts: dict[Path, str]) -> list[Path]:
     """Encodes `texts` and writes each to its file."""
     refuse_existing(texts, options.overwrite)
     name = options.pretrained_model_name_or_path

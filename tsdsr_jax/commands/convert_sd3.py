@@ -87,29 +87,29 @@ def main() -> None:
         if network.is_converted and not options.to_diffusers and not options.lora_dir:
             raise UserError(f"{network.folder}: converted already; --to_diffusers would convert it back")
         network.specs  # noqa: B018 (names and shapes; all is checked before a byte is written)
-    loras = [load_part(options.lora_dir, network) for network in networks]
+    loras = [_load_part(options.lora_dir, network) for network in networks]
     for network in networks:
         network.check_finite()
-    mark(options, checkpoint)
+    _mark(options, checkpoint)
     for network, lora in zip(networks, loras, strict=True):
-        convert(network, lora, options.output / network.part / name, options)
-    copy_small_files(checkpoint.folder, options.output)
-    if not merged_files(options, checkpoint):  # only now: until all is replaced, merged weights may be there
+        _convert(network, lora, options.output / network.part / name, options)
+    _copy_small_files(checkpoint.folder, options.output)
+    if not _merged_files(options, checkpoint):  # only now: until all is replaced, merged weights may be there
         (options.output / MERGED_FILE).unlink(missing_ok=True)
     print(
-        f"wrote {options.output}: {', '.join(f'{n.part} {count_values(n) / 1e6:,.1f} M' for n in networks)} parameters"
+        f"wrote {options.output}: {', '.join(f'{n.part} {_count_values(n) / 1e6:,.1f} M' for n in networks)} parameters"
     )
 
 
-def load_part(lora_dir: Path | None, network: NetworkFiles) -> Tree:
+def _load_part(lora_dir: Path | None, network: NetworkFiles) -> Tree:
     """The network's adapter; empty without --lora_dir."""
     return load_lora(lora_dir / f"{network.part}.safetensors", network.config) if lora_dir else {}
 
 
-def convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) -> None:
+def _convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) -> None:
     """Streams one network's tensors into `target`, then its config beside it."""
-    leaves = merged(network.leaves(), lora)
-    specs, tensors = torch_tensors(network, leaves) if options.to_diffusers else (network.specs, leaves)
+    leaves = _merged(network.leaves(), lora)
+    specs, tensors = _torch_tensors(network, leaves) if options.to_diffusers else (network.specs, leaves)
     if options.dtype != "keep":
         specs = {name: TensorSpec(spec.shape, DTYPES[options.dtype]) for name, spec in specs.items()}
     # diffusers looks for this entry; ours says what made the file.
@@ -118,13 +118,13 @@ def convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) -
         if options.to_diffusers
         else {"format": "tsdsr_jax", "version": tsdsr_jax.__version__}
     )
-    with tqdm(total=count_values(network), desc=network.part, unit=" values", unit_scale=True) as bar:
-        write_tensors(target, specs, counted(cast(tensors, specs), bar), metadata)
+    with tqdm(total=_count_values(network), desc=network.part, unit=" values", unit_scale=True) as bar:
+        write_tensors(target, specs, _counted(_cast(tensors, specs), bar), metadata)
     with replacing(target.parent / "config.json") as temporary:
         shutil.copyfile(network.folder / "config.json", temporary)
 
 
-def merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tuple[str, np.ndarray]]:
+def _merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tuple[str, np.ndarray]]:
     """The leaves with an adapter merged in; those that it changes in float32."""
     pairs = flatten_dict(lora, sep="/")
     for path, array in leaves:
@@ -140,7 +140,7 @@ def merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tup
         yield path, array
 
 
-def torch_tensors(
+def _torch_tensors(
     network: NetworkFiles, leaves: Iterator[tuple[str, np.ndarray]]
 ) -> tuple[dict[str, TensorSpec], Iterator[tuple[str, np.ndarray]]]:
     """A converted network's specs and leaves under their torch names."""
@@ -155,7 +155,7 @@ def torch_tensors(
     )
 
 
-def cast(
+def _cast(
     tensors: Iterator[tuple[str, np.ndarray]], specs: Mapping[str, TensorSpec]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Casts each tensor to its spec's type; a finite value that the type cannot hold is refused."""
@@ -177,30 +177,30 @@ def cast(
         yield name, result
 
 
-def counted(tensors: Iterator[tuple[str, np.ndarray]], bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
+def _counted(tensors: Iterator[tuple[str, np.ndarray]], bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
     for name, array in tensors:
         yield name, array
         bar.update(array.size)
 
 
-def count_values(network: NetworkFiles) -> int:
+def _count_values(network: NetworkFiles) -> int:
     return sum(int(np.prod(spec.shape)) for spec in network.specs.values())
 
 
-def merged_files(options: Options, checkpoint: Checkpoint) -> list[str]:
+def _merged_files(options: Options, checkpoint: Checkpoint) -> list[str]:
     """The LoRAs in the weights, those of before and now."""
     now = [f"{options.lora_dir}/{part}.safetensors" for part in PARTS] if options.lora_dir else []
     return [*checkpoint.merged, *now]
 
 
-def mark(options: Options, checkpoint: Checkpoint) -> None:
+def _mark(options: Options, checkpoint: Checkpoint) -> None:
     """Names the LoRAs in the weights, if any, in a file."""
-    if files := merged_files(options, checkpoint):
+    if files := _merged_files(options, checkpoint):
         with replacing(options.output / MERGED_FILE) as temporary:
             temporary.write_text(json.dumps({"loras": files}, indent=2) + "\n")
 
 
-def copy_small_files(source: Path, output: Path) -> None:
+def _copy_small_files(source: Path, output: Path) -> None:
     """The scheduler's config and the model index, so that the folder still says what it is."""
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         if (source / name).is_file():

@@ -56,7 +56,7 @@ from tsdsr_jax.training.sharding import global_array, replicated
 from tsdsr_jax.training.stepping import Step
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights import prompt_hints
-from tsdsr_jax.weights.lpips_files import how_to_get, load_lpips
+from tsdsr_jax.weights.lpips_files import how_to_get_lpips, load_lpips
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
 
@@ -214,7 +214,7 @@ def check(options: Options) -> None:
         network: Network = "vgg" if "vgg" in options.lpips_path.name.lower() else "alex"
         raise UserError(
             f"--lpips_path {options.lpips_path}: not found; pass --lambda_lpips 0 to train without LPIPS, or make it: "
-            + how_to_get(network, options.lpips_path)
+            + how_to_get_lpips(network, options.lpips_path)
         )
 
 

@@ -34,7 +34,7 @@ from tsdsr_jax.data.shard_sets import (
     write_shard,
 )
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.identity import differences
+from tsdsr_jax.identity import mismatches
 from tsdsr_jax.weights.prompt_files import TORCH_POOLED_FOLDER, TORCH_PROMPT_FOLDER, PromptEmbeds
 from tsdsr_jax.weights.torch_pickle import write_tensor
 
@@ -312,7 +312,7 @@ class Manifest:
 
     def _check(self, found: Mapping[str, Any]) -> None:
         theirs = {"layout": found.get("layout")} | found.get("settings", {})
-        differing = differences(theirs, {"layout": self.layout} | self.settings)
+        differing = mismatches(theirs, {"layout": self.layout} | self.settings)
         if differing:
             listed = "".join(f"\n  {line}" for line in differing)
             raise UserError(

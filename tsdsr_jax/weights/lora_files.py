@@ -59,7 +59,7 @@ def open_lora(path: Path, config: Config, model: str = DESCRIBED) -> Adapter:
         raise UserError(
             f"{path}: is a LoRA for the {found}, expected one for the {expected}; are two files swapped?"
         )
-    return read_own(reader, config, model) if is_own_lora(reader) else read_lora(reader, config, model)
+    return _read_own(reader, config, model) if is_own_lora(reader) else read_lora(reader, config, model)
 
 
 def is_own_lora(reader: TensorReader) -> bool:
@@ -90,32 +90,32 @@ def read_lora(reader: TensorReader, config: Config, model: str = DESCRIBED) -> A
     """
     names = understand(reader.specs, reader.source)
     specs = {name: reader.specs[stored] for name, stored in names.tensors.items()}
-    runs = adapted_runs(specs, config)
-    check_names(specs, expected_shapes(runs, config), reader.source, model)
+    runs = _adapted_runs(specs, config)
+    check_names(specs, _expected_shapes(runs, config), reader.source, model)
     ranks = {module: rank for run in runs for module, rank in run.ranks.items() if rank}
     factors = scalings(reader, names, ranks)
     leaves, broken = {}, []
     for run in runs:
-        for entry in pair_entries(run, config):
-            leaves[entry.path] = leaf = gather(entry, reader, names, factors)
+        for entry in _pair_entries(run, config):
+            leaves[entry.path] = leaf = _gather(entry, reader, names, factors)
             broken += [names.tensors[name] for name in entry.broken(leaf)]
     refuse_broken(reader.source, broken)
     filled = tuple(run.module for run in runs if set(run.ranks.values()) != {run.rank})
     return Adapter(to_tree(leaves.items()), tuple(sorted(set(factors.values()))), filled)
 
 
-def adapted_runs(specs: dict[str, TensorSpec], config: Config) -> list[Run]:
+def _adapted_runs(specs: dict[str, TensorSpec], config: Config) -> list[Run]:
     """The network's modules of which the file adapts at least one layer."""
     runs = []
     for entry in kernel_entries(config):
         modules = [name.removesuffix(".weight") for name in entry.names]
-        ranks = {module: rank_of(specs, module) for module in modules}
+        ranks = {module: _rank_of(specs, module) for module in modules}
         if any(ranks.values()):
             runs.append(Run(entry.path.removesuffix("/kernel"), entry.shape, ranks))
     return runs
 
 
-def rank_of(specs: dict[str, TensorSpec], module: str) -> int:
+def _rank_of(specs: dict[str, TensorSpec], module: str) -> int:
     """A torch module's rank, by either half of its pair; 0 where the file has neither."""
     for half, axis in (("A", 0), ("B", 1)):
         spec = specs.get(f"{module}.lora_{half}.weight")
@@ -124,17 +124,17 @@ def rank_of(specs: dict[str, TensorSpec], module: str) -> int:
     return 0
 
 
-def pair_entries(run: Run, config: Config) -> list[Entry]:
+def _pair_entries(run: Run, config: Config) -> list[Entry]:
     """The entries of a and b, with the largest rank of the run's layers."""
     shapes = zip(("a", "b"), lora_lib.pair_shapes(run.kernel, run.rank), strict=True)
     return [lora_entry(config, f"{run.module}/{leaf}", shape) for leaf, shape in shapes]
 
 
-def expected_shapes(runs: list[Run], config: Config) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(runs: list[Run], config: Config) -> dict[str, tuple[int, ...]]:
     """Plain name -> shape of every tensor that adapts these, each layer with its own rank."""
     shapes = {}
     for run in runs:
-        for axis, entry in enumerate(pair_entries(run, config)):  # A is (r, in, ...), B (out, r, ...)
+        for axis, entry in enumerate(_pair_entries(run, config)):  # A is (r, in, ...), B (out, r, ...)
             for name, rank in zip(entry.names, run.ranks.values(), strict=True):
                 if rank:
                     shape = entry.torch_shape
@@ -142,7 +142,7 @@ def expected_shapes(runs: list[Run], config: Config) -> dict[str, tuple[int, ...
     return shapes
 
 
-def gather(entry: Entry, reader: TensorReader, names: Names, factors: dict[str, float]) -> np.ndarray:
+def _gather(entry: Entry, reader: TensorReader, names: Names, factors: dict[str, float]) -> np.ndarray:
     """One half of a pair, with factors on b and zeros where layers have a smaller rank or none."""
     present = [name for name in entry.names if name in names.tensors]
     on_b = {
@@ -168,7 +168,7 @@ def gather(entry: Entry, reader: TensorReader, names: Names, factors: dict[str, 
 # --- ours ---------------------------------------------------------------------------------------------
 
 
-def read_own(reader: TensorReader, config: Config, model: str = DESCRIBED) -> Adapter:
+def _read_own(reader: TensorReader, config: Config, model: str = DESCRIBED) -> Adapter:
     """Reads an adapter in our own layout, whose factors are in b already."""
     check_own(reader, config, model)
     leaves = {name: reader.read(name) for name in sorted(reader.specs)}

@@ -56,7 +56,7 @@ def part_of(names: Iterable[str]) -> Literal["transformer", "vae"]:
 def understand(names: Iterable[str], source: object) -> Names:
     """Raises UserError for names that mean something else or that two tensors share."""
     names = list(names)
-    refuse_others(names, source)
+    _refuse_others(names, source)
     found = Names({}, {}, {})
     for name in names:
         match = _NAME.fullmatch(name)
@@ -72,7 +72,7 @@ def understand(names: Iterable[str], source: object) -> Names:
     return found
 
 
-def refuse_others(names: list[str], source: object) -> None:
+def _refuse_others(names: list[str], source: object) -> None:
     expected = "expected names like transformer.<module>.lora_A.weight, found"
     for pattern, what in _OTHERS:
         if these := [name for name in names if re.fullmatch(pattern, name)]:

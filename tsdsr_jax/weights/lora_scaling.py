@@ -50,18 +50,19 @@ def scalings(reader: TensorReader, names: Names, ranks: Mapping[str, int]) -> di
       UserError: a place is damaged, does not fit the tensors, tells of what is no A·B, or contradicts another.
     """
     told = [
-        Told(where, peft_factors(where, values, names.keys, ranks)) for where, values in descriptions(reader)
+        Told(where, _peft_factors(where, values, names.keys, ranks))
+        for where, values in _descriptions(reader)
     ]
     if names.alphas:
-        told.append(Told("its .alpha tensors", alpha_factors(reader, names, ranks)))
+        told.append(Told("its .alpha tensors", _alpha_factors(reader, names, ranks)))
     if not told:
         return dict.fromkeys(ranks, 1.0)
     for other in told[1:]:
-        refuse_contradiction(reader.source, told[0], other)
+        _refuse_contradiction(reader.source, told[0], other)
     return told[0].factors
 
 
-def refuse_contradiction(source: object, first: Told, second: Told) -> None:
+def _refuse_contradiction(source: object, first: Told, second: Told) -> None:
     for module, factor in first.factors.items():
         if not math.isclose(factor, second.factors[module], rel_tol=1e-6):
             raise UserError(
@@ -73,20 +74,20 @@ def refuse_contradiction(source: object, first: Told, second: Told) -> None:
 # --- PEFT's description -------------------------------------------------------------------------------
 
 
-def descriptions(reader: TensorReader) -> list[tuple[str, dict[str, Any]]]:
+def _descriptions(reader: TensorReader) -> list[tuple[str, dict[str, Any]]]:
     """(place, LoraConfig's values) of the file's metadata and of `adapter_config.json`, where they are."""
     found = []
     if METADATA_KEY in reader.metadata:
         where = f"{reader.source}: {METADATA_KEY}"
-        found.append((where, parsed(where, reader.metadata[METADATA_KEY])))
-    if config := config_beside(reader):
+        found.append((where, _parsed(where, reader.metadata[METADATA_KEY])))
+    if config := _config_beside(reader):
         found.append((str(config), read_json(config)))
     for where, values in found:
-        refuse_other_maths(where, values)
+        _refuse_other_maths(where, values)
     return found
 
 
-def config_beside(reader: TensorReader) -> Path | None:
+def _config_beside(reader: TensorReader) -> Path | None:
     """PEFT's description of this file; UserError where it may be another's."""
     file, config = Path(reader.source), Path(reader.source).parent / PEFT_CONFIG
     if not config.is_file():
@@ -104,7 +105,7 @@ def config_beside(reader: TensorReader) -> Path | None:
     return config
 
 
-def parsed(where: str, text: str) -> dict[str, Any]:
+def _parsed(where: str, text: str) -> dict[str, Any]:
     """The metadata's values, without diffusers' "transformer." before each key."""
     try:
         values = json.loads(text)
@@ -119,7 +120,7 @@ def parsed(where: str, text: str) -> dict[str, Any]:
     return {key.removeprefix("transformer."): value for key, value in values.items()}
 
 
-def refuse_other_maths(where: str, values: Mapping[str, Any]) -> None:
+def _refuse_other_maths(where: str, values: Mapping[str, Any]) -> None:
     """Raises UserError for a setting that makes the result another than base + factor·A·B, or that may: an unknown one."""
     for key, value in values.items():
         if key in _USED or key in _HARMLESS or not value or value == _NEUTRAL.get(key):
@@ -131,7 +132,7 @@ def refuse_other_maths(where: str, values: Mapping[str, Any]) -> None:
         )
 
 
-def peft_factors(
+def _peft_factors(
     where: str, values: Mapping[str, Any], keys: Mapping[str, str], ranks: Mapping[str, int]
 ) -> dict[str, float]:
     """PEFT's factor of each module: alpha / r, or alpha / √r with rslora, where patterns may change alpha and r."""
@@ -140,15 +141,15 @@ def peft_factors(
         raise UserError(f"{where}: use_rslora is {rooted!r}; expected true or false")
     factors = {}
     for module, rank in ranks.items():
-        said = setting(where, values, "r", "rank_pattern", keys[module])
-        alpha = setting(where, values, "lora_alpha", "alpha_pattern", keys[module])
+        said = _setting(where, values, "r", "rank_pattern", keys[module])
+        alpha = _setting(where, values, "lora_alpha", "alpha_pattern", keys[module])
         if said != rank:
             raise UserError(f"{where}: says rank {said:g} for {module}, whose tensors have {rank}")
         factors[module] = alpha / (math.sqrt(rank) if rooted else rank)
     return factors
 
 
-def setting(where: str, values: Mapping[str, Any], name: str, patterns_name: str, key: str) -> float:
+def _setting(where: str, values: Mapping[str, Any], name: str, patterns_name: str, key: str) -> float:
     """A module's own value: the first pattern's that matches its name, or else the general one."""
     patterns = values.get(patterns_name) or {}
     if not isinstance(patterns, dict):
@@ -157,16 +158,16 @@ def setting(where: str, values: Mapping[str, Any], name: str, patterns_name: str
         # PEFT's rule: the whole name, or its end after a dot.
         try:
             if re.match(rf"(.*\.)?({pattern})$", key):
-                return positive(where, f"{patterns_name}[{pattern!r}]", value)
+                return _positive(where, f"{patterns_name}[{pattern!r}]", value)
         except re.error as error:
             raise UserError(f"{where}: {patterns_name} has {pattern!r}, no pattern ({error})") from None
-    return positive(where, name, patterns.get(key, values.get(name)))
+    return _positive(where, name, patterns.get(key, values.get(name)))
 
 
 # --- tensors ------------------------------------------------------------------------------------------
 
 
-def alpha_factors(reader: TensorReader, names: Names, ranks: Mapping[str, int]) -> dict[str, float]:
+def _alpha_factors(reader: TensorReader, names: Names, ranks: Mapping[str, int]) -> dict[str, float]:
     """alpha / rank of each module."""
     missing = [module for module in ranks if module not in names.alphas]
     extra = [name for module, name in names.alphas.items() if module not in ranks]
@@ -175,17 +176,17 @@ def alpha_factors(reader: TensorReader, names: Names, ranks: Mapping[str, int]) 
             f"{reader.source}: expected an .alpha for every module or for none; without one: "
             f"{listed(missing, 3) or 'none'}; without a module: {listed(extra, 3) or 'none'}"
         )
-    return {module: alpha_of(reader, names.alphas[module]) / rank for module, rank in ranks.items()}
+    return {module: _alpha_of(reader, names.alphas[module]) / rank for module, rank in ranks.items()}
 
 
-def alpha_of(reader: TensorReader, name: str) -> float:
+def _alpha_of(reader: TensorReader, name: str) -> float:
     array = reader.read(name)
     if array.size != 1:
         raise UserError(f"{reader.source}: {name} is {array.shape}; expected one number")
-    return positive(str(reader.source), name, float(array.reshape(-1)[0]))
+    return _positive(str(reader.source), name, float(array.reshape(-1)[0]))
 
 
-def positive(where: str, name: str, value: Any) -> float:
+def _positive(where: str, name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST:
         raise UserError(f"{where}: {name} is {str(value)[:60]}; expected a number above 0")
     return float(value)

@@ -150,7 +150,7 @@ def read_torch_lpips(network: Network, backbone: Path, lin: Path | None = None) 
       UserError: a file is missing, damaged or does not fit, torch is needed and not there, or `lin` is one file too
         many or too few.
     """
-    opened = open_torch_file(backbone, network)
+    opened = _open_torch_file(backbone, network)
     if any(name.startswith("net.slice") for name in opened.specs):
         if lin is not None:
             raise UserError(f"{backbone}: holds the lin layers too; leave --lin {lin} out")
@@ -160,11 +160,11 @@ def read_torch_lpips(network: Network, backbone: Path, lin: Path | None = None) 
         raise UserError(
             f"{backbone}: has no lin layers; pass the lpips package's weights/v0.1/{network}.pth as --lin"
         )
-    leaves |= read_leaves(open_torch_file(lin, network), network, LIN)
+    leaves |= read_leaves(_open_torch_file(lin, network), network, LIN)
     return to_tree(leaves.items())
 
 
-def open_torch_file(path: Path, network: Network) -> Tensors:
+def _open_torch_file(path: Path, network: Network) -> Tensors:
     """Opens a safetensors file, or with torch's help a `.pth` file in its zip or its old format.
 
     Raises:
@@ -172,7 +172,9 @@ def open_torch_file(path: Path, network: Network) -> Tensors:
         installed.
     """
     if not path.is_file():
-        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get(network)}")
+        raise UserError(
+            f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get_lpips(network)}"
+        )
     if path.suffix == ".safetensors":
         reader = open_tensors(path)
         return Tensors(path, reader.specs, reader.read)
@@ -198,7 +200,7 @@ def open_torch_file(path: Path, network: Network) -> Tensors:
     return Tensors(path, specs, arrays.__getitem__)
 
 
-def how_to_get(network: Network, output: Path | None = None) -> str:
+def how_to_get_lpips(network: Network, output: Path | None = None) -> str:
     """Where the weights come from, and the command that makes our file of them."""
     backbone, output = TORCHVISION_FILES[network], output or Path(f"lpips_{network}.safetensors")
     flags = {"network": network, "backbone": backbone, "lin": f"{network}.pth", "output": output}
@@ -227,11 +229,11 @@ def load_lpips(path: Path) -> tuple[Network, Tree]:
     guess: Network = "vgg" if "vgg" in path.name.lower() else "alex"
     if not path.is_file():
         raise UserError(
-            f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get(guess, path)}"
+            f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get_lpips(guess, path)}"
         )
     reader = open_tensors(path)
     network = reader.metadata.get("network")
     if reader.metadata.get("format") != FORMAT or network not in SLICES:
-        raise UserError(f"{path}: not a file that convert/lpips.py wrote; {how_to_get(guess)}")
+        raise UserError(f"{path}: not a file that convert/lpips.py wrote; {how_to_get_lpips(guess)}")
     tensors = Tensors(path, reader.specs, reader.read)
     return network, to_tree(read_leaves(tensors, network, OWN).items())

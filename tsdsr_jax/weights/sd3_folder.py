@@ -85,7 +85,7 @@ class NetworkFiles:
           UserError: missing, extra or misshapen tensors, all of them named.
         """
         if not self.is_converted:
-            torch_names.check_base(self.reader, self.config)
+            torch_names.check_base_tensors(self.reader, self.config)
             return torch_names.base_specs(self.reader, self.config)
         expected = {entry.path: entry.shape for entry in torch_names.base_entries(self.config)}
         torch_names.check_names(self.reader.specs, expected, self.reader.source)

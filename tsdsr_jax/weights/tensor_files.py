@@ -64,7 +64,7 @@ class TensorReader:
         try:
             handle = safe_open(path, framework="np")
         except (SafetensorError, OSError) as error:
-            if is_lfs_pointer(path):
+            if _is_lfs_pointer(path):
                 raise UserError(
                     f"{path}: is a Git LFS pointer, not the file it stands for; fetch that with `git lfs pull`"
                 ) from None
@@ -91,7 +91,7 @@ class TensorReader:
         """The tensor where it lies in the file, read-only: to look at every value, several times as fast as `read`."""
         path, spec = self._paths[name], self.specs[name]
         if path not in self._starts:
-            self._starts[path] = data_starts(path)
+            self._starts[path] = _data_starts(path)
         if 0 in spec.shape:
             return np.empty(spec.shape, spec.dtype)
         size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
@@ -100,7 +100,7 @@ class TensorReader:
         return data.view(np.ndarray).view(spec.dtype).reshape(spec.shape)
 
 
-def data_starts(path: Path) -> dict[str, int]:
+def _data_starts(path: Path) -> dict[str, int]:
     """Where in a safetensors file each tensor begins."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -109,7 +109,7 @@ def data_starts(path: Path) -> dict[str, int]:
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
 
-def is_lfs_pointer(path: Path) -> bool:
+def _is_lfs_pointer(path: Path) -> bool:
     """Whether a clone without Git LFS left its note in place of a large file."""
     try:
         with open(path, "rb") as file:

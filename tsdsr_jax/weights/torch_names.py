@@ -256,7 +256,7 @@ def check_names(
     raise UserError("\n".join(lines))
 
 
-def check_base(reader: TensorReader, config: Config) -> None:
+def check_base_tensors(reader: TensorReader, config: Config) -> None:
     """Raises UserError, naming every offender, where a torch checkpoint does not fit the config."""
     expected = {name: entry.torch_shape for entry in base_entries(config) for name in entry.names}
     check_names(reader.specs, expected, reader.source)
@@ -268,7 +268,7 @@ def read_base(reader: TensorReader, config: Config) -> Iterator[tuple[str, np.nd
     Raises:
       UserError: (at once) the tensors do not fit the config.
     """
-    check_base(reader, config)
+    check_base_tensors(reader, config)
     return (
         (entry.path, entry.gather(reader.read, entry.stored_dtype(reader.specs)))
         for entry in base_entries(config)

@@ -1,10 +1,10 @@
-"""Command lines: a frozen dataclass is the list of flags, and every mistake is one line.
+"""Command lines: a frozen dataclass lists the flags, and every mistake gets a one-line message.
 
     options = cli.parse(Options, description="Upscale photographs.")    # exits 2 on a bad command line
     cli.run(main)                                                       # exits 1 on a UserError
 
-tyro converts the values. Before it sees the arguments, this module handles what tyro does not: booleans that may
-carry a value, suggestions for misspelled flags, and messages of one line. `cli_help` writes `--help`.
+tyro converts the values. This module handles what tyro does not: booleans that may have a value, suggestions for
+misspelled flags, and messages of one line. `cli_help` writes `--help`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
@@ -27,7 +27,10 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.flags import Flag, expected, flags_of, join, members
 from tsdsr_jax.flags import PathOrName as PathOrName
 
-OptionsClass = TypeVar("OptionsClass")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+OptionsClass = TypeVar("OptionsClass", bound="DataclassInstance")
 
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "0"), False
@@ -37,7 +40,7 @@ _LARGEST_FLOAT32 = 3.4028234e38
 
 
 class _UsageError(Exception):
-    """A command line that cannot be understood; the message is the one line to print."""
+    """The command line cannot be understood; the message is the line to print."""
 
 
 def parse(
@@ -49,10 +52,10 @@ def parse(
 ) -> OptionsClass:
     """Reads the command line into `options_class`.
 
-    `--align_method` and `--align-method` are the same flag, and `--flag value` the same as `--flag=value`. A
-    boolean field can be given bare (`--is_use_tile`), negated (`--no_is_use_tile`) or with a value
-    (`--is_use_tile false`). A flag of type `tuple[T, ...]` may be repeated; of any other flag the last counts. In paths `~`
-    is the home folder, as shells leave it in `--flag=~/x`.
+    `--align_method` and `--align-method` are the same flag, and so are `--flag value` and `--flag=value`. A boolean can be
+    bare (`--is_use_tile`), negated (`--no_is_use_tile`) or have a value (`--is_use_tile false`). Flags of type
+    `tuple[T, ...]` may be repeated; of other flags the last one counts. In paths `~` means the home folder, because shells
+    leave it alone in `--flag=~/x`.
 
     Args:
       options_class: a frozen dataclass of plain values. The docstring below a field is its help text; short
@@ -61,7 +64,7 @@ def parse(
       groups: how `--help` arranges the flags.
       argv: the arguments without the script's name; `sys.argv[1:]` when absent.
 
-    A command line that does not fit ends the process with status 2 and one line on stderr.
+    A mistake in the command line ends the process with status 2 and one line on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = flags_of(options_class)
@@ -80,26 +83,26 @@ def parse(
     except _UsageError as error:
         print(f"{script_name()}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    # tyro adds repeated values to the default; here they replace it.
+    # tyro appends the values of a repeatable flag to its default; here they replace it.
     own = {
         f.name: getattr(options, f.name)[len(f.default) :]
         for f in flags
         if f.repeatable and f.name in given and not f.required
     }
-    return dataclasses.replace(options, **own) if own else options  # pyright: ignore
+    return dataclasses.replace(options, **own) if own else options
 
 
 def run(main: Callable[[], object]) -> None:
     """Calls `main` and ends the process as a command-line tool should.
 
-    A `UserError` becomes one line on stderr and status 1; Ctrl-C says `interrupted` and gives 130; a reader that
-    closes the pipe early (`... | head`) is not worth a message. Anything else is a bug and keeps its traceback.
+    A `UserError` becomes one line on stderr and status 1. Ctrl-C prints `interrupted` and gives status 130. A reader that
+    closes the pipe early (`... | head`) gets no message. Any other exception is a bug and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character, or a file name's odd byte, is no reason to fail.
+        # Do not fail on characters that the terminal cannot show, nor on odd bytes in file names.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with contextlib.suppress(ValueError):  # not in the main thread: handlers stay as they are
+    with contextlib.suppress(ValueError):  # outside the main thread, where handlers cannot be set
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
@@ -111,14 +114,14 @@ def run(main: Callable[[], object]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The interpreter flushes stdout once more on its way out; give it somewhere to write.
+        # The interpreter flushes stdout once more when it exits; let it write to nowhere.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
 
 
 def at_least(options: Any, bound: int, *names: str) -> None:
-    """Raises UserError for the first flag that is given and lower, or not a number."""
+    """Raises UserError for the first named flag that is below `bound` or not a number; None passes."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not bound <= value < float("inf"):
@@ -126,7 +129,7 @@ def at_least(options: Any, bound: int, *names: str) -> None:
 
 
 def finite(options: Any) -> None:
-    """Raises UserError for the first number among the flags that is not finite in float32, in which it is used."""
+    """Raises UserError for the first float that is not finite in float32, the type that computations use."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT32:
@@ -138,16 +141,16 @@ def script_name() -> str:
 
 
 def _read(argv: list[str], flags: list[Flag]) -> dict[str, list[str]]:
-    """Splits the arguments into values per flag, still as text."""
+    """Splits the arguments into each flag's values, still as text."""
     by_spelling: dict[str, tuple[Flag, bool]] = {}
-    for flag in flags:
-        if flag.is_bool and not flag.required:
-            by_spelling["--no_" + flag.name] = (flag, False)
-    for flag in flags:  # second, so that a field that is really called `no_...` wins
-        by_spelling |= dict.fromkeys((flag.display, *map(_canonical, flag.aliases)), (flag, True))
+    for known in flags:
+        if known.is_bool and not known.required:
+            by_spelling["--no_" + known.name] = (known, False)
+    for known in flags:  # after the negations, so that a field whose own name begins with `no_` wins
+        by_spelling |= dict.fromkeys((known.display, *map(_canonical, known.aliases)), (known, True))
 
     given: dict[str, list[str]] = {}
-    flag = None
+    flag: Flag | None = None
     rest = list(argv)
     while rest:
         token = rest.pop(0)
@@ -191,10 +194,10 @@ def _is_value(token: str) -> bool:
 
 
 def _suggestion(spelling: str, known: list[str]) -> str:
-    # `-input_dir` is a slip for `--input_dir`, and `--align` the start of `--align_method`.
+    # `-input_dir` is a typo of `--input_dir`, and `--align` the start of `--align_method`.
     wanted = _canonical("--" + spelling.lstrip("-").lower())
     starts = [k for k in known if len(wanted) > 3 and k.startswith(wanted)]
-    # A long name is never a slip for a one-letter one, nor the other way round.
+    # Long names are never typos of one-letter ones, or vice versa.
     close = difflib.get_close_matches(wanted, [k for k in known if k.startswith("--")], n=1, cutoff=0.7)
     found = starts[:1] or close
     return f"; did you mean {found[0]}?" if found else "; --help lists the flags"
@@ -212,12 +215,12 @@ def _convert(
         for flag in flags:
             if flag.name in given and not flag.is_bool and not _accepts(flag, given[flag.name]):
                 raise _bad_value(flag, given[flag.name]) from None
-        # Every value is fine by itself, so the class refused them together (ValueError in `__post_init__`).
+        # Each value is fine by itself, so the class refused the combination (ValueError in `__post_init__`).
         raise _UsageError(_unframed(said.getvalue())) from None
 
 
 def _spell(flag: Flag, values: list[str]) -> Iterator[str]:
-    """The flag as tyro reads it without doubt, whatever the values look like."""
+    """Spells the flag so that tyro cannot misread it, whatever the values look like."""
     if flag.is_bool and values != ["None"]:
         truth = _BOOLEANS[values[0].lower()]
         yield f"--{'' if truth else 'no_'}{flag.name}" if flag.is_switch else f"{flag.display}={truth}"
@@ -229,7 +232,7 @@ def _spell(flag: Flag, values: list[str]) -> Iterator[str]:
 
 
 def _accepts(flag: Flag, values: list[str]) -> bool:
-    """Whether tyro can convert this flag's values, asked of a class that has no other field."""
+    """Whether tyro can convert this flag's values, tried with a class that has no other field."""
     alone = dataclasses.make_dataclass("Alone", [(flag.name, flag.hint)])
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -255,8 +258,9 @@ def _unframed(text: str) -> str:
     return message or "the flags do not fit together"
 
 
-class Share(NamedTuple):
-    """One machine's part of a work: every `of`-th piece, from `index`."""
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One machine's part of the work: every `of`-th piece, beginning with number `index`."""
 
     index: int
     of: int
@@ -266,7 +270,7 @@ class Share(NamedTuple):
 
 
 def share(text: str, flag: str = "--shard") -> Share:
-    """A flag's "i/n"; UserError for anything else."""
+    """Reads a flag's "i/n"; raises UserError for anything else."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"{flag} {text}: expected i/n with 0 ≤ i < n, such as 0/4")
@@ -274,7 +278,7 @@ def share(text: str, flag: str = "--shard") -> Share:
 
 
 def check_writable(folder: Path, flag: str = "--output_dir") -> None:
-    """Raises UserError where a flag's folder cannot be made or written, without making it."""
+    """Raises UserError if a flag's folder cannot be created or written; does not create it."""
     place = folder.resolve()
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -61,7 +61,7 @@ def grouped(options_class: type, groups: Groups) -> dict[str, list[Flag]]:
 def _usage(program: str, flags: Sequence[Flag], width: int) -> str:
     needed = [f"{(*flag.aliases, flag.display)[0]} {metavar(flag.hint)}" for flag in flags if flag.required]
     text = " ".join(["usage:", program, *needed, "[options]"])
-    return _filled(text, width, subsequent_indent="  ")
+    return _filled(text, width, later_lines="  ")
 
 
 def _paragraphs(description: str, width: int) -> Iterator[str]:
@@ -111,9 +111,12 @@ def _docstrings(options_class: type) -> Iterator[tuple[str, str]]:
                     yield field.target.id, " ".join((text or "").split())
 
 
-def _filled(text: str, width: int, **indents: str) -> str:
-    text = textwrap.fill(text, max(20, width), break_long_words=False, break_on_hyphens=False, **indents)
-    return text.replace(_TIED, " ")
+def _filled(text: str, width: int, later_lines: str = "") -> str:
+    """Breaks the text into lines; all but the first begin with `later_lines`."""
+    wrapper = textwrap.TextWrapper(
+        max(20, width), subsequent_indent=later_lines, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.fill(text).replace(_TIED, " ")
 
 
 def _bold(title: str) -> str:

@@ -227,7 +227,7 @@ def test_files_that_are_not_a_torch_archive_say_what_they_are(tmp_path):
     assert "damaged or cut short" in message(good.replace(VALUES.tobytes(), bytes(48)))
     assert "not a file of torch.save" in message(b"hello")
     assert "Git LFS pointer" in message(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    assert "Re-save" in message(bytes.fromhex("80028a0a6cfc9c46f9206aa850192e") + b"\x80\x02M\xe9\x03.")
+    assert "Save it again" in message(bytes.fromhex("80028a0a6cfc9c46f9206aa850192e") + b"\x80\x02M\xe9\x03.")
     other = io.BytesIO()
     np.savez(other, a=VALUES)
     assert "not one of torch.save" in message(other.getvalue())
@@ -665,7 +665,7 @@ def test_downloads_that_fail_say_what_to_do(monkeypatch, tmp_path):
         Exception.__init__(error, "refused\nin two lines")
         return error
 
-    assert "accept its licence" in message(hub_error(errors.GatedRepoError))
+    assert "accept its license" in message(hub_error(errors.GatedRepoError))
     assert "--revision" in message(hub_error(errors.RevisionNotFoundError))
     assert "no such repository" in message(hub_error(errors.RepositoryNotFoundError))
     assert "cannot be downloaded" in message(errors.LocalEntryNotFoundError("no network"))

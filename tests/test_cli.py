@@ -22,7 +22,7 @@ class Options:
     input_dir: Annotated[Path | None, tyro.conf.arg(aliases=["-i"])] = None
     """A photograph, or a folder of them."""
     align_method: Literal["wavelet", "adain", "nofix"] = "wavelet"
-    """How colours are matched to the input."""
+    """How colors are matched to the input."""
     is_use_tile: bool = False
     """Work in tiles."""
     progress: bool = True

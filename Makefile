@@ -1,9 +1,9 @@
-# `make demo` and `make test` set up their own environment in $(VENV); nothing has to be installed first.
+# `make demo` and `make test` set up their own environment in $(VENV); nothing need be installed first.
 #
-#   PYTHON=python3.12   the interpreter a new $(VENV) is made with (3.11 or newer)
-#   TORCH=1 / TORCH=0   test with or without PyTorch; the tests that compare with it skip without it
-#   TESTFLAGS="-x -k vae"  passed on to pytest
-#   JOBS=2   test processes at a time; each compiles on one core
+#   PYTHON=python3.12      the interpreter for a new $(VENV) (3.11 or newer)
+#   TORCH=1 or TORCH=0     test with or without PyTorch; without it, tests that compare with it are skipped
+#   TESTFLAGS="-x -k vae"  flags for pytest
+#   JOBS=2                 test processes at a time; each compiles on one core
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,9 +13,9 @@ JOBS ?= 2
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip -qq --disable-pip-version-check
 
-# The PyTorch parity tests belong to Python 3.11. Newer interpreters test the JAX side with the newest JAX and leave
-# PyTorch out, because with it usually come gigabytes of CUDA libraries that no test uses. Where pip is set up to find
-# CPU builds of PyTorch, TORCH=1 runs everything there as well.
+# Only Python 3.11 runs the PyTorch parity tests by default. Newer interpreters test the JAX side with the newest JAX,
+# because PyTorch usually brings gigabytes of CUDA libraries that no test uses. If pip is set up to find CPU builds of
+# PyTorch, TORCH=1 runs everything with them, too.
 INTERPRETER := $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
 TORCH ?= $(shell $(INTERPRETER) -c 'import sys; print(int(sys.version_info[:2] == (3, 11)))' 2>/dev/null)
 ifeq ($(TORCH),1)
@@ -24,7 +24,7 @@ else
 TEST_PACKAGES := -e '.[test,app]'
 endif
 
-# A stamp is newer than what it was installed from, or the install is repeated.
+# If a stamp is older than the files it depends on, the installation is repeated.
 BASE_STAMP := $(VENV)/.installed-base
 TEST_STAMP := $(VENV)/.installed-test-torch$(if $(filter 1,$(TORCH)),1,0)
 
@@ -35,7 +35,7 @@ help:
 	@echo "make test     run the test suite      (TESTFLAGS='-k lora', TORCH=0, PYTHON=python3.12)"
 	@echo "make lint     check style and formatting"
 	@echo "make types    check the library's type hints"
-	@echo "make cuda-compiler   what the test needs that compiles for a GPU without one (140 MB)"
+	@echo "make cuda-compiler   install what a test needs to compile for a GPU without having one (140 MB)"
 	@echo "make format   apply the formatter and the safe fixes"
 	@echo "make clean    remove .venv, caches and what the demo wrote"
 
@@ -71,7 +71,7 @@ $(VENV)/bin/pip:
 	  echo "tsdsr_jax needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo 'not there'): try make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-# Beside the environment, not in it: there JAX would look for a GPU at every start.
+# Installed beside the environment: inside it, JAX would look for a GPU at every start.
 cuda-compiler: $(TEST_STAMP)
 	@version=$$($(VENV_PYTHON) -c 'import jax; print(jax.__version__)'); folder=$(VENV)/cuda-compiler-$$version; \
 	  test -d $$folder || { echo "Installing JAX's CUDA plugin into $$folder"; \

@@ -1,4 +1,4 @@
-"""Puts the bundled model and the example photographs, which lie outside the package, into what is installed."""
+"""Adds the bundled model and the example photographs, which are outside the package, to what is installed."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-# Where they lie in a checkout -> in an installed tsdsr_jax; tsdsr_jax/weights/bundled.py looks in both places.
+# Folder in a checkout -> folder in an installed tsdsr_jax; tsdsr_jax/places.py looks in both.
 COPIED = {"weights/tiny": "bundled/tiny", "examples/photos": "bundled/photos"}
 
 

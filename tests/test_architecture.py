@@ -34,7 +34,18 @@ MAY_IMPORT = {
         "images",
     ),
 }
-AT_THE_ROOT = {"__init__", "atomic", "cli", "devices", "errors", "hints", "identity", "places"}
+AT_THE_ROOT = {
+    "__init__",
+    "atomic",
+    "cli",
+    "cli_help",
+    "devices",
+    "errors",
+    "flags",
+    "hints",
+    "identity",
+    "places",
+}
 
 
 class Import(NamedTuple):

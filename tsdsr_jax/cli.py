@@ -1,10 +1,10 @@
-"""Command lines: a frozen dataclass is the list of flags, and every mistake is one line.
+"""Command lines: a frozen dataclass lists the flags, and every mistake gets a one-line message.
 
     options = cli.parse(Options, description="Upscale photographs.")    # exits 2 on a bad command line
     cli.run(main)                                                       # exits 1 on a UserError
 
-tyro converts the values and writes `--help`. What it does not do is done here, before it sees the arguments:
-booleans that may carry a value, spelling help for unknown flags, and messages of one line instead of a box.
+tyro converts the values. This module handles what tyro does not: booleans that may have a value, suggestions for
+misspelled flags, and messages of one line. `cli_help` writes `--help`.
 """
 
 import contextlib
@@ -16,130 +16,93 @@ import re
 import shlex
 import signal
 import sys
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from tsdsr_jax.cli_help import Groups, help_text
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.flags import Flag, expected, flags_of, join, members
+from tsdsr_jax.flags import PathOrName as PathOrName
 
-OptionsClass = TypeVar("OptionsClass")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+OptionsClass = TypeVar("OptionsClass", bound="DataclassInstance")
 
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "0"), False
 )
-# Marks text that may be a path: `str` where a hub id or a word such as "none" will do, too.
-_PERHAPS_A_PATH = "perhaps a path"
-PathOrName = Annotated[str, _PERHAPS_A_PATH]
 _NEGATIVE_NUMBER = re.compile(r"-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
-
-
 _LARGEST_FLOAT32 = 3.4028234e38
 
 
 class _UsageError(Exception):
-    """A command line that cannot be understood; the message is the one line to print."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flag:
-    name: str
-    hint: Any  # the field's type, `Annotated` included
-    default: Any  # dataclasses.MISSING for a required flag
-    aliases: tuple[str, ...]
-
-    @property
-    def display(self) -> str:
-        return "--" + self.name
-
-    @property
-    def kind(self) -> Any:
-        """The type without its annotations."""
-        return typing.get_args(self.hint)[0] if typing.get_origin(self.hint) is Annotated else self.hint
-
-    @property
-    def is_bool(self) -> bool:
-        return _members(self.kind) in ([bool], [bool, type(None)])
-
-    @property
-    def is_switch(self) -> bool:
-        """tyro makes `--x` and `--no_x` of these; other booleans it wants with a value."""
-        return self.kind is bool and self.default is not dataclasses.MISSING
-
-    @property
-    def takes_paths(self) -> bool:
-        return _may_be_path(self.hint)
-
-    @property
-    def arity(self) -> tuple[int, bool]:
-        """How many values the flag takes at least, and whether more may follow."""
-        origin, arguments = typing.get_origin(self.kind), typing.get_args(self.kind)
-        if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
-            return 1, True
-        return (len(arguments), False) if origin is tuple else (1, False)
-
-    @property
-    def repeatable(self) -> bool:
-        return self.arity[1]
+    """The command line cannot be understood; the message is the line to print."""
 
 
 def parse(
-    options_class: type[OptionsClass], *, description: str, argv: Sequence[str] | None = None
+    options_class: type[OptionsClass],
+    *,
+    description: str | None,
+    groups: Groups | None = None,
+    argv: Sequence[str] | None = None,
 ) -> OptionsClass:
     """Reads the command line into `options_class`.
 
-    `--align_method` and `--align-method` are the same flag, and `--flag value` the same as `--flag=value`. A
-    boolean field can be given bare (`--is_use_tile`), negated (`--no_is_use_tile`) or with a value
-    (`--is_use_tile false`). A flag of type `tuple[T, ...]` may be repeated; of any other flag the last counts. In paths `~`
-    is the home folder, as shells leave it in `--flag=~/x`.
+    `--align_method` and `--align-method` are the same flag, and so are `--flag value` and `--flag=value`. A boolean can be
+    bare (`--is_use_tile`), negated (`--no_is_use_tile`) or have a value (`--is_use_tile false`). Flags of type
+    `tuple[T, ...]` may be repeated; of other flags the last one counts. In paths `~` means the home folder, because shells
+    leave it alone in `--flag=~/x`.
 
     Args:
       options_class: a frozen dataclass of plain values. The docstring below a field is its help text; short
         names come from `Annotated[..., tyro.conf.arg(aliases=["-i"])]`.
-      description: what the script does; stands at the top of `--help`.
+      description: what the command does, usually its module's docstring; the first paragraphs of `--help`.
+      groups: how `--help` arranges the flags.
       argv: the arguments without the script's name; `sys.argv[1:]` when absent.
 
-    A command line that does not fit ends the process with status 2 and one line on stderr.
+    A mistake in the command line ends the process with status 2 and one line on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    flags = _flags_of(options_class)
+    flags = flags_of(options_class)
     try:
         if any(token in ("-h", "--help") for token in argv):
-            return _tyro(options_class, ["--help"], description, repeating=False)
+            print(help_text(script_name(), options_class, description or "", groups or {}))
+            raise SystemExit(0)
         given = _read(argv, flags)
         for flag in flags:
             if flag.takes_paths and flag.name in given:
                 given[flag.name] = [os.path.expanduser(value) for value in given[flag.name]]
-        missing = [f.display for f in flags if f.default is dataclasses.MISSING and f.name not in given]
+        missing = [f.display for f in flags if f.required and f.name not in given]
         if missing:
-            raise _UsageError(f"{_join(missing, 'and')} must be given; --help explains the flags")
-        options = _convert(options_class, flags, given, description)
+            raise _UsageError(f"{join(missing, 'and')} must be given; --help explains the flags")
+        options = _convert(options_class, flags, given)
     except _UsageError as error:
         print(f"{script_name()}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    # tyro adds repeated values to the default; here they replace it.
+    # tyro appends the values of a repeatable flag to its default; here they replace it.
     own = {
         f.name: getattr(options, f.name)[len(f.default) :]
         for f in flags
-        if f.repeatable and f.name in given and f.default is not dataclasses.MISSING
+        if f.repeatable and f.name in given and not f.required
     }
-    return dataclasses.replace(options, **own) if own else options  # pyright: ignore
+    return dataclasses.replace(options, **own) if own else options
 
 
 def run(main: Callable[[], object]) -> None:
     """Calls `main` and ends the process as a command-line tool should.
 
-    A `UserError` becomes one line on stderr and status 1; Ctrl-C says `interrupted` and gives 130; a reader that
-    closes the pipe early (`... | head`) is not worth a message. Anything else is a bug and keeps its traceback.
+    A `UserError` becomes one line on stderr and status 1. Ctrl-C prints `interrupted` and gives status 130. A reader that
+    closes the pipe early (`... | head`) gets no message. Any other exception is a bug and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character, or a file name's odd byte, is no reason to fail.
+        # Do not fail on characters that the terminal cannot show, nor on odd bytes in file names.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with contextlib.suppress(ValueError):  # not in the main thread: handlers stay as they are
+    with contextlib.suppress(ValueError):  # outside the main thread, where handlers cannot be set
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
@@ -151,14 +114,14 @@ def run(main: Callable[[], object]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The interpreter flushes stdout once more on its way out; give it somewhere to write.
+        # The interpreter flushes stdout once more when it exits; let it write to nowhere.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
 
 
 def at_least(options: Any, bound: int, *names: str) -> None:
-    """Raises UserError for the first flag that is given and lower, or not a number."""
+    """Raises UserError for the first named flag that is below `bound` or not a number; None passes."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not bound <= value < float("inf"):
@@ -166,7 +129,7 @@ def at_least(options: Any, bound: int, *names: str) -> None:
 
 
 def finite(options: Any) -> None:
-    """Raises UserError for the first number among the flags that is not finite in float32, in which it is used."""
+    """Raises UserError for the first float that is not finite in float32, the type that computations use."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT32:
@@ -177,42 +140,22 @@ def script_name() -> str:
     return Path(sys.argv[0]).name
 
 
-def _may_be_path(hint: Any) -> bool:
-    marked = _PERHAPS_A_PATH in getattr(hint, "__metadata__", ())
-    return hint is Path or marked or any(map(_may_be_path, typing.get_args(hint)))
-
-
-def _flags_of(options_class: type) -> list[_Flag]:
-    hints = typing.get_type_hints(options_class, include_extras=True)
-    flags = []
-    for field in dataclasses.fields(options_class):
-        if not field.init:
-            continue
-        hint, default = hints[field.name], field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        settings = getattr(hint, "__metadata__", ())
-        aliases = tuple(a for s in settings for a in getattr(s, "aliases", None) or ())
-        flags.append(_Flag(field.name, hint, default, aliases))
-    return flags
-
-
-def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
-    """Splits the arguments into values per flag, still as text."""
-    by_spelling: dict[str, tuple[_Flag, bool]] = {}
-    for flag in flags:
-        if flag.is_bool and flag.default is not dataclasses.MISSING:
-            by_spelling["--no_" + flag.name] = (flag, False)
-    for flag in flags:  # second, so that a field that is really called `no_...` wins
-        by_spelling |= dict.fromkeys((flag.display, *map(_canonical, flag.aliases)), (flag, True))
+def _read(argv: list[str], flags: list[Flag]) -> dict[str, list[str]]:
+    """Splits the arguments into each flag's values, still as text."""
+    by_spelling: dict[str, tuple[Flag, bool]] = {}
+    for known in flags:
+        if known.is_bool and not known.required:
+            by_spelling["--no_" + known.name] = (known, False)
+    for known in flags:  # after the negations, so that a field whose own name begins with `no_` wins
+        by_spelling |= dict.fromkeys((known.display, *map(_canonical, known.aliases)), (known, True))
 
     given: dict[str, list[str]] = {}
-    flag = None
+    flag: Flag | None = None
     rest = list(argv)
     while rest:
         token = rest.pop(0)
         if _is_value(token):
-            after = f" after {flag.display}, which takes {_expected(flag.kind)}" if flag else ""
+            after = f" after {flag.display}, which takes {expected(flag.kind)}" if flag else ""
             raise _UsageError(f"unexpected argument '{token}'{after or '; every value follows its flag'}")
         spelling, has_value, attached = token.partition("=")
         if _canonical(spelling) not in by_spelling:
@@ -224,7 +167,7 @@ def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
                 raise _UsageError(f"{_canonical(spelling)} takes no value; {flag.display} does")
             if not has_value and positive and rest and rest[0].lower() in _BOOLEANS:
                 attached, has_value = rest.pop(0), "="
-            is_none = attached == "None" and type(None) in _members(flag.kind)
+            is_none = attached == "None" and type(None) in members(flag.kind)
             if has_value and attached.lower() not in _BOOLEANS and not is_none:
                 raise _bad_value(flag, [attached])
             given[flag.name] = [attached if has_value else str(positive)]
@@ -236,7 +179,7 @@ def _read(argv: list[str], flags: list[_Flag]) -> dict[str, list[str]]:
             values.append(rest.pop(0))
         if len(values) < count:
             hint = f"; write {shlex.quote(f'{flag.display}={rest[0]}')} if {rest[0]} is it" if rest else ""
-            raise _UsageError(f"{flag.display} needs {_expected(flag.kind)}{hint}")
+            raise _UsageError(f"{flag.display} needs {expected(flag.kind)}{hint}")
         given[flag.name] = given.get(flag.name, []) + values if flag.repeatable else values
     return given
 
@@ -251,33 +194,33 @@ def _is_value(token: str) -> bool:
 
 
 def _suggestion(spelling: str, known: list[str]) -> str:
-    # `-input_dir` is a slip for `--input_dir`, and `--align` the start of `--align_method`.
+    # `-input_dir` is a typo of `--input_dir`, and `--align` the start of `--align_method`.
     wanted = _canonical("--" + spelling.lstrip("-").lower())
     starts = [k for k in known if len(wanted) > 3 and k.startswith(wanted)]
-    # A long name is never a slip for a one-letter one, nor the other way round.
+    # Long names are never typos of one-letter ones, or vice versa.
     close = difflib.get_close_matches(wanted, [k for k in known if k.startswith("--")], n=1, cutoff=0.7)
     found = starts[:1] or close
     return f"; did you mean {found[0]}?" if found else "; --help lists the flags"
 
 
 def _convert(
-    options_class: type[OptionsClass], flags: list[_Flag], given: dict[str, list[str]], description: str
+    options_class: type[OptionsClass], flags: list[Flag], given: dict[str, list[str]]
 ) -> OptionsClass:
     arguments = [token for f in flags if f.name in given for token in _spell(f, given[f.name])]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return _tyro(options_class, arguments, description)
+            return _tyro(options_class, arguments)
     except SystemExit:
         for flag in flags:
             if flag.name in given and not flag.is_bool and not _accepts(flag, given[flag.name]):
                 raise _bad_value(flag, given[flag.name]) from None
-        # Every value is fine by itself, so the class refused them together (ValueError in `__post_init__`).
+        # Each value is fine by itself, so the class refused the combination (ValueError in `__post_init__`).
         raise _UsageError(_unframed(said.getvalue())) from None
 
 
-def _spell(flag: _Flag, values: list[str]) -> Iterator[str]:
-    """The flag as tyro reads it without doubt, whatever the values look like."""
+def _spell(flag: Flag, values: list[str]) -> Iterator[str]:
+    """Spells the flag so that tyro cannot misread it, whatever the values look like."""
     if flag.is_bool and values != ["None"]:
         truth = _BOOLEANS[values[0].lower()]
         yield f"--{'' if truth else 'no_'}{flag.name}" if flag.is_switch else f"{flag.display}={truth}"
@@ -288,60 +231,23 @@ def _spell(flag: _Flag, values: list[str]) -> Iterator[str]:
         yield from values[1:]
 
 
-def _accepts(flag: _Flag, values: list[str]) -> bool:
-    """Whether tyro can convert this flag's values, asked of a class that has no other field."""
+def _accepts(flag: Flag, values: list[str]) -> bool:
+    """Whether tyro can convert this flag's values, tried with a class that has no other field."""
     alone = dataclasses.make_dataclass("Alone", [(flag.name, flag.hint)])
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
-            _tyro(alone, list(_spell(flag, values)), "")
+            _tyro(alone, list(_spell(flag, values)))
         except SystemExit:
             return False
     return True
 
 
-def _tyro(
-    options_class: type[OptionsClass], arguments: list[str], description: str, *, repeating: bool = True
-) -> OptionsClass:
-    """tyro's reading of `arguments`; without `repeating`, `--help` does not say that values join the default."""
-    return tyro.cli(
-        options_class,
-        prog=script_name(),
-        description=description,
-        args=arguments,
-        use_underscores=True,
-        config=(tyro.conf.UseAppendAction,) if repeating else (),
-    )
+def _tyro(options_class: type[OptionsClass], arguments: list[str]) -> OptionsClass:
+    return tyro.cli(options_class, args=arguments, use_underscores=True, config=(tyro.conf.UseAppendAction,))
 
 
-def _bad_value(flag: _Flag, values: list[str]) -> _UsageError:
-    return _UsageError(f"{flag.display} was given '{' '.join(values)}'; expected {_expected(flag.kind)}")
-
-
-def _members(kind: Any) -> list[Any]:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return list(typing.get_args(kind))
-    return [kind]
-
-
-def _expected(kind: Any) -> str:
-    """What a flag of this type accepts, in words."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    names = {int: "an integer", float: "a number", bool: "true or false", Path: "a path", type(None): "None"}
-    if len(_members(kind)) > 1:
-        return _join([_expected(m) for m in _members(kind)], "or")
-    if origin is Annotated:
-        return _expected(arguments[0])
-    if origin is Literal:
-        return "one of " + _join([str(a) for a in arguments], "or")
-    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
-        return f"one or more values, each {_expected(arguments[0])}"
-    if origin is tuple:
-        return f"{len(arguments)} values: {', '.join(_expected(a) for a in arguments)}"
-    return names.get(kind, "a value")
-
-
-def _join(words: list[str], conjunction: str) -> str:
-    return f" {conjunction} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def _bad_value(flag: Flag, values: list[str]) -> _UsageError:
+    return _UsageError(f"{flag.display} was given '{' '.join(values)}'; expected {expected(flag.kind)}")
 
 
 def _unframed(text: str) -> str:
@@ -352,8 +258,9 @@ def _unframed(text: str) -> str:
     return message or "the flags do not fit together"
 
 
-class Share(NamedTuple):
-    """One machine's part of a work: every `of`-th piece, from `index`."""
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One machine's part of the work: every `of`-th piece, beginning with number `index`."""
 
     index: int
     of: int
@@ -363,7 +270,7 @@ class Share(NamedTuple):
 
 
 def share(text: str, flag: str = "--shard") -> Share:
-    """A flag's "i/n"; UserError for anything else."""
+    """Reads a flag's "i/n"; raises UserError for anything else."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"{flag} {text}: expected i/n with 0 ≤ i < n, such as 0/4")
@@ -371,7 +278,7 @@ def share(text: str, flag: str = "--shard") -> Share:
 
 
 def check_writable(folder: Path, flag: str = "--output_dir") -> None:
-    """Raises UserError where a flag's folder cannot be made or written, without making it."""
+    """Raises UserError if a flag's folder cannot be created or written; does not create it."""
     place = folder.resolve()
     while not place.exists() and place != place.parent:
         place = place.parent

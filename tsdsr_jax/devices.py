@@ -1,4 +1,4 @@
-"""Which devices a script computes on, and in what precision."""
+"""The devices that a command computes on, and its precision."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ DTYPES = {"fp16": jnp.float16, "bf16": jnp.bfloat16, "fp32": jnp.float32}
 
 
 def select_devices(name: str | None) -> list[jax.Device]:
-    """The local devices a `--device` flag means: None (all of the best kind), "cuda", "cuda:1", "cpu", "tpu".
+    """The local devices that `--device` names: None (all of the best kind), "cuda", "cuda:1", "cpu" or "tpu".
 
-    Programs compiled for them are kept, see `keep_programs`.
+    From then on compiled programs are kept on disk, see `keep_programs`.
 
     Raises:
       UserError: the name is none of these, or there is no such device.
@@ -42,7 +42,7 @@ def select_devices(name: str | None) -> list[jax.Device]:
         raise UserError(f"--device {name}: expected cuda, cuda:N, cpu or tpu")
     kind, index = _PLATFORMS[match[1]], match[2]
     if kind == "cpu":
-        # Before any other backend wakes up and reserves its memory.
+        # Before another backend starts and reserves memory.
         jax.config.update("jax_platforms", "cpu")
     try:
         devices = jax.local_devices(backend=kind)
@@ -65,7 +65,7 @@ def cores() -> int:
 
 
 def memory_of(device: jax.Device) -> int:
-    """Bytes that may be used on a device; a CPU does not tell, and gets half of what the machine or the container has."""
+    """Bytes that may be used on a device; for CPUs, half of the machine's or the container's memory."""
     told = (device.memory_stats() or {}).get("bytes_limit")
     if told:
         return told
@@ -77,18 +77,18 @@ def memory_of(device: jax.Device) -> int:
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs on disk, so that the next start does not compile again.
+    """Keeps compiled programs on disk, so that the next start does not compile them again.
 
-    In ~/.cache/tsdsr_jax, at most 8 GB, unless JAX's own variables say otherwise: JAX_COMPILATION_CACHE_DIR names another
-    folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Without a home that can be written nothing is kept. In either
-    folder it keeps what took a tenth of a second to compile, or JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS.
+    They are kept in ~/.cache/tsdsr_jax, up to 8 GB; without a writable home nothing is kept. JAX's own variables take
+    precedence: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Programs
+    that compile in less than 0.1 s, or JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, are not kept.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]  # JAX defines flags at run time
         return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX's second would leave out half of what a start of the small model compiles.
+        # JAX's default of 1 s would leave out half of what the small model compiles at its start.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsdsr_jax"
@@ -102,7 +102,7 @@ def keep_programs() -> None:
 
 
 def _processor() -> str:
-    """Tells kinds of processors apart: a program for one may crash another that shares the folder."""
+    """A name for this kind of processor: a program compiled for one may crash another that shares the folder."""
     told = [platform.machine(), platform.processor()]
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -111,15 +111,15 @@ def _processor() -> str:
 
 
 def join_processes(coordinator: str | None, processes: int | None, process: int | None, detect: bool) -> None:
-    """Makes this process one of several that train together; call it before anything else touches a device.
+    """Makes this process one of several that train together; call it before anything else uses a device.
 
     Args:
-      coordinator: host:port of the first process; with `processes` and `process`, for starting them by hand.
-      processes, process: how many there are, and this one's index from 0.
+      coordinator: host:port of the first process; needed with `processes` and `process` when they are started by hand.
+      processes, process: the number of processes, and this one's index from 0.
       detect: take all three from the launcher (SLURM, Open MPI, TPU pods).
 
     Raises:
-      UserError: flags are missing, or the processes do not find each other.
+      UserError: flags are missing, or the processes cannot reach each other.
     """
     by_hand = {"--coordinator_address": coordinator, "--num_processes": processes, "--process_id": process}
     given = [flag for flag, value in by_hand.items() if value is not None]
@@ -141,11 +141,11 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
 
 
 def matmul_precision(dtype: DTypeLike) -> AbstractContextManager[None]:
-    """Within it, float32 means float32: GPUs round the factors of its products to TF32 unless told otherwise."""
+    """A context in which float32 products are exact; by default GPUs round their factors to TF32."""
     return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
 def select_dtype(name: str | None, devices: list[jax.Device]) -> DTypeLike:
-    """The computation dtype of a `--mixed_precision` flag; None: fp16 on a GPU, bf16 on a TPU, fp32 on a CPU."""
+    """The computation dtype that `--mixed_precision` names; None: fp16 on a GPU, bf16 on a TPU, fp32 on a CPU."""
     default = {"gpu": "fp16", "tpu": "bf16"}.get(devices[0].platform, "fp32")
     return DTYPES[name or default]

@@ -1,28 +1,29 @@
-"""The one exception that scripts turn into a single clear line, and what its messages are made of."""
+"""UserError, which commands report in one clear line, and helpers for its messages."""
 
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the user can put right: a file, a flag, a tensor.
+    """A problem that the user can fix: with a file, a flag or a tensor.
 
-    The message is one sentence or a short list. It names the file, tensor or flag, says what was expected and what to do.
-    Scripts print it without a traceback and exit non-zero; any other exception is a bug and keeps its traceback.
+    The message is one sentence or a short list. It names the file, flag or tensor, what was expected and what to do.
+    Commands print it without a traceback and exit with a status other than 0. Any other exception is a bug and keeps its
+    traceback.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, for use inside a message of ours."""
+    """The first line of another library's error, for use in our messages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """The first few of them, and how many more there are."""
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def printable(text: str) -> str:
-    """A name as it can be printed and stored: odd bytes of file names, line ends and other control characters escaped."""
+    """Escapes what cannot be printed or stored: odd bytes in file names, line breaks and other control characters."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Commands for the user to type next: complete, quoted, and right from the folder that the user is in."""
+"""Commands for the user to run next: complete, quoted, and valid in the user's current folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHOTOS = shipped("photos", "examples/photos")
 # Where train/distill.py looks for LPIPS's weights.
 LPIPS_FILE = Path("checkpoint/lpips_alex.safetensors")
 
-# Flags that scripts share.
+# Flags that commands share.
 MODEL = ("pretrained_model_name_or_path", "revision", "variant")
 CROPS = ("crop_size", "min_size", "sharpen_gt", "jpeg", "degradation_strength")
 DATA = ("data_dir", "hr_dir", *CROPS, "default_embedding_dir", "null_embedding_dir")
@@ -30,28 +30,33 @@ def command(script: str, /, **flags: Any) -> str:
 
     Args:
       script: its path in the repository.
-      flags: name -> value. Of None there is no flag, a tuple stands for several values.
+      flags: name -> value. None omits the flag; a tuple gives it several values.
     """
     return shlex.join([*_program(script), *_words(flags)])
 
 
 def _program(script: str) -> list[str]:
-    """The script, or where there is no checkout the command that is installed in its place."""
+    """The script; without a checkout, the installed command."""
     file = CHECKOUT / script
     if file.is_file():
         return [interpreter(), shown(file)]
+    return [installed_name(script)]
+
+
+def installed_name(script: str) -> str:
+    """The installed command for a script: `train/distill.py` -> `tsdsr-distill`."""
     name = script.removesuffix(".py").replace("convert/", "convert-").rpartition("/")[2]
-    return [f"tsdsr-{name}"]
+    return f"tsdsr-{name}"
 
 
 def interpreter() -> str:
-    """This Python as the user can type it."""
+    """This Python interpreter as the user can type it."""
     found = shutil.which("python")
-    # Not `samefile`: the interpreter of an environment is a link to one outside, which lacks its packages.
+    # Not `samefile`: an environment's interpreter is a link to one outside, which lacks the environment's packages.
     if found and _place(found) == _place(sys.executable):
         return "python"
     path = shown(Path(sys.executable))
-    return path if "/" in path else sys.executable  # a bare name would be looked for on PATH
+    return path if "/" in path else sys.executable  # a shell would look up a bare name on PATH
 
 
 def _place(file: str) -> tuple[str, str]:
@@ -59,7 +64,7 @@ def _place(file: str) -> tuple[str, str]:
 
 
 def shown(value: Any) -> str:
-    """A flag's value; an absolute path below the current folder as a relative one."""
+    """A flag's value as text; absolute paths below the current folder become relative."""
     short = isinstance(value, Path) and value.is_relative_to(Path.cwd())
     return str(value.relative_to(Path.cwd()) if short else value)
 
@@ -70,13 +75,13 @@ def _words(flags: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{name}" if value else f"--no_{name}"
         elif value is not None:
             values = [shown(each) for each in (value if isinstance(value, tuple) else (value,))]
-            # A value that begins like a flag has to be tied to its own.
+            # A value that begins like a flag must be joined to its own flag.
             tied = any(each[:1] == "-" for each in values)
             yield from [f"--{name}={each}" for each in values] if tied else [f"--{name}", *values]
 
 
 def given(options: Any, *names: str) -> dict[str, Any]:
-    """Those of the flags that a script has and whose values are not its defaults."""
+    """The flags among `names` that the options have and that differ from their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     return {
         name: getattr(options, name)
@@ -86,13 +91,13 @@ def given(options: Any, *names: str) -> dict[str, Any]:
 
 
 def new_folder(run: Path, word: str) -> Path:
-    """A folder beside a run's that is not there yet, called after it."""
+    """A folder beside `run` that does not exist yet, named after it: `RUN-WORD`, or `RUN-WORD-2` and so on."""
     run = run.resolve() if run.name in ("", "..") else run
     names = (f"{run.name}-{word}{number}" for number in ("", *(f"-{count}" for count in range(2, 1000))))
     return next(path for name in names if not (path := run.with_name(name)).exists())
 
 
 def distilling(run: Path, flags: Mapping[str, Any]) -> str:
-    """The command that distils with these flags, after the run in this folder; without LPIPS where its weights are not."""
+    """The command to distill with these flags after `run`; it leaves out LPIPS if there are no weights for it."""
     lpips = None if LPIPS_FILE.is_file() else 0
     return command("train/distill.py", **flags, lambda_lpips=lpips, output_dir=new_folder(run, "distilled"))

@@ -1,4 +1,4 @@
-"""What two runs have to agree in, and the versions that one depends on."""
+"""Compares the settings of two runs, and lists the versions that results depend on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two mappings, in words."""
+def mismatches(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describes each difference between the two mappings in words."""
 
     def short(value: Any) -> str:
         text = str(value)
@@ -25,7 +25,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run depends on; a checkout that is on the path without being installed has none."""
+    """Versions of Python, this library and its dependencies; this library has none unless it is installed."""
     found = {"python": platform.python_version()}
     for package in ("tsdsr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
         try:

@@ -1,4 +1,4 @@
-"""Where the repository's other files lie: in the checkout, or in the installed package, where `setup.py` puts them."""
+"""Finds the repository's other files: in the checkout, or in the installed package, where `setup.py` puts them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _INSTALLED = _PACKAGE / "bundled"
 
 
 def shipped(installed: str, checkout: str) -> Path:
-    """A folder that comes with the package, under its name in `bundled/`; in a checkout it lies elsewhere."""
+    """A folder shipped with the package: its path below `bundled/` once installed, or below the checkout."""
     folder = _INSTALLED / installed
     return folder if folder.is_dir() else CHECKOUT / checkout

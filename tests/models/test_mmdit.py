@@ -168,7 +168,7 @@ def test_one_base_serves_three_adapters_in_one_program(oracle: Any, style: str) 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_adapter_gradients_equal_torchs(oracle: Any, style: str) -> None:
-    """Through rematerialised blocks; a test below compares these with plain ones."""
+    """Through rematerialized blocks; a test below compares these with plain ones."""
     import torch
 
     model = oracle.tiny_transformer(seed=7, **STYLES[style])
@@ -352,7 +352,7 @@ def test_remat_gives_the_same_gradients(random: tuple[MMDiTConfig, Tree]) -> Non
             assert error(partly[path], plain[path]) <= TOLERANCE, path
 
 
-def test_blocks_are_scanned_and_rematerialised(random: tuple[MMDiTConfig, Tree]) -> None:
+def test_blocks_are_scanned_and_rematerialized(random: tuple[MMDiTConfig, Tree]) -> None:
     config, params = random
     for remat in (False, True):
         model = MMDiT(config, remat=remat)
@@ -393,7 +393,7 @@ def test_largest_latent_fills_the_position_table() -> None:
     np.testing.assert_array_equal(grid_positions(config, 96, 96), np.arange(48 * 48))
 
 
-def test_positions_are_the_tables_centre() -> None:
+def test_positions_are_the_tables_center() -> None:
     """SPEC §1: top = (P − h/2) // 2, left likewise, whichever sides are odd."""
     positions = grid_positions(MMDiTConfig.tiny(pos_embed_max_size=9), 6, 8).reshape(3, 4)
     np.testing.assert_array_equal(positions, (3 + np.arange(3))[:, None] * 9 + 2 + np.arange(4))

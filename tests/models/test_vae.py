@@ -178,11 +178,11 @@ def test_each_ingredient_of_padding_is_needed(
     left_out: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    measure, prepare, attend = GroupNorm.__call__, vae.normalise, vae.single_head_attention
+    measure, prepare, attend = GroupNorm.__call__, vae.normalize, vae.single_head_attention
     if left_out == "masked statistics":
         monkeypatch.setattr(GroupNorm, "__call__", lambda self, x, mask=None, band=None: measure(self, x))
     elif left_out == "zeroed padding":
-        monkeypatch.setattr(vae, "normalise", lambda affine, valid: prepare(affine, None))
+        monkeypatch.setattr(vae, "normalize", lambda affine, valid: prepare(affine, None))
     else:
         monkeypatch.setattr(vae, "single_head_attention", lambda q, k, v, key_mask: attend(q, k, v))
     program.cache_clear()

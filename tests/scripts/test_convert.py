@@ -554,8 +554,8 @@ def test_hub_id_is_downloaded(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("GatedRepoError", "owner/name: the repository is gated; accept its licence .*hf auth login"),
-        ("RepositoryNotFoundError", "owner/name: neither a folder here nor a repository on the hub"),
+        ("GatedRepoError", "owner/name: the repository is gated; accept its license .*hf auth login"),
+        ("RepositoryNotFoundError", "owner/name: neither a folder nor a repository on the hub"),
         ("RevisionNotFoundError", "owner/name: has no revision 'v2'"),
         ("OfflineModeIsEnabled", "fetching it from the hub failed: Cannot reach the hub: offline mode.$"),
         ("ConnectionError", "fetching it from the hub failed: .*Name or service not known"),

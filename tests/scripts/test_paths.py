@@ -18,6 +18,7 @@ from tsdsr_jax.commands import (
     teacher,
     upscale,
 )
+from tsdsr_jax.flags import flags_of
 
 RUN = "output_dir logging_dir resume_from_checkpoint validation_dir"
 DATA = "data_dir hr_dir default_embedding_dir null_embedding_dir"
@@ -42,7 +43,7 @@ PATHS = (
 def test_the_home_folder_is_understood_in_every_path(monkeypatch, options: Callable, names: str):
     """As `--flag=~/x`, which a shell leaves alone; all else stays as the user wrote it."""
     monkeypatch.setenv("HOME", "/home/me")
-    flags = cli._flags_of(options)
+    flags = flags_of(options)
     assert {flag.name for flag in flags if flag.takes_paths} == set(names.split())
     needed = [word for flag in flags if flag.name == "network" for word in ("--network", "alex")]
     for written, read in (

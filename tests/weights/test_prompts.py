@@ -227,7 +227,7 @@ def test_files_that_are_not_a_torch_archive_say_what_they_are(tmp_path):
     assert "damaged or cut short" in message(good.replace(VALUES.tobytes(), bytes(48)))
     assert "not a file of torch.save" in message(b"hello")
     assert "Git LFS pointer" in message(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    assert "Re-save" in message(bytes.fromhex("80028a0a6cfc9c46f9206aa850192e") + b"\x80\x02M\xe9\x03.")
+    assert "Save it again" in message(bytes.fromhex("80028a0a6cfc9c46f9206aa850192e") + b"\x80\x02M\xe9\x03.")
     other = io.BytesIO()
     np.savez(other, a=VALUES)
     assert "not one of torch.save" in message(other.getvalue())
@@ -466,7 +466,7 @@ def test_training_folders_are_converted_pair_by_pair(tmp_path, capsys):
         embeds = make_embeds(seed=index)
         write_array(tmp_path / "prompt_embeds" / f"{stem}.pt", embeds.prompt[None])
         write_array(tmp_path / "pool_embeds" / f"{stem}.pt", embeds.pooled[None])
-    script.convert(script.Options(input=tmp_path, output=tmp_path / "out"))
+    script.make_embeddings(script.Options(input=tmp_path, output=tmp_path / "out"))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.1.safetensors", "b.safetensors"]
     assert_same(load_prompt_embeds(tmp_path / "out" / "a.1.safetensors"), make_embeds(seed=1))
     assert capsys.readouterr().out.count("prompt (7, 12), pooled (5,)") == 2
@@ -493,14 +493,14 @@ def test_conversion_reads_the_pt_files_even_beside_a_safetensors_file(tmp_path):
 def test_the_script_wants_exactly_one_mode_and_a_model(tmp_path):
     for options in ({}, {"default": True, "prompt": "a"}, {"input": tmp_path, "null": True}):
         with pytest.raises(UserError, match="exactly one of"):
-            script.convert(script.Options(output=tmp_path / "out", **options))
+            script.make_embeddings(script.Options(output=tmp_path / "out", **options))
     with pytest.raises(UserError, match="--pretrained_model_name_or_path is needed"):
-        script.convert(script.Options(output=tmp_path / "out", null=True))
+        script.make_embeddings(script.Options(output=tmp_path / "out", null=True))
     with pytest.raises(UserError, match=r"holds no \.txt"):
-        script.convert(script.Options(output=tmp_path / "out", prompt_file=tmp_path))
+        script.make_embeddings(script.Options(output=tmp_path / "out", prompt_file=tmp_path))
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt cannot be read as UTF-8"):
-        script.convert(script.Options(output=tmp_path / "out", prompt_file=tmp_path))
+        script.make_embeddings(script.Options(output=tmp_path / "out", prompt_file=tmp_path))
 
 
 def test_what_each_mode_encodes_and_where_it_goes(tmp_path):
@@ -665,7 +665,7 @@ def test_downloads_that_fail_say_what_to_do(monkeypatch, tmp_path):
         Exception.__init__(error, "refused\nin two lines")
         return error
 
-    assert "accept its licence" in message(hub_error(errors.GatedRepoError))
+    assert "accept its license" in message(hub_error(errors.GatedRepoError))
     assert "--revision" in message(hub_error(errors.RevisionNotFoundError))
     assert "no such repository" in message(hub_error(errors.RepositoryNotFoundError))
     assert "cannot be downloaded" in message(errors.LocalEntryNotFoundError("no network"))
@@ -885,7 +885,7 @@ def test_the_script_encodes_default_and_null(sd3_folder, tmp_path, monkeypatch, 
     options = script.Options(pretrained_model_name_or_path=str(sd3_folder), **arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        script.convert(options)
+        script.make_embeddings(options)
         prompt, pooled = diffusers_result(sd3_folder, [prompt_files.DEFAULT_PROMPT, ""], 256)
     assert capsys.readouterr().out.count("prompt (333, 32), pooled (16,), float32") == 2
     written = [load_prompt_embeds(tmp_path / name) for name in ("default", "null")]
@@ -895,4 +895,4 @@ def test_the_script_encodes_default_and_null(sd3_folder, tmp_path, monkeypatch, 
     with pytest.raises(
         UserError, match=r"default/prompt\.safetensors.*null/prompt\.safetensors.*--overwrite"
     ):
-        script.convert(options)
+        script.make_embeddings(options)

@@ -188,12 +188,12 @@ def test_a_tensor_in_another_layout_of_the_same_size_is_refused() -> None:
     tensors = random_tensors(config)
     tensors["context_embedder.weight"] = tensors["context_embedder.weight"].T
     with pytest.raises(UserError, match=r"context_embedder.weight is \(48, 64\), expected \(64, 48\)"):
-        torch_names.check_base(MemoryReader(tensors), config)
+        torch_names.check_base_tensors(MemoryReader(tensors), config)
 
 
 def test_another_kind_of_checkpoint_is_recognised() -> None:
     with pytest.raises(UserError, match=r"not one tensor belongs .*another kind of checkpoint"):
-        torch_names.check_base(MemoryReader(random_tensors(CONFIGS["tiny VAE"])), CONFIGS["tiny"])
+        torch_names.check_base_tensors(MemoryReader(random_tensors(CONFIGS["tiny VAE"])), CONFIGS["tiny"])
 
 
 # --- adapters -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tsdsr_jax import cli
+from tsdsr_jax.commands.groups import UPSCALING
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling.options import UpscaleOptions, check, completed, load
@@ -38,7 +39,7 @@ class Options(UpscaleOptions):
 
 
 def main() -> None:
-    options = completed(cli.parse(Options, description=__doc__))
+    options = completed(cli.parse(Options, description=__doc__, groups=UPSCALING))
     check(options)
     check_server(options)
     with private_folder() as root, ended_by_signals(root):

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
+from tsdsr_jax.commands.groups import TRAINING
 from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.options import CropOptions
 from tsdsr_jax.data.record import Record
@@ -93,7 +94,7 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
 
 
 def main() -> None:
-    options = cli.parse(Options, description=__doc__)
+    options = cli.parse(Options, description=__doc__, groups=TRAINING)
     options.check()
     files = NetworkFiles(options.vae_dir, "vae")
     _check_crop(options, _config_of(files))

@@ -1,11 +1,11 @@
-"""Converts LoRA files: PEFT's layout (TSD-SR's released files) to ours, and ours to PEFT's.
+"""Converts LoRA files from PEFT's layout, that of TSD-SR's released files, to ours, and from ours to PEFT's.
 
     python convert/lora.py --input checkpoint/tsdsr --output lora/tsdsr --base sd3
     python convert/lora.py --input lora/tsdsr --output for_pytorch --base sd3
 
-The direction follows from each file. A folder converts all of its transformer.safetensors, vae.safetensors,
-teacher.safetensors and transformer_reg.safetensors. Where alpha is the rank, round trips are bit-exact, tensor by tensor;
-another strength is folded into B, and what is written has alpha = rank.
+Each file's layout decides on the direction. Of a folder, it converts transformer.safetensors, vae.safetensors,
+teacher.safetensors and transformer_reg.safetensors. If alpha is the rank, a round trip restores every tensor bit for bit.
+Any other alpha is folded into B, and the written file has alpha = rank.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ class Options:
     input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
     """A LoRA file, or a folder of them."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to write; files keep their names."""
+    """Folder for the results; files keep their names."""
     base: Path | None = None
-    """Checkpoint folder the LoRA belongs to (only its config.json files are read); without it: SD3-medium."""
+    """Checkpoint folder that the LoRA belongs to; only its config.json files are read. Default: SD3-medium's sizes."""
     overwrite: bool = False
-    """Replace files that are already in the output folder."""
+    """Replace existing files in the output folder."""
 
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    for source in find_files(options.input):
+    for source in _find_files(options.input):
         target = options.output / source.name
         if target.resolve() == source.resolve():
             raise UserError(f"{target}: input and output are the same file; choose another --output")
         if target.exists() and not options.overwrite:
             raise UserError(f"{target}: exists already; pass --overwrite to replace it")
-        print(convert(source, target, options.base))
+        print(_convert(source, target, options.base))
 
 
-def find_files(path: Path) -> list[Path]:
+def _find_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -67,32 +67,32 @@ def find_files(path: Path) -> list[Path]:
     files = [path / name for name in KNOWN_FILES if (path / name).is_file()]
     if not files:
         raise UserError(
-            f"{path}: has none of {', '.join(KNOWN_FILES)}; name the file itself if it is called otherwise"
+            f"{path}: has none of {', '.join(KNOWN_FILES)}; pass the file itself if it has another name"
         )
     return files
 
 
-def convert(source: Path, target: Path, base: Path | None) -> str:
-    """Converts one file; returns a line that says what was done."""
+def _convert(source: Path, target: Path, base: Path | None) -> str:
+    """Converts one file and returns a line that says what was done."""
     reader = open_tensors(source)
     part = part_of(reader.specs)
-    config = read_config(base, part)
+    config = _read_config(base, part)
     if source.name in KNOWN_FILES and (source.name == "vae.safetensors") != (part == "vae"):
         raise UserError(
-            f"{source}: holds a LoRA for the {part}; by its name it should not: are two files swapped?"
+            f"{source}: holds a LoRA for the {part}, which contradicts its name; are two files swapped?"
         )
-    model = "SD3-medium, which is assumed without --base" if base is None else f"the {part} of {base}"
+    model = "SD3-medium, the default without --base" if base is None else f"the {part} of {base}"
     adapter = open_lora(source, config, model)
     ours = is_own_lora(reader)
     if ours:
         save_tensors(target, write_lora(adapter.tree, config), {"format": "pt"})
     else:
         save_lora(target, adapter.tree, part)
-    return f"{source} -> {target} ({'PEFT' if ours else 'tsdsr_jax'} layout, {part}, {describe(adapter)})"
+    return f"{source} -> {target} ({'PEFT' if ours else 'tsdsr_jax'} layout, {part}, {_describe(adapter)})"
 
 
-def describe(adapter: Adapter) -> str:
-    """Its ranks, and what reading it changed."""
+def _describe(adapter: Adapter) -> str:
+    """The adapter's ranks, and what reading it changed."""
     modules = lora.modules(adapter.tree)
     words = ["rank " + "/".join(str(rank) for rank in sorted(set(modules.values())))]
     if adapter.factors != (1.0,):
@@ -104,7 +104,7 @@ def describe(adapter: Adapter) -> str:
     return ", ".join(words)
 
 
-def read_config(base: Path | None, part: Part) -> Config:
+def _read_config(base: Path | None, part: Part) -> Config:
     if base is None:
         return MMDiTConfig.sd3_medium() if part == "transformer" else VAEConfig.sd3()
     return NetworkFiles(base / part, part).config

@@ -1,9 +1,9 @@
-"""Converts LPIPS: torchvision's network and the lpips package's lin layers to one file of ours.
+"""Converts LPIPS from torchvision's network and the lpips package's lin layers to a single file of ours.
 
     python convert/lpips.py --network alex --backbone alexnet-owt-7be5be79.pth --lin alex.pth --output lpips_alex.safetensors
     python convert/lpips.py --network vgg --backbone vgg16-397923af.pth --lin vgg.pth --output lpips_vgg.safetensors
 
-Safetensors files of the same tensors will do, too. Reading .pth files needs `pip install 'tsdsr_jax[convert]'`.
+The inputs may also be safetensors files with the same tensors. Reading .pth files needs `pip install 'tsdsr_jax[convert]'`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tsdsr_jax.weights.lpips_files import read_torch_lpips, save_lpips
 @dataclasses.dataclass(frozen=True)
 class Options:
     network: Literal["alex", "vgg"]
-    """Whose features LPIPS compares: alex is the usual one."""
+    """The network whose features LPIPS compares; alex is the usual one."""
     backbone: Path
-    """torchvision's weights of that network, or the state dict of the lpips package's whole LPIPS module."""
+    """torchvision's weights of the network, or the state dict of the lpips package's whole LPIPS module."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Safetensors file to write."""
     lin: Path | None = None
-    """The lpips package's weights/v0.1/NETWORK.pth; not needed with the state dict of the whole module."""
+    """The lpips package's weights/v0.1/NETWORK.pth; not needed if --backbone is the whole module."""
     overwrite: bool = False
-    """Replace the output file if it is there."""
+    """Replace the output file if it exists."""
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
-"""Makes prompt embeddings: from the released `.pt` files, or from texts with SD3's own text encoders.
+"""Makes prompt embeddings from the released `.pt` files, or from texts with SD3's own text encoders.
 
     # the released folder, or a training folder with prompt_embeds/*.pt and pool_embeds/*.pt
     python convert/prompts.py --input dataset/default --output dataset/default
     # TSD-SR's default prompt and the empty one, into dataset/default and dataset/null
     python convert/prompts.py --default --null --pretrained_model_name_or_path SD3 --output dataset
-    # one text, or a folder with one .txt per image -> OUTPUT/<name>.safetensors
+    # a text file, or a folder with one .txt per image, into OUTPUT/<name>.safetensors
     python convert/prompts.py --prompt_file texts --pretrained_model_name_or_path SD3 --output embeds --device cuda
 
-Encoding needs `pip install 'tsdsr_jax[convert]'`; converting needs no torch.
+Encoding texts needs `pip install 'tsdsr_jax[convert]'`; converting `.pt` files does not.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from tsdsr_jax import cli
+from tsdsr_jax.commands.groups import ENCODING
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.prompt_files import (
     DEFAULT_PROMPT,
@@ -27,16 +28,16 @@ from tsdsr_jax.weights.prompt_files import (
 )
 from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts, find_encoders
 
-# Texts encoded between two loads of the encoders: their results wait in memory, 2.7 MB each in 16 bits.
+# Texts to encode before the encoders are loaded again: their results wait in memory, 2.7 MB each in 16 bits.
 TEXTS_PER_LOAD = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     output: Path
-    """Folder to write into."""
+    """Folder for the embeddings; or, for a single one, a .safetensors file."""
     input: Path | None = None
-    """Folder with the released .pt embeddings to convert."""
+    """Folder with .pt embeddings to convert, as released."""
     default: bool = False
     """Encode TSD-SR's default prompt."""
     null: bool = False
@@ -46,43 +47,43 @@ class Options:
     prompt_file: Path | None = None
     """Encode this text file, or every .txt of this folder."""
     pretrained_model_name_or_path: cli.PathOrName | None = None
-    """SD3 in the diffusers layout: a folder, or a hub id, of which only the text encoders are downloaded."""
+    """SD3 in diffusers' layout: a folder or a hub id, of which only the text encoders are downloaded."""
     revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
+    """Branch, tag or commit on the hub."""
     variant: str | None = None
-    """Which weight files to read, such as fp16."""
+    """Variant of the weight files to read, such as fp16."""
     no_t5: bool = False
-    """Leave T5 out: zeros take its place, as in SD3's pipeline."""
+    """Leave out T5 and use zeros in its place, as SD3's pipeline does."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Of the encoders and of the result."""
+    """Data type of the encoders and of the result."""
     device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    """Where to run the encoders: cpu, cuda or cuda:N."""
     max_sequence_length: int = 256
-    """T5 tokens."""
+    """Number of T5 tokens."""
     batch_size: int = 8
     """Texts per forward pass."""
     overwrite: bool = False
-    """Replace files that exist."""
+    """Replace existing files."""
 
 
 def main() -> None:
-    convert(cli.parse(Options, description=__doc__))
+    make_embeddings(cli.parse(Options, description=__doc__, groups=ENCODING))
 
 
-def convert(options: Options) -> None:
-    """Converts or encodes, as the options say, and prints every file written with its shapes."""
+def make_embeddings(options: Options) -> None:
+    """Converts or encodes as the options say, and prints each written file with its shapes."""
     _check_modes(options)
     if options.input is not None:
         files = convert_torch_embeds(options.input, options.output, options.overwrite)
     else:
-        files = encode(options, texts_to_encode(options))
+        files = _encode(options, texts_to_encode(options))
     for file in files:
         embeds = load_prompt_embeds(file)
         print(f"{file}: prompt {embeds.prompt.shape}, pooled {embeds.pooled.shape}, {embeds.prompt.dtype}")
 
 
 def texts_to_encode(options: Options) -> dict[Path, str]:
-    """Returns the file to write for every text asked for."""
+    """The file to write for each text that the options ask for."""
     if options.default and options.null:
         texts = {"default": DEFAULT_PROMPT, "null": ""}
         return {target_file(options.output / name): text for name, text in texts.items()}
@@ -96,7 +97,7 @@ def texts_to_encode(options: Options) -> dict[Path, str]:
     return {target_file(options.output): DEFAULT_PROMPT if options.default else options.prompt or ""}
 
 
-def encode(options: Options, texts: dict[Path, str]) -> list[Path]:
+def _encode(options: Options, texts: dict[Path, str]) -> list[Path]:
     """Encodes `texts` and writes each to its file."""
     refuse_existing(texts, options.overwrite)
     name = options.pretrained_model_name_or_path

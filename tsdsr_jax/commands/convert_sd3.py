@@ -1,9 +1,9 @@
-"""Converts an SD3 checkpoint: diffusers' layout to ours, or back with --to_diffusers.
+"""Converts an SD3 checkpoint from diffusers' layout to ours, or back with --to_diffusers.
 
     python convert/sd3.py --input stable-diffusion-3-medium-diffusers --output sd3
 
-Tensors are streamed, so memory stays far below the checkpoint's size. With --lora_dir the result is a model of its own:
-TSD-SR's LoRAs are merged into it, in float32, and it is used with infer/upscale.py --lora_dir none.
+Tensors are streamed, so it needs much less memory than the checkpoint's size. --lora_dir merges TSD-SR's LoRAs into the
+weights, in float32; use the result with infer/upscale.py --lora_dir none.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ DTYPES = {
 @dataclasses.dataclass(frozen=True)
 class Options:
     input: Annotated[cli.PathOrName, tyro.conf.arg(aliases=["-i"])]
-    """A diffusers SD3 folder or hub id (with --to_diffusers: a folder that this script wrote)."""
+    """SD3: a diffusers folder or a hub id; with --to_diffusers, a folder that this command wrote."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to write."""
+    """Folder for the converted checkpoint."""
     lora_dir: Path | None = None
-    """Folder with transformer.safetensors and vae.safetensors to merge into the weights, PEFT's layout or ours."""
+    """Folder with LoRAs to merge into the weights: transformer.safetensors and vae.safetensors, in PEFT's layout or ours."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit on the hub."""
     variant: str | None = None
-    """File-name variant to read, such as fp16."""
+    """Variant of the weight files to read, such as fp16."""
     dtype: Literal["keep", "float16", "bfloat16", "float32"] = "keep"
-    """Store tensors in this type; keep: as they are."""
+    """Data type to store tensors in; keep does not change it."""
     to_diffusers: bool = False
     """Write diffusers' layout instead of ours."""
     overwrite: bool = False
-    """Replace weights that are already in the output folder."""
+    """Replace existing weights in the output folder."""
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"{options.output}: is a file; --output must be a folder")
     if options.output.resolve() == checkpoint.folder.resolve():
-        raise UserError(f"{options.output}: --output is the checkpoint itself; choose another folder")
+        raise UserError(f"{options.output}: --output is the input checkpoint; choose another folder")
     networks = [checkpoint.network(part) for part in PARTS]
     name = f"{TORCH_STEM}.safetensors" if options.to_diffusers else PARAMS_FILE
     for network in networks:
@@ -83,67 +83,69 @@ def main() -> None:
         if target.exists() and not options.overwrite:
             raise UserError(f"{target}: exists already; pass --overwrite to replace it")
         if options.to_diffusers and not network.is_converted:
-            raise UserError(f"{network.folder}: not a folder written by this script; nothing to convert back")
+            raise UserError(
+                f"{network.folder}: not written by this command; there is nothing to convert back"
+            )
         if network.is_converted and not options.to_diffusers and not options.lora_dir:
-            raise UserError(f"{network.folder}: converted already; --to_diffusers would convert it back")
-        network.specs  # noqa: B018 (names and shapes; all is checked before a byte is written)
-    loras = [load_part(options.lora_dir, network) for network in networks]
+            raise UserError(f"{network.folder}: already converted; --to_diffusers converts it back")
+        network.specs  # noqa: B018 (checks names and shapes before anything is written)
+    loras = [_load_part(options.lora_dir, network) for network in networks]
     for network in networks:
         network.check_finite()
-    mark(options, checkpoint)
+    _mark(options, checkpoint)
     for network, lora in zip(networks, loras, strict=True):
-        convert(network, lora, options.output / network.part / name, options)
-    copy_small_files(checkpoint.folder, options.output)
-    if not merged_files(options, checkpoint):  # only now: until all is replaced, merged weights may be there
+        _convert(network, lora, options.output / network.part / name, options)
+    _copy_small_files(checkpoint.folder, options.output)
+    if not _merged_files(options, checkpoint):  # last: until now, the folder may hold older, merged weights
         (options.output / MERGED_FILE).unlink(missing_ok=True)
     print(
-        f"wrote {options.output}: {', '.join(f'{n.part} {count_values(n) / 1e6:,.1f} M' for n in networks)} parameters"
+        f"wrote {options.output}: {', '.join(f'{n.part} {_count_values(n) / 1e6:,.1f} M' for n in networks)} parameters"
     )
 
 
-def load_part(lora_dir: Path | None, network: NetworkFiles) -> Tree:
-    """The network's adapter; empty without --lora_dir."""
+def _load_part(lora_dir: Path | None, network: NetworkFiles) -> Tree:
+    """Reads the network's adapter; empty without --lora_dir."""
     return load_lora(lora_dir / f"{network.part}.safetensors", network.config) if lora_dir else {}
 
 
-def convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) -> None:
-    """Streams one network's tensors into `target`, then its config beside it."""
-    leaves = merged(network.leaves(), lora)
-    specs, tensors = torch_tensors(network, leaves) if options.to_diffusers else (network.specs, leaves)
+def _convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) -> None:
+    """Streams one network's tensors into `target`, then copies its config beside it."""
+    leaves = _merged(network.leaves(), lora)
+    specs, tensors = _torch_tensors(network, leaves) if options.to_diffusers else (network.specs, leaves)
     if options.dtype != "keep":
         specs = {name: TensorSpec(spec.shape, DTYPES[options.dtype]) for name, spec in specs.items()}
-    # diffusers looks for this entry; ours says what made the file.
+    # diffusers requires its entry; ours says what wrote the file.
     metadata = (
         {"format": "pt"}
         if options.to_diffusers
         else {"format": "tsdsr_jax", "version": tsdsr_jax.__version__}
     )
-    with tqdm(total=count_values(network), desc=network.part, unit=" values", unit_scale=True) as bar:
-        write_tensors(target, specs, counted(cast(tensors, specs), bar), metadata)
+    with tqdm(total=_count_values(network), desc=network.part, unit=" values", unit_scale=True) as bar:
+        write_tensors(target, specs, _counted(_cast(tensors, specs), bar), metadata)
     with replacing(target.parent / "config.json") as temporary:
         shutil.copyfile(network.folder / "config.json", temporary)
 
 
-def merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves with an adapter merged in; those that it changes in float32."""
+def _merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tuple[str, np.ndarray]]:
+    """Merges an adapter into the leaves; those that it changes become float32."""
     pairs = flatten_dict(lora, sep="/")
     for path, array in leaves:
         if pair := pair_of(pairs, path):
             a, b = (np.asarray(half, np.float32) for half in pair)
-            # Not `lora.merge_kernel`: JAX would take a GPU's memory for it.
+            # Not `lora.merge_kernel`: JAX would reserve a GPU's memory for it.
             with np.errstate(over="ignore", invalid="ignore"):
                 array = array.astype(np.float32) + a @ b
             if not is_finite(array):
                 raise UserError(
-                    f"{path}: is beyond the range of float32 with the LoRA merged in; is that damaged?"
+                    f"{path}: exceeds float32 after the LoRA is merged into it; is the LoRA damaged?"
                 )
         yield path, array
 
 
-def torch_tensors(
+def _torch_tensors(
     network: NetworkFiles, leaves: Iterator[tuple[str, np.ndarray]]
 ) -> tuple[dict[str, TensorSpec], Iterator[tuple[str, np.ndarray]]]:
-    """A converted network's specs and leaves under their torch names."""
+    """The specs and tensors of a converted network, by their torch names."""
     entries = base_entries(network.config)
     specs = {
         name: TensorSpec(entry.torch_shape, network.specs[entry.path].dtype)
@@ -155,53 +157,54 @@ def torch_tensors(
     )
 
 
-def cast(
+def _cast(
     tensors: Iterator[tuple[str, np.ndarray]], specs: Mapping[str, TensorSpec]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Casts each tensor to its spec's type; a finite value that the type cannot hold is refused."""
+    """Casts each tensor to its spec's type; raises UserError if a finite value becomes infinite."""
     for name, array in tensors:
         dtype = specs[name].dtype
         if array.dtype == dtype:
             yield name, array
             continue
         result = np.empty(array.shape, dtype)
-        # One layer at a time, and through float32: NumPy has no cast between float16 and bfloat16.
+        # Layer by layer, and through float32 because NumPy cannot cast between float16 and bfloat16.
         for target, source in zip(np.atleast_2d(result), np.atleast_2d(array), strict=True):
             wide = source.astype(np.float32)
             with np.errstate(over="ignore"):
                 target[...] = wide
             if (np.isfinite(wide) & ~np.isfinite(target.astype(np.float32))).any():
                 raise UserError(
-                    f"{name}: has values beyond the range of {dtype}; choose --dtype bfloat16 or float32"
+                    f"{name}: has values out of the range of {dtype}; choose --dtype bfloat16 or float32"
                 )
         yield name, result
 
 
-def counted(tensors: Iterator[tuple[str, np.ndarray]], bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
+def _counted(tensors: Iterator[tuple[str, np.ndarray]], bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
+    """Passes tensors on and advances the progress bar."""
     for name, array in tensors:
         yield name, array
         bar.update(array.size)
 
 
-def count_values(network: NetworkFiles) -> int:
+def _count_values(network: NetworkFiles) -> int:
     return sum(int(np.prod(spec.shape)) for spec in network.specs.values())
 
 
-def merged_files(options: Options, checkpoint: Checkpoint) -> list[str]:
-    """The LoRAs in the weights, those of before and now."""
+def _merged_files(options: Options, checkpoint: Checkpoint) -> list[str]:
+    """The LoRAs that the written weights contain: those of the input and those merged now."""
     now = [f"{options.lora_dir}/{part}.safetensors" for part in PARTS] if options.lora_dir else []
     return [*checkpoint.merged, *now]
 
 
-def mark(options: Options, checkpoint: Checkpoint) -> None:
-    """Names the LoRAs in the weights, if any, in a file."""
-    if files := merged_files(options, checkpoint):
+def _mark(options: Options, checkpoint: Checkpoint) -> None:
+    """Writes a file that names the LoRAs in the weights, if there are any."""
+    if files := _merged_files(options, checkpoint):
         with replacing(options.output / MERGED_FILE) as temporary:
             temporary.write_text(json.dumps({"loras": files}, indent=2) + "\n")
 
 
-def copy_small_files(source: Path, output: Path) -> None:
-    """The scheduler's config and the model index, so that the folder still says what it is."""
+def _copy_small_files(source: Path, output: Path) -> None:
+    """Copies the scheduler's config and the model index, so that the folder still describes itself."""
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         if (source / name).is_file():
             text = json.dumps(read_json(source / name), indent=2) + "\n"

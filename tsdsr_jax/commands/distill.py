@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
+from tsdsr_jax.commands.groups import TRAINING
 from tsdsr_jax.data.batches import SampleShapes, first_sample
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.sources import Data, open_data, open_sets
@@ -53,7 +54,7 @@ from tsdsr_jax.training.step import Trainer
 from tsdsr_jax.training.stepping import Step
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights import prompt_hints
-from tsdsr_jax.weights.lpips_files import how_to_get, load_lpips
+from tsdsr_jax.weights.lpips_files import how_to_get_lpips, load_lpips
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
 
@@ -196,7 +197,7 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
             network: Network = "vgg" if "vgg" in self.lpips_path.name.lower() else "alex"
             raise UserError(
                 f"--lpips_path {self.lpips_path}: not found; pass --lambda_lpips 0 to train without LPIPS, or make it: "
-                + how_to_get(network, self.lpips_path)
+                + how_to_get_lpips(network, self.lpips_path)
             )
 
     def all_notes(self, steps: int, merged: bool = False) -> list[str]:
@@ -215,7 +216,7 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
 
 
 def main() -> None:
-    options = cli.parse(Options, description=__doc__)
+    options = cli.parse(Options, description=__doc__, groups=TRAINING)
     options = options.prompted(options.pretrained_model_name_or_path)
     options.check()
     mesh = options.start()

@@ -1,6 +1,6 @@
-"""Where commands begin: the installed `tsdsr-...` ones, and the scripts in `convert/`, `train/` and `infer/`.
+"""Entry points of all commands: of the installed `tsdsr-...`, and of the scripts in `convert/`, `train/` and `infer/`.
 
-Nothing heavy is imported before Ctrl-C is seen to.
+Nothing heavy is imported before Ctrl-C is handled.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import signal
 
 
 def _run(name: str) -> None:
-    """Runs `main` of a module beside this one as a command-line tool."""
-    # Ctrl-C while the libraries load: leave at once. `cli.run` takes over when the work begins.
+    """Runs `main` of a module in this package as a command-line tool."""
+    # While the libraries load, Ctrl-C ends the process at once. `cli.run` handles it when the work begins.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     main = importlib.import_module(f"tsdsr_jax.commands.{name}").main
     importlib.import_module("tsdsr_jax.cli").run(main)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.cli import check_writable
+from tsdsr_jax.commands.groups import EVALUATING
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError, printable
 from tsdsr_jax.evaluation import report, tables
@@ -113,7 +114,7 @@ class _Evaluation:
 
 
 def main() -> None:
-    options = cli.parse(Options, description=__doc__)
+    options = cli.parse(Options, description=__doc__, groups=EVALUATING)
     references, names = _check(options)
     logs = _log_files(options)
     inputs = by_name(options.lr_imgs)[0] if options.lr_imgs else {}

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from tsdsr_jax import cli, hints
 from tsdsr_jax.cli import check_writable
+from tsdsr_jax.commands.groups import PREPARING
 from tsdsr_jax.data import preparation
 from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.crops import Crops, Planned, SetLayout, plan
@@ -123,7 +124,7 @@ class Options(PairOptions):
 
 
 def main() -> None:
-    options = cli.parse(Options, description=__doc__)
+    options = cli.parse(Options, description=__doc__, groups=PREPARING)
     _check(options)
     model = _find_model(options)
     options = _completed(options, model)

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
+from tsdsr_jax.commands.groups import TRAINING
 from tsdsr_jax.data.batches import SampleShapes, first_sample
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.record import Source
@@ -130,7 +131,7 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
 
 
 def main() -> None:
-    options = cli.parse(Options, description=__doc__)
+    options = cli.parse(Options, description=__doc__, groups=TRAINING)
     options = options.prompted(options.pretrained_model_name_or_path)
     options.check()
     mesh = options.start()

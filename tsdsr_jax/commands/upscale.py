@@ -16,6 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from tsdsr_jax import cli
+from tsdsr_jax.commands.groups import UPSCALING
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation.comparison import Comparison, Layer
@@ -49,7 +50,7 @@ class Options(UpscaleOptions):
 
 
 def main() -> None:
-    options = completed(cli.parse(Options, description=__doc__))
+    options = completed(cli.parse(Options, description=__doc__, groups=UPSCALING))
     check(options)
     cli.at_least(options, 1, "batch_size")
     part = cli.share(options.shard)

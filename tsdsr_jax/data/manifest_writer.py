@@ -17,7 +17,7 @@ from tsdsr_jax.data.crops import SetLayout
 from tsdsr_jax.data.manifest import MANIFEST, SET_FORMAT, has_manifest, read_manifest
 from tsdsr_jax.data.writers import SetWriter
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.identity import differences
+from tsdsr_jax.identity import mismatches
 
 _STALE_SECONDS = 24 * 3600
 
@@ -59,7 +59,7 @@ class ManifestWriter:
 
     def _check(self, found: Mapping[str, Any]) -> None:
         theirs = {"layout": found.get("layout")} | found.get("settings", {})
-        differing = differences(theirs, {"layout": self.layout} | self.settings)
+        differing = mismatches(theirs, {"layout": self.layout} | self.settings)
         if differing:
             listed = "".join(f"\n  {line}" for line in differing)
             raise UserError(

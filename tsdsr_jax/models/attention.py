@@ -1,4 +1,4 @@
-"""One entrance to attention, whatever the device.
+"""The single entry point for attention on every device.
 
 Axes: B batch, Q query tokens, K key tokens, N heads, H head dim.
 """
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from tsdsr_jax.devices import cores
 
 Implementation = Literal["auto", "cudnn", "cpu", "xla"]
+_JaxImplementation = Literal["cudnn", "xla"]  # of `jax.nn.dot_product_attention`
 
 _CUDNN_DTYPES = (jnp.float16, jnp.bfloat16)
 _CUDNN_MAX_HEAD_DIM = 128
-# From so many scores on a few heads' at a time beat all of them: they stay in a core's cache.
+# Above this many scores, a few heads at a time are faster: their scores fit in a core's cache.
 _LOOP_SCORES = 2**22
-# The same for one wide head: from so many keys on, CPUs take so many queries at a time.
+# The same for one wide head: from this many keys on, CPUs take this many queries at a time.
 _LOOP_QUERIES, _CPU_QUERIES = 2048, 512
 
 
@@ -37,39 +38,47 @@ def attention(
     Args:
       query: (B, Q, N, H).
       key, value: (B, K, N, H).
-      lengths: (B,) int; only the first `lengths[b]` keys of each row count. A prefix is all that cuDNN can mask
-        without materialising a bias. None: all keys count.
-      implementation: "cudnn" (flash attention; fp16/bf16 on an NVIDIA GPU), "cpu", "xla", or "auto", which takes the first
+      lengths: (B,) int; only the first `lengths[b]` keys of row b count, because cuDNN can mask nothing but a prefix
+        without materializing a bias. None: all keys count.
+      implementation: "cudnn" (flash attention; fp16/bf16 on an NVIDIA GPU), "cpu", "xla", or "auto": the first of these
         that applies.
 
-    Any number of queries and keys is differentiable, also where cuDNN takes only even ones.
+    Any number of queries and keys is differentiable, although cuDNN itself takes only even ones.
 
     Returns:
       (B, Q, N, H) in the query's dtype. The softmax runs in float32.
     """
     if implementation == "auto":
-        fits_cudnn = query.dtype in _CUDNN_DTYPES and query.shape[-1] <= _CUDNN_MAX_HEAD_DIM
-        elsewhere = "cpu" if jax.default_backend() == "cpu" else "xla"
-        implementation = "cudnn" if fits_cudnn and _has_flash_attention() else elsewhere
+        implementation = _first_that_applies(query)
     if implementation == "cpu":
         return _on_cpus(query, key, value, lengths)
     if query.dtype == jnp.float16 and jax.default_backend() != "gpu":
-        # Only GPUs offer the product that JAX then asks for, of float16 values summed in float32.
+        # JAX would ask for a float16 product summed in float32, which only GPUs have.
         in_float32 = (array.astype(jnp.float32) for array in (query, key, value))
         return attention(*in_float32, lengths=lengths, implementation=implementation).astype(query.dtype)
     if implementation == "cudnn" and (query.shape[1] % 2 or key.shape[1] % 2):
-        return padded_in_training(query, key, value, lengths, implementation)
+        return _padded_in_training(query, key, value, lengths, implementation)
     return _dot_product(query, key, value, lengths, implementation)
 
 
+def _first_that_applies(query: jax.Array) -> Literal["cudnn", "cpu", "xla"]:
+    if query.dtype in _CUDNN_DTYPES and query.shape[-1] <= _CUDNN_MAX_HEAD_DIM and _has_flash_attention():
+        return "cudnn"
+    return "cpu" if jax.default_backend() == "cpu" else "xla"
+
+
 def _dot_product(
-    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None, implementation: str
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array | None,
+    implementation: _JaxImplementation,
 ) -> jax.Array:
     """JAX's own attention; arguments as of `attention`."""
     if lengths is None:
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
-    # cuDNN wants both lengths or none; every query row is computed, padded or not. On a mesh each device may see this
-    # array whole beside its part of the batch: harmless, because all its values are equal.
+    # cuDNN wants both lengths or none, so all queries count, padded or not. On a mesh each device may see this whole array
+    # beside its part of the batch; that is harmless because all its values are equal.
     all_queries = jnp.full(lengths.shape, query.shape[1], jnp.int32)
     return jax.nn.dot_product_attention(
         query,
@@ -82,57 +91,64 @@ def _dot_product(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def padded_in_training(
-    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None, implementation: str
+def _padded_in_training(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array | None,
+    implementation: _JaxImplementation,
 ) -> jax.Array:
-    """Attention that pads odd numbers of queries or keys with a row of zeros, but only where it is differentiated.
+    """Attention that pads odd numbers of queries or keys with a row of zeros, but only when it is differentiated.
 
-    cuDNN differentiates even numbers only (JAX 0.10 to 0.12 refuse others), and evaluates any. SD3 at 512² has 1024 + 333
-    tokens. A padded key is masked by the lengths; a padded query's result is cut off, so that no gradient enters there.
-
-    Args:
-      query, key, value, lengths: as of `attention`.
-      implementation: as of `jax.nn.dot_product_attention`.
+    cuDNN evaluates any number of tokens and differentiates even ones only (JAX 0.10 to 0.12 refuse others); SD3 at 512² has
+    1024 + 333. The lengths mask a padded key. A padded query's result is cut off, so no gradient enters there.
     """
     return _dot_product(query, key, value, lengths, implementation)
 
 
 def _padded_forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None, implementation: str
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array | None,
+    implementation: _JaxImplementation,
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
     if lengths is None:
         lengths = jnp.full(key.shape[:1], key.shape[1], jnp.int32)
 
-    def padded(*arrays: jax.Array) -> jax.Array:
-        return _dot_product(*map(_to_even, arrays), lengths, implementation)[:, : query.shape[1]]
+    def padded(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out = _dot_product(_to_even(q), _to_even(k), _to_even(v), lengths, implementation)
+        return out[:, : query.shape[1]]
 
     return jax.vjp(padded, query, key, value)
 
 
 def _padded_backward(
-    implementation: str, pullback: Callable[[jax.Array], tuple[jax.Array, ...]], cotangent: jax.Array
+    implementation: _JaxImplementation,
+    pullback: Callable[[jax.Array], tuple[jax.Array, ...]],
+    cotangent: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     return *pullback(cotangent), None  # none for the lengths
 
 
-padded_in_training.defvjp(_padded_forward, _padded_backward)
+_padded_in_training.defvjp(_padded_forward, _padded_backward)
 
 
 def _to_even(tokens: jax.Array) -> jax.Array:
-    """(B, T, N, H), with a row of zeros at the end where T is odd."""
+    """(B, T, N, H) with a row of zeros at the end if T is odd."""
     return jnp.pad(tokens, ((0, 0), (0, tokens.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def _on_cpus(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """Attention in float32, a few heads at a time: 3 to 5 times as fast as XLA's own form for 1357 tokens on two cores."""
+    """Attention in float32, a few heads at a time: for 1357 tokens on two cores 3 to 5 times as fast as XLA's own."""
     width = query.shape[-1]
-    # Heads first, and the batch inside: on a mesh it may be split over the devices.
+    # Heads come first and the batch second, because on a mesh the batch may be split over devices.
     parts = [
         array.astype(jnp.float32).transpose(2, 0, 1, 3)
         for array in (query.astype(jnp.float32) * width**-0.5, key, value)
     ]
     if lengths is not None:
-        # Finite, so that a row without any valid key is no NaN.
+        # Finite, so that a row without any valid key gives no NaN.
         valid = jnp.arange(key.shape[1]) < lengths[:, None]
         bias = jnp.where(valid, 0.0, jnp.finfo(jnp.float32).min)[:, None]
 
@@ -155,18 +171,18 @@ def _on_cpus(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Ar
 
 
 def _heads_together(heads: int, batch: int, scores: int) -> int:
-    """A divisor of the heads: enough to give each core a matrix of scores of its own, if the cache holds them.
+    """How many heads to compute at a time: a divisor of `heads` that gives each core a matrix of scores that fits its cache.
 
     Args:
-      heads, batch: there are.
-      scores: of one head.
+      heads, batch: the numbers of both.
+      scores: the number of scores per head.
     """
     wanted = max(1, min(heads, -(-cores() // batch), _LOOP_SCORES // scores))
     return next(count for count in range(wanted, 0, -1) if heads % count == 0)
 
 
 def _has_flash_attention() -> bool:
-    """Whether the default devices are NVIDIA GPUs of Ampere or later; JAX itself does not check."""
+    """Whether the default devices are NVIDIA GPUs of the Ampere generation or later; JAX itself does not check."""
     if jax.default_backend() != "gpu":
         return False
     capability = getattr(jax.local_devices()[0], "compute_capability", "0")
@@ -184,15 +200,15 @@ def single_head_attention(
     key_mask: jax.Array | None = None,
     max_scores: int = 2**28,
 ) -> jax.Array:
-    """Attention with one wide head, as in the VAE's mid block; bounded memory for large images.
+    """Attention with one wide head, as in the autoencoder's mid block, in bounded memory.
 
-    The VAE's head is 512 wide, beyond cuDNN's limit, so this runs on XLA. Queries are taken in chunks of at most
-    `max_scores` scores; each query's result does not depend on the others, so chunking is exact.
+    That head is 512 wide, beyond cuDNN's limit, so this runs on XLA. Queries are taken in chunks of at most `max_scores`
+    scores. Each query's result is independent of the others, so chunking is exact.
 
     Args:
       query, key, value: (B, K, H).
-      key_mask: (B, K) bool, False for keys that do not count. Any pattern.
-      max_scores: largest number of float32 scores held at once.
+      key_mask: (B, K) bool in any pattern, False for keys that do not count.
+      max_scores: the most float32 scores to hold at once.
 
     Returns:
       (B, K, H) in the query's dtype.
@@ -207,7 +223,7 @@ def single_head_attention(
         if not on_cpu:
             weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
             return jnp.einsum("bqk,bkh->bqh", weights, value)
-        # Divided afterwards: one pass less over the scores.
+        # Dividing after the product saves a pass over the scores.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         out = jnp.einsum("bqk,bkh->bqh", weights, value, preferred_element_type=jnp.float32)
         return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)

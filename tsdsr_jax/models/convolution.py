@@ -1,4 +1,4 @@
-"""Convolutions as functions: one where up-sampling costs 4/9 of its arithmetic, and gradients that CPUs are quick at.
+"""Convolutions as functions: up-sampling with 4/9 of the arithmetic, and gradients that are fast on CPUs.
 
 Axes: B batch, H W rows and columns of the input, h w of the output, I O channels in and out. All NHWC; square kernels
 (k, k, I, O).
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 Padding = tuple[int, int]
 Taps = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-# Output pixels whose patches are set up at a time: they stay in the cache.
+# Output pixels whose patches are gathered at a time: few enough to stay in the cache.
 _PIXELS = 2048
 
 
@@ -29,8 +29,8 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) 
     """
     if jax.default_backend() == "cpu":
         if kernel.shape[:2] == (1, 1) and stride == 1 and padding == (0, 0):
-            # A matrix product is up to ten times as fast there, gradients included. The barrier, where XLA minds it (not in
-            # jax 0.10), keeps it from computing x a second time, into an array of the product's shape.
+            # A matrix product is up to ten times as fast on CPUs, gradients included. The barrier keeps XLA from computing
+            # x a second time, into an array of the product's shape (jax 0.10 ignores it).
             rows = jax.lax.optimization_barrier(x).reshape(-1, x.shape[-1])
             return (rows @ kernel[0, 0]).reshape(*x.shape[:3], -1)
         return _for_cpus(x, kernel, stride, padding)
@@ -38,12 +38,12 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) 
 
 
 def upsampling_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Every pixel repeated twice on both axes, then a 3×3 convolution with zero padding: 4/9 of its arithmetic.
+    """Repeats every pixel twice on both axes, then convolves 3×3 with zero padding, in 4/9 of the arithmetic.
 
-    Of the three rows that an output row sees two are the same one: an even row 2i sees input rows i−1, i, i, an odd row
-    2i+1 sees i, i, i+1, and so it is with columns. That is a 2×2 convolution for each of the four combinations, whose
-    kernels are sums of the 3×3 kernel's taps. One convolution with four times as many outputs computes all of them on a
-    grid one larger; each takes its part of it.
+    Two of the three input rows of an output row are the same: even rows 2i see rows i−1, i, i, and odd rows 2i+1 see i, i,
+    i+1; likewise for columns. So each of the four combinations is a 2×2 convolution whose kernel sums taps of the 3×3
+    kernel. A single convolution with four times as many outputs computes all of them on a grid one larger, and each
+    combination takes its part of that grid.
 
     Args:
       x: (B, H, W, I).
@@ -53,7 +53,7 @@ def upsampling_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
       (B, 2H, 2W, O).
     """
     height, width = x.shape[1:3]
-    # Sums of taps are rounded once.
+    # In float32, so that sums of taps are rounded only once.
     wide = kernel.astype(jnp.float32)
     phases = _phases(wide, even=lambda a, b, c: (a, b + c), odd=lambda a, b, c: (a + b, c))
     y = convolution(x, phases.astype(kernel.dtype), 1, (1, 1))
@@ -63,11 +63,11 @@ def upsampling_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _phases(kernel: jax.Array, even: Taps, odd: Taps) -> jax.Array:
-    """(3, 3, I, O) -> (2, 2, I, 2·2·O): what even and odd rows and columns of a fine grid take from two of a coarse one.
+    """(3, 3, I, O) -> (2, 2, I, 2·2·O): the taps that even and odd rows and columns of a fine grid apply to a coarse one.
 
     Args:
-      kernel: taps.
-      even, odd: three taps along an axis -> two.
+      kernel: 3×3 taps.
+      even, odd: map the three taps along an axis to two.
     """
 
     def split(taps: jax.Array) -> jax.Array:
@@ -98,9 +98,9 @@ def _convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding)
 
 # --- gradients on CPUs ------------------------------------------------------------------------------
 #
-# XLA computes a kernel's gradient there as a convolution with a window as large as the image, at a tenth of the forward
-# rate, and the input's of a strided one at a sixth (two cores, float32). What follows is the same sums in another order;
-# with it, convolutions on CPUs have no forward mode.
+# XLA computes the gradient of a kernel as a convolution with a window as large as the image, at a tenth of the forward
+# pass's speed, and that of a strided convolution's input at a sixth (two cores, float32). These functions compute the same
+# sums in another order. They leave convolutions on CPUs without forward-mode differentiation.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -108,11 +108,15 @@ def _for_cpus(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) ->
     return _convolution(x, kernel, stride, padding)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding):
+def _forward(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _convolution(x, kernel, stride, padding), (x, kernel)
 
 
-def _backward(stride: int, padding: Padding, kept: tuple[jax.Array, jax.Array], slope: jax.Array):
+def _backward(
+    stride: int, padding: Padding, kept: tuple[jax.Array, jax.Array], slope: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     if stride == 2 and kernel.shape[0] == 3 and padding == (0, 1) and not (x.shape[1] % 2 or x.shape[2] % 2):
         to_input = _input_gradient(kernel, slope)
@@ -125,9 +129,9 @@ _for_cpus.defvjp(_forward, _backward)
 
 
 def _input_gradient(kernel: jax.Array, slope: jax.Array) -> jax.Array:
-    """Of a 3×3 convolution with stride 2 and a zero after each axis: (B, h, w, O) -> (B, 2h, 2w, I).
+    """The input's gradient for a 3×3 kernel, stride 2 and a zero after each axis: (B, h, w, O) -> (B, 2h, 2w, I).
 
-    An even row 2i is in the windows of outputs i−1 (third tap) and i (first), an odd one in that of i (second).
+    An even row 2i is in the windows of outputs i−1 (third tap) and i (first tap), an odd one in that of i (second tap).
     """
     phases = _phases(
         kernel.swapaxes(2, 3), even=lambda a, b, c: (c, a), odd=lambda a, b, c: (jnp.zeros_like(b), b)
@@ -140,11 +144,11 @@ def _input_gradient(kernel: jax.Array, slope: jax.Array) -> jax.Array:
 def _kernel_gradient(
     x: jax.Array, slope: jax.Array, kernel: jax.Array, stride: int, padding: Padding
 ) -> jax.Array:
-    """(B, H, W, I) and (B, h, w, O) -> (k, k, I, O): matrix products of patches and slopes, some rows at a time."""
+    """(B, H, W, I) and (B, h, w, O) -> (k, k, I, O): matrix products of patches and slopes, a few rows at a time."""
     side, (batch, height, width, features) = kernel.shape[0], slope.shape
     rows = max(1, min(height, _PIXELS // (batch * width)))
     count = -(-height // rows)
-    # Rows that fill up the last part are zero in `slope` and count for nothing.
+    # The rows that pad the last part are zero in `slope` and do not count.
     slope = jnp.pad(slope.astype(jnp.float32), ((0, 0), (0, count * rows - height), (0, 0), (0, 0)))
     read = (rows - 1) * stride + side
     missing = max(0, (count - 1) * rows * stride + read - x.shape[1] - sum(padding))
@@ -153,12 +157,12 @@ def _kernel_gradient(
 
     def add(part: jax.Array, total: jax.Array) -> jax.Array:
         window = jax.lax.dynamic_slice_in_dim(x, part * rows * stride, read, 1)
-        patches = [
+        taps = [
             window[:, i : i + last_row : stride, j : j + last_column : stride]
             for i in range(side)
             for j in range(side)
         ]
-        patches = jnp.concatenate(patches, axis=-1).reshape(batch * rows * width, -1)
+        patches = jnp.concatenate(taps, axis=-1).reshape(batch * rows * width, -1)
         slopes = jax.lax.dynamic_slice_in_dim(slope, part * rows, rows, 1).reshape(-1, features)
         return total + slopes.T @ patches
 

@@ -19,7 +19,7 @@ def sigmas(shift: float = 3.0) -> np.ndarray:
 
 
 def per_sample(values: jax.Array, like: jax.Array) -> jax.Array:
-    """(B,) -> (B, 1, ...), to multiply an array of the rank of `like`."""
+    """(B,) -> (B, 1, ...), ready to multiply an array with as many axes as `like`."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
@@ -35,15 +35,15 @@ def to_clean(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Arr
 
 
 def euler_step(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array, following: jax.Array) -> jax.Array:
-    """From noise level (B,) `sigma` to `following`, along the velocity."""
+    """Moves along the velocity from noise level `sigma` (B,) to `following` (B,)."""
     return noisy - per_sample(sigma - following, noisy) * velocity
 
 
 def matching_loss(velocity: jax.Array, clean: jax.Array, noise: jax.Array) -> jax.Array:
-    """Flow matching: the mean squared distance of velocities to ε − x₀, which dx/dσ is on the straight path."""
+    """Flow matching: the mean squared distance of velocities to ε − x₀, the value of dx/dσ on the straight path."""
     return jnp.mean(jnp.square(velocity - (noise - clean)))
 
 
 def timesteps(sigma: jax.Array) -> jax.Array:
-    """What the transformer takes for a noise level."""
+    """The transformer's timestep input for a noise level."""
     return jnp.asarray(sigma) * STEPS

@@ -1,21 +1,21 @@
-"""SD3's transformer at one timestep and for one prompt, with all that these two fix computed beforehand.
+"""SD3's transformer specialized to one timestep and one prompt.
 
-Upscaling always runs at t = 1000 and with the same prompt. So every AdaLN modulation is a constant, and the linear layers
-beside it absorb it:
+Upscaling always runs at t = 1000 and with the same prompt. So every AdaLN modulation is a constant that the adjacent linear
+layers can absorb:
 
     (LN(x)·(1 + s) + t) W + b = LN(x) W' + b'       W' = diag(1 + s) W      b' = b + t W
     g·(x W + b)               = x W″ + b″           W″ = W diag(g)          b″ = g·b
 
-The text stream begins as a constant, too, and with it the first block's queries, keys and values of the text. Left over
-of SD3-medium are 1.33 of its 2.03 billion parameters (without the position table), and no elementwise passes but norms,
-GELU and residuals. Queries, keys and values come from one product.
+The text stream, too, begins as a constant, and so do the first block's queries, keys and values of the text. 1.33 of
+SD3-medium's 2.03 billion parameters remain (without the position table). The only elementwise passes left are norms, GELU
+and residuals, and a single product yields queries, keys and values.
 
 Axes as in `mmdit.py`: B batch, T image tokens, S text tokens, N heads, H head dim, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -45,8 +45,9 @@ class FoldedAttention(nn.Module):
     """Attention over the image tokens, or over text and image tokens together.
 
     Attributes:
-      text: what the text gives: "queries" too, only "keys" and values (the last block), or nothing ("none").
-      constant: the text's part consists of parameters, (S, N, H) each.
+      text: what the text contributes: queries, keys and values ("queries"), keys and values only ("keys", in the last
+        block), or nothing ("none").
+      constant: the text's queries, keys and values are parameters, (S, N, H) each.
     """
 
     config: MMDiTConfig
@@ -59,9 +60,10 @@ class FoldedAttention(nn.Module):
     def __call__(
         self, image: jax.Array, text: jax.Array | None, lengths: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Normed (B, T, D) and (B, S, D) -> what is added to each stream; None for a text that queries nothing.
+        """Normalized image (B, T, D) and text (B, S, D) -> what to add to each stream; None for a text without queries.
 
-        Keys are ordered [text, image], so that with a packed batch's padding at the end the valid ones are a prefix.
+        Keys are ordered [text, image], so that the valid keys of a packed batch, which has its padding at the end, are a
+        prefix.
         """
         batch = image.shape[0]
         q, k, v = self._projected("qkv", image, ("norm_q", "norm_k", None))
@@ -80,18 +82,21 @@ class FoldedAttention(nn.Module):
         return image_out, Dense(self.config.width, self.dtype, name="to_add_out")(out[:, :text_queries])
 
     def _text(self, text: jax.Array | None, batch: int) -> list[jax.Array]:
-        """The text's (queries,) keys and values, (B, S, N, H) each."""
+        """The text's keys and values, (B, S, N, H) each; its queries before them, if it has any."""
         wanted = ("q", "k", "v") if self.text == "queries" else ("k", "v")
         if not self.constant:
+            assert text is not None
             norms = {"q": "norm_added_q", "k": "norm_added_k", "v": None}
             return self._projected("add_" + "".join(wanted), text, [norms[part] for part in wanted])
         shape = (self.config.num_attention_heads, self.config.attention_head_dim)
-        # Parameters of any number of tokens: the tree decides, not the module.
-        parts = [self.get_variable("params", f"text_{part}").astype(self.dtype) for part in wanted]
+        # Not `self.param`: the parameters decide on the number of tokens, not the module.
+        parts: list[jax.Array] = [
+            self.get_variable("params", f"text_{part}").astype(self.dtype) for part in wanted
+        ]
         return [jnp.broadcast_to(part, (batch, part.shape[0], *shape)) for part in parts]
 
-    def _projected(self, name: str, x: jax.Array, norms: Any) -> list[jax.Array]:
-        """One product for several projections; queries and keys normalised where the checkpoint does so."""
+    def _projected(self, name: str, x: jax.Array, norms: Sequence[str | None]) -> list[jax.Array]:
+        """Several projections in one product; normalizes queries and keys if the checkpoint does."""
         config = self.config
         y = Dense(len(norms) * config.width, self.dtype, name=name)(x)
         y = y.reshape(*x.shape[:2], len(norms), config.num_attention_heads, config.attention_head_dim)
@@ -103,7 +108,7 @@ class FoldedAttention(nn.Module):
 
 
 class FoldedBlock(nn.Module):
-    """A block without modulations; the first one's text is a constant."""
+    """A block without modulations; the first block's text is a constant."""
 
     config: MMDiTConfig
     kind: BlockKind
@@ -117,7 +122,7 @@ class FoldedBlock(nn.Module):
         image, text = streams
         normed = layer_norm(image)
         attend = partial(FoldedAttention, config, dtype=dtype, implementation=self.implementation)
-        kind = "keys" if self.kind.context_pre_only else "queries"
+        kind: Literal["keys", "queries"] = "keys" if self.kind.context_pre_only else "queries"
         from_image, from_text = attend(text=kind, constant=self.first, name="attn")(
             normed, None if self.first else layer_norm(text), lengths
         )
@@ -125,14 +130,14 @@ class FoldedBlock(nn.Module):
         if self.kind.dual_attention:
             image += attend(text="none", constant=False, name="attn2")(normed, None, lengths)[0]
         image += FeedForward(config.width, dtype, name="ff")(layer_norm(image))
-        if not self.kind.context_pre_only:
+        if from_text is not None:
             text = text + from_text
             text += FeedForward(config.width, dtype, name="ff_context")(layer_norm(text))
         return Streams(image, text), None
 
 
 class FoldedMMDiT(nn.Module):
-    """v(z, t = 1000, prompt) for packed tokens; its parameters are made by `fold`.
+    """v(z, t = 1000, prompt) for packed tokens; `fold` makes its parameters.
 
     Attributes:
       config: sizes, from the checkpoint.
@@ -144,7 +149,7 @@ class FoldedMMDiT(nn.Module):
     dtype: DTypeLike = jnp.float32
     implementation: Implementation = "auto"
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.pos_embed = PatchEmbedding(config, self.dtype)
         (_, _, kind), *_ = config.runs()
@@ -157,7 +162,7 @@ class FoldedMMDiT(nn.Module):
                 in_axes=(nn.broadcast,),
                 length=length,
             )(config, kind, False, self.dtype, self.implementation)
-            for length, kind in remaining_runs(config)
+            for length, kind in _remaining_runs(config)
         ]
         self.proj_out = Dense(config.patch_size**2 * config.out_channels, self.dtype)
 
@@ -166,7 +171,7 @@ class FoldedMMDiT(nn.Module):
     ) -> jax.Array:
         """(B, T, p·p·C) -> (B, T, p·p·out_channels) velocity patches; arguments as of `MMDiT.tokens`."""
         image = self.pos_embed(patches, positions)
-        text = self.get_variable("params", "text").astype(self.dtype)
+        text: jax.Array = self.get_variable("params", "text").astype(self.dtype)
         streams = Streams(image, jnp.broadcast_to(text, (image.shape[0], *text.shape)))
         streams, _ = self.first(streams, lengths)
         for run in self.blocks:
@@ -174,8 +179,8 @@ class FoldedMMDiT(nn.Module):
         return self.proj_out(layer_norm(streams.image))
 
 
-def remaining_runs(config: MMDiTConfig) -> list[tuple[int, BlockKind]]:
-    """Length and kind of the runs of identical blocks after the first block."""
+def _remaining_runs(config: MMDiTConfig) -> list[tuple[int, BlockKind]]:
+    """Length and kind of the runs of identical blocks that follow the first block."""
     lengths = [(length - (first == 0), kind) for first, length, kind in config.runs()]
     return [(length, kind) for length, kind in lengths if length]
 
@@ -193,9 +198,9 @@ def fold(
     eight_bits: EightBits | None = None,
     sharding: Sharding | None = None,
 ) -> ParamTree:
-    """The parameters of `FoldedMMDiT`, computed in float32 from those of `MMDiT`, LoRA merged.
+    """Computes the parameters of `FoldedMMDiT` from those of `MMDiT` with its LoRA merged, in float32.
 
-    Layer after layer: where `params` lie on the host, the devices hold what is made and two layers of them.
+    It works layer by layer: if `params` are on the host, the devices hold the result and two layers of `params`.
 
     Args:
       config: sizes.
@@ -203,8 +208,8 @@ def fold(
       context, pooled: the prompt, (S, joint_attention_dim) and (pooled_projection_dim,).
       timestep: in 0...1000.
       dtype: of the result.
-      eight_bits: store the blocks' kernels like this instead, see `quantized`; not the first and the last layer, which are
-        small and see the latents themselves.
+      eight_bits: store the blocks' kernels in eight bits instead, see `quantized`. The first and the last layer, which
+        are small and see the latents themselves, stay in `dtype`.
       sharding: of every leaf of the result; None: JAX's default device, or where `params` are.
     """
     put = partial(jax.device_put, device=sharding)
@@ -225,14 +230,13 @@ def fold(
 
 
 def _stacked(layers: Iterable[ParamTree], length: int, sharding: Sharding | None) -> ParamTree:
-    """Trees of arrays -> one with a leading axis, without ever holding all of them twice."""
-    stack = None
+    """Stacks the arrays of trees on a leading axis, without ever holding all of them twice."""
     for index, layer in enumerate(layers):
-        if stack is None:
+        if index == 0:
             stack = jax.tree.map(
                 lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype, device=sharding), layer
             )
-        # Without waiting, the next layers would come to the device before this one is done with.
+        # Without waiting, the next layers would be copied to the device while this one still takes memory there.
         stack = jax.block_until_ready(_with_layer(stack, layer, index))
     return stack
 
@@ -247,14 +251,13 @@ def _with_layer(stack: ParamTree, layer: ParamTree, index: int) -> ParamTree:
 def _fold_ends(
     params: ParamTree, context: jax.Array, pooled: jax.Array, timestep: float, dtype: DTypeLike
 ) -> tuple[dict[str, Any], jax.Array, jax.Array]:
-    """What lies before and after the blocks; the conditioning (D,) and the text (S, D) that they are folded with."""
+    """The parameters before and after the blocks, and the conditioning (D,) and text (S, D) to fold the blocks with."""
     context, pooled = context.astype(jnp.float32), pooled.astype(jnp.float32)
     text = _linear(_float32(params["context_embedder"]), context)
     conditioning_params = _float32(params["time_text_embed"])
     embed = TimeTextEmbedding(text.shape[-1], jnp.float32)
-    conditioning = nn.silu(
-        embed.apply({"params": conditioning_params}, jnp.full((1,), timestep), pooled[None])
-    )[0]
+    vector: Any = embed.apply({"params": conditioning_params}, jnp.full((1,), timestep), pooled[None])
+    conditioning = nn.silu(vector)[0]
     scale, shift = jnp.split(_linear(_float32(params["norm_out"]["linear"]), conditioning), 2)
     made = {
         "pos_embed": params["pos_embed"],
@@ -276,10 +279,10 @@ def _stored_block(
     dtype: DTypeLike,
     eight_bits: EightBits | None,
 ) -> ParamTree:
-    """A folded block as it is kept."""
+    """Folds a block and casts or quantizes it for storage."""
     folded = _fold_block(config, kind, conditioning, block, text)
     leaves = flatten_dict(quantized(folded, eight_bits) if eight_bits else folded)
-    # Scales stay float32: behind a gate near zero they are below float16's normal numbers.
+    # Scales stay float32: with a gate near zero they are below float16's normal numbers.
     keep = {path for path in leaves if path[-1] == "scale" and (*path[:-1], "kernel") in leaves}
     keep |= {(*path[:-1], "kernel") for path in keep}
     return unflatten_dict(
@@ -294,14 +297,14 @@ def _fold_block(
     block: ParamTree,
     text: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """One block, float32; with a text (S, D) the first, whose text's projections become constants."""
+    """Folds one block, in float32. With a text (S, D) it is the first block, whose projections of the text are constants."""
     block = _float32(block)
 
     def vectors(name: str) -> list[jax.Array]:
         vector = _linear(block[name]["linear"], conditioning)
         return jnp.split(vector, vector.size // config.width)
 
-    # Modulations are stored as (shift, scale, gate), those without a gate as (scale, shift).
+    # The checkpoint stores modulations as (shift, scale, gate), and those without a gate as (scale, shift).
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *second = vectors("norm1")
     if kind.context_pre_only:
         text_scale, text_shift = vectors("norm1_context")
@@ -346,12 +349,13 @@ def _linear(dense: ParamTree, x: jax.Array) -> jax.Array:
 
 
 def _before(dense: ParamTree, shift: jax.Array, scale: jax.Array) -> ParamTree:
-    """The linear layer that does to LN(x) what this one does to LN(x)·(1 + scale) + shift."""
+    """The layer whose output for LN(x) is this layer's output for LN(x)·(1 + scale) + shift."""
     kernel = dense["kernel"]
     return {"kernel": (1 + scale)[:, None] * kernel, "bias": dense["bias"] + shift @ kernel}
 
 
 def _after(dense: ParamTree, gate: jax.Array) -> ParamTree:
+    """The layer whose output is `gate` times this layer's."""
     return {"kernel": dense["kernel"] * gate, "bias": dense["bias"] * gate}
 
 
@@ -364,7 +368,7 @@ def _float32(tree: ParamTree) -> ParamTree:
 
 
 def quantized(params: ParamTree, kind: EightBits) -> ParamTree:
-    """Linear layers' kernels in eight bits, with a scale per output; `Dense` widens them where they are used.
+    """Stores the kernels of linear layers in eight bits, with a scale per output; `Dense` widens them on use.
 
     Args:
       params: a tree of `Dense` layers, kernels (..., in, out).

@@ -1,4 +1,4 @@
-"""Text conditioning, and classifier-free guidance by it."""
+"""Text conditioning and classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Text(NamedTuple):
 
 
 def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Two (B, ...) arrays -> (2B, ...), each sample's two values beside each other.
+    """Two (B, ...) arrays -> (2B, ...), with each sample's two values side by side.
 
-    Concatenating them instead would put a sample's values on different devices, and move every activation there.
+    Concatenation would put the two on different devices and so move every activation.
     """
     return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
 
@@ -43,15 +43,15 @@ def guided(
 
     Args:
       network: (latents, timesteps, text) -> velocities.
-      prompt, null: texts, of batch B, or of a divisor of the batch they will meet: then each is repeated for
-        neighbouring samples, as `interleave` orders them.
+      prompt, null: texts of batch B or of a divisor of B; each is then repeated for neighboring samples, in the order
+        of `interleave`.
       scale: guidance scale; at 1 only the prompt is evaluated.
       split: two evaluations of B instead of one of 2B; half the memory.
     """
 
     def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
         batch = latents.shape[0]
-        # jnp.repeat, not tile: copies of a sample's text must lie beside each other, as its latents do.
+        # jnp.repeat, not tile: the copies of a sample's text must be side by side, as its latents are.
         with_prompt, without = (
             Text(*(jnp.repeat(part, batch // part.shape[0], axis=0) for part in text))
             for text in (prompt, null)

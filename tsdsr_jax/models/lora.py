@@ -1,12 +1,12 @@
-"""LoRA adapters as pytrees (PEFT's conventions, alpha = rank: ΔW = A B).
+"""LoRA adapters as pytrees, ΔW = A B (PEFT's conventions with alpha = rank).
 
-An adapter mirrors the parameter tree of the network it adapts, with a pair in place of each adapted kernel:
+An adapter mirrors the parameter tree of its network, with a pair in place of each adapted kernel:
 
     dense  kernel (in, out)          a (in, r)          b (r, out)
     conv   kernel (kh, kw, in, out)  a (kh, kw, in, r)  b (r, out)
 
-and a leading layer axis on all three where blocks are scanned. It is applied by passing it as the `lora` collection:
-`model.apply({"params": base, "lora": adapter}, ...)`; one base serves any number of adapters in one jitted function.
+Scanned blocks have a leading layer axis on all three. To apply an adapter, pass it as the `lora` collection:
+`model.apply({"params": base, "lora": adapter}, ...)`. One base serves any number of adapters in one jitted function.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 
 from tsdsr_jax.models.params import Tree
 
-# Which modules an adapter covers: regular expressions that a module's path must match as a whole, or in its last
-# components (PEFT's rule: `linear` covers `norm_out/linear` but not `linear_1`).
+# Which modules an adapter covers: regular expressions that must match a module's whole path or its last components
+# (PEFT's rule: `linear` covers `norm_out/linear` but not `linear_1`).
 ATTENTION_TARGETS = (r"to_[qkv]", r"to_out_0", r"add_[qkv]_proj")
 STUDENT_TARGETS = (*ATTENTION_TARGETS, "proj", "linear", "proj_out")  # and the teacher's
 AUXILIARY_TARGETS = ATTENTION_TARGETS
@@ -32,18 +32,18 @@ VAE_ENCODER_TARGETS = (r"encoder/.*",)
 
 
 def covers(targets: Sequence[str], module: str) -> bool:
-    """Whether the module path (`blocks_0/attn/to_q`) is one of the targets."""
+    """Whether a target covers the module path, such as `blocks_0/attn/to_q`."""
     return any(re.fullmatch(rf"(.*/)?({target})", module) for target in targets)
 
 
 def pair_shapes(kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a and b for a kernel; one of three axes is a stack of dense kernels."""
+    """Shapes of a and b for a kernel; a kernel with three axes is a stack of dense ones."""
     stack = kernel[:1] if len(kernel) == 3 else ()
     return (*kernel[:-1], rank), (*stack, rank, kernel[-1])
 
 
 def init(key: jax.Array, params: Tree, targets: Sequence[str], rank: int) -> Tree:
-    """A new adapter that changes nothing yet: A ~ N(0, 1/rank²), B = 0, float32 (PEFT's "gaussian").
+    """A new adapter with ΔW = 0: A ~ N(0, 1/rank²), B = 0, in float32 (PEFT's "gaussian").
 
     Args:
       key: PRNG key.
@@ -69,18 +69,18 @@ def init(key: jax.Array, params: Tree, targets: Sequence[str], rank: int) -> Tre
 
 
 def scale(lora: Tree, factor: float | jax.Array) -> Tree:
-    """The adapter whose ΔW is `factor` times as large."""
+    """Multiplies an adapter's ΔW by `factor`."""
     pairs = flatten_dict(lora)
     return unflatten_dict({path: leaf * factor if path[-1] == "b" else leaf for path, leaf in pairs.items()})
 
 
 def merge(params: Tree, lora: Tree, factor: float = 1.0) -> Tree:
-    """Adds factor·A B to the kernels, in float32; each result keeps its kernel's dtype.
+    """Adds factor·A B to the kernels in float32, and casts each result to its kernel's dtype.
 
-    Leaves without a pair are passed on as they are, not copied.
+    Leaves without a pair are not copied.
 
     Raises:
-      ValueError: the adapter has a module the parameters lack, or of another shape.
+      ValueError: the parameters lack a module of the adapter, or its kernel has another shape.
     """
     merged, pairs = flatten_dict(params), flatten_dict(lora)
     for path in {path[:-1] for path in pairs}:
@@ -98,14 +98,14 @@ def merge(params: Tree, lora: Tree, factor: float = 1.0) -> Tree:
 def merge_kernel(
     kernel: jax.Array, a: jax.Array, b: jax.Array, factor: float = 1.0, dtype: DTypeLike | None = None
 ) -> jax.Array:
-    """One kernel plus factor·A B, computed in float32; in `dtype`, or else the kernel's."""
+    """kernel + factor·A B, computed in float32 and cast to `dtype`; None: the kernel's."""
     # Highest precision: GPUs would otherwise round these float32 products to TF32.
     delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(jnp.float32) + factor * delta).astype(dtype or kernel.dtype)
 
 
 def pair_of(leaves: Mapping[str, Any], path: str) -> tuple[Any, Any] | None:
-    """The two halves that adapt the kernel at this path, of an adapter flattened with "/"; None where nothing does."""
+    """The pair (a, b) for the kernel at `path`, or None; `leaves` is an adapter flattened with "/"."""
     module = path.removesuffix("/kernel")
     if module == path or f"{module}/a" not in leaves:
         return None

@@ -2,7 +2,7 @@
 
 Axes: B batch, H W height and width, C channels.
 
-Five feature maps of each image are normalised to unit length at every pixel; the distance is the squared difference,
+Five feature maps of each image are normalized to unit length at every pixel. The distance is their squared difference,
 weighted per channel by the learned `lin` layers, averaged over the pixels and summed over the five maps.
 """
 
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from tsdsr_jax.models.banding import materialized
 from tsdsr_jax.models.layers import Conv
 
 Network = Literal["alex", "vgg"]
@@ -27,9 +28,9 @@ EPSILON = 1e-10
 
 
 class Convolution(NamedTuple):
-    """A convolution and the ReLU after it; `index` is its place in torchvision's `features`."""
+    """A convolution and the ReLU after it; `position` is its index in torchvision's `features`."""
 
-    index: int
+    position: int
     features: int
     kernel_size: int = 3
     stride: int = 1
@@ -37,7 +38,7 @@ class Convolution(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """The layers up to the next feature map: max pooling by 2 with windows of side `pool` (0: none), convolutions."""
+    """The layers up to the next feature map: max pooling by 2 in windows of side `pool` (0: none), then convolutions."""
 
     pool: int
     convolutions: tuple[Convolution, ...]
@@ -62,7 +63,7 @@ SLICES: dict[Network, tuple[Slice, ...]] = {
 
 
 def minimum_side(network: Network) -> int:
-    """The smallest height and width of which every feature map has a pixel."""
+    """The smallest height and width at which no feature map is empty."""
     side = 1
     for slice_ in reversed(SLICES[network]):
         for conv in reversed(slice_.convolutions):
@@ -75,8 +76,8 @@ def minimum_side(network: Network) -> int:
 def unit_length(x: jax.Array) -> jax.Array:
     """x / (‖x‖ + 1e-10) over the last axis, in float32.
 
-    The root's derivative is infinite at 0, and 0 · ∞ makes the gradient NaN where all channels are 0. There the norm is
-    the constant 0 instead: the same value, and a finite gradient.
+    The square root's derivative is infinite at 0, and 0 · ∞ would make the gradient NaN where all channels are 0. There
+    the norm is the constant 0 instead, which has the same value and a finite gradient.
     """
     x = x.astype(jnp.float32)
     squares = jnp.square(x).sum(-1, keepdims=True)
@@ -88,12 +89,12 @@ def unit_length(x: jax.Array) -> jax.Array:
 class LPIPS(nn.Module):
     """Perceptual distance of two batches of images.
 
-    The parameters, `slice1_0` and so on for the convolutions and `lin0` to `lin4`, are frozen if the caller never
-    differentiates by them. They come from `tsdsr_jax.weights.lpips_files.load_lpips`; `init` makes random ones.
+    The parameters are `slice1_0` and so on for the convolutions, and `lin0` to `lin4`.
+    `tsdsr_jax.weights.lpips_files.load_lpips` reads them; `init` makes random ones.
 
     Attributes:
       network: whose features are compared.
-      dtype: of the convolutions; normalisation, distances and means are float32 in any case.
+      dtype: of the convolutions; normalization, distances and means are always float32.
     """
 
     network: Network = "alex"
@@ -101,7 +102,7 @@ class LPIPS(nn.Module):
 
     @nn.compact
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
-        """Compares image by image; symmetric, and 0 for equal images.
+        """Compares image by image; the distance is symmetric, and 0 for equal images.
 
         Args:
           first, second: (B, H, W, 3) in [-1, 1] (lpips's `normalize=False`), at least 31 pixels high and wide for
@@ -116,7 +117,7 @@ class LPIPS(nn.Module):
         self._check(first.shape, second.shape)
         slices = SLICES[self.network]
         convs = [
-            [self._conv(f"slice{number}_{conv.index}", conv) for conv in slice_.convolutions]
+            [self._conv(f"slice{number}_{conv.position}", conv) for conv in slice_.convolutions]
             for number, slice_ in enumerate(slices, start=1)
         ]
 
@@ -128,13 +129,13 @@ class LPIPS(nn.Module):
                 if slice_.pool:
                     x = nn.max_pool(x, (slice_.pool, slice_.pool), strides=(2, 2))
                 for layer in layers:
-                    x = nn.relu(layer(x))
-                # This ReLU changes nothing, x ≥ 0. It keeps the compiler from making one multiply-add of the scaling
-                # and the difference of two maps, which leaves 1e-15 between equal images.
+                    x = nn.relu(materialized(layer(x)))
+                # This ReLU changes nothing (x ≥ 0), but keeps the compiler from fusing the scaling and the difference of
+                # two maps into a multiply-add, which would put equal images 1e-15 apart.
                 maps.append(nn.relu(unit_length(x)))
             return maps
 
-        # Two passes and not one over 2B images: the gradient with respect to one of them then costs one backward pass.
+        # Two passes instead of one over 2B images: a gradient with respect to one of them costs only one backward pass.
         pairs = zip(features(first), features(second), strict=True)
         distance = jnp.zeros(first.shape[:1], jnp.float32)
         for number, (a, b) in enumerate(pairs):

@@ -1,10 +1,10 @@
-"""SD3's transformer (MMDiT) as Flax modules; SD3.5's RMS-normalised queries/keys and dual attention included.
+"""SD3's transformer (MMDiT) as Flax modules, including SD3.5's RMS-normalized queries and keys and its dual attention.
 
 Axes: B batch, h w latent height and width, p patch size, C latent channels, T image tokens, S text tokens,
 N heads, H head dim, D width (= N·H).
 
 Parameters keep the checkpoint's names (`to_q`, `ff/net_2`, ...). Runs of identical blocks are stacked and scanned:
-`blocks_0` holds SD3-medium's first 23 blocks on a leading axis, `blocks_1` the last one, whose text stream ends there.
+`blocks_0` holds SD3-medium's first 23 blocks on a leading axis, `blocks_1` the last block, where the text stream ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tsdsr_jax.models.layers import Dense, Placement, RMSNorm, gathered, layer_n
 
 
 class BlockKind(NamedTuple):
-    """What distinguishes one block from another; equal neighbours are scanned together."""
+    """What distinguishes blocks; neighbors of the same kind are scanned together."""
 
     dual_attention: bool
     context_pre_only: bool
@@ -50,7 +50,7 @@ class MMDiTConfig:
     qk_norm: str | None = None
     dual_attention_layers: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f'qk_norm is {self.qk_norm!r}; this transformer knows null and "rms_norm"')
         if self.caption_projection_dim != self.width:
@@ -65,7 +65,7 @@ class MMDiTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MMDiTConfig:
-        """Reads a diffusers config; keys this model does not have (`_class_name`, ...) are ignored."""
+        """Reads a diffusers config; keys that this model does not have (`_class_name`, ...) are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         chosen = {key: value for key, value in values.items() if key in known}
         chosen["dual_attention_layers"] = tuple(chosen.get("dual_attention_layers") or ())
@@ -78,7 +78,7 @@ class MMDiTConfig:
     @classmethod
     def tiny(cls, **overrides: Any) -> MMDiTConfig:
         """A few thousand parameters, for tests and rehearsals."""
-        small = dict(
+        small: dict[str, Any] = dict(
             sample_size=32, num_layers=3, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=48,
             caption_projection_dim=64, pooled_projection_dim=40, pos_embed_max_size=48,
         )  # fmt: skip
@@ -94,7 +94,7 @@ class MMDiTConfig:
             BlockKind(layer in self.dual_attention_layers, layer == self.num_layers - 1)
             for layer in range(self.num_layers)
         ]
-        runs, first = [], 0
+        runs, first = list[tuple[int, int, BlockKind]](), 0
         for kind, members in groupby(kinds):
             length = len(list(members))
             runs.append((first, length, kind))
@@ -103,11 +103,11 @@ class MMDiTConfig:
 
 
 class Modulation(NamedTuple):
-    """One AdaLN modulation, each (B, 1, D)."""
+    """An AdaLN-Zero modulation, each (B, 1, D); `gate` multiplies what is added to the stream."""
 
     shift: jax.Array
     scale: jax.Array
-    gate: jax.Array | None = None
+    gate: jax.Array
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return layer_norm(x) * (1 + self.scale) + self.shift
@@ -121,7 +121,7 @@ class Streams(NamedTuple):
 
 
 class AdaLayerNorm(nn.Module):
-    """AdaLN-Zero: `count` modulations (shift, scale, gate) of width D from the conditioning vector."""
+    """AdaLN-Zero: `count` modulations of width D from the conditioning vector."""
 
     count: int
     width: int
@@ -129,23 +129,24 @@ class AdaLayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, conditioning: jax.Array) -> list[Modulation]:
-        """(B, D), already through SiLU, -> modulations of (B, 1, D)."""
+        """(B, D), after SiLU, -> modulations of (B, 1, D)."""
         vectors = Dense(3 * self.count * self.width, self.dtype, name="linear")(conditioning)[:, None]
         parts = jnp.split(vectors, 3 * self.count, axis=-1)
         return [Modulation(*parts[3 * i : 3 * i + 3]) for i in range(self.count)]
 
 
 class AdaLayerNormContinuous(nn.Module):
-    """AdaLN without a gate; the checkpoint stores (scale, shift), in that order."""
+    """AdaLN without a gate; the checkpoint stores scale before shift."""
 
     width: int
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, conditioning: jax.Array) -> Modulation:
+    def __call__(self, x: jax.Array, conditioning: jax.Array) -> jax.Array:
+        """Modulates (B, T, D) by (B, D), after SiLU."""
         vectors = Dense(2 * self.width, self.dtype, name="linear")(conditioning)[:, None]
         scale, shift = jnp.split(vectors, 2, axis=-1)
-        return Modulation(shift, scale)
+        return layer_norm(x) * (1 + scale) + shift
 
 
 class FeedForward(nn.Module):
@@ -161,7 +162,7 @@ class FeedForward(nn.Module):
 
 
 class FeedForwardIn(nn.Module):
-    """The first half of the feed-forward; a module of its own because the checkpoint names it `net.0.proj`."""
+    """The first half of the feed-forward: a module of its own because the checkpoint names it `net.0.proj`."""
 
     features: int
     dtype: DTypeLike
@@ -172,7 +173,7 @@ class FeedForwardIn(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention over the image tokens, or over text and image tokens together when a text stream is given."""
+    """Attention over the image tokens, or over text and image tokens if a text stream is given."""
 
     config: MMDiTConfig
     context_pre_only: bool
@@ -183,10 +184,10 @@ class Attention(nn.Module):
     def __call__(
         self, image: jax.Array, text: jax.Array | None, lengths: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the image stream's output (B, T, D) and the text stream's (B, S, D), None where it has none.
+        """Returns the outputs of the image stream, (B, T, D), and of the text stream, (B, S, D) or None.
 
-        Keys are ordered [text, image]: attention knows no order, and with the padding of a packed batch at the end of
-        the image tokens the valid keys are a prefix. `lengths` (B,) counts valid image tokens.
+        Keys are ordered [text, image]. Attention does not depend on the order; this one makes the valid keys of a packed
+        batch a prefix, because its padding follows the image tokens. `lengths` (B,) counts valid image tokens.
         """
         q = self._heads("to_q", image, "norm_q")
         k = self._heads("to_k", image, "norm_k")
@@ -194,7 +195,7 @@ class Attention(nn.Module):
         text_tokens = 0
         if text is not None:
             text_tokens = text.shape[1]
-            # The last block's text queries lead nowhere (XLA drops them), but its weights belong to the checkpoint.
+            # The last block does not use its text queries (XLA drops them), but the checkpoint has weights for them.
             q_text = self._heads("add_q_proj", text, "norm_added_q")
             if not self.context_pre_only:
                 q = jnp.concatenate([q_text, q], axis=1)
@@ -210,7 +211,7 @@ class Attention(nn.Module):
         return image_out, Dense(self.config.width, self.dtype, name="to_add_out")(out[:, :text_queries])
 
     def _heads(self, name: str, x: jax.Array, norm: str | None = None) -> jax.Array:
-        """Projects to (B, tokens, N, H), queries and keys normalised where the checkpoint does so."""
+        """Projects to (B, tokens, N, H) and normalizes queries and keys if the checkpoint does."""
         config = self.config
         y = Dense(config.width, self.dtype, name=name)(x)
         y = y.reshape(*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
@@ -239,19 +240,20 @@ class Block(nn.Module):
             conditioning
         )
         if self.kind.context_pre_only:
-            attend_text = AdaLayerNormContinuous(width, dtype, name="norm1_context")(conditioning)
+            text_in = AdaLayerNormContinuous(width, dtype, name="norm1_context")(text, conditioning)
         else:
             attend_text, mlp_text = AdaLayerNorm(2, width, dtype, name="norm1_context")(conditioning)
+            text_in = attend_text(text)
 
         settings = (self.config, self.kind.context_pre_only, dtype, self.implementation)
-        from_image, from_text = Attention(*settings, name="attn")(attend(image), attend_text(text), lengths)
+        from_image, from_text = Attention(*settings, name="attn")(attend(image), text_in, lengths)
         attended = image + attend.gate * from_image
         if second:
             attended += (
                 second[0].gate * Attention(*settings, name="attn2")(second[0](image), None, lengths)[0]
             )
         image = attended + mlp.gate * FeedForward(width, dtype, name="ff")(mlp(attended))
-        if not self.kind.context_pre_only:
+        if from_text is not None:
             text = text + attend_text.gate * from_text
             text = text + mlp_text.gate * FeedForward(width, dtype, name="ff_context")(mlp_text(text))
         return Streams(image, text), None
@@ -282,9 +284,9 @@ class TimeTextEmbedding(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Patches to tokens, plus a position from the stored table.
+    """Patches to tokens, plus positions from the stored table.
 
-    The checkpoint's 2×2 stride-2 convolution is a linear map of flattened patches, which also serves packed tokens.
+    The checkpoint's 2×2 convolution with stride 2 is a linear map of flattened patches here, so packed tokens can use it.
     """
 
     config: MMDiTConfig
@@ -292,11 +294,11 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, patches: jax.Array, positions: jax.Array) -> jax.Array:
-        """(B, T, p·p·C) and (B, T) or (T,) int rows of the flattened table -> (B, T, D)."""
+        """(B, T, p·p·C), and (B, T) or (T,) int rows of the flattened table -> (B, T, D)."""
         side, width = self.config.pos_embed_max_size, self.config.width
         table = self.param("table", lambda _: jnp.asarray(sincos_table(self.config)))
         tokens = Dense(width, self.dtype, name="proj")(patches)
-        # jnp.take: parameters may be NumPy arrays, which a traced index cannot index.
+        # jnp.take, because parameters may be NumPy arrays, which cannot be indexed by a traced array.
         return tokens + jnp.take(table.reshape(side * side, width), positions, axis=0).astype(self.dtype)
 
 
@@ -306,10 +308,10 @@ class MMDiT(nn.Module):
     Attributes:
       config: sizes, from the checkpoint.
       dtype: computation dtype; parameters are cast on use.
-      remat: recompute each block in the backward pass. Without it the linear layers' results are kept, and the rest,
-        attention among it, is recomputed all the same.
+      remat: recompute whole blocks in the backward pass. Otherwise it keeps the results of linear layers and recomputes
+        the rest, including attention.
       implementation: see `attention`.
-      placement: for parameters that are split over devices; None: XLA decides.
+      placement: for sharded parameters; None: XLA decides.
     """
 
     config: MMDiTConfig
@@ -318,7 +320,7 @@ class MMDiT(nn.Module):
     implementation: Implementation = "auto"
     placement: Placement | None = None
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         whole = partial(gathered, placement=self.placement)
         self.pos_embed = whole(PatchEmbedding)(config, self.dtype)
@@ -375,7 +377,8 @@ class MMDiT(nn.Module):
           patches: (B, T, p·p·C), each patch flattened in the order (row, column, channel).
           positions: (B, T) or (T,) int, each token's row of the flattened position table (`grid_positions`).
           timestep, context, pooled: as in `__call__`.
-          lengths: (B,) int valid tokens of each row, at its start; None: all. What the others return has no meaning.
+          lengths: (B,) int, how many tokens at the start of each row are valid; None: all. Outputs of the others are
+            meaningless.
 
         Returns:
           (B, T, p·p·out_channels) velocity patches.
@@ -384,7 +387,7 @@ class MMDiT(nn.Module):
         streams = Streams(self.pos_embed(patches, positions), self.context_embedder(context))
         for run in self.blocks:
             streams, _ = run(streams, conditioning, lengths)
-        return self.proj_out(self.norm_out(conditioning)(streams.image))
+        return self.proj_out(self.norm_out(streams.image, conditioning))
 
 
 def patchify(latents: jax.Array, patch: int) -> jax.Array:
@@ -401,10 +404,10 @@ def unpatchify(patches: jax.Array, height: int, width: int, patch: int) -> jax.A
 
 
 def grid_positions(config: MMDiTConfig, height: int, width: int) -> np.ndarray:
-    """Rows of the flattened position table for an (h, w) latent: the table's centre crop, (h/p · w/p,) int32.
+    """Rows of the flattened position table for an (h, w) latent: the table's center crop, (h/p · w/p,) int32.
 
     Raises:
-      ValueError: a side is no multiple of the patch size, or larger than the table.
+      ValueError: a side is not a multiple of the patch size, or is larger than the table.
     """
     side, patch = config.pos_embed_max_size, config.patch_size
     if height % patch or width % patch:
@@ -428,7 +431,7 @@ def timestep_embedding(timestep: jax.Array, dim: int = 256, max_period: float = 
 
 
 def sincos_table(config: MMDiTConfig) -> np.ndarray:
-    """The position table SD3 starts from, (P, P, D) float32; checkpoints store their own.
+    """The position table that SD3 starts from, (P, P, D) float32; checkpoints store their own.
 
     The first half of the channels encodes the column, the second the row, each as sines then cosines. Positions are
     scaled so that an image of `sample_size` spans as many units as it has patches.

@@ -11,20 +11,21 @@ import jax.numpy as jnp
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 
-LATENT_FACTOR, PATCH_SIZE = 8, 2  # SD3's: pixels a latent pixel spans, latent pixels a token spans
-STUDENT_TIMESTEP = 1000.0  # where the one step begins: the network takes its input for pure noise
+LATENT_FACTOR, PATCH_SIZE = 8, 2  # SD3's pixels per latent pixel, and latent pixels per token, on each axis
+STUDENT_TIMESTEP = 1000.0  # of the single step; it tells the network that its input is pure noise
 
 Tree = dict[str, Any]
 Config = MMDiTConfig | VAEConfig
 
 
 def network(config: Config, **options: Any) -> MMDiT | AutoencoderKL:
-    """The module a config describes; options go to its constructor."""
+    """The module that a config describes; `options` go to its constructor."""
     return MMDiT(config, **options) if isinstance(config, MMDiTConfig) else AutoencoderKL(config, **options)
 
 
 def init_params(config: Config, key: jax.Array) -> Tree:
-    """A network's parameters as its layers initialise them."""
+    """Initializes a network's parameters."""
+    inputs: tuple[jax.Array, ...]
     if isinstance(config, MMDiTConfig):
         side = 2 * config.patch_size
         inputs = (
@@ -45,5 +46,5 @@ def _abstract_params(config: Config) -> Tree:
 
 def abstract_params(config: Config) -> Tree:
     """Shapes and dtypes (float32) of a network's parameters, without computing any."""
-    # Callers may change the tree they get; the cached one stays as it is.
+    # A copy, because callers may change the tree they get.
     return jax.tree.map(lambda leaf: leaf, _abstract_params(config))

@@ -2,19 +2,18 @@
 
 Axes: B batch, H W image or feature height and width, h w latent height and width (= H/8, W/8), C channels.
 
-Two properties the plain network does not have:
-- `valid` sizes: images of several sizes share one padded shape, hence one compiled program. Group norms measure valid
-  pixels only, padding is zeroed before every convolution and masked out of the mid attention, so the valid region
-  equals the unpadded result to rounding.
-- `band_pixels`: convolutions run over bands of rows, so that no prepared, padded or up-sampled copy of a large
-  feature map is ever held. Group norms and the attention still see the whole image, so this too is exact: no tiles,
-  no seams.
+It has two properties that the plain network does not have:
+- `valid` sizes: images of several sizes share one padded shape and so one compiled program. Group norms measure valid
+  pixels only; padding is zeroed before every convolution and masked out of the mid block's attention. The valid region
+  equals the unpadded result up to rounding.
+- `band_pixels`: convolutions run over bands of rows, so that no normalized, padded or up-sampled copy of a large feature
+  map is ever held. Group norms and attention still see the whole image, so this is exact, too: no tiles, no seams.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,17 +22,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tsdsr_jax.models.attention import single_head_attention
-from tsdsr_jax.models.layers import (
-    Conv,
-    Dense,
-    FeatureMap,
-    GroupNorm,
-    Placement,
-    Prepare,
-    RowsOnDemand,
-    gathered,
-    zeros_after,
-)
+from tsdsr_jax.models.banding import FeatureMap, materialized, zeros_after
+from tsdsr_jax.models.layers import Conv, Dense, GroupNorm, Placement, Prepare, gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +44,9 @@ class VAEConfig:
         """Reads a diffusers config.
 
         Raises:
-          ValueError: the file describes an autoencoder with parts SD3's has not.
+          ValueError: the autoencoder has parts that SD3's lacks.
         """
-        # A missing key means diffusers' default, which for the quant convolutions is not SD3's choice.
+        # A missing key means diffusers' default, which is not SD3's choice for the quant convolutions.
         expected = {"use_quant_conv": (True, False), "use_post_quant_conv": (True, False),
                     "mid_block_add_attention": (True, True), "act_fn": ("silu", "silu")}  # fmt: skip
         for key, (default, wanted) in expected.items():
@@ -74,20 +64,21 @@ class VAEConfig:
     @classmethod
     def tiny(cls, **overrides: Any) -> VAEConfig:
         """A few ten thousand parameters, for tests and rehearsals."""
-        return cls(**(dict(block_out_channels=(16, 16, 32, 32), norm_num_groups=8) | overrides))
+        small: dict[str, Any] = dict(block_out_channels=(16, 16, 32, 32), norm_num_groups=8)
+        return cls(**(small | overrides))
 
     @property
     def factor(self) -> int:
-        """Pixels a latent pixel spans on each axis."""
+        """Pixels that a latent pixel spans on each axis."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 def whole_image_bytes(config: VAEConfig, dtype: DTypeLike, platform: str) -> float:
-    """Memory per image pixel that encoding or decoding without bands takes at its peak, generously.
+    """A generous estimate of the peak memory per image pixel when encoding or decoding without bands.
 
-    XLA plans 2570 bytes for SD3's decoder in float32, ten times its second width (on CPUs with jax 0.10 3600), 1570 for its
-    encoder. On CPUs half precision takes more than that, because it is computed in float32. A half is added for what
-    libraries ask for.
+    XLA plans 2570 bytes for SD3's decoder in float32, ten times its second width (3600 on CPUs with jax 0.10), and 1570 for
+    its encoder. On CPUs half precision takes more, because it is computed in float32. The estimate adds a half for what
+    libraries need.
     """
     widest = max(2 * config.block_out_channels[0], *config.block_out_channels[1:2])
     item = 5 if platform == "cpu" else jnp.dtype(dtype).itemsize
@@ -105,8 +96,8 @@ class Posterior(NamedTuple):
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
 
-def valid_mask(valid: jax.Array, shape: tuple[int, int], first_row: jax.Array | int = 0) -> jax.Array:
-    """(B, 2) valid (rows, columns) -> (B, *shape, 1) bool; `first_row` is the index of the mask's first row."""
+def valid_mask(valid: jax.Array, shape: Sequence[int], first_row: jax.Array | int = 0) -> jax.Array:
+    """(B, 2) valid (rows, columns) -> (B, *shape, 1) bool, beginning at row `first_row`."""
     rows = first_row + jnp.arange(shape[0])
     inside = (rows[None, :, None] < valid[:, 0, None, None]) & (
         jnp.arange(shape[1])[None, None] < valid[:, 1, None, None]
@@ -114,8 +105,8 @@ def valid_mask(valid: jax.Array, shape: tuple[int, int], first_row: jax.Array | 
     return inside[..., None]
 
 
-def normalise(affine: tuple[jax.Array, jax.Array] | None, valid: jax.Array | None) -> Prepare:
-    """What precedes a convolution: optionally group norm and SiLU, then zeros wherever a pixel is padding."""
+def normalize(affine: tuple[jax.Array, jax.Array] | None, valid: jax.Array | None) -> Prepare:
+    """What precedes a convolution: group norm and SiLU if there is a norm, then zeros in the padding."""
 
     def prepare(rows: jax.Array, first_row: jax.Array | int) -> jax.Array:
         if affine is not None:
@@ -128,7 +119,7 @@ def normalise(affine: tuple[jax.Array, jax.Array] | None, valid: jax.Array | Non
 
 
 class NormSiluConv(NamedTuple):
-    """Group norm, SiLU and a 3×3 convolution, the pair all of the network is made of."""
+    """Group norm, SiLU and a 3×3 convolution: what most of the network is made of."""
 
     norm: GroupNorm
     conv: Conv
@@ -137,7 +128,8 @@ class NormSiluConv(NamedTuple):
         self, x: FeatureMap, valid: jax.Array | None, band_pixels: int | None, add: jax.Array | None = None
     ) -> jax.Array:
         mask = None if valid is None else valid_mask(valid, x.shape[1:3])
-        return self.conv(x, normalise(self.norm(x, mask, band_pixels), valid), band_pixels, add)
+        affine = self.norm(x, mask, band_pixels)
+        return materialized(self.conv(x, normalize(affine, valid), band_pixels, add))
 
 
 class ResnetBlock(nn.Module):
@@ -148,7 +140,7 @@ class ResnetBlock(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
+    def __call__(self, x: FeatureMap, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
         def layer(index: int) -> NormSiluConv:
             norm = GroupNorm(self.groups, name=f"norm{index}")
             return NormSiluConv(norm, Conv(self.features, dtype=self.dtype, name=f"conv{index}"))
@@ -156,16 +148,14 @@ class ResnetBlock(nn.Module):
         h = layer(1)(x, valid, band_pixels)
         if x.shape[-1] != self.features:
             shortcut = Conv(self.features, 1, padding=(0, 0), dtype=self.dtype, name="conv_shortcut")
-            # In bands, one after the other: side by side, both convolutions' results would be set up at once.
+            # With bands the shortcut waits for h; otherwise both convolutions' results would be allocated at once.
             start = None if band_pixels is None else zeros_after(h, h.shape, h.dtype)
             x = shortcut(x, band_pixels=band_pixels, add=start)
-        elif isinstance(x, RowsOnDemand):
-            x = x.whole()
-        return layer(2)(h, valid, band_pixels, add=x)
+        return layer(2)(h, valid, band_pixels, add=materialized(x))
 
 
-def resnet_block(remat: bool) -> type[ResnetBlock]:
-    """The block, or the same block that keeps only its input for the backward pass and computes the rest again."""
+def _resnet_block(remat: bool) -> type[ResnetBlock]:
+    """The block; with `remat` it keeps only its input for the backward pass and recomputes the rest."""
     return nn.remat(ResnetBlock, static_argnums=(3,)) if remat else ResnetBlock
 
 
@@ -195,18 +185,18 @@ class MidBlock(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
-        block = resnet_block(self.remat)
+    def __call__(self, x: FeatureMap, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
+        block = _resnet_block(self.remat)
         attention = nn.remat(SpatialAttention) if self.remat else SpatialAttention
-        x = block(self.features, self.groups, self.dtype, name="resnets_0")(x, valid, band_pixels)
-        x = attention(self.groups, self.dtype, name="attentions_0")(x, valid)
-        return block(self.features, self.groups, self.dtype, name="resnets_1")(x, valid, band_pixels)
+        h = block(self.features, self.groups, self.dtype, name="resnets_0")(x, valid, band_pixels)
+        h = attention(self.groups, self.dtype, name="attentions_0")(h, valid)
+        return block(self.features, self.groups, self.dtype, name="resnets_1")(h, valid, band_pixels)
 
 
 class Resampler(nn.Module):
     """Down-samples (pad right and bottom, stride 2) or up-samples (nearest) by two, with a 3×3 convolution.
 
-    A module of its own because the checkpoint names it `downsamplers.0.conv` and `upsamplers.0.conv`.
+    It is a module of its own because the checkpoint names it `downsamplers.0.conv` or `upsamplers.0.conv`.
     """
 
     features: int
@@ -214,14 +204,14 @@ class Resampler(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None) -> jax.Array:
-        kind = dict(stride=2, padding=(0, 1)) if self.down else dict(upsample=2)
+    def __call__(self, x: FeatureMap, valid: jax.Array | None, band_pixels: int | None) -> FeatureMap:
+        kind: dict[str, Any] = dict(stride=2, padding=(0, 1)) if self.down else dict(upsample=2)
         conv = Conv(self.features, dtype=self.dtype, name="conv", **kind)
-        return conv(x, normalise(None, valid), band_pixels, lazy=not self.down)
+        return conv(x, normalize(None, valid), band_pixels, lazy=not self.down)
 
 
 class Level(nn.Module):
-    """The resnets of one resolution and the change to the next."""
+    """The resnets of one resolution and the step to the next resolution, if `resample` names one."""
 
     features: int
     layers: int
@@ -232,10 +222,10 @@ class Level(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, valid: jax.Array | None, band_pixels: int | None, band_pixels_out: int | None
-    ) -> jax.Array:
+        self, x: FeatureMap, valid: jax.Array | None, band_pixels: int | None, band_pixels_out: int | None
+    ) -> FeatureMap:
         for layer in range(self.layers):
-            block = resnet_block(self.remat)(self.features, self.groups, self.dtype, name=f"resnets_{layer}")
+            block = _resnet_block(self.remat)(self.features, self.groups, self.dtype, name=f"resnets_{layer}")
             x = block(x, valid, band_pixels)
         if self.resample is None:
             return x
@@ -247,7 +237,7 @@ class Level(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Valid size and band size at one resolution; both change with it."""
+    """Valid size and band size at one resolution."""
 
     valid: jax.Array | None
     band_pixels: int | None
@@ -277,7 +267,7 @@ class Encoder(nn.Module):
         config, dtype, scale = self.config, self.dtype, Scale(valid, band_pixels)
         groups, widths = config.norm_num_groups, config.block_out_channels
         conv_in = Conv(widths[0], dtype=dtype, name="conv_in")
-        x = conv_in(image, normalise(None, scale.valid), scale.band_pixels)
+        x = conv_in(image, normalize(None, scale.valid), scale.band_pixels)
         for index, width in enumerate(widths):
             last = index == len(widths) - 1
             following = scale if last else scale.down()
@@ -307,7 +297,7 @@ class Decoder(nn.Module):
         config, dtype, scale = self.config, self.dtype, Scale(valid, band_pixels)
         groups, widths = config.norm_num_groups, config.block_out_channels[::-1]
         conv_in = Conv(widths[0], dtype=dtype, name="conv_in")
-        x = conv_in(latents, normalise(None, scale.valid), scale.band_pixels)
+        x = conv_in(latents, normalize(None, scale.valid), scale.band_pixels)
         mid_block = MidBlock(widths[0], groups, dtype, self.remat, name="mid_block")
         x = mid_block(x, scale.valid, scale.band_pixels)
         for index, width in enumerate(widths):
@@ -326,13 +316,13 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """SD3's autoencoder. TSD-SR multiplies latents by `scaling_factor` and ignores `shift_factor`; that is the caller's.
+    """SD3's autoencoder. Callers multiply latents by `scaling_factor`; TSD-SR ignores `shift_factor`.
 
     Attributes:
       config: sizes, from the checkpoint.
       dtype: computation dtype; group norm statistics and the softmax are float32 in any case.
       remat: recompute each residual block in the backward pass instead of keeping its activations. Not with bands.
-      placement: for parameters that are split over devices; None: XLA decides.
+      placement: for sharded parameters; None: XLA decides.
     """
 
     config: VAEConfig
@@ -340,7 +330,7 @@ class AutoencoderKL(nn.Module):
     remat: bool = False
     placement: Placement | None = None
 
-    def setup(self):
+    def setup(self) -> None:
         self.encoder = gathered(Encoder, self.placement)(self.config, self.dtype, self.remat)
         self.decoder = gathered(Decoder, self.placement)(self.config, self.dtype, self.remat)
 
@@ -359,7 +349,7 @@ class AutoencoderKL(nn.Module):
           band_pixels: compute convolutions on bands of about this many image pixels; None: whole.
 
         Returns:
-          The posterior at (B, h, w); its values in the padding have no meaning.
+          The posterior at (B, h, w); its values in the padding are meaningless.
         """
         moments = self.encoder(image, valid, band_pixels).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)

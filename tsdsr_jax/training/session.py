@@ -28,7 +28,7 @@ from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.identity import differences, versions
+from tsdsr_jax.identity import mismatches, versions
 from tsdsr_jax.places import CHECKOUT
 from tsdsr_jax.training import checkpoint, loop
 from tsdsr_jax.training.log import (
@@ -202,7 +202,7 @@ class _Run:
 
     def resume(self, path: Path, meta: Mapping[str, Any]) -> tuple[Start, Any] | None:
         lacking = {name: self.identity.get(name) for name in _LATER}
-        if differing := differences(lacking | meta["identity"], self.identity):
+        if differing := mismatches(lacking | meta["identity"], self.identity):
             listed = "".join(f"\n  {line}" for line in differing)
             raise UserError(
                 f"{path}: belongs to another run than this, and is not resumed. What differs:{listed}"
@@ -216,7 +216,7 @@ class _Run:
             return None
         ours = {name: value for name, value in self.options.as_json().items() if name not in _HARMLESS}
         theirs = {name: value for name, value in meta["options"].items() if name not in _HARMLESS}
-        for line in differences(theirs, ours):
+        for line in mismatches(theirs, ours):
             say(f"note: changed since the checkpoint: --{line}")
         state = checkpoint.read_state(path, self.task.step.shapes)
         if theirs.get("mixed_precision") != self.options.mixed_precision:

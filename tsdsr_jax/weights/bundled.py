@@ -1,4 +1,4 @@
-"""The small model that comes along, in the repository as `weights/tiny`: taken where no other is named."""
+"""The small model bundled with this package, `weights/tiny` in the repository: the default if no model is named."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ PROMPT = FOLDER / "prompt" / "default"
 
 
 def is_bundled(model: str | None) -> bool:
-    """Whether a model's name means this one, however it is spelled."""
-    return bool(model) and Path(model).expanduser().resolve() == FOLDER.resolve()
+    """Whether `model` is the bundled one, however its path is spelled."""
+    return model not in (None, "") and Path(model).expanduser().resolve() == FOLDER.resolve()
 
 
 def prompt_folder(model: str | None, prompt: Literal["default", "null"]) -> Path:
-    """Where the embedding of the default or the empty prompt is looked for, unless a flag says so."""
+    """Where to look for the embedding of the default or the empty prompt, unless a flag says otherwise."""
     return FOLDER / "prompt" / prompt if is_bundled(model) else Path("dataset") / prompt
 
 
 def bundled_model() -> Path:
-    """Its folder, in diffusers' layout, LoRAs merged in.
+    """The folder of the bundled model, in diffusers' layout with LoRAs merged in.
 
     Raises:
-      UserError: it is not there: parts of the package are missing.
+      UserError: it is missing from this installation.
     """
     if not (FOLDER / "transformer" / "config.json").is_file():
         raise UserError(
-            f"give a model with --pretrained_model_name_or_path: the small one that comes along is not in {FOLDER}"
+            f"pass a model with --pretrained_model_name_or_path; the bundled one is missing from {FOLDER}"
         )
     return FOLDER

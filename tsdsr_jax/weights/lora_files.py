@@ -1,7 +1,7 @@
-"""LoRA files: the one reader of PEFT's, diffusers' and our own, and the writer of ours.
+"""LoRA files: reads PEFT's, diffusers' and our own, and writes our own.
 
-A file's tensors get their plain names (`lora_names.py`), are compared with the network's modules, and become pairs
-(`lora.py`) with their strength (`lora_scaling.py`) folded in, so that nothing after this file knows of alpha.
+Reading translates a file's tensor names (`lora_names.py`), compares them with the network's modules, and makes pairs
+(`models/lora.py`). The strength (`lora_scaling.py`) is folded into the pairs, so no other code needs to know about alpha.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Adapter(NamedTuple):
     """A LoRA as read.
 
     Attributes:
-      tree: pairs of host arrays, in the stored dtype; b in float32 where a factor is folded in.
-      factors: the different ones that were, in order; (1.0,) where b is as stored.
-      filled: our modules with layers of a smaller rank, or not adapted, that zeros fill up.
+      tree: pairs of host arrays in the stored dtype; float32 for b if a factor is folded into it.
+      factors: the different factors folded in, sorted; (1.0,) if every b is as stored.
+      filled: our modules with zeros in place of layers that have a smaller rank or are not adapted.
     """
 
     tree: Tree
@@ -41,12 +41,12 @@ class Adapter(NamedTuple):
 
 
 def load_lora(path: Path, config: Config, model: str = DESCRIBED) -> Tree:
-    """The pairs of a LoRA file; see `open_lora`."""
+    """Reads the pairs of a LoRA file; see `open_lora`."""
     return open_lora(path, config, model).tree
 
 
 def open_lora(path: Path, config: Config, model: str = DESCRIBED) -> Adapter:
-    """Reads a LoRA, PEFT's or ours, for the network that `config` describes; `model` is what messages call that network.
+    """Reads a LoRA, PEFT's or ours, for the network that `config` describes; messages call the network `model`.
 
     Raises:
       UserError: the file is missing, damaged, made for another network, not finite, or more than a LoRA.
@@ -59,11 +59,11 @@ def open_lora(path: Path, config: Config, model: str = DESCRIBED) -> Adapter:
         raise UserError(
             f"{path}: is a LoRA for the {found}, expected one for the {expected}; are two files swapped?"
         )
-    return read_own(reader, config, model) if is_own_lora(reader) else read_lora(reader, config, model)
+    return _read_own(reader, config, model) if is_own_lora(reader) else read_lora(reader, config, model)
 
 
 def is_own_lora(reader: TensorReader) -> bool:
-    """Whether a LoRA file is ours (paths as names) rather than PEFT's."""
+    """Whether a LoRA file is in our layout rather than PEFT's."""
     return reader.metadata.get("format") == LORA_FORMAT
 
 
@@ -71,7 +71,7 @@ def is_own_lora(reader: TensorReader) -> bool:
 
 
 class Run(NamedTuple):
-    """One of our modules that a file adapts: its path, and for each layer torch's module and the rank, 0 for none."""
+    """A module of ours that a file adapts: its path, and each layer's torch module with its rank (0: not adapted)."""
 
     module: str
     kernel: tuple[int, ...]
@@ -83,40 +83,40 @@ class Run(NamedTuple):
 
 
 def read_lora(reader: TensorReader, config: Config, model: str = DESCRIBED) -> Adapter:
-    """Reads an adapter of PEFT's, or with names like its, as `lora.py` describes it.
+    """Reads an adapter with names like PEFT's.
 
     Raises:
-      UserError: as `open_lora`; tensors that are missing, extra or misshapen are all named.
+      UserError: as `open_lora`; the message names all missing, extra and misshapen tensors.
     """
     names = understand(reader.specs, reader.source)
     specs = {name: reader.specs[stored] for name, stored in names.tensors.items()}
-    runs = adapted_runs(specs, config)
-    check_names(specs, expected_shapes(runs, config), reader.source, model)
+    runs = _adapted_runs(specs, config)
+    check_names(specs, _expected_shapes(runs, config), reader.source, model)
     ranks = {module: rank for run in runs for module, rank in run.ranks.items() if rank}
     factors = scalings(reader, names, ranks)
     leaves, broken = {}, []
     for run in runs:
-        for entry in pair_entries(run, config):
-            leaves[entry.path] = leaf = gather(entry, reader, names, factors)
+        for entry in _pair_entries(run, config):
+            leaves[entry.path] = leaf = _gather(entry, reader, names, factors)
             broken += [names.tensors[name] for name in entry.broken(leaf)]
     refuse_broken(reader.source, broken)
     filled = tuple(run.module for run in runs if set(run.ranks.values()) != {run.rank})
     return Adapter(to_tree(leaves.items()), tuple(sorted(set(factors.values()))), filled)
 
 
-def adapted_runs(specs: dict[str, TensorSpec], config: Config) -> list[Run]:
-    """The network's modules of which the file adapts at least one layer."""
+def _adapted_runs(specs: dict[str, TensorSpec], config: Config) -> list[Run]:
+    """The network's modules with at least one layer that the file adapts."""
     runs = []
     for entry in kernel_entries(config):
         modules = [name.removesuffix(".weight") for name in entry.names]
-        ranks = {module: rank_of(specs, module) for module in modules}
+        ranks = {module: _rank_of(specs, module) for module in modules}
         if any(ranks.values()):
             runs.append(Run(entry.path.removesuffix("/kernel"), entry.shape, ranks))
     return runs
 
 
-def rank_of(specs: dict[str, TensorSpec], module: str) -> int:
-    """A torch module's rank, by either half of its pair; 0 where the file has neither."""
+def _rank_of(specs: dict[str, TensorSpec], module: str) -> int:
+    """A torch module's rank, by either half of its pair; 0 if the file has neither."""
     for half, axis in (("A", 0), ("B", 1)):
         spec = specs.get(f"{module}.lora_{half}.weight")
         if spec is not None and len(spec.shape) > axis:
@@ -124,17 +124,17 @@ def rank_of(specs: dict[str, TensorSpec], module: str) -> int:
     return 0
 
 
-def pair_entries(run: Run, config: Config) -> list[Entry]:
-    """The entries of a and b, with the largest rank of the run's layers."""
+def _pair_entries(run: Run, config: Config) -> list[Entry]:
+    """The entries of a and b, for the largest rank of the run's layers."""
     shapes = zip(("a", "b"), lora_lib.pair_shapes(run.kernel, run.rank), strict=True)
     return [lora_entry(config, f"{run.module}/{leaf}", shape) for leaf, shape in shapes]
 
 
-def expected_shapes(runs: list[Run], config: Config) -> dict[str, tuple[int, ...]]:
-    """Plain name -> shape of every tensor that adapts these, each layer with its own rank."""
+def _expected_shapes(runs: list[Run], config: Config) -> dict[str, tuple[int, ...]]:
+    """Plain name -> shape of every tensor that adapts these runs, each layer with its own rank."""
     shapes = {}
     for run in runs:
-        for axis, entry in enumerate(pair_entries(run, config)):  # A is (r, in, ...), B (out, r, ...)
+        for axis, entry in enumerate(_pair_entries(run, config)):  # A is (r, in, ...), B (out, r, ...)
             for name, rank in zip(entry.names, run.ranks.values(), strict=True):
                 if rank:
                     shape = entry.torch_shape
@@ -142,8 +142,8 @@ def expected_shapes(runs: list[Run], config: Config) -> dict[str, tuple[int, ...
     return shapes
 
 
-def gather(entry: Entry, reader: TensorReader, names: Names, factors: dict[str, float]) -> np.ndarray:
-    """One half of a pair, with factors on b and zeros where layers have a smaller rank or none."""
+def _gather(entry: Entry, reader: TensorReader, names: Names, factors: dict[str, float]) -> np.ndarray:
+    """Reads one half of a pair, multiplies b by its factors, and pads layers of a smaller rank or none with zeros."""
     present = [name for name in entry.names if name in names.tensors]
     on_b = {
         name: factors[name.removesuffix(".lora_B.weight")] for name in present if entry.path.endswith("/b")
@@ -157,7 +157,7 @@ def gather(entry: Entry, reader: TensorReader, names: Names, factors: dict[str, 
             return np.zeros(entry.torch_shape, dtype)
         tensor = reader.read(names.tensors[name])
         if on_b.get(name, 1) != 1:
-            with np.errstate(over="ignore"):  # an infinity is refused in `read_lora`
+            with np.errstate(over="ignore"):  # `read_lora` refuses infinities
                 tensor = tensor.astype(np.float32) * np.float32(on_b[name])
         missing = [(0, full - size) for full, size in zip(entry.torch_shape, tensor.shape, strict=True)]
         return np.pad(tensor, missing) if np.any(missing) else tensor
@@ -168,8 +168,8 @@ def gather(entry: Entry, reader: TensorReader, names: Names, factors: dict[str, 
 # --- ours ---------------------------------------------------------------------------------------------
 
 
-def read_own(reader: TensorReader, config: Config, model: str = DESCRIBED) -> Adapter:
-    """Reads an adapter in our own layout, whose factors are in b already."""
+def _read_own(reader: TensorReader, config: Config, model: str = DESCRIBED) -> Adapter:
+    """Reads an adapter in our own layout, in which b includes the factors."""
     check_own(reader, config, model)
     leaves = {name: reader.read(name) for name in sorted(reader.specs)}
     refuse_broken(reader.source, [name for name, leaf in leaves.items() if not is_finite(leaf)])
@@ -177,7 +177,7 @@ def read_own(reader: TensorReader, config: Config, model: str = DESCRIBED) -> Ad
 
 
 def check_own(reader: TensorReader, config: Config, model: str = DESCRIBED) -> None:
-    """Raises UserError unless each tensor is half of a pair, for a kernel the network has; offenders are named."""
+    """Raises UserError, naming the offenders, unless every tensor is half of a pair for one of the network's kernels."""
     shapes = flatten_dict(abstract_params(config), sep="/")
     kernels = {
         path.removesuffix("/kernel"): leaf.shape for path, leaf in shapes.items() if path.endswith("/kernel")
@@ -196,19 +196,19 @@ def check_own(reader: TensorReader, config: Config, model: str = DESCRIBED) -> N
 
 
 def save_lora(path: Path, lora: Tree, part: Part) -> None:
-    """Writes an adapter in our own layout, atomically."""
+    """Writes an adapter atomically in our own layout."""
     leaves = {name: np.asarray(leaf) for name, leaf in sorted(flatten_dict(lora, sep="/").items())}
     save_tensors(path, leaves, {"format": LORA_FORMAT, "network": part})
 
 
-# --- what it is used for ------------------------------------------------------------------------------
+# --- checks before use --------------------------------------------------------------------------------
 
 
 def check_rank(lora: Tree, rank: int, path: Path, flag: str) -> None:
-    """Compares the flag with the rank, the largest where modules differ.
+    """Compares a flag with the adapter's rank, the largest one if modules differ.
 
     Raises:
-      UserError: naming a module of that rank and the flag that would fit.
+      UserError: they differ; the message names a module of that rank and the value to pass.
     """
     ranks = lora_lib.modules(lora)
     module, largest = max(ranks.items(), key=lambda pair: pair[1])
@@ -220,29 +220,29 @@ def check_rank(lora: Tree, rank: int, path: Path, flag: str) -> None:
 
 
 def check_start(lora: Tree, like: Tree, path: Path) -> None:
-    """Checks that training can begin from an adapter: it has the modules and ranks of `like`, and no idle pairs.
+    """Checks that training can start from an adapter: it has the modules and ranks of `like`, and no idle pairs.
 
     Raises:
-      UserError: naming the modules.
+      UserError: it cannot; the message names the modules.
     """
     found, expected = lora_lib.modules(lora), lora_lib.modules(like)
     if found.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         raise UserError(
-            f"{path}: adapts other modules than are trained; missing: {listed(missing, 5) or 'none'}, extra: "
+            f"{path}: does not adapt the modules that are trained; missing: {listed(missing, 5) or 'none'}, extra: "
             f"{listed(extra, 5) or 'none'}"
         )
     if others := [f"{module} ({rank})" for module, rank in found.items() if rank != expected[module]]:
-        raise UserError(f"{path}: training needs one rank for all modules; others are in {listed(others, 5)}")
+        raise UserError(f"{path}: training needs one rank for all modules; different in {listed(others, 5)}")
     if idle := idle_modules(lora):
         raise UserError(
-            f"{path}: adapts only some layers, or some with a smaller rank, of {listed(idle, 5)}; training would not "
-            "reach the rest, so begin from a LoRA for all of them"
+            f"{path}: adapts only some layers of {listed(idle, 5)}, or some with a smaller rank; training could not reach "
+            "the rest, so start from a LoRA that adapts all layers equally"
         )
 
 
 def idle_modules(lora: Tree) -> list[str]:
-    """The modules with a rank that is zero in both halves, so that neither gets a gradient."""
+    """The modules with a component that is zero in both halves, so that neither half gets a gradient."""
     pairs, idle = flatten_dict(lora, sep="/"), []
     for module in lora_lib.modules(lora):
         a, b = np.asarray(pairs[f"{module}/a"]), np.asarray(pairs[f"{module}/b"])

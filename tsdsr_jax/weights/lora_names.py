@@ -1,8 +1,8 @@
-"""The names that tensors of a LoRA have in files of PEFT, diffusers and others: one meaning each, or refused.
+"""Tensor names in LoRA files of PEFT, diffusers and others; names with an unclear meaning are refused.
 
-Read are `MODULE.lora_A.weight` and `.lora_B.weight` of a module's two halves, with or without the adapter's name
-`default`, or `.lora_down.weight` and `.lora_up.weight`; and `MODULE.alpha`. Before that may stand `transformer.`,
-`base_model.model.` or both, one after the other.
+A module's pair is `MODULE.lora_A.weight` and `.lora_B.weight` (PEFT may insert its adapter's name, `default`), or
+`.lora_down.weight` and `.lora_up.weight`. `MODULE.alpha` may accompany it. Names may begin with `base_model.model.`,
+`transformer.` or both, in this order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAME = re.compile(
 _HALVES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _AUTOENCODER = re.compile(_PREFIXES + r"(encoder|decoder)[./]")
 
-# What other files are known by, and called in messages.
+# How to recognize other kinds of files, and what messages say about them.
 _OTHERS = (
     (r"lora_(unet|transformer)_.*", "is a LoRA with kohya's names, whose underscores hide where modules end"),
     (r"(text_encoder|lora_te|te\d).*", "adapts text encoders, too"),
@@ -40,7 +40,7 @@ class Names(NamedTuple):
     Attributes:
       tensors: `proj_out.lora_A.weight` -> the name in the file.
       alphas: `proj_out` -> the name of its alpha in the file.
-      keys: `proj_out` -> what PEFT compares its patterns with.
+      keys: `proj_out` -> the name that PEFT's patterns must match.
     """
 
     tensors: dict[str, str]
@@ -49,17 +49,22 @@ class Names(NamedTuple):
 
 
 def part_of(names: Iterable[str]) -> Literal["transformer", "vae"]:
-    """Which network an adapter file belongs to, by its module names, PEFT's or ours."""
+    """Which network a LoRA file belongs to, judging by its module names, PEFT's or ours."""
     return "vae" if any(_AUTOENCODER.match(name) for name in names) else "transformer"
 
 
 def understand(names: Iterable[str], source: object) -> Names:
-    """Raises UserError for names that mean something else or that two tensors share."""
+    """Finds out what each name means.
+
+    Raises:
+      UserError: a name is not that of a LoRA's tensor, or two names mean the same tensor.
+    """
     names = list(names)
-    refuse_others(names, source)
+    _refuse_others(names, source)
     found = Names({}, {}, {})
     for name in names:
         match = _NAME.fullmatch(name)
+        assert match is not None  # `_refuse_others` has refused those
         module, half = match["module"], match["half"]
         group, plain = (
             (found.tensors, f"{module}.lora_{_HALVES[half]}.weight") if half else (found.alphas, module)
@@ -67,12 +72,12 @@ def understand(names: Iterable[str], source: object) -> Names:
         if plain in group:
             raise UserError(f"{source}: {group[plain]} and {name} mean the same; keep one of them")
         group[plain] = name
-        # PEFT sees the names below the model that it wraps; "transformer." is otherwise diffusers' own.
+        # PEFT's patterns see names relative to the model that it wraps; without PEFT's prefix "transformer." is diffusers'.
         found.keys[module] = "transformer." + module if match["peft"] and match["inner"] else module
     return found
 
 
-def refuse_others(names: list[str], source: object) -> None:
+def _refuse_others(names: list[str], source: object) -> None:
     expected = "expected names like transformer.<module>.lora_A.weight, found"
     for pattern, what in _OTHERS:
         if these := [name for name in names if re.fullmatch(pattern, name)]:

@@ -1,7 +1,7 @@
-"""How strong a LoRA is: the factor on each module's A·B, as PEFT computes it.
+"""The strength of a LoRA: the factor on each module's A·B, as PEFT computes it.
 
-PEFT's alpha is not among the tensors. diffusers keeps it in the file's metadata, PEFT in `adapter_config.json` beside
-the file, others in a tensor `MODULE.alpha`. With none of them the factor is 1: alpha equals the rank, as TSD-SR's do.
+It follows from alpha, which diffusers stores in the file's metadata, PEFT in `adapter_config.json` beside the file, and
+others in tensors named `MODULE.alpha`. Without any of these the factor is 1: alpha equals the rank, as in TSD-SR's files.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ METADATA_KEY = "lora_adapter_metadata"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LARGEST = 3e38  # about float32's
 
-# Of LoraConfig as of PEFT 0.21: what the factors follow from.
+# Fields of PEFT 0.21's LoraConfig that determine the factors.
 _USED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-# What says nothing about the values: where the adapter came from, which modules it has, how it began and was trained.
+# Fields that do not change the result: where the adapter came from, its modules, its initialization and training.
 _HARMLESS = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
@@ -32,36 +32,37 @@ _HARMLESS = {
     *("megatron_core", "qalora_group_size"),
 }
 _NEUTRAL = {"peft_type": "LORA", "bias": "none"}
-# Beginnings that leave the base's weights as they were; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not.
+# Initializations that do not change the base's weights, as PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do.
 _INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 
 class Told(NamedTuple):
-    """What one place says of the strength: `factors` by module, and which place it is."""
+    """The factors by module that one place gives, and the name of that place for messages."""
 
     where: str
     factors: dict[str, float]
 
 
 def scalings(reader: TensorReader, names: Names, ranks: Mapping[str, int]) -> dict[str, float]:
-    """The factor of every module in `ranks`, which holds their ranks.
+    """The factor of every module in `ranks`, which maps modules to their ranks.
 
     Raises:
-      UserError: a place is damaged, does not fit the tensors, tells of what is no A·B, or contradicts another.
+      UserError: a description is damaged, does not fit the tensors, is of more than A·B, or contradicts another one.
     """
     told = [
-        Told(where, peft_factors(where, values, names.keys, ranks)) for where, values in descriptions(reader)
+        Told(where, _peft_factors(where, values, names.keys, ranks))
+        for where, values in _descriptions(reader)
     ]
     if names.alphas:
-        told.append(Told("its .alpha tensors", alpha_factors(reader, names, ranks)))
+        told.append(Told("its .alpha tensors", _alpha_factors(reader, names, ranks)))
     if not told:
         return dict.fromkeys(ranks, 1.0)
     for other in told[1:]:
-        refuse_contradiction(reader.source, told[0], other)
+        _refuse_contradiction(reader.source, told[0], other)
     return told[0].factors
 
 
-def refuse_contradiction(source: object, first: Told, second: Told) -> None:
+def _refuse_contradiction(source: object, first: Told, second: Told) -> None:
     for module, factor in first.factors.items():
         if not math.isclose(factor, second.factors[module], rel_tol=1e-6):
             raise UserError(
@@ -73,21 +74,21 @@ def refuse_contradiction(source: object, first: Told, second: Told) -> None:
 # --- PEFT's description -------------------------------------------------------------------------------
 
 
-def descriptions(reader: TensorReader) -> list[tuple[str, dict[str, Any]]]:
-    """(place, LoraConfig's values) of the file's metadata and of `adapter_config.json`, where they are."""
+def _descriptions(reader: TensorReader) -> list[tuple[str, dict[str, Any]]]:
+    """(place, LoraConfig's values) from the file's metadata and from `adapter_config.json`, if they exist."""
     found = []
     if METADATA_KEY in reader.metadata:
         where = f"{reader.source}: {METADATA_KEY}"
-        found.append((where, parsed(where, reader.metadata[METADATA_KEY])))
-    if config := config_beside(reader):
+        found.append((where, _parsed(where, reader.metadata[METADATA_KEY])))
+    if config := _config_beside(reader):
         found.append((str(config), read_json(config)))
     for where, values in found:
-        refuse_other_maths(where, values)
+        _refuse_other_maths(where, values)
     return found
 
 
-def config_beside(reader: TensorReader) -> Path | None:
-    """PEFT's description of this file; UserError where it may be another's."""
+def _config_beside(reader: TensorReader) -> Path | None:
+    """PEFT's description of this file; raises UserError if it may describe another file."""
     file, config = Path(reader.source), Path(reader.source).parent / PEFT_CONFIG
     if not config.is_file():
         return None
@@ -98,14 +99,14 @@ def config_beside(reader: TensorReader) -> Path | None:
     others = sorted(path.name for path in file.parent.glob("*.safetensors") if path.name != file.name)
     if others:
         raise UserError(
-            f"{config}: describes {file.name} or {listed(others, 3)}, which lie beside it; convert each LoRA with "
-            "convert/lora.py from a folder of its own"
+            f"{config}: may describe {file.name} or {listed(others, 3)}; put each LoRA into a folder of its own and "
+            "convert it with convert/lora.py"
         )
     return config
 
 
-def parsed(where: str, text: str) -> dict[str, Any]:
-    """The metadata's values, without diffusers' "transformer." before each key."""
+def _parsed(where: str, text: str) -> dict[str, Any]:
+    """The metadata's values, with diffusers' "transformer." removed from each key."""
     try:
         values = json.loads(text)
     except ValueError as error:
@@ -119,54 +120,54 @@ def parsed(where: str, text: str) -> dict[str, Any]:
     return {key.removeprefix("transformer."): value for key, value in values.items()}
 
 
-def refuse_other_maths(where: str, values: Mapping[str, Any]) -> None:
-    """Raises UserError for a setting that makes the result another than base + factor·A·B, or that may: an unknown one."""
+def _refuse_other_maths(where: str, values: Mapping[str, Any]) -> None:
+    """Raises UserError for a setting that changes, or if unknown may change, base + factor·A·B."""
     for key, value in values.items():
         if key in _USED or key in _HARMLESS or not value or value == _NEUTRAL.get(key):
             continue
         if key == "init_lora_weights" and str(value).lower() in _INITS:
             continue
         raise UserError(
-            f"{where}: has {key} = {str(value)[:60]}, and so is more than base + A·B; merge it into the base with PEFT"
+            f"{where}: has {key} = {str(value)[:60]}, so it is more than base + A·B; merge it into the base with PEFT"
         )
 
 
-def peft_factors(
+def _peft_factors(
     where: str, values: Mapping[str, Any], keys: Mapping[str, str], ranks: Mapping[str, int]
 ) -> dict[str, float]:
-    """PEFT's factor of each module: alpha / r, or alpha / √r with rslora, where patterns may change alpha and r."""
+    """PEFT's factor for each module: alpha / r, or alpha / √r with rslora; patterns may change alpha and r."""
     rooted = values.get("use_rslora") or False
     if not isinstance(rooted, bool):
         raise UserError(f"{where}: use_rslora is {rooted!r}; expected true or false")
     factors = {}
     for module, rank in ranks.items():
-        said = setting(where, values, "r", "rank_pattern", keys[module])
-        alpha = setting(where, values, "lora_alpha", "alpha_pattern", keys[module])
+        said = _setting(where, values, "r", "rank_pattern", keys[module])
+        alpha = _setting(where, values, "lora_alpha", "alpha_pattern", keys[module])
         if said != rank:
             raise UserError(f"{where}: says rank {said:g} for {module}, whose tensors have {rank}")
         factors[module] = alpha / (math.sqrt(rank) if rooted else rank)
     return factors
 
 
-def setting(where: str, values: Mapping[str, Any], name: str, patterns_name: str, key: str) -> float:
-    """A module's own value: the first pattern's that matches its name, or else the general one."""
+def _setting(where: str, values: Mapping[str, Any], name: str, patterns_name: str, key: str) -> float:
+    """A module's value: that of the first pattern that matches its name, or else the general one."""
     patterns = values.get(patterns_name) or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{where}: {patterns_name} is {patterns!r}; expected an object of names and numbers")
     for pattern, value in patterns.items():
-        # PEFT's rule: the whole name, or its end after a dot.
+        # PEFT's rule: a pattern must match the whole name, or its end after a dot.
         try:
             if re.match(rf"(.*\.)?({pattern})$", key):
-                return positive(where, f"{patterns_name}[{pattern!r}]", value)
+                return _positive(where, f"{patterns_name}[{pattern!r}]", value)
         except re.error as error:
-            raise UserError(f"{where}: {patterns_name} has {pattern!r}, no pattern ({error})") from None
-    return positive(where, name, patterns.get(key, values.get(name)))
+            raise UserError(f"{where}: {patterns_name} has {pattern!r}, not a pattern ({error})") from None
+    return _positive(where, name, patterns.get(key, values.get(name)))
 
 
 # --- tensors ------------------------------------------------------------------------------------------
 
 
-def alpha_factors(reader: TensorReader, names: Names, ranks: Mapping[str, int]) -> dict[str, float]:
+def _alpha_factors(reader: TensorReader, names: Names, ranks: Mapping[str, int]) -> dict[str, float]:
     """alpha / rank of each module."""
     missing = [module for module in ranks if module not in names.alphas]
     extra = [name for module, name in names.alphas.items() if module not in ranks]
@@ -175,17 +176,17 @@ def alpha_factors(reader: TensorReader, names: Names, ranks: Mapping[str, int]) 
             f"{reader.source}: expected an .alpha for every module or for none; without one: "
             f"{listed(missing, 3) or 'none'}; without a module: {listed(extra, 3) or 'none'}"
         )
-    return {module: alpha_of(reader, names.alphas[module]) / rank for module, rank in ranks.items()}
+    return {module: _alpha_of(reader, names.alphas[module]) / rank for module, rank in ranks.items()}
 
 
-def alpha_of(reader: TensorReader, name: str) -> float:
+def _alpha_of(reader: TensorReader, name: str) -> float:
     array = reader.read(name)
     if array.size != 1:
         raise UserError(f"{reader.source}: {name} is {array.shape}; expected one number")
-    return positive(str(reader.source), name, float(array.reshape(-1)[0]))
+    return _positive(str(reader.source), name, float(array.reshape(-1)[0]))
 
 
-def positive(where: str, name: str, value: Any) -> float:
+def _positive(where: str, name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST:
         raise UserError(f"{where}: {name} is {str(value)[:60]}; expected a number above 0")
     return float(value)

@@ -1,7 +1,7 @@
 """LPIPS weights: torchvision's and the lpips package's names → this library's parameters, and our own file.
 
 torchvision has the network (`features.0.weight`), the lpips package the lin layers (`lin0.model.1.weight`). The state
-dict of the package's whole module (`net.slice1.0.weight`, `lin0.model.1.weight`) is understood as well.
+dict of the package's whole module (`net.slice1.0.weight`, `lin0.model.1.weight`) can be read, too.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ TORCHVISION_FILES: dict[Network, str] = {"alex": "alexnet-owt-7be5be79.pth", "vg
 
 
 class LpipsLayout(NamedTuple):
-    """One kind of file.
+    """The layout of one kind of file.
 
     Attributes:
-      what: its content in words, with `{network}`.
-      rules: (our path, torch name): a regular expression for the whole path and what it becomes.
-      ignored: a regular expression for the names of tensors that LPIPS does not use; they may be there or not.
+      what: its content in words, with a placeholder `{network}`.
+      rules: (our path, torch name): a regular expression for the whole path and its replacement.
+      ignored: a regular expression for the names of tensors that LPIPS does not use; the file need not have them.
     """
 
     what: str
@@ -59,7 +59,7 @@ PACKAGE = LpipsLayout(
         (r"(slice\d)_(\d+)/bias", r"net.\1.\2.bias"),
         _LIN_RULE,
     ),
-    # The same lin layers once more, and constants that models/lpips.py has.
+    # Copies of the lin layers, and constants that models/lpips.py has itself.
     ignored=r"lins\.\d\.model\.1\.weight|scaling_layer\.(shift|scale)",
 )
 OWN = LpipsLayout("LPIPS over {network}", ((r".+", r"\g<0>"),), ignored=_NOTHING)
@@ -79,7 +79,7 @@ def param_shapes(network: Network) -> dict[str, tuple[int, ...]]:
 
 
 def entries(network: Network, layout: LpipsLayout) -> list[Entry]:
-    """The parameters that a kind of file holds, each with its tensor there."""
+    """The entries of the parameters that this kind of file holds."""
     found = []
     for path, shape in param_shapes(network).items():
         matches = [match.expand(name) for rule, name in layout.rules if (match := re.fullmatch(rule, path))]
@@ -103,10 +103,11 @@ class Tensors(NamedTuple):
 
 
 def read_leaves(tensors: Tensors, network: Network, layout: LpipsLayout) -> dict[str, np.ndarray]:
-    """Path -> float32 array of all that a file of this kind holds.
+    """Reads all parameters in a file of this kind: path -> float32 array.
 
     Raises:
-      UserError: tensors are missing, extra, misshapen or not finite, all of them named; or they are the other network's.
+      UserError: tensors are missing, extra, misshapen or not finite, and the message names all of them; or they belong to
+        the other network.
     """
     found = {name: spec for name, spec in tensors.specs.items() if not re.fullmatch(layout.ignored, name)}
     needed = entries(network, layout)
@@ -139,40 +140,41 @@ def _fits(found: Mapping[str, TensorSpec], network: Network, layout: LpipsLayout
 
 
 def read_torch_lpips(network: Network, backbone: Path, lin: Path | None = None) -> Tree:
-    """LPIPS's parameters from the files of the PyTorch world, `.pth` or safetensors.
+    """Reads LPIPS's parameters from PyTorch's files, `.pth` or safetensors.
 
     Args:
-      network: which one the files belong to.
+      network: the network that the files belong to.
       backbone: torchvision's file, or the state dict of the lpips package's whole module.
       lin: the package's file of lin layers; None if `backbone` is the whole module.
 
     Raises:
-      UserError: a file is missing, damaged or does not fit, torch is needed and not there, or `lin` is one file too
-        many or too few.
+      UserError: a file is missing, damaged or does not fit, torch is needed but not installed, or `lin` is missing or
+        superfluous.
     """
-    opened = open_torch_file(backbone, network)
+    opened = _open_torch_file(backbone, network)
     if any(name.startswith("net.slice") for name in opened.specs):
         if lin is not None:
-            raise UserError(f"{backbone}: holds the lin layers too; leave --lin {lin} out")
+            raise UserError(f"{backbone}: holds the lin layers, too; leave out --lin {lin}")
         return to_tree(read_leaves(opened, network, PACKAGE).items())
     leaves = read_leaves(opened, network, TORCHVISION)
     if lin is None:
         raise UserError(
             f"{backbone}: has no lin layers; pass the lpips package's weights/v0.1/{network}.pth as --lin"
         )
-    leaves |= read_leaves(open_torch_file(lin, network), network, LIN)
+    leaves |= read_leaves(_open_torch_file(lin, network), network, LIN)
     return to_tree(leaves.items())
 
 
-def open_torch_file(path: Path, network: Network) -> Tensors:
-    """Opens a safetensors file, or with torch's help a `.pth` file in its zip or its old format.
+def _open_torch_file(path: Path, network: Network) -> Tensors:
+    """Opens a safetensors file, or by means of torch a `.pth` file in its zip or its old format.
 
     Raises:
-      UserError: the file is missing or damaged, holds something else than named tensors, or torch is needed and not
-        installed.
+      UserError: the file is missing or damaged, holds anything but named tensors, or torch is needed but not installed.
     """
     if not path.is_file():
-        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get(network)}")
+        raise UserError(
+            f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get_lpips(network)}"
+        )
     if path.suffix == ".safetensors":
         reader = open_tensors(path)
         return Tensors(path, reader.specs, reader.read)
@@ -180,7 +182,7 @@ def open_torch_file(path: Path, network: Network) -> Tensors:
         import torch
     except ImportError:
         raise UserError(
-            f"{path}: reading it needs torch: pip install 'tsdsr_jax[convert]' (safetensors files need none)"
+            f"{path}: reading it needs torch: pip install 'tsdsr_jax[convert]' (safetensors files do not)"
         ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -189,34 +191,32 @@ def open_torch_file(path: Path, network: Network) -> Tensors:
             f"{path}: not a readable file of torch.save ({first_line(error)}); it may be truncated, download it again"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(
-            f"{path}: expected a state dict, that is, tensors by name; check that it is the right file"
-        )
-    # Through float32, the type of our parameters: NumPy has no bfloat16.
+        raise UserError(f"{path}: expected a state dict, tensors by name; check that it is the right file")
+    # As float32, the type of our parameters, because NumPy has no bfloat16.
     arrays = {str(name): tensor.detach().float().numpy() for name, tensor in state.items()}
     specs = {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}
     return Tensors(path, specs, arrays.__getitem__)
 
 
-def how_to_get(network: Network, output: Path | None = None) -> str:
-    """Where the weights come from, and the command that makes our file of them."""
+def how_to_get_lpips(network: Network, output: Path | None = None) -> str:
+    """Says where the weights come from, and gives the command that makes our file of them."""
     backbone, output = TORCHVISION_FILES[network], output or Path(f"lpips_{network}.safetensors")
     flags = {"network": network, "backbone": backbone, "lin": f"{network}.pth", "output": output}
     return (
-        f"LPIPS is made from two files, torchvision's {backbone} (https://download.pytorch.org/models/{backbone})"
-        f" and lin layers, lpips/weights/v0.1/{network}.pth of https://github.com/richzhang/PerceptualSimilarity;"
-        f" with both in this folder:\n  {command('convert/lpips.py', **flags)}"
+        f"LPIPS is made from two files: torchvision's {backbone} (https://download.pytorch.org/models/{backbone})"
+        f" and the lin layers, lpips/weights/v0.1/{network}.pth of https://github.com/richzhang/PerceptualSimilarity."
+        f" With both in this folder, run\n  {command('convert/lpips.py', **flags)}"
     )
 
 
 def save_lpips(path: Path, network: Network, params: Tree) -> None:
-    """Writes our own file, atomically."""
+    """Writes our own file atomically."""
     leaves = {name: np.asarray(leaf) for name, leaf in sorted(flatten_dict(params, sep="/").items())}
     save_tensors(path, leaves, {"format": FORMAT, "network": network})
 
 
 def load_lpips(path: Path) -> tuple[Network, Tree]:
-    """Reads a file that `convert/lpips.py` wrote: `LPIPS(network).apply({"params": params}, first, second)`.
+    """Reads a file that `convert/lpips.py` wrote, for `LPIPS(network).apply({"params": params}, first, second)`.
 
     Returns:
       (network, params): "alex" or "vgg", and float32 host arrays.
@@ -227,11 +227,11 @@ def load_lpips(path: Path) -> tuple[Network, Tree]:
     guess: Network = "vgg" if "vgg" in path.name.lower() else "alex"
     if not path.is_file():
         raise UserError(
-            f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get(guess, path)}"
+            f"{path}: {'is a folder' if path.is_dir() else 'not found'}; {how_to_get_lpips(guess, path)}"
         )
     reader = open_tensors(path)
     network = reader.metadata.get("network")
     if reader.metadata.get("format") != FORMAT or network not in SLICES:
-        raise UserError(f"{path}: not a file that convert/lpips.py wrote; {how_to_get(guess)}")
+        raise UserError(f"{path}: not a file that convert/lpips.py wrote; {how_to_get_lpips(guess)}")
     tensors = Tensors(path, reader.specs, reader.read)
     return network, to_tree(read_leaves(tensors, network, OWN).items())

@@ -1,13 +1,12 @@
-"""Prompt embeddings on disk: what the transformer reads instead of a text.
+"""Prompt embeddings on disk, which the transformer reads instead of a text.
 
-Legend: `S` text tokens (333 = 77 CLIP + 256 T5), `D` the transformer's `joint_attention_dim` (4096), `P` its
-`pooled_projection_dim` (2048). Two layouts of a folder are read:
+Axes: S text tokens (333 = 77 CLIP + 256 T5), D the transformer's `joint_attention_dim` (4096), P its
+`pooled_projection_dim` (2048). A folder may have two layouts:
 
 - ours: `prompt.safetensors` with `prompt_embeds` (S, D) and `pooled_embeds` (P,);
-- the released TSD-SR's: `prompt_embeds.pt` (1, S, D) and `pool_embeds.pt` (1, P), read without torch.
+- that of the released TSD-SR: `prompt_embeds.pt` (1, S, D) and `pool_embeds.pt` (1, P), read without torch.
 
-No torch and no jax here. `text_encoders.py` makes embeddings from texts, `convert/prompts.py` is the command
-line.
+This module needs neither torch nor jax. `text_encoders.py` encodes texts; `convert/prompts.py` is the command.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.weights.tensor_files import open_tensors, save_tensors
 from tsdsr_jax.weights.torch_pickle import read_tensor
 
-# The text behind the embeddings that the authors ship (SPEC §6). The misspelling belongs to it: it is an
-# input.
+# The text whose embeddings the authors ship. The misspelling is part of the input.
 DEFAULT_PROMPT = (
     "Cinematic, High Contrast, highly detailed, taken using a Canon EOS R camera, "
     "hyper detailed photo - realistic maximum detail, 32k, Color Grading, ultra HD, extrememeticulous "
@@ -42,7 +40,7 @@ _FLOATS = tuple(np.dtype(kind) for kind in (np.float16, ml_dtypes.bfloat16, np.f
 
 @dataclass(frozen=True, eq=False)
 class PromptEmbeds:
-    """One text as SD3's encoders see it. Both arrays keep the dtype they were stored in.
+    """A text as SD3's encoders see it. Both arrays keep their stored dtype.
 
     Attributes:
         prompt: (S, D), one row per token.
@@ -54,11 +52,10 @@ class PromptEmbeds:
 
 
 def load_prompt_embeds(path: str | os.PathLike[str]) -> PromptEmbeds:
-    """Reads a folder in either layout (ours first), or a single `.safetensors` file such as training uses.
+    """Reads a folder in either layout (ours takes precedence), or a single `.safetensors` file.
 
     Raises:
-        UserError: nothing there, a file missing or unreadable, a wrong rank or dtype, a value that is not
-        finite.
+        UserError: a file is missing or unreadable, or an array has a wrong rank or dtype or is not finite.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".safetensors":
@@ -76,10 +73,7 @@ def check_widths(
     pooled_dim: int,
     source: str | os.PathLike[str] = "the prompt embeddings",
 ) -> None:
-    """Raises UserError unless D and P of `embeds` are the transformer's `joint_dim` and `pooled_dim`.
-
-    `source` is where the embeddings come from: the message starts with it.
-    """
+    """Raises UserError unless `joint_dim` and `pooled_dim` are D and P of the embeddings; the message names `source`."""
     found = embeds.prompt.shape[-1], embeds.pooled.shape[-1]
     if found != (joint_dim, pooled_dim):
         raise UserError(
@@ -92,21 +86,19 @@ def check_widths(
 def save_prompt_embeds(
     folder_or_file: str | os.PathLike[str], embeds: PromptEmbeds, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes one embedding, so that a reader sees the whole file or the one that was there before.
+    """Writes an embedding atomically.
 
     Args:
-        folder_or_file: a name ending in `.safetensors` is the file itself, any other a folder for
-            `prompt.safetensors`. Folders are made.
-        embeds: what to write, in its own dtype.
-        metadata: for the file's header, by convention `text` (where known) and `encoder` (where it comes
-        from).
+        folder_or_file: the file, if it ends in `.safetensors`; otherwise a folder for `prompt.safetensors`. Folders are
+            created.
+        embeds: written in their own dtypes.
+        metadata: for the file's header; by convention `text`, if known, and `encoder`, its origin.
 
     Returns:
         The path of the file.
 
     Raises:
-        UserError: the embedding has a wrong rank or dtype or a value that is not finite, or the place is not
-        writable.
+        UserError: an array has a wrong rank or dtype or is not finite, or the file cannot be written.
     """
     file = target_file(folder_or_file)
     _check(embeds, str(file))
@@ -115,13 +107,13 @@ def save_prompt_embeds(
 
 
 def target_file(folder_or_file: str | os.PathLike[str]) -> Path:
-    """The file that `save_prompt_embeds` writes for this argument."""
+    """The file that `save_prompt_embeds` writes."""
     path = Path(folder_or_file)
     return path if path.suffix == ".safetensors" else path / SAFETENSORS_NAME
 
 
 def refuse_existing(files: Iterable[Path], overwrite: bool) -> None:
-    """Raises UserError naming the files that are already there, unless they may be overwritten."""
+    """Raises UserError, naming the files that exist already, unless they may be overwritten."""
     present = [] if overwrite else [str(file) for file in files if file.exists()]
     if present:
         raise UserError(f"already there: {listed(present)}. Pass --overwrite or another --output.")
@@ -130,21 +122,22 @@ def refuse_existing(files: Iterable[Path], overwrite: bool) -> None:
 def convert_torch_embeds(
     source: str | os.PathLike[str], output: str | os.PathLike[str], overwrite: bool = False
 ) -> list[Path]:
-    """Turns the released code's `.pt` embeddings into safetensors. What is there and what is in the way is checked before
-    the first write, each file's content before it is written.
+    """Converts the released code's `.pt` embeddings to safetensors.
+
+    Missing and existing files are found before the first write; each file's content is checked before it is written.
 
     Args:
-        source: a folder with `prompt_embeds.pt` and `pool_embeds.pt`, which becomes
-            `output/prompt.safetensors`; or a training folder with `prompt_embeds/*.pt` and
-            `pool_embeds/*.pt`, in which every pair of one name becomes `output/<name>.safetensors`.
-        output: the folder to write into.
-        overwrite: replace files that exist.
+        source: a folder with `prompt_embeds.pt` and `pool_embeds.pt`, which become `output/prompt.safetensors`; or a
+            training folder with `prompt_embeds/*.pt` and `pool_embeds/*.pt`, of which each pair with the same name
+            becomes `output/<name>.safetensors`.
+        output: the folder to write to.
+        overwrite: replace existing files.
 
     Returns:
-        The files written, in order.
+        The written files, in order.
 
     Raises:
-        UserError: a file missing, without its partner, unreadable or already there.
+        UserError: a file is missing, lacks its partner, is unreadable or exists already.
     """
     source, output = Path(source), Path(output)
     if not source.is_dir():
@@ -175,20 +168,20 @@ _EXPECTED = (
 
 
 def read_text(file: Path) -> str:
-    """A prompt from a text file.
+    """Reads a prompt from a text file.
 
     Raises:
-        UserError: it cannot be read as UTF-8.
+        UserError: the file cannot be read as UTF-8.
     """
     try:
-        # Some editors begin a file with a byte-order mark, which is no part of a prompt.
+        # Some editors begin a file with a byte-order mark, which is not part of the prompt.
         return file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as UTF-8 text ({error}).") from error
 
 
 def _pairs(prompt_folder: Path, pooled_folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Pairs the `.pt` files of two folders by stem, in order of their names."""
+    """Pairs the `.pt` files of two folders by stem, sorted by name."""
     prompts, pooled = (
         {file.stem: file for file in folder.glob("*.pt")} for folder in (prompt_folder, pooled_folder)
     )
@@ -231,7 +224,7 @@ def _read_safetensors(file: Path) -> PromptEmbeds:
 
 
 def _without_batch(array: np.ndarray, rank: int) -> np.ndarray:
-    """Drops a leading axis of 1 from an array of one axis more than `rank`; leaves any other as it is."""
+    """Drops a leading axis of length 1 if the array has one axis more than `rank`."""
     return array[0] if array.ndim == rank + 1 and array.shape[0] == 1 else array
 
 

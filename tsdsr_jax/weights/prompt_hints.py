@@ -1,4 +1,4 @@
-"""What to do where a prompt's embedding is missing."""
+"""Tells the user what to do about a missing prompt embedding."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PROMPT_ENCODERS = ("prompt_dtype", "prompt_device")
 
 
 def encoding(options: Any, prompt: Literal["default", "null"], folder: Path) -> str | None:
-    """The command that makes a prompt's embedding as the options encode texts; None where no text encoders are at hand."""
+    """The command that makes a prompt's embedding with the options' settings; None if there are no text encoders."""
     flags = given(options, *MODEL, *ENCODERS)
-    # What train/prepare.py calls otherwise.
+    # train/prepare.py has other names for these.
     flags |= {name.removeprefix("prompt_"): value for name, value in given(options, *PROMPT_ENCODERS).items()}
     flags["pretrained_model_name_or_path"] = model = (
         getattr(options, "text_encoder_path", None) or options.pretrained_model_name_or_path
@@ -28,7 +28,7 @@ def encoding(options: Any, prompt: Literal["default", "null"], folder: Path) -> 
 
 
 def how_to_encode(options: Any, prompt: Literal["default", "null"], folder: Path) -> str:
-    """What to do where a prompt's embedding is missing; a sentence."""
+    """A sentence that says what to do about a missing prompt embedding."""
     if made := encoding(options, prompt, folder):
         return f"Make it with: {made}"
-    return f"{options.pretrained_model_name_or_path} has no text encoders to make it with: give an embedding that fits it."
+    return f"{options.pretrained_model_name_or_path} has no text encoders to make it with: pass an embedding that fits it."

@@ -1,8 +1,8 @@
 """Checkpoints on disk: diffusers folders, hub ids and folders written by `convert/sd3.py`.
 
-A converted folder looks like the diffusers folder it came from (`transformer/config.json`, `vae/config.json`, ...), but
-its weights are `params.safetensors`, already laid out and stacked as this library uses them. Where LoRAs were merged into
-the weights, `merged.json` names their files.
+A converted folder looks like the diffusers folder that it came from (`transformer/config.json`, `vae/config.json`, ...),
+but its weights are in `params.safetensors`, laid out and stacked as this library uses them. If LoRAs were merged into the
+weights, `merged.json` names their files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,11 @@ from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec, find_weight
 Part = Literal["transformer", "vae"]
 PARTS: tuple[Part, ...] = ("transformer", "vae")
 
+ConfigClass = TypeVar("ConfigClass", MMDiTConfig, VAEConfig)
+
 TORCH_STEM = "diffusion_pytorch_model"
 PARAMS_FILE = "params.safetensors"
 MERGED_FILE = "merged.json"
-_CONFIG_CLASSES = {"transformer": MMDiTConfig, "vae": VAEConfig}
 _TORCH_CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
 
 
@@ -46,7 +47,7 @@ class NetworkFiles:
 
     Attributes:
       folder: `CHECKPOINT/transformer` or `CHECKPOINT/vae`.
-      part: which of the two.
+      part: which of the two networks.
       variant: file-name variant of torch weights, such as "fp16".
     """
 
@@ -56,14 +57,21 @@ class NetworkFiles:
 
     @cached_property
     def config(self) -> Config:
-        """Raises UserError where `config.json` is missing, damaged, or describes another kind of model."""
+        """The sizes in `config.json`.
+
+        Raises:
+          UserError: the file is missing, damaged, or describes another kind of model.
+        """
+        return self._read_config(MMDiTConfig) if self.part == "transformer" else self._read_config(VAEConfig)
+
+    def _read_config(self, config_class: type[ConfigClass]) -> ConfigClass:
         path = self.folder / "config.json"
         values = read_json(path)
         class_name = values.get("_class_name", _TORCH_CLASSES[self.part])
         if class_name != _TORCH_CLASSES[self.part]:
             raise UserError(f"{path}: describes a {class_name}; expected a {_TORCH_CLASSES[self.part]}")
         try:
-            return _CONFIG_CLASSES[self.part].from_dict(values)
+            return config_class.from_dict(values)
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -82,17 +90,17 @@ class NetworkFiles:
         """Path, shape and stored dtype of every parameter, checked against the config.
 
         Raises:
-          UserError: missing, extra or misshapen tensors, all of them named.
+          UserError: tensors are missing, extra or misshapen; the message names all of them.
         """
         if not self.is_converted:
-            torch_names.check_base(self.reader, self.config)
+            torch_names.check_base_tensors(self.reader, self.config)
             return torch_names.base_specs(self.reader, self.config)
         expected = {entry.path: entry.shape for entry in torch_names.base_entries(self.config)}
         torch_names.check_names(self.reader.specs, expected, self.reader.source)
         return {path: self.reader.specs[path] for path in expected}
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, array in the stored dtype), in the order of `specs`, one at a time."""
+        """Yields (path, array in the stored dtype) one at a time, in the order of `specs`."""
         if not self.is_converted:
             return torch_names.read_base(self.reader, self.config)
         return ((path, self.reader.read(path)) for path in self.specs)
@@ -101,7 +109,7 @@ class NetworkFiles:
         """Reads every tensor once.
 
         Raises:
-          UserError: some have values that are NaN or infinite, by torch's names in either layout.
+          UserError: there are NaNs or infinities; the message names the tensors, in either layout by torch's names.
         """
         if self.is_converted:
             entries = torch_names.base_entries(self.config)
@@ -119,20 +127,20 @@ class NetworkFiles:
         progress: Callable[[int], object] = lambda size: None,
         on_host: bool = False,
     ) -> Tree:
-        """Loads all parameters, one leaf at a time, merging an adapter on the way.
+        """Loads all parameters one leaf at a time, and merges an adapter into them.
 
         Args:
-          dtype: what the parameters are kept in.
-          lora: merged in float32 before the cast to `dtype`.
+          dtype: of the result.
+          lora: adapter to merge, in float32 before the cast to `dtype`.
           lora_scale: factor on the adapter.
-          put: (path, host array as stored) -> device array, to choose devices.
-          progress: called with the number of values of each leaf that has been loaded.
-          on_host: give NumPy arrays, as stored where nothing is merged into them; what is comes to a device on the way, a
-            layer at a time.
+          put: (path, host array as stored) -> device array; chooses the device.
+          progress: called with each leaf's number of values after it is loaded.
+          on_host: return NumPy arrays, in the stored dtype unless an adapter is merged into them. The merging itself is
+            done on a device, layer by layer.
 
         Raises:
-          UserError: the weights do not fit the config, or have values that are NaN or infinite. A converted folder's
-            values were looked at when it was converted.
+          UserError: the weights do not fit the config, or have NaNs or infinities. Values of a converted folder were
+            checked when it was converted and are not checked again.
         """
         pairs = flatten_dict(lora or {}, sep="/")
 
@@ -140,25 +148,41 @@ class NetworkFiles:
             pair = lora_lib.pair_of(pairs, path)
             if pair is None:
                 return array if on_host else put(path, array).astype(dtype)
-            pair = [np.asarray(half, np.float32) for half in pair]
+            a, b = (np.asarray(half, np.float32) for half in pair)
 
             def merged(*parts: np.ndarray) -> jax.Array:
-                parts = (put(path, part) for part in parts)
-                return lora_lib.merge_kernel(*parts, factor=lora_scale, dtype=jnp.dtype(dtype))
+                kernel, *halves = (put(path, part) for part in parts)
+                return lora_lib.merge_kernel(kernel, *halves, factor=lora_scale, dtype=jnp.dtype(dtype))
 
             if on_host and array.ndim == 3:  # a run's layers, one at a time
-                return np.stack([np.asarray(merged(*layer)) for layer in zip(array, *pair, strict=True)])
-            return np.asarray(merged(array, *pair)) if on_host else merged(array, *pair)
+                return np.stack([np.asarray(merged(*layer)) for layer in zip(array, a, b, strict=True)])
+            return np.asarray(merged(array, a, b)) if on_host else merged(array, a, b)
 
         loaded, broken = [], []
         for entry, (path, array) in zip(torch_names.base_entries(self.config), self.leaves(), strict=True):
             if not self.is_converted:
                 broken += entry.broken(array)
-            if not broken:  # or else the rest is only looked at
+            if not broken:  # otherwise the rest is only checked
                 loaded.append((path, leaf_of(path, array)))
             progress(array.size)
         refuse_broken(self.reader.source, broken)
         return torch_names.to_tree(loaded)
+
+
+class TransformerFiles(NetworkFiles):
+    """`CHECKPOINT/transformer`."""
+
+    @cached_property
+    def config(self) -> MMDiTConfig:
+        return self._read_config(MMDiTConfig)
+
+
+class VAEFiles(NetworkFiles):
+    """`CHECKPOINT/vae`."""
+
+    @cached_property
+    def config(self) -> VAEConfig:
+        return self._read_config(VAEConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +192,19 @@ class Checkpoint:
     folder: Path
     variant: str | None = None
 
+    @overload
+    def network(self, part: Literal["transformer"]) -> TransformerFiles: ...
+    @overload
+    def network(self, part: Literal["vae"]) -> VAEFiles: ...
+    @overload
+    def network(self, part: Part) -> NetworkFiles: ...
     def network(self, part: Part) -> NetworkFiles:
-        return NetworkFiles(self.folder / part, part, self.variant)
+        files = TransformerFiles if part == "transformer" else VAEFiles
+        return files(self.folder / part, part, self.variant)
 
     @property
     def merged(self) -> tuple[str, ...]:
-        """Files of the LoRAs in these weights, which make them a finished upscaler; none: a base.
+        """Files of the LoRAs merged into these weights, which make the model a finished upscaler; a base has none.
 
         Raises:
           UserError: the file that names them is damaged.
@@ -188,11 +219,11 @@ class Checkpoint:
 
     @property
     def longest_side(self) -> int:
-        """Of an image, in pixels, that the transformer has positions for."""
+        """The longest side, in pixels, of an image that the transformer has positions for."""
         return LATENT_FACTOR * PATCH_SIZE * self.network("transformer").config.pos_embed_max_size
 
     def shift(self) -> float:
-        """The noise schedule's shift, of `scheduler/scheduler_config.json`; SD3's 3 where there is none.
+        """The noise schedule's shift in `scheduler/scheduler_config.json`; 3, as SD3's, without such a file.
 
         Raises:
           UserError: the file is damaged or describes another kind of schedule.
@@ -204,36 +235,35 @@ class Checkpoint:
         if values.get("num_train_timesteps", 1000) != 1000 or not isinstance(
             values.get("shift", 3.0), int | float
         ):
-            raise UserError(
-                f"{path}: expected num_train_timesteps 1000 and a number as shift, as SD3 has them"
-            )
+            raise UserError(f"{path}: expected num_train_timesteps 1000 and a number for shift, as in SD3")
         return float(values.get("shift", 3.0))
 
 
 def check_fit(transformer: NetworkFiles, vae: NetworkFiles) -> None:
-    """Raises UserError for two networks not made for each other, or not for super-resolution on SD3's latents."""
+    """Raises UserError unless the two networks fit each other and SD3's latents."""
+    assert isinstance(transformer.config, MMDiTConfig) and isinstance(vae.config, VAEConfig)
     found = vae.config.latent_channels, vae.config.factor, transformer.config.patch_size
     wanted = transformer.config.in_channels, LATENT_FACTOR, PATCH_SIZE
     if found != wanted or transformer.config.out_channels != transformer.config.in_channels:
         raise UserError(
-            f"{transformer.folder.parent}: expected {wanted[0]} latent channels, {wanted[1]} pixels a latent and patches of "
-            f"{wanted[2]}; the autoencoder has {found[0]} and {found[1]}, the transformer patches of {found[2]} and "
+            f"{transformer.folder.parent}: expected {wanted[0]} latent channels, {wanted[1]} pixels per latent and patches "
+            f"of {wanted[2]}; the autoencoder has {found[0]} and {found[1]}, the transformer patches of {found[2]} and "
             f"{transformer.config.out_channels} channels out"
         )
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None, variant: str | None = None) -> Checkpoint:
-    """A checkpoint by folder or hub id; a hub id is downloaded into huggingface_hub's cache.
+    """Opens a checkpoint by its folder or hub id; a hub id is downloaded into huggingface_hub's cache.
 
     Raises:
-      UserError: no such folder, and not a hub id that can be fetched; or a folder without transformer/ and vae/.
+      UserError: there is no such folder and no such hub id, or the folder lacks transformer/ or vae/.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
         folder = _download(str(name), revision, variant)
     if folder.name in PARTS and (folder.parent / PARTS[0]).is_dir() and not (folder / PARTS[0]).is_dir():
         raise UserError(
-            f"{folder}: is one network of a checkpoint; give the folder around it, {folder.parent}"
+            f"{folder}: is one network of a checkpoint; pass the whole checkpoint, {folder.parent}"
         )
     for part in PARTS:
         if not (folder / part / "config.json").is_file():
@@ -269,24 +299,24 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
     try:
         folder = fetch(weights)
         if variant is None and not any(folder.glob("*/*.safetensors")):
-            # The repository has variants only; `find_weights` takes the one there is, or names the choice.
+            # The repository has only variants; `find_weights` takes a single one, or lists the choices.
             folder = fetch([f"{TORCH_STEM}.*.safetensors", f"{TORCH_STEM}*-of-*.safetensors"])
         return folder
     except GatedRepoError:
         raise UserError(
-            f"{repo_id}: the repository is gated; accept its licence on its page, then log in with `hf auth login`"
+            f"{repo_id}: the repository is gated; accept its license on its page, then log in with `hf auth login`"
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"{repo_id}: has no revision {revision!r}; see --revision") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"{repo_id}: neither a folder here nor a repository on the hub") from None
-    except Exception as error:  # the hub's client lets its HTTP library's errors through
+        raise UserError(f"{repo_id}: neither a folder nor a repository on the hub") from None
+    except Exception as error:  # the hub's client does not catch errors of its HTTP library
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{repo_id}: no such folder, and fetching it from the hub failed: {reason}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError where the file is missing or holds something else."""
+    """Reads a JSON object; raises UserError if the file is missing or holds something else."""
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
@@ -299,7 +329,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def torch_config(config: Config) -> dict[str, Any]:
-    """What diffusers expects in `config.json` for this network."""
+    """The `config.json` that diffusers expects for this network."""
     values = dataclasses.asdict(config)
     if isinstance(config, MMDiTConfig):
         return {"_class_name": _TORCH_CLASSES["transformer"], **values}

@@ -1,4 +1,4 @@
-"""Safetensors files, read lazily and written tensor by tensor, so that a checkpoint never has to fit in memory."""
+"""Safetensors files, read lazily and written tensor by tensor, so that a checkpoint need not fit into memory."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class TensorSpec(NamedTuple):
 
 
 class TensorReader:
-    """The tensors of one or several safetensors files under one roof.
+    """The tensors of one or several safetensors files.
 
     Attributes:
       source: the file, or the index of the shards; for messages.
       specs: name -> shape and dtype of every tensor.
-      metadata: the (first) file's string metadata.
+      metadata: the first file's string metadata.
     """
 
     def __init__(self, source: Path, files: Iterable[Path]):
-        """Opens all files; reads headers only.
+        """Opens all files and reads their headers.
 
         Raises:
           UserError: a file is missing, damaged, holds an unknown dtype, or two files hold the same tensor.
@@ -64,9 +64,9 @@ class TensorReader:
         try:
             handle = safe_open(path, framework="np")
         except (SafetensorError, OSError) as error:
-            if is_lfs_pointer(path):
+            if _is_lfs_pointer(path):
                 raise UserError(
-                    f"{path}: is a Git LFS pointer, not the file it stands for; fetch that with `git lfs pull`"
+                    f"{path}: is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
                 ) from None
             raise UserError(
                 f"{path}: not a readable safetensors file ({error}); it may be truncated"
@@ -84,24 +84,24 @@ class TensorReader:
             self._owners[name], self._paths[name] = handle, path
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, as stored."""
+        """Reads the tensor in its stored dtype."""
         return self._owners[name].get_tensor(name)
 
     def view(self, name: str) -> np.ndarray:
-        """The tensor where it lies in the file, read-only: to look at every value, several times as fast as `read`."""
+        """Maps the tensor from its file, read-only; to look at every value this is several times as fast as `read`."""
         path, spec = self._paths[name], self.specs[name]
         if path not in self._starts:
-            self._starts[path] = data_starts(path)
+            self._starts[path] = _data_starts(path)
         if 0 in spec.shape:
             return np.empty(spec.shape, spec.dtype)
         size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
-        # A map for each tensor, so that no more than one counts as this process's memory.
+        # One map per tensor, so that only one at a time counts as this process's memory.
         data = np.memmap(path, np.uint8, "r", self._starts[path][name], (size,))
         return data.view(np.ndarray).view(spec.dtype).reshape(spec.shape)
 
 
-def data_starts(path: Path) -> dict[str, int]:
-    """Where in a safetensors file each tensor begins."""
+def _data_starts(path: Path) -> dict[str, int]:
+    """Where each tensor begins in a safetensors file."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -109,8 +109,8 @@ def data_starts(path: Path) -> dict[str, int]:
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a clone without Git LFS left its note in place of a large file."""
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is the placeholder that a clone without Git LFS has for a large file."""
     try:
         with open(path, "rb") as file:
             return file.read(len(_LFS_START)) == _LFS_START
@@ -119,7 +119,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def open_tensors(path: Path) -> TensorReader:
-    """Opens one safetensors file, or the shards a `*.index*.json` names."""
+    """Opens a safetensors file, or the shards that a `*.index*.json` names."""
     if path.suffix != ".json":
         return TensorReader(path, [path])
     try:
@@ -130,13 +130,13 @@ def open_tensors(path: Path) -> TensorReader:
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
-    """The weights file, or shard index, of one model folder.
+    """Finds the weights file, or the index of shards, in a model's folder.
 
-    Looks for `stem.safetensors`, sharded files with an index, and the same with a variant such as `fp16` in the name.
-    Without a variant asked for, a folder that has just one variant serves it.
+    Looks for `stem.safetensors` or an index, with the variant in the name if one is given. Without a given variant, the
+    only variant in the folder will do.
 
     Raises:
-      UserError: none is there, several variants are, or only pickled weights.
+      UserError: there is none, only pickled weights, or a choice of several variants.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a diffusers checkpoint has transformer/ and vae/ in it")
@@ -176,7 +176,7 @@ def write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file one tensor at a time; the file appears under its name only when complete.
+    """Writes a safetensors file one tensor at a time; the file gets its name when it is complete.
 
     Args:
       path: the file; parent folders are created.
@@ -186,7 +186,7 @@ def write_tensors(
 
     Raises:
       UserError: the file cannot be written.
-      ValueError: `tensors` does not yield what `specs` announced.
+      ValueError: `tensors` does not yield what `specs` announces.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata or {})}
     offset = 0

@@ -1,18 +1,16 @@
-"""Encodes texts with SD3's three text encoders, in PyTorch: the one thing here that JAX does not do.
+"""Encodes texts with SD3's three text encoders, in PyTorch: the only step that JAX does not do here.
 
-Legend: `S` tokens, `W1` and `W2` the hidden widths of the two CLIP encoders, `D` T5's width, `N` texts.
+Axes: N texts, S tokens, W1 and W2 the hidden widths of the two CLIP encoders, D T5's width.
 
     one text -> CLIP-L, 77 tokens:  penultimate states (77, W1), projected pooled state (P1,)
              -> CLIP-G, 77 tokens:  penultimate states (77, W2), projected pooled state (P2,)
-             -> T5, 256 tokens:     last states (256, D), no attention mask: padding tokens are attended to
+             -> T5, 256 tokens:     last states (256, D), without an attention mask, so padding tokens count
     prompt = [CLIP-L | CLIP-G | zeros up to D] over [T5] -> (77 + 256, D);   pooled = [P1 | P2]
 
-This is how Stable Diffusion 3 was conditioned; `tests/weights/test_prompts.py` compares it with diffusers' SD3
-pipeline. The encoders are loaded one after another, each freed before the next, so that T5-XXL (9.5 GB in 16
-bits) is alone.
+Stable Diffusion 3 was conditioned like this; `tests/weights/test_prompts.py` compares the result with diffusers' SD3
+pipeline. Each encoder is freed before the next is loaded, so that T5-XXL (9.5 GB in 16 bits) is alone in memory.
 
-torch and transformers are needed (`pip install 'tsdsr_jax[convert]'`) and imported only when something is
-encoded.
+It needs torch and transformers (`pip install 'tsdsr_jax[convert]'`) and imports them only to encode.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 _CLIPS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 _T5 = ("tokenizer_3", "text_encoder_3")
-# transformers 5 builds an almost empty vocabulary when the files are missing, so they are looked for first.
+# transformers 5 makes an almost empty vocabulary if these files are missing, so they are checked first.
 _TOKENIZER_FILES = {
     "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "tokenizer_2": (("tokenizer.json",), ("vocab.json", "merges.txt")),
@@ -63,10 +61,10 @@ class EncoderOptions:
         dtype: of the weights, the computation and the result.
         device: a torch device: `cpu`, `cuda` or `cuda:N`.
         max_sequence_length: T5 tokens, including the end token, 1 to 512. TSD-SR uses 256.
-        batch_size: texts per forward pass. Results differ by rounding at most: all texts have one length.
-        use_t5: False leaves T5 out; its part of the result is zeros, as SD3's pipeline does it.
-        variant: which weight files to read, `fp16` for `model.fp16.safetensors`; None takes the plain ones,
-            or the only ones there are.
+        batch_size: texts per forward pass. It changes results only by rounding, because all texts have the same length.
+        use_t5: False leaves out T5 and uses zeros in its place, as SD3's pipeline does.
+        variant: of the weight files, such as `fp16` for `model.fp16.safetensors`; None: the plain ones, or the only
+            ones.
     """
 
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
@@ -94,9 +92,8 @@ def encode_prompts(
 
     Args:
         folder: holds `tokenizer`, `tokenizer_2`, `tokenizer_3`, `text_encoder`, `text_encoder_2` and
-            `text_encoder_3`. Where `model_index.json` says that there is no `text_encoder_3`, or with
-            `use_t5=False`, the two T5 folders are not needed, but `transformer/config.json` is: it has the
-            width of the zeros.
+            `text_encoder_3`. If `model_index.json` says that there is no `text_encoder_3`, or with `use_t5=False`, the
+            two T5 folders are not needed, but `transformer/config.json` is, because it has the width of the zeros.
         texts: any number; the empty string is SD3's null prompt.
         options: see `EncoderOptions`.
 
@@ -104,17 +101,17 @@ def encode_prompts(
         One embedding per text: prompt (77 + max_sequence_length, D), pooled (P1 + P2,), in `options.dtype`.
 
     Raises:
-        UserError: torch or transformers is not installed, the folder lacks something, weights and configs
-            disagree, the device is not there.
+        UserError: torch or transformers is not installed, the folder is incomplete, weights and configs disagree, or
+            there is no such device.
 
     Warns:
-        UserWarning: a text has more tokens than an encoder takes (the message quotes what is left out), or the
-            folder declares that it has no T5.
+        UserWarning: a text has more tokens than an encoder takes (the message quotes what is cut off), or the folder
+            declares that it has no T5.
     """
     folder, options = Path(folder), options or EncoderOptions()
     use_t5 = options.use_t5 and not _declared_without_t5(folder)
     if options.use_t5 and not use_t5:
-        warnings.warn(f"{folder} was saved without T5: zeros take the place of its states", stacklevel=2)
+        warnings.warn(f"{folder} was saved without T5: zeros take its place", stacklevel=2)
     check_folder(folder, use_t5)
     _require_torch(options.device)
     if not texts:
@@ -130,14 +127,13 @@ def encode_prompts(
 
 
 def join_states(clip_l: np.ndarray, clip_g: np.ndarray, t5: np.ndarray) -> np.ndarray:
-    """Lays the three encoders' states out as the transformer's text tokens.
+    """Arranges the three encoders' states as the transformer's text tokens.
 
     Args:
         clip_l: (N, 77, W1).  clip_g: (N, 77, W2).  t5: (N, S, D) with D ≥ W1 + W2.
 
     Returns:
-        (N, 77 + S, D) in t5's dtype: CLIP side by side on the features and zeros after them, then T5's
-        tokens.
+        (N, 77 + S, D) in t5's dtype: tokens with both CLIP states side by side and zeros after them, then T5's tokens.
 
     Raises:
         UserError: the CLIP states together are wider than T5's.
@@ -145,8 +141,8 @@ def join_states(clip_l: np.ndarray, clip_g: np.ndarray, t5: np.ndarray) -> np.nd
     width = clip_l.shape[-1] + clip_g.shape[-1]
     if width > t5.shape[-1]:
         raise UserError(
-            f"text_encoder and text_encoder_2 are {width} wide together, text_encoder_3 only {t5.shape[-1]}:"
-            " these encoders do not belong to one SD3 model; check the folder."
+            f"text_encoder and text_encoder_2 together are {width} wide, text_encoder_3 only {t5.shape[-1]}:"
+            " these are not the encoders of one SD3 model; check the folder."
         )
     batch, tokens = clip_l.shape[:2]
     zeros = np.zeros((batch, tokens, t5.shape[-1] - width), t5.dtype)
@@ -154,7 +150,7 @@ def join_states(clip_l: np.ndarray, clip_g: np.ndarray, t5: np.ndarray) -> np.nd
 
 
 def check_folder(folder: Path, use_t5: bool) -> None:
-    """Raises one UserError that names every missing folder or tokenizer file of the encoders."""
+    """Raises UserError, naming every missing folder and tokenizer file of the encoders."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected an SD3 folder in the diffusers layout.")
     pairs = (*_CLIPS, _T5) if use_t5 else _CLIPS
@@ -178,14 +174,13 @@ def check_folder(folder: Path, use_t5: bool) -> None:
 def find_encoders(
     name_or_path: str, revision: str | None = None, variant: str | None = None, use_t5: bool = True
 ) -> Path:
-    """Returns a local folder with SD3's tokenizers and text encoders, downloading them if given a hub id.
+    """Returns a local folder with SD3's tokenizers and text encoders; those of a hub id are downloaded.
 
-    Only these parts are downloaded, never the transformer or the VAE, and they stay in Hugging Face's own
-    cache.
+    Only these parts are downloaded, into Hugging Face's cache, not the transformer or the autoencoder.
 
     Raises:
-        UserError: neither a folder nor a hub id, or the download is not possible (no network, no such
-            repository or revision, a licence that has not been accepted).
+        UserError: it is neither a folder nor a hub id, or the download fails (no network, no such repository or
+            revision, a license that has not been accepted).
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -198,7 +193,7 @@ def find_encoders(
 
 
 def has_encoders(name_or_path: str) -> bool:
-    """Whether a folder holds SD3's text encoders; a hub id is believed to."""
+    """Whether a folder holds SD3's text encoders; hub ids are assumed to."""
     folder = Path(name_or_path)
     return (folder / "text_encoder").is_dir() if folder.is_dir() else bool(_HUB_ID.fullmatch(name_or_path))
 
@@ -214,7 +209,7 @@ def _download(repository: str, revision: str | None, variant: str | None, use_t5
         )
     except errors.GatedRepoError as error:
         raise UserError(
-            f"{where} is gated: accept its licence at https://huggingface.co/{repository}, then run `hf auth"
+            f"{where} is gated: accept its license at https://huggingface.co/{repository}, then run `hf auth"
             " login`."
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -224,15 +219,15 @@ def _download(repository: str, revision: str | None, variant: str | None, use_t5
             f"{where}: no such folder, and no such repository on the hub (or a private one: run `hf auth"
             " login`)."
         ) from error
-    except Exception as error:  # no network, not in the cache, refused: the kinds differ between hub clients
+    except Exception as error:  # no network, not in the cache, refused: hub clients raise different types
         raise UserError(
-            f"{where}: no such folder, and it cannot be downloaded ({first_line(error)}). Give a folder, or"
+            f"{where}: no such folder, and it cannot be downloaded ({first_line(error)}). Pass a folder, or"
             " connect to the network."
         ) from error
 
 
 def _hub_patterns(variant: str | None, use_t5: bool) -> tuple[list[str], list[str]]:
-    """What to download, and what not: one set of weights per encoder, as safetensors."""
+    """Patterns of what to download and what to leave out: one set of safetensors weights per encoder."""
     weights = (f"model.{variant}.", f"model.{variant}-") if variant else ("model.safetensors", "model-")
     wanted = ["model_index.json", "transformer/config.json", "tokenizer*/*", "text_encoder*/*.json"]
     wanted += [
@@ -244,7 +239,7 @@ def _hub_patterns(variant: str | None, use_t5: bool) -> tuple[list[str], list[st
 def _require_torch(device: str) -> None:
     try:
         import torch
-        import transformers  # noqa: F401 - only to see that it is there
+        import transformers  # noqa: F401 - only to see whether it is installed
     except ImportError as error:
         raise UserError(
             f"encoding prompts needs torch and transformers ({first_line(error)}): pip install"
@@ -273,7 +268,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _t5_zeros(folder: Path, count: int, options: EncoderOptions) -> np.ndarray:
-    """(count, max_sequence_length, D) zeros, D from the transformer's config."""
+    """Zeros of (count, max_sequence_length, D), with D from the transformer's config."""
     config = folder / "transformer" / "config.json"
     if not config.is_file():
         raise UserError(
@@ -289,11 +284,11 @@ def _t5_zeros(folder: Path, count: int, options: EncoderOptions) -> np.ndarray:
 def _encode_clip(
     folder: Path, tokenizer_name: str, encoder_name: str, texts: Sequence[str], options: EncoderOptions
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns one CLIP encoder's penultimate states (N, 77, W) and projected pooled states (N, P)."""
+    """A CLIP encoder's penultimate states (N, 77, W) and projected pooled states (N, P)."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     tokenizer = _load_tokenizer(CLIPTokenizer, folder / tokenizer_name)
-    # Both tokenizers hold the same vocabulary: one of them says what is cut off.
+    # Both tokenizers have the same vocabulary, so only one of them warns about cuts.
     ids = _tokenize(tokenizer, texts, CLIP_TOKENS, warn_as="CLIP" if tokenizer_name == "tokenizer" else None)
 
     def forward(encoder: Any, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,7 +301,7 @@ def _encode_clip(
 
 
 def _encode_t5(folder: Path, texts: Sequence[str], options: EncoderOptions) -> np.ndarray:
-    """Returns T5's last states (N, max_sequence_length, D). No attention mask, as SD3 was trained."""
+    """T5's last states (N, max_sequence_length, D), without an attention mask because SD3 was trained so."""
     from transformers import T5EncoderModel, T5TokenizerFast
 
     tokenizer_name, encoder_name = _T5
@@ -330,7 +325,7 @@ def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], length: int, warn_as: str | None) -> torch.Tensor:
-    """Returns the token ids (N, length) of `texts`, padded or cut; warns about cuts if told the encoder's name."""
+    """Token ids (N, length), padded or cut; warns about cuts, in the name `warn_as`, unless that is None."""
     ids = tokenizer(
         list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
@@ -338,7 +333,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], length: int, warn_as: str | 
         return ids
     for text, whole in zip(texts, tokenizer(list(texts), verbose=False).input_ids, strict=True):
         if len(whole) > length:
-            # The last of the `length` tokens is the end token, which takes the place of one of the text's.
+            # The last of the `length` tokens is the end token.
             lost = tokenizer.decode(whole[length - 1 : -1], skip_special_tokens=True).strip()
             warnings.warn(
                 f"a prompt has {len(whole)} {warn_as} tokens, {warn_as} takes {length}. It does not see the"
@@ -350,14 +345,14 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], length: int, warn_as: str | 
 
 @contextmanager
 def _loaded(model_class: Any, folder: Path, options: EncoderOptions) -> Iterator[Any]:
-    """Gives the encoder of `folder`, ready to run, and frees its memory afterwards."""
+    """Yields the encoder in `folder`, ready to run, and frees its memory afterwards."""
     import torch
 
     encoder = _load_encoder(model_class, folder, options)
     try:
         yield encoder
     finally:
-        # The caller's variable still refers to the module: empty it instead of waiting for that to go.
+        # The caller still has a reference to the module, so empty it.
         encoder.to("meta")
         gc.collect()
         if torch.device(options.device).type == "cuda":
@@ -382,7 +377,7 @@ def _load_encoder(model_class: Any, folder: Path, options: EncoderOptions) -> An
             f"{folder} cannot be loaded as {model_class.__name__} ({first_line(error)})."
         ) from error
     missing = sorted(report["missing_keys"])
-    if missing:  # transformers would go on with random numbers in their place
+    if missing:  # transformers would use random numbers instead
         raise UserError(
             f"{folder} lacks {len(missing)} tensors of {model_class.__name__}, such as {missing[0]}:"
             " expected SD3's own text encoder; check the folder."
@@ -391,7 +386,7 @@ def _load_encoder(model_class: Any, folder: Path, options: EncoderOptions) -> An
 
 
 def _find_variant(folder: Path, wanted: str | None) -> str | None:
-    """Returns the variant to load: the wanted one; without a wish the plain weights, or the only ones there."""
+    """The variant to load: the wanted one; if that is None, the plain weights or the only ones."""
     matches = [match for file in folder.iterdir() if (match := _WEIGHTS.fullmatch(file.name))]
     found = {match["one"] or match["index"] for match in matches}
     if wanted in found:
@@ -402,7 +397,7 @@ def _find_variant(folder: Path, wanted: str | None) -> str | None:
         raise UserError(
             f"{folder} holds no model.safetensors or model.safetensors.index.json: download it again."
         )
-    names = ", ".join(sorted(str(name) for name in found if name)) or "the plain ones only"
+    names = ", ".join(sorted(str(name) for name in found if name)) or "only the plain ones"
     raise UserError(
         f"{folder} has no weights of --variant {wanted}; there are: {names}. Pass one of them, or none."
     )
@@ -414,12 +409,12 @@ def _run(
     forward: Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]],
     options: EncoderOptions,
 ) -> list[np.ndarray]:
-    """Runs `forward` over `ids` (N, S) in batches and joins each of its outputs to one array of N rows."""
+    """Runs `forward` over `ids` (N, S) in batches and joins each of its outputs into an array of N rows."""
     import torch
 
     if int(ids.max()) >= encoder.config.vocab_size:
         raise UserError(
-            f"the tokenizer gives token {int(ids.max())}, {encoder.name_or_path} knows"
+            f"the tokenizer gives token {int(ids.max())}, but {encoder.name_or_path} knows only"
             f" {encoder.config.vocab_size}: they do not belong together; check the folder."
         )
     rows = []

@@ -1,8 +1,8 @@
 """PyTorch (diffusers, PEFT) names and layouts ↔ this library's parameter trees, both ways.
 
-One table per network says which torch module a Flax module is and how its tensors are laid out. Everything else follows
-from it: a network's parameters are listed from its config (`jax.eval_shape`), each entry knows its torch tensors, one
-per scanned layer, and each torch tensor must be consumed exactly once.
+One table per network maps Flax modules to torch modules and says how their tensors are laid out. Everything else follows:
+`jax.eval_shape` lists the parameters from the config, each entry knows its torch tensors, one per scanned layer, and each
+torch tensor must be used exactly once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.weights.finite import is_finite
 from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec
 
-# What messages call a network unless told otherwise.
+# What messages call a network by default.
 DESCRIBED = "the model its config.json describes"
 
 
@@ -66,19 +66,19 @@ VAE_RULES = (
     Rule(rf"{_SIDE}/mid_block/attentions_0/group_norm", r"\1.mid_block.attentions.0.group_norm", "norm"),
 )
 
-# torch leaf name of each of our leaves.
+# Our leaf name -> torch's.
 _BASE_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "table": "pos_embed"}
 _LORA_LEAVES = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
 
-# Side of what is transposed at a time.
+# Side of the tiles that are transposed one at a time.
 TILE = 128
-# Layers read at a time, each held once more meanwhile.
+# Layers read at a time; meanwhile each takes twice its memory.
 THREADS = min(8, cores())
 
 
 class Transform(NamedTuple):
-    """One layer's tensor from torch's layout, and back."""
+    """Converts one layer's tensor from torch's layout, and back."""
 
     from_torch: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
@@ -89,7 +89,7 @@ def _same(x: np.ndarray) -> np.ndarray:
 
 
 def _transform(layout: str, leaf: str, patch: int) -> Transform:
-    """How a leaf of a module with this layout is laid out in torch."""
+    """The conversion of a leaf in a module with this layout."""
     if leaf in ("bias", "scale"):
         return Transform(_same, _same)
     if leaf == "table":  # (1, P·P, D)
@@ -111,14 +111,14 @@ def _transform(layout: str, leaf: str, patch: int) -> Transform:
 
 
 class Entry(NamedTuple):
-    """One leaf of a parameter or adapter tree and the torch tensors it is made of.
+    """A leaf of a parameter or adapter tree, and the torch tensors that it consists of.
 
     Attributes:
       path: `blocks_0/attn/to_q/kernel`.
-      shape: with the leading layer axis where `stacked`.
+      shape: of the leaf, with a leading layer axis if `stacked`.
       names: torch names without prefix, one per layer, or a single one.
-      torch_shape: shape of each of these.
-      transform: between one torch tensor and one layer of ours.
+      torch_shape: shape of each torch tensor.
+      transform: between one torch tensor and one of our layers.
     """
 
     path: str
@@ -129,12 +129,12 @@ class Entry(NamedTuple):
     transform: Transform
 
     def stored_dtype(self, specs: Mapping[str, TensorSpec]) -> np.dtype:
-        """The dtype its torch tensors share; float32 where layers differ, so that stacking loses nothing."""
+        """The common dtype of its torch tensors; float32 if layers differ, so that stacking loses nothing."""
         dtypes = {specs[name].dtype for name in self.names}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def gather(self, read: Callable[[str], np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """The leaf, built from its torch tensors."""
+        """Builds the leaf from its torch tensors."""
         leaf = np.empty(self.shape, dtype)
 
         def fill(layer: np.ndarray, name: str) -> None:
@@ -157,7 +157,7 @@ class Entry(NamedTuple):
             yield name, made
 
     def broken(self, leaf: np.ndarray) -> list[str]:
-        """The torch names of those layers that have a NaN or an infinity."""
+        """The torch names of the layers with a NaN or an infinity."""
         if is_finite(leaf):
             return []
         layers = leaf if self.stacked else [leaf]
@@ -165,7 +165,7 @@ class Entry(NamedTuple):
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source; transposed matrices in tiles that stay in a cache, six times as fast as NumPy by itself."""
+    """target[...] = source. Copies transposed matrices in tiles that fit the cache, six times as fast as NumPy alone."""
     if source.ndim != 2 or source.flags.c_contiguous:
         target[...] = source
         return
@@ -176,7 +176,7 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _locate(config: Config, module: str) -> tuple[Rule, tuple[str, ...]]:
-    """A Flax module's rule and its torch names, one per layer."""
+    """A Flax module's rule and torch names, one per layer."""
     rules = MMDIT_RULES if isinstance(config, MMDiTConfig) else VAE_RULES
     matches = [(rule, match) for rule in rules if (match := re.fullmatch(rule.module, module))]
     if len(matches) != 1:
@@ -186,6 +186,7 @@ def _locate(config: Config, module: str) -> tuple[Rule, tuple[str, ...]]:
     run = re.match(r"blocks_(\d+)/", module)
     if run is None:
         return rule, (template,)
+    assert isinstance(config, MMDiTConfig)
     first, length, _ = config.runs()[int(run[1])]
     return rule, tuple(template.replace("{layer}", str(first + index)) for index in range(length))
 
@@ -195,7 +196,7 @@ def _entry(config: Config, path: str, shape: tuple[int, ...], leaves: Mapping[st
     rule, names = _locate(config, module)
     transform = _transform(rule.layout, leaf, getattr(config, "patch_size", 1))
     stacked = module.startswith("blocks_")
-    # A zero-stride array has a shape to permute and no memory.
+    # A zero-stride array has a shape to permute but takes no memory.
     torch_shape = transform.to_torch(np.broadcast_to(np.float32(0), shape[stacked:])).shape
     return Entry(
         path, shape, stacked, tuple(f"{name}.{leaves[leaf]}" for name in names), torch_shape, transform
@@ -203,18 +204,18 @@ def _entry(config: Config, path: str, shape: tuple[int, ...], leaves: Mapping[st
 
 
 def base_entries(config: Config) -> list[Entry]:
-    """Every parameter of a network, with its torch tensors."""
+    """The entries of all parameters of a network."""
     shapes = flatten_dict(abstract_params(config), sep="/")
     return [_entry(config, path, leaf.shape, _BASE_LEAVES) for path, leaf in sorted(shapes.items())]
 
 
 def kernel_entries(config: Config) -> list[Entry]:
-    """The parameters that an adapter can change."""
+    """The entries of the kernels, which adapters can change."""
     return [entry for entry in base_entries(config) if entry.path.endswith("/kernel")]
 
 
 def lora_entry(config: Config, path: str, shape: tuple[int, ...]) -> Entry:
-    """A leaf of an adapter, a or b, with PEFT's tensors."""
+    """The entry of an adapter's leaf, a or b, with PEFT's tensors."""
     return _entry(config, path, shape, _LORA_LEAVES)
 
 
@@ -224,10 +225,10 @@ def check_names(
     source: object,
     model: str = DESCRIBED,
 ) -> None:
-    """Compares tensors with what is expected, and reports every difference at once.
+    """Compares the tensors found with those expected.
 
     Raises:
-      UserError: tensors are missing, extra or misshapen; all are named.
+      UserError: tensors are missing, extra or misshapen; the message names all of them.
     """
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
@@ -256,8 +257,8 @@ def check_names(
     raise UserError("\n".join(lines))
 
 
-def check_base(reader: TensorReader, config: Config) -> None:
-    """Raises UserError, naming every offender, where a torch checkpoint does not fit the config."""
+def check_base_tensors(reader: TensorReader, config: Config) -> None:
+    """Raises UserError, naming every offending tensor, unless a torch checkpoint fits the config."""
     expected = {name: entry.torch_shape for entry in base_entries(config) for name in entry.names}
     check_names(reader.specs, expected, reader.source)
 
@@ -266,9 +267,9 @@ def read_base(reader: TensorReader, config: Config) -> Iterator[tuple[str, np.nd
     """Reads a torch checkpoint, one leaf at a time: (path, array in the stored dtype).
 
     Raises:
-      UserError: (at once) the tensors do not fit the config.
+      UserError: the tensors do not fit the config; raised before the first leaf is read.
     """
-    check_base(reader, config)
+    check_base_tensors(reader, config)
     return (
         (entry.path, entry.gather(reader.read, entry.stored_dtype(reader.specs)))
         for entry in base_entries(config)
@@ -276,7 +277,7 @@ def read_base(reader: TensorReader, config: Config) -> Iterator[tuple[str, np.nd
 
 
 def base_specs(reader: TensorReader, config: Config) -> dict[str, TensorSpec]:
-    """Shape and dtype of what `read_base` will yield, in its order."""
+    """Shapes and dtypes of what `read_base` yields, in the same order."""
     return {
         entry.path: TensorSpec(entry.shape, entry.stored_dtype(reader.specs))
         for entry in base_entries(config)
@@ -284,14 +285,14 @@ def base_specs(reader: TensorReader, config: Config) -> dict[str, TensorSpec]:
 
 
 def write_base(params: Tree, config: Config) -> Iterator[tuple[str, np.ndarray]]:
-    """The torch tensors of a parameter tree, (name, array) one at a time."""
+    """Yields the torch tensors of a parameter tree one at a time: (name, array)."""
     leaves = flatten_dict(params, sep="/")
     for entry in base_entries(config):
         yield from entry.scatter(np.asarray(leaves[entry.path]))
 
 
 def write_lora(lora: Tree, config: Config, prefix: str = "transformer.") -> dict[str, np.ndarray]:
-    """The PEFT tensors of an adapter, names and layouts as PEFT loads them."""
+    """The tensors of an adapter, with the names and layouts that PEFT loads."""
     return {
         prefix + name: tensor
         for path, leaf in sorted(flatten_dict(lora, sep="/").items())
@@ -300,5 +301,5 @@ def write_lora(lora: Tree, config: Config, prefix: str = "transformer.") -> dict
 
 
 def to_tree(leaves: Iterable[tuple[str, Any]]) -> Tree:
-    """(path, leaf) pairs -> nested tree."""
+    """(path, leaf) pairs -> a nested tree."""
     return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in leaves})

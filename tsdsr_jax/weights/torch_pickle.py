@@ -1,13 +1,11 @@
-"""Reads one tensor from a `.pt` file of `torch.save`, and writes one, without torch and without running anything the file
-says.
+"""Reads and writes a single tensor in a `.pt` file of `torch.save`, without torch and without executing the file.
 
-The file is a zip archive: `<root>/data.pkl` is a pickle that describes the tensor, `<root>/data/<key>` holds
-the bytes of one storage, `<root>/byteorder` says how they are ordered. A pickle may name any Python function
-and have it called, so only the handful of names that describe a plain tensor are resolved here, and to
-functions of this module: they return plain descriptions, and the array is built from the description once it
-has been checked.
+The file is a zip archive. `<root>/data.pkl` is a pickle that describes the tensor, `<root>/data/<key>` holds the bytes of
+one storage, and `<root>/byteorder` says how they are ordered. A pickle may call any Python function by its name. So this
+module resolves only the few names that describe a plain tensor, and resolves them to functions of its own. These return
+plain descriptions, and the array is built from the description after it has been checked.
 
-Source of the format: archives written by torch 2.13, taken apart with `zipfile` and `pickletools`.
+Source of the format: archives written by torch 2.13, examined with `zipfile` and `pickletools`.
 """
 
 from __future__ import annotations
@@ -42,8 +40,7 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
     "BoolStorage": np.dtype("?"),
 }
 
-# A tensor that was expanded stores few bytes and claims many elements; the largest prompt embedding has 2.4
-# million.
+# An expanded tensor stores few bytes but has many elements. The largest prompt embedding has 2.4 million.
 MAX_ELEMENTS = 2**31
 
 _ZIP_START = b"PK\x03\x04"
@@ -52,7 +49,7 @@ _LFS_START = b"version https://git-lfs"
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError)
 
 
-# What the unpickler builds. Tuples, because a pickle can rewrite the attributes of most other objects.
+# What the unpickler builds: tuples, because a pickle can change the attributes of most other objects.
 
 
 class _StorageType(NamedTuple):
@@ -73,18 +70,18 @@ class _View(NamedTuple):
 
 
 def read_tensor(path: str | os.PathLike[str]) -> np.ndarray:
-    """Returns the one tensor (or Parameter) that `torch.save` wrote to `path`.
+    """Reads the single tensor or Parameter that `torch.save` wrote to `path`.
 
     Args:
         path: a `.pt` file in torch's zip format (the default since torch 1.6), little-endian.
 
     Returns:
-        A contiguous array of its own memory, with the tensor's shape and dtype; bfloat16 becomes
+        A contiguous array that owns its memory, with the tensor's shape and dtype; bfloat16 becomes
         `ml_dtypes.bfloat16`.
 
     Raises:
-        UserError: the file is missing, empty, damaged, big-endian or in torch's old format, holds something
-            else than one tensor, or its pickle names anything that a tensor does not need.
+        UserError: the file is missing, empty, damaged, big-endian or in torch's old format, holds anything but a
+            single tensor, or its pickle names something that a tensor does not need.
     """
     path = Path(path)
     _check_start(path)
@@ -96,7 +93,7 @@ def read_tensor(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _check_start(path: Path) -> None:
-    """Tells the files that are no zip archive apart by their first bytes."""
+    """Raises UserError for a file that is not a zip archive; its first bytes tell why."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -108,9 +105,8 @@ def _check_start(path: Path) -> None:
         raise UserError(f"{path} is empty (0 bytes): copy or download it again.")
     if start.startswith(_OLD_FORMAT_START):
         raise UserError(
-            f"{path} is in torch's format from before version 1.6, which is not read here. Re-save it once"
-            f" where torch is installed: t = torch.load({path.name!r}, weights_only=True); torch.save(t,"
-            f" {path.name!r})"
+            f"{path} is in the format of torch before 1.6, which is not supported. Save it again where torch is"
+            f" installed: t = torch.load({path.name!r}, weights_only=True); torch.save(t, {path.name!r})"
         )
     if start.startswith(_LFS_START):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.")
@@ -128,7 +124,7 @@ def _read_archive(archive: zipfile.ZipFile, path: Path) -> np.ndarray:
     root = roots[0]
     names = set(archive.namelist())
     if root + "byteorder" in names and archive.read(root + "byteorder").strip() != b"little":
-        raise UserError(f"{path} was written on a big-endian machine: re-save it on a little-endian one.")
+        raise UserError(f"{path} was written on a big-endian machine: save it again on a little-endian one.")
     view = _unpickle(archive.read(root + "data.pkl"), path)
     record = f"{root}data/{view.storage.key}"
     if record not in names:
@@ -154,14 +150,14 @@ def _unpickle(data: bytes, path: Path) -> _View:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Resolves the names that a plain tensor's pickle uses, and no other."""
+    """Resolves only the names in the pickle of a plain tensor."""
 
     def __init__(self, file: io.BytesIO, path: Path) -> None:
         super().__init__(file)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Called for every global of the pickle, before anything can be done with it."""
+        """Called for every global of the pickle, before the pickle can use it."""
         if module == "torch" and name in STORAGE_DTYPES:
             return _StorageType(name)
         if (module, name) == ("collections", "OrderedDict"):
@@ -173,7 +169,7 @@ class _TensorUnpickler(pickle.Unpickler):
                 " code and was not loaded: if you trust it, open it with torch and save only the tensor"
                 " again."
             )
-        # A new function each time: a pickle may set attributes on it, and those must not outlive the file.
+        # A new function each time, because a pickle may set attributes on it that must not outlive the file.
         return lambda *args: rebuild(*args)
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -191,7 +187,7 @@ def _natural(value: Any) -> int:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _View:
-    """Describes a tensor; `rest` is (requires_grad, hooks, metadata), and only the last affects the values."""
+    """Describes a tensor. `rest` is (requires_grad, hooks, metadata), of which only metadata affects the values."""
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor without a storage")
     if len(rest) > 2 and rest[2]:
@@ -213,7 +209,7 @@ _REBUILD: dict[tuple[str, str], Callable[..., _View]] = {
 
 
 def _build_array(view: _View, data: bytes, path: Path) -> np.ndarray:
-    """Cuts the view out of its storage's bytes, after checking that it lies inside them."""
+    """Checks that the view lies inside its storage's bytes, and copies it out of them."""
     dtype = STORAGE_DTYPES[view.storage.type_name]
     if len(view.shape) != len(view.strides) or len(data) < view.storage.elements * dtype.itemsize:
         raise UserError(f"{path} is damaged: its storage has too few bytes. Copy or download it again.")
@@ -235,7 +231,7 @@ def _build_array(view: _View, data: bytes, path: Path) -> np.ndarray:
 
 
 def write_tensor(path: Path, array: np.ndarray) -> None:
-    """Writes one tensor as `torch.save` does, for `torch.load` and `read_tensor`; atomically, without torch.
+    """Writes a tensor atomically as `torch.save` does, for `torch.load` and `read_tensor`, without torch.
 
     Args:
         path: the `.pt` file.
@@ -253,7 +249,7 @@ def write_tensor(path: Path, array: np.ndarray) -> None:
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
 
         def write(name: str, content: str | bytes) -> None:
-            # Without the time of writing, so that equal tensors make equal files.
+            # A fixed date, so that equal tensors give equal files.
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)
 
         write("archive/data.pkl", _pickled_tensor(storage, array.size, array.shape, strides))
@@ -265,7 +261,7 @@ def write_tensor(path: Path, array: np.ndarray) -> None:
 def _pickled_tensor(storage: str, elements: int, shape: Sequence[int], strides: Sequence[int]) -> bytes:
     """The pickle of a call that rebuilds a tensor from storage 0.
 
-    Opcode by opcode, because Python's pickler would want to import torch for the names.
+    It is assembled opcode by opcode, because Python's pickler would have to import torch for the names.
     """
 
     def name(module: str, attribute: str) -> bytes:

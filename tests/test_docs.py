@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import shlex
 import signal
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from commands import Command
 from docs_pages import PAGES, Snippet, anchors, links, prose, quoted, read, snippets
 from tsdsr_jax import cli
 from tsdsr_jax.places import CHECKOUT
+from tsdsr_jax.training import session
 
 INSTALLED = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["scripts"]
 
@@ -41,12 +43,12 @@ NOT_RUN = {
 }
 
 # Added to what the page says, so that it takes seconds: later flags win.
-SMALL_RUN = "--max_train_steps 1 --lr_warmup_steps 0 --crop_size 64 --num_validation_images 1 --validation_steps 1000000"
+SMALL_RUN = "--max_train_steps 1 --lr_warmup_steps 0 --crop_size 32 --num_validation_images 1 --validation_steps 1000000"
 ADDED = {
     "train/distill.py": SMALL_RUN,
     "train/teacher.py": f"{SMALL_RUN} --sampling_steps 1",
     "train/autoencoder.py": SMALL_RUN,
-    "train/prepare.py": "--crop_size 64 --dataloader_num_workers 0",
+    "train/prepare.py": "--crop_size 32 --dataloader_num_workers 0",
     "infer/upscale.py": "--process_size 64",
 }
 
@@ -103,33 +105,76 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def reader(brought, tmp_path, monkeypatch, capsys, one_device) -> Reader:
+    return Reader(brought, tmp_path / "clone", monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_says_runs(page, brought, tmp_path, monkeypatch, capsys, one_device):
-    """In order, in one working folder: later commands may use what earlier ones made."""
-    root = docs_clone.clone(tmp_path / "clone", brought, outputs(page))
-    monkeypatch.chdir(root)
-    names: dict[str, object] = {}
-    for snippet in snippets(page):
-        if snippet.language == "python":
-            exec(compile("\n" * (snippet.line - 1) + snippet.text, page, "exec"), names)
-        elif not not_run(snippet):
-            run(snippet, root, monkeypatch, capsys)
+def test_what_a_page_says_runs(page, reader, monkeypatch):
+    """In order, in one working folder: later commands may use what earlier ones made.
+
+    Training has opened its data and loaded its networks when it ends here, before a step is compiled.
+    """
+    monkeypatch.setattr(session, "run", lambda *loaded: None)
+    reader.stands_in = docs_clone.bring_student
+    reader.obey(page)
 
 
-def run(snippet: Snippet, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    script, flags = script_of(shlex.split(snippet.text))
-    assert (CHECKOUT / script).is_file(), snippet
-    folder, name = Path(script).parts
-    module = f"convert_{Path(name).stem}" if folder == "convert" else Path(name).stem
-    main = importlib.import_module(f"tsdsr_jax.commands.{module}").main
-    outcome = Command(main, script, root, monkeypatch, capsys).typed(
-        script, *flags, *ADDED.get(script, "").split()
-    )
-    assert outcome.status == 0, (str(snippet), outcome)
-    if steps := re.search(r"--max_train_steps (\d+)", snippet.text):
-        last = root / flags[flags.index("--output_dir") + 1] / "checkpoint_0000001"
-        # As if it had run as long as the page says.
-        last.with_name(f"checkpoint_{int(steps[1]):07d}").symlink_to(last.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if "python train/" in read(page)])
+def test_training_runs_to_its_end(page, reader):
+    """All of a page again, with training of one step. Passed on 2 cores in TIME."""
+    reader.obey(page)
+
+
+class Reader:
+    """Does what a page says, in a fresh clone.
+
+    Attributes:
+      stands_in: leaves LoRAs in a folder for a model, in place of a training that has not been computed.
+    """
+
+    stands_in: Callable[[Path, Path], None] | None = None
+
+    def __init__(
+        self, brought: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ):
+        self.brought, self.root, self.monkeypatch, self.capsys = brought, root, monkeypatch, capsys
+
+    def obey(self, page: str) -> None:
+        docs_clone.clone(self.root, self.brought, outputs(page))
+        self.monkeypatch.chdir(self.root)
+        names: dict[str, object] = {}
+        for snippet in snippets(page):
+            if snippet.language == "python":
+                exec(compile("\n" * (snippet.line - 1) + snippet.text, page, "exec"), names)
+            elif not not_run(snippet):
+                self.type(snippet)
+
+    def type(self, snippet: Snippet) -> None:
+        script, flags = script_of(shlex.split(snippet.text))
+        assert (CHECKOUT / script).is_file(), snippet
+        name = script.removesuffix(".py").replace("convert/", "convert_").rpartition("/")[2]
+        command = Command(
+            importlib.import_module(f"tsdsr_jax.commands.{name}").main,
+            script,
+            self.root,
+            self.monkeypatch,
+            self.capsys,
+        )
+        outcome = command.typed(script, *flags, *ADDED.get(script, "").split())
+        assert outcome.status == 0, (str(snippet), outcome)
+        if "--max_train_steps" in flags:
+            self.leave_last_checkpoint(dict(itertools.pairwise(flags)))
+
+    def leave_last_checkpoint(self, flags: dict[str, str]) -> None:
+        """Under the name that it has after as many steps as the page says."""
+        checkpoint = self.root / flags["--output_dir"] / f"checkpoint_{int(flags['--max_train_steps']):07d}"
+        if self.stands_in is None:
+            checkpoint.symlink_to("checkpoint_0000001")
+        elif "--pretrained_model_name_or_path" in flags:
+            self.stands_in(checkpoint / "lora", self.root / flags["--pretrained_model_name_or_path"])
 
 
 def test_the_list_of_what_is_not_run_is_exact():

@@ -11,12 +11,14 @@ from PIL import Image
 import tiny_checkpoint as tiny
 import tiny_training
 from tsdsr_jax.models import lora
+from tsdsr_jax.models.params import abstract_params
 from tsdsr_jax.places import CHECKOUT
 from tsdsr_jax.weights.lpips_files import param_shapes, save_lpips
+from tsdsr_jax.weights.sd3_folder import open_checkpoint
 from tsdsr_jax.weights.torch_names import to_tree
 from tsdsr_jax.weights.torch_pickle import write_tensor
 
-CLONED = ("convert", "examples", "infer", "train", "weights")
+CLONED = ("convert", "infer", "train", "weights")
 HUB_ID = "stabilityai/stable-diffusion-3-medium-diffusers"
 RANK = 64
 TEST_SETS = (".", "DrealSRVal_crop128", "RealSRVal_crop128", "DIV2K_V2_val")
@@ -26,6 +28,7 @@ def bring(root: Path) -> None:
     """Makes everything that a reader brings, under the names that the pages use."""
     bring_models(root)
     bring_photos(root)
+    bring_examples(root)
     generator = np.random.default_rng(0)
     half = generator.standard_normal((36, 36))
     np.savez(
@@ -37,17 +40,15 @@ def bring(root: Path) -> None:
 
 def bring_models(root: Path) -> None:
     """SD3, LoRAs and prompts as published, the teacher's LoRA, LPIPS."""
-    configs = tiny.tiny_mmdit_config(), tiny.tiny_vae_config()
-    transformer, vae = tiny.save_checkpoint(root / "sd3", *configs)
+    config = tiny.tiny_mmdit_config()
+    tiny.save_checkpoint(root / "sd3", config, tiny.tiny_vae_config())
     shutil.copytree(root / "sd3", root / HUB_ID)
-    student = tiny.random_lora(transformer, lora.STUDENT_TARGETS, RANK, 5, 0.01)
-    encoder = tiny.random_lora(vae, lora.VAE_ENCODER_TARGETS, RANK, 6, 0.01)
-    for name in ("tsdsr", "tsdsr-mse"):
-        tiny.save_peft(root / "checkpoint" / name / "transformer.safetensors", student, configs[0])
-        tiny.save_peft(root / "checkpoint" / name / "vae.safetensors", encoder, configs[1])
-    tiny.save_peft(root / "checkpoint" / "teacher" / "teacher.safetensors", student, configs[0])
+    for name in ("tsdsr", "tsdsr-mse", "teacher"):
+        bring_student(root / "checkpoint" / name, root / "sd3")
+    teacher = root / "checkpoint" / "teacher" / "teacher.safetensors"
+    (teacher.parent / "transformer.safetensors").rename(teacher)
     for seed, name in enumerate(("default", "null")):
-        prompt = tiny.random_prompt(configs[0], 10 + seed)
+        prompt = tiny.random_prompt(config, 10 + seed)
         write_tensor(root / "dataset" / name / "prompt_embeds.pt", prompt.prompt[None])
         write_tensor(root / "dataset" / name / "pool_embeds.pt", prompt.pooled[None])
     generator = np.random.default_rng(1)
@@ -58,16 +59,31 @@ def bring_models(root: Path) -> None:
     save_lpips(root / "checkpoint" / "lpips_alex.safetensors", "alex", to_tree(lpips))
 
 
+def bring_student(folder: Path, model: Path) -> None:
+    """LoRAs for a model as training or the authors leave them."""
+    for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):
+        config = open_checkpoint(model).network(part).config
+        adapter = tiny.random_lora(abstract_params(config), targets, RANK, 5, 0.01)
+        tiny.save_peft(folder / f"{part}.safetensors", adapter, config)
+
+
 def bring_photos(root: Path) -> None:
     """Photographs to train on, and test sets with two pairs each."""
-    tiny_training.save_photos(root / "photos", 2, (72, 80))
+    tiny_training.save_photos(root / "photos", 2, (40, 52))
     for folder in TEST_SETS:
         for index in range(2):
-            large = Image.fromarray(tiny.synthetic_photo(192, 192, index))
-            for name, picture in (("test_HR", large), ("test_LR", large.resize((48, 48)))):
+            large = Image.fromarray(tiny.synthetic_photo(192, 96, index))
+            for name, picture in (("test_HR", large), ("test_LR", large.resize((24, 48)))):
                 path = root / folder / name / f"{index}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(path)
+
+
+def bring_examples(root: Path) -> None:
+    """The repository's example photographs, reduced to 48 pixels a side."""
+    (root / "examples" / "photos").mkdir(parents=True)
+    for file in (CHECKOUT / "examples" / "photos").glob("*.[pj][np]g"):
+        Image.open(file).resize((48, 48)).save(root / "examples" / "photos" / file.name)
 
 
 def clone(folder: Path, brought: Path, made: set[str]) -> Path:

@@ -1,7 +1,7 @@
 """Latent tiles: where they lie, how they overlap, and how they travel as packed tokens.
 
 The transformer was trained on one latent size; larger latents go through it as overlapping tiles, blended with Gaussian
-weights. Offsets and weights are the original's; the README names the deviations.
+weights. Offsets and weights are the original's; docs/differences.md names the deviations.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ class Adapter(NamedTuple):
     filled: tuple[str, ...] = ()
 
 
-def load_lora(path: Path, config: Config, model: str = DESCRIBED) -> Tree:
+def load_lora(path: str | Path, config: Config, model: str = DESCRIBED) -> Tree:
     """Reads the pairs of a LoRA file; see `open_lora`."""
-    return open_lora(path, config, model).tree
+    return open_lora(Path(path), config, model).tree
 
 
 def open_lora(path: Path, config: Config, model: str = DESCRIBED) -> Adapter:

@@ -20,7 +20,7 @@ import numpy as np
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
-from tsdsr_jax.images.files import FORMATS
+from tsdsr_jax.images.writing import FORMATS
 from tsdsr_jax.upscaling import batch_run
 from tsdsr_jax.upscaling.engine import Prepared, Settings
 

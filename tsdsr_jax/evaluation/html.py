@@ -282,9 +282,9 @@ def _resized(image: Image.Image, scale: float) -> Image.Image:
 
 def _bytes(image: Image.Image, photo: Photo, settings: Mapping[str, object]) -> bytes:
     """Encoded, with the colour profile and nothing else: EXIF tells where a photograph was taken."""
-    as_grey = photo.grey and settings["format"] == "JPEG"
+    as_grey = photo.gray and settings["format"] == "JPEG"
     # A profile for grey fits a grey file only, and WebP has none.
-    icc = photo.icc if as_grey == photo.grey else None
+    icc = photo.icc if as_grey == photo.gray else None
     buffer = io.BytesIO()
     (image.convert("L") if as_grey else image).save(buffer, icc_profile=icc, **settings)
     return buffer.getvalue()

@@ -25,8 +25,9 @@ import jax
 from tsdsr_jax.errors import UserError, printable
 from tsdsr_jax.images import color
 from tsdsr_jax.images.buckets import Size
-from tsdsr_jax.images.files import FORMATS, Photo, read_photo, write_photo
+from tsdsr_jax.images.files import Photo, read_photo
 from tsdsr_jax.images.resize import pillow_bicubic
+from tsdsr_jax.images.writing import FORMATS, write_photo
 from tsdsr_jax.upscaling import batch_run
 from tsdsr_jax.upscaling.engine import Engine, Progress
 from tsdsr_jax.upscaling.options import UpscaleOptions, check, check_tile

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -20,16 +20,10 @@ import numpy as np
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import color
 from tsdsr_jax.images.buckets import Size, plan_buckets
-from tsdsr_jax.images.files import (
-    IMAGE_SUFFIXES,
-    WITH_ALPHA,
-    Photo,
-    check_format,
-    read_photo,
-    read_size,
-    write_photo,
-)
+from tsdsr_jax.images.files import Photo, read_photo, read_size
 from tsdsr_jax.images.resize import pillow_bicubic
+from tsdsr_jax.images.search import find_photographs
+from tsdsr_jax.images.writing import check_format, lost_transparency, write_photo
 from tsdsr_jax.upscaling.engine import Engine, Launched, Prepared, Settings, finish, latent_noise, prepare
 from tsdsr_jax.upscaling.sizes import SizePlan, batch_size, slices
 
@@ -86,9 +80,7 @@ class Job:
 
     def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None, format: str) -> str | None:
         write_photo(self.target, rgb, photo, alpha, format)
-        if alpha is None or format in WITH_ALPHA:
-            return None
-        return f"{self.target}: {format} holds no transparency; it is left out"
+        return lost_transparency(str(self.target), alpha, format)
 
 
 # (bucket, portrait) -> the photographs computed so
@@ -142,16 +134,7 @@ def find_jobs(source: Path, output: Path, suffix: str, *, overwrite: bool = Fals
     if source.is_file():
         files, root = [source], source.parent
     elif source.is_dir():
-        root = source
-        if output.resolve() == source.resolve():
-            raise UserError(
-                f"{output}: input and output folder are the same; results would mix with the photographs"
-            )
-        files = sorted(_images_below(source, output))
-        if not files:
-            raise UserError(
-                f"{source}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)}, in subfolders too)"
-            )
+        files, root = find_photographs(source, output), source
     else:
         raise UserError(f"{source}: no such file or folder")
     targets = _distinct_targets(
@@ -184,17 +167,6 @@ def _distinct_targets(files: Sequence[Path], targets: list[Path]) -> list[Path]:
         if renamed == targets:
             return targets
         targets = renamed
-
-
-def _images_below(folder: Path, output: Path) -> Iterable[Path]:
-    # Results of an earlier run, where they lie among the photographs.
-    excluded = output.resolve() if folder.resolve() in output.resolve().parents else None
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-            continue
-        if excluded not in path.resolve().parents:
-            yield path
 
 
 class Report:

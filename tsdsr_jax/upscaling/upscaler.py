@@ -19,7 +19,8 @@ from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.color import AlignMethod
-from tsdsr_jax.images.files import Photo, as_image, photo_of, read_photo
+from tsdsr_jax.images.files import Photo, photo_of, read_photo
+from tsdsr_jax.images.writing import as_image
 from tsdsr_jax.upscaling import batch_run
 from tsdsr_jax.upscaling.engine import Engine
 from tsdsr_jax.upscaling.options import UpscaleOptions, check, completed, load, several_on
@@ -225,7 +226,7 @@ def _work(picture: Picture, number: int) -> InMemory:
             photo = read_photo(path, max_pixels=2**31)
             return InMemory(path, path.read_bytes(), photo, as_array=False)
         if isinstance(picture, Image.Image):
-            photo = photo_of(picture, str(name))
+            photo = photo_of(picture, str(name), max_pixels=2**31)
             return InMemory(name, _content(picture, photo), photo, as_array=False)
         if not isinstance(picture, np.ndarray):
             raise UserError(
@@ -233,7 +234,7 @@ def _work(picture: Picture, number: int) -> InMemory:
             )
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
             raise UserError(f"{name}: is {picture.dtype}{picture.shape}; expected uint8 (H, W, 3)")
-        photo = Photo(picture, alpha=None, grey=False, icc=None, exif=None)
+        photo = Photo(picture, alpha=None, gray=False, icc=None, exif=None)
         return InMemory(name, _pixels(photo), photo, as_array=True)
 
 

@@ -20,9 +20,11 @@ import numpy as np
 from tsdsr_jax import cli
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
-from tsdsr_jax.images.files import FORMATS
-from tsdsr_jax.upscaling import batch_run
-from tsdsr_jax.upscaling.engine import Prepared, Settings
+from tsdsr_jax.images.writing import FORMATS
+from tsdsr_jax.upscaling.batch_run import upscale_groups
+from tsdsr_jax.upscaling.engine import Prepared
+from tsdsr_jax.upscaling.jobs import Report, find_jobs
+from tsdsr_jax.upscaling.planning import Settings, plan_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,16 +53,17 @@ class Done:
 
 
 class NoDevice:
-    """Stands in for the upscaler; returns the enlarged photographs."""
+    """Stands in for the engine; its pictures are the enlarged photographs."""
 
-    settings = Settings(photo_batch=8)
     devices, latent_channels, dtype = ("none",), 16, np.dtype(np.float32)
 
-    def launch(self, photos: Sequence[Prepared], bucket: Size, *, masked: bool, batch: int) -> Done:
+    def launch(
+        self, photos: Sequence[Prepared], bucket: Size, settings: Settings, *, batch: int, **more: object
+    ) -> Done:
         return Done([((photo.image * 0.5 + 0.5) * 255).astype(np.uint8) for photo in photos], batch)
 
-    def largest_batch(self, bucket: Size) -> int:
-        return self.settings.photos_at_a_time(bucket)
+    def largest_batch(self, bucket: Size, settings: Settings) -> int:
+        return settings.photos_at_a_time(bucket)
 
 
 def main() -> None:
@@ -79,16 +82,15 @@ def main() -> None:
 
 
 def measured(options: Options, name: str) -> dict[str, float | str]:
-    """Runs the folder; includes the device's preparation, but no copy to a real device."""
-    device, seconds, problems = NoDevice(), [], []
+    """Runs the folder; the device's part of preparing is in it, the copy to a real one is not."""
+    device, settings, seconds, problems = NoDevice(), Settings(photo_batch=8), [], []
     with tempfile.TemporaryDirectory() as made:
         for index in range(options.repeat):
-            jobs = batch_run.find_jobs(options.photos, Path(made) / str(index), f".{name}")
-            report = batch_run.Report(problems.append)
-            files = batch_run.FileOptions("wavelet", name, 42, 10**8)
+            jobs = find_jobs(options.photos, Path(made) / str(index), name)
+            report = Report(problems.append)
             start = time.perf_counter()
-            groups = batch_run.plan_groups(jobs, device.settings, 1, files, report)
-            batch_run.upscale(device, groups, files, report)
+            groups = plan_groups(jobs, settings, 1, report)
+            upscale_groups(device, groups, settings, report)
             seconds.append(time.perf_counter() - start)
     if problems:
         raise UserError(problems[0])

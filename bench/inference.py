@@ -39,7 +39,8 @@ from torch_pipeline import DTYPES
 from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.params import LATENT_FACTOR
-from tsdsr_jax.upscaling.engine import Settings
+from tsdsr_jax.upscaling.engine import Bands
+from tsdsr_jax.upscaling.planning import Settings
 
 Other = Literal["eager", "compiled", "lora"]
 Rows = list[dict[str, Any]]
@@ -142,10 +143,10 @@ class Bench:
         settings = Settings(
             latent_tile=tile, process_size=64, sample=False, tile_batch=at_a_time, photo_batch=at_a_time
         )
-        self.upscaler = self.torch.upscaler(options.size, settings, precision, options.weights)
-        self.parts = Parts(self.upscaler, configs(options.size), options.side)
+        self.engine = self.torch.engine(options.size, Bands(), precision, options.weights)
+        self.parts = Parts(self.engine, settings, configs(options.size), options.side)
         self.weights = {
-            "ours": self.upscaler.weight_bytes,
+            "ours": self.engine.networks.nbytes,
             "torch": sum(
                 tensor.nbytes
                 for model in (self.torch.transformer, self.torch.vae)
@@ -157,9 +158,9 @@ class Bench:
     def peak(self) -> float:
         """FLOP/s of a large square matrix product in this precision."""
         side = 8192 if self.options.device == "cuda" else 2048
-        a = jax.random.normal(jax.random.key(0), (side, side)).astype(self.upscaler.dtype)
+        a = jax.random.normal(jax.random.key(0), (side, side)).astype(self.engine.dtype)
         product = jax.jit(lambda a: a @ a)
-        with devices.matmul_precision(self.upscaler.dtype):
+        with devices.matmul_precision(self.engine.dtype):
             times = timing.in_turn({"": lambda: product(a).block_until_ready()}, 0.5, 10)[""]
         return 2 * side**3 / timing.median(times)
 

@@ -22,7 +22,7 @@ from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
 from tsdsr_jax.models.params import LATENT_FACTOR
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.upscaling.engine import Engine, Prepared
-from tsdsr_jax.upscaling.sizes import batch_size, slices
+from tsdsr_jax.upscaling.planning import Settings, batch_size, slices
 
 Part = Literal["encode", "transformer", "decode", "end"]
 
@@ -39,13 +39,14 @@ class Work(NamedTuple):
 
 class Parts:
     """Args:
-    upscaler: our upscaler.
-    configs: both networks' configs.
-    side: side of the results, in pixels.
+    engine: ours.
+    settings: for whole photographs.
+    configs: of both networks.
+    side: of the results, in pixels.
     """
 
-    def __init__(self, upscaler: Engine, configs: tuple[MMDiTConfig, VAEConfig], side: int):
-        self.upscaler, self.configs, self.side = upscaler, configs, side
+    def __init__(self, engine: Engine, settings: Settings, configs: tuple[MMDiTConfig, VAEConfig], side: int):
+        self.engine, self.settings, self.configs, self.side = engine, settings, configs, side
         self.latent = side // LATENT_FACTOR
 
     def inputs(self, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -57,23 +58,23 @@ class Parts:
         return images, latents, noise
 
     def ours(self, part: Part, batch: int) -> Work:
-        up = self.upscaler
+        engine = self.engine
         if part == "end":
             return Work(self._whole(batch))
         images, latents, noise = map(jnp.asarray, self.inputs(batch))
         if part == "encode":
-            return self._program(up.encode, up._vae_params, images, noise, None)
+            return self._program(engine.encode, engine.networks.vae, images, noise, None)
         if part == "decode":
             nothing = jnp.zeros((*latents.shape[:3], latents.shape[3] + 1))
-            return self._program(up.decode, up._vae_params, latents, nothing, None)
+            return self._program(engine.decode, engine.networks.vae, latents, nothing, None)
         config = self.configs[0]
         positions = jnp.tile(jnp.asarray(grid_positions(config, self.latent, self.latent)), (batch, 1))
         patches = patchify(latents, config.patch_size)
-        return self._program(up.velocity, up._transformer_params, patches, positions, None)
+        return self._program(engine.velocity, engine.networks.transformer, patches, positions, None)
 
     def _program(self, function: Any, *inputs: Any) -> Work:
-        """The work of a jitted function; of several results the first counts."""
-        dtype = self.upscaler.dtype
+        """Of a function that was jitted; of several results the first counts."""
+        dtype = self.engine.dtype
 
         def run() -> jax.Array:
             with devices.matmul_precision(dtype):
@@ -88,15 +89,15 @@ class Parts:
         return Work(run, planned)
 
     def _whole(self, batch: int) -> Callable[[], list[np.ndarray]]:
-        """From host to host, in the batches that infer/upscale.py makes."""
-        up, side = self.upscaler, (self.side, self.side)
+        """Host to host, in the batches that infer/upscale.py makes."""
+        engine, settings, side = self.engine, self.settings, (self.side, self.side)
         images, _, noise = self.inputs(batch)
-        plan = up.settings.plan((self.side // 4, self.side // 4))
+        plan = settings.plan((self.side // 4, self.side // 4))
         photos = [Prepared(plan, image, np.zeros_like(noise[0])) for image in images]
 
         def run() -> list[np.ndarray]:
-            size = batch_size(len(photos), 1, up.largest_batch(side))
-            launched = [up.launch(few, side, batch=size) for few in slices(photos, size)]
+            size = batch_size(len(photos), 1, engine.largest_batch(side, settings))
+            launched = [engine.launch(some, side, settings, batch=size) for some in slices(photos, size)]
             return [picture for item in launched for picture in item.results()]
 
         return run
@@ -144,7 +145,7 @@ class Parts:
 
         x = images if part == "encode" else latents
         with whole_attention():
-            return jax.jit(run).lower(self.upscaler._vae_params, x).cost_analysis()["flops"]
+            return jax.jit(run).lower(self.engine.networks.vae, x).cost_analysis()["flops"]
 
 
 @contextmanager

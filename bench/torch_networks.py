@@ -23,7 +23,7 @@ from tsdsr_jax.models.folded import EightBits
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.upscaling.engine import Engine, Settings
+from tsdsr_jax.upscaling.engine import Bands, Engine, LoadedNetworks
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 from tsdsr_jax.weights.sd3_folder import torch_config
 from tsdsr_jax.weights.tensor_files import TensorSpec
@@ -81,21 +81,19 @@ class TorchNetworks(TorchPipeline):
                 LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
             )
 
-    def upscaler(
-        self, size: Size, settings: Settings, precision: str, weights: EightBits | None = None
-    ) -> Engine:
-        """Our networks with these weights, on the first device."""
-        transformer, vae = configs(size)
+    def engine(self, size: Size, bands: Bands, precision: str, weights: EightBits | None = None) -> Engine:
+        """Ours, with these weights, on the first device."""
+        (transformer, vae), dtype = configs(size), devices.DTYPES[precision]
         prompt = PromptEmbeds(*(numpy_of(part[0]) for part in self.text))
-        return Engine(
+        networks = LoadedNetworks(
             (transformer, params_of(self.transformer, transformer)),
             (vae, params_of(self.vae, vae)),
             prompt,
-            settings,
-            devices.DTYPES[precision],
+            dtype,
             jax.devices()[:1],
             weights,
         )
+        return Engine(networks, bands, jnp.dtype(dtype))
 
 
 def _model(config: Config) -> Any:

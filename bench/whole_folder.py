@@ -30,8 +30,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "support")]
 from oracle_pipeline import OraclePipeline
 from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.upscaling import batch_run
-from tsdsr_jax.upscaling.engine import Engine, Settings
+from tsdsr_jax.upscaling.batch_run import upscale_groups
+from tsdsr_jax.upscaling.engine import Bands, Engine
+from tsdsr_jax.upscaling.jobs import FileJob, Report, find_jobs
+from tsdsr_jax.upscaling.planning import Settings, plan_groups
 
 # Mean difference of a file, in gray levels.
 FARTHEST = 1.0
@@ -57,15 +59,17 @@ def main() -> None:
     torch.set_num_threads(devices.cores())
     networks = TorchNetworks.random(options.size, "cpu", torch.float32)
     settings = Settings(sample=False, process_size=options.process_size)
-    upscaler = networks.upscaler(options.size, settings, "fp32")
+    engine = networks.engine(options.size, Bands(), "fp32")
     pipeline = OraclePipeline(
         networks.transformer, networks.vae, *networks.text, process_size=options.process_size
     )
     with tempfile.TemporaryDirectory() as made:
         out = Path(made)
-        jobs = batch_run.find_jobs(options.photos, out, ".png")
-        first = timed(lambda: ours(upscaler, jobs, out, "first"))
-        again = min(timed(lambda name=name: ours(upscaler, jobs, out, name)) for name in ("again", "third"))
+        jobs = find_jobs(options.photos, out, "png")
+        first = timed(lambda: ours(engine, settings, jobs, out, "first"))
+        again = min(
+            timed(lambda name=name: ours(engine, settings, jobs, out, name)) for name in ("again", "third")
+        )
         theirs = min(timed(lambda: in_torch(pipeline, jobs, out)) for _ in range(2))
         apart = max(difference(moved(job, out, "again"), moved(job, out, "torch")) for job in jobs)
     print(
@@ -94,23 +98,22 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def ours(upscaler: Engine, jobs: list[batch_run.Job], out: Path, name: str) -> None:
+def ours(engine: Engine, settings: Settings, jobs: list[FileJob], out: Path, name: str) -> None:
     notes: list[str] = []
-    report = batch_run.Report(notes.append)
-    files = batch_run.FileOptions("wavelet", "png", 0, 10**8)
+    report = Report(notes.append)
     again = [dataclasses.replace(job, target=moved(job, out, name)) for job in jobs]
-    groups = batch_run.plan_groups(again, upscaler.settings, 1, files, report)
-    batch_run.upscale(upscaler, groups, files, report)
+    groups = plan_groups(again, settings, 1, report)
+    upscale_groups(engine, groups, settings, report)
     if notes or report.written != len(jobs):
         raise UserError((notes or [f"{report.written} of {len(jobs)} photographs were written"])[0])
 
 
-def moved(job: batch_run.Job, out: Path, name: str) -> Path:
+def moved(job: FileJob, out: Path, name: str) -> Path:
     """A photograph's result in `out/name`."""
     return out / name / job.target.relative_to(out)
 
 
-def in_torch(pipeline: OraclePipeline, jobs: list[batch_run.Job], out: Path) -> None:
+def in_torch(pipeline: OraclePipeline, jobs: list[FileJob], out: Path) -> None:
     for job in jobs:
         target = moved(job, out, "torch")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -517,7 +517,7 @@ def test_upscaling_reports_what_has_a_result(command, tmp_path, monkeypatch):
 
     (source / "bad.png").unlink()
     (output / "b.png").write_bytes(b"overwritten by something else")
-    monkeypatch.setattr(upscale, "load", None)  # nothing is left to compute
+    monkeypatch.setattr(upscale, "load_engine", None)  # nothing is left to compute
     command.done(output, "--report", str(page), source=source)
     entries = data_of(page.read_text("utf-8"))["entries"]
     assert len(entries) == 3 and "not a readable" in entries[1]["layers"][1]["error"]
@@ -527,7 +527,7 @@ def test_upscaling_reports_what_has_a_result(command, tmp_path, monkeypatch):
 
 
 def test_upscaling_refuses_a_place_for_its_report_before_the_work(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(upscale, "load", None)
+    monkeypatch.setattr(upscale, "load_engine", None)
     source = picture(tmp_path / "in", "a", RED).parent
     assert "ends in .html" in command.refused(tmp_path / "out", "--report", "r.pdf", source=source)
     (tmp_path / "mine.html").write_text("mine")

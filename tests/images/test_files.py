@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images import files
-from tsdsr_jax.images.files import FORMATS, IMAGE_SUFFIXES, Photo, read_photo, read_size, write_photo
+from tsdsr_jax.images.files import IMAGE_SUFFIXES, Photo, read_photo, read_size
+from tsdsr_jax.images.pixels import decoded_pixels
+from tsdsr_jax.images.writing import FORMATS, write_photo
 
 LIMIT = 10**6
 ORIENTATION, MAKE, EXIF_IFD, PIXEL_WIDTH, TAKEN = 0x0112, 0x010F, 0x8769, 0xA002, 0x9003
@@ -23,12 +24,12 @@ def _rgb(height: int = 6, width: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def _grey(height: int = 6, width: int = 8) -> np.ndarray:
+def _gray(height: int = 6, width: int = 8) -> np.ndarray:
     return _rgb(height, width)[..., 0]
 
 
 def _plain(**changes: object) -> Photo:
-    fields = {"rgb": _rgb(), "alpha": None, "grey": False, "icc": None, "exif": None}
+    fields = {"rgb": _rgb(), "alpha": None, "gray": False, "icc": None, "exif": None}
     return Photo(**(fields | changes))
 
 
@@ -43,7 +44,7 @@ def _exif(orientation: int | None = None) -> bytes:
 
 
 def _icc(space: bytes, connection: bytes, kind: bytes, **tags: bytes) -> bytes:
-    """A minimal version 2 colour profile."""
+    """A minimal version 2 color profile."""
     table, body, offset = b"", b"", 132 + 12 * len(tags)
     for name, content in tags.items():
         table += name.encode() + struct.pack(">II", offset + len(body), len(content))
@@ -59,7 +60,7 @@ def _rgb_icc() -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-def _grey_icc() -> bytes:
+def _gray_icc() -> bytes:
     white = struct.pack(">4sIIII", b"XYZ ", 0, 0xF6D6, 0x10000, 0xD32D)
     gamma = struct.pack(">4sIIHH", b"curv", 0, 1, 0x0233, 0)
     return _icc(b"GRAY", b"XYZ ", b"mntr", wtpt=white, kTRC=gamma)
@@ -89,7 +90,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _png_of(values: np.ndarray, kind: int, **chunks: bytes) -> bytes:
-    """(H, W) or (H, W, C) uint8 or uint16 as PNG of the given colour type."""
+    """(H, W) or (H, W, C) uint8 or uint16 as PNG of the given color type."""
     rows = b"".join(b"\0" + row.astype(values.dtype.newbyteorder(">")).tobytes() for row in values)
     height, width = values.shape[:2]
     return _png(width, height, values.dtype.itemsize * 8, kind, rows, **chunks)
@@ -155,7 +156,7 @@ def test_rgb_is_read_as_it_is(tmp_path: Path, suffix: str) -> None:
     photo = read_photo(_saved(tmp_path / f"a.{suffix}", Image.fromarray(_rgb()), **options), LIMIT)
     np.testing.assert_array_equal(photo.rgb, _rgb())
     assert photo.rgb.flags.writeable and photo.rgb.flags.c_contiguous
-    assert (photo.alpha, photo.grey, photo.icc, photo.exif) == (None, False, None, None)
+    assert (photo.alpha, photo.gray, photo.icc, photo.exif) == (None, False, None, None)
 
 
 def test_jpeg_is_read_whatever_its_suffix(tmp_path: Path) -> None:
@@ -165,27 +166,27 @@ def test_jpeg_is_read_whatever_its_suffix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tiff"])
-def test_grey_becomes_three_equal_channels(tmp_path: Path, suffix: str) -> None:
+def test_gray_becomes_three_equal_channels(tmp_path: Path, suffix: str) -> None:
     path = _saved(tmp_path / f"a.{suffix}", Image.fromarray(np.full((8, 8), 77, np.uint8)))
     photo = read_photo(path, LIMIT)
-    assert photo.grey and photo.rgb.shape == (8, 8, 3) and (photo.rgb == 77).all()
+    assert photo.gray and photo.rgb.shape == (8, 8, 3) and (photo.rgb == 77).all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff"])
 def test_bilevel_is_black_and_white(tmp_path: Path, suffix: str) -> None:
-    bits = _grey() > 127
+    bits = _gray() > 127
     photo = read_photo(_saved(tmp_path / f"a.{suffix}", Image.fromarray(bits)), LIMIT)
     np.testing.assert_array_equal(photo.rgb[..., 1], bits * 255)
-    assert photo.grey and photo.alpha is None
+    assert photo.gray and photo.alpha is None
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_grey_with_alpha(tmp_path: Path, suffix: str) -> None:
+def test_gray_with_alpha(tmp_path: Path, suffix: str) -> None:
     image = Image.fromarray(_rgb()[..., :2], "LA")
     photo = read_photo(_saved(tmp_path / f"a.{suffix}", image), LIMIT)
     np.testing.assert_array_equal(photo.rgb[..., 2], _rgb()[..., 0])
     np.testing.assert_array_equal(photo.alpha, _rgb()[..., 1])
-    assert photo.grey
+    assert photo.gray
 
 
 # libwebp itself drops an alpha channel that is opaque throughout.
@@ -193,13 +194,13 @@ def test_grey_with_alpha(tmp_path: Path, suffix: str) -> None:
     ("suffix", "opaque"), [("png", False), ("png", True), ("tiff", False), ("tiff", True), ("webp", False)]
 )
 def test_rgb_with_alpha(tmp_path: Path, suffix: str, opaque: bool) -> None:
-    alpha = np.full((6, 8), 255, np.uint8) if opaque else _grey()
+    alpha = np.full((6, 8), 255, np.uint8) if opaque else _gray()
     image = Image.fromarray(np.dstack([_rgb(), alpha]))
     options = {"lossless": True, "exact": True} if suffix == "webp" else {}
     photo = read_photo(_saved(tmp_path / f"a.{suffix}", image, **options), LIMIT)
     np.testing.assert_array_equal(photo.rgb, _rgb())
     np.testing.assert_array_equal(photo.alpha, alpha)
-    assert not photo.grey
+    assert not photo.gray
 
 
 def _palette_image() -> Image.Image:
@@ -221,7 +222,7 @@ def test_palettes(tmp_path: Path, transparency: int | bytes | None, expected: tu
 
 
 @pytest.mark.parametrize(
-    ("depth", "row", "key", "grey", "alpha"),
+    ("depth", "row", "key", "gray", "alpha"),
     [
         (1, b"\xa0", 1, [255, 0, 255, 0], [0, 255, 0, 255]),
         (2, b"\x1b", 2, [0, 85, 170, 255], [255, 255, 0, 255]),
@@ -230,18 +231,18 @@ def test_palettes(tmp_path: Path, transparency: int | bytes | None, expected: tu
         (16, struct.pack(">4H", 0, 700, 32896, 65535), 700, [0, 3, 128, 255], [255, 0, 255, 255]),
     ],
 )
-def test_grey_png_with_a_transparent_value(
-    tmp_path: Path, depth: int, row: bytes, key: int, grey: list, alpha: list
+def test_gray_png_with_a_transparent_value(
+    tmp_path: Path, depth: int, row: bytes, key: int, gray: list, alpha: list
 ) -> None:
     content = _png(4, 1, depth, 0, b"\0" + row, before=_chunk(b"tRNS", struct.pack(">H", key)))
     photo = read_photo(_put(tmp_path / "a.png", content), LIMIT)
-    assert photo.rgb[0, :, 0].tolist() == grey
+    assert photo.rgb[0, :, 0].tolist() == gray
     assert photo.alpha[0].tolist() == alpha
-    assert photo.grey
+    assert photo.gray
 
 
 @pytest.mark.parametrize("scale", [1, 256])
-def test_rgb_png_with_a_transparent_colour(tmp_path: Path, scale: int) -> None:
+def test_rgb_png_with_a_transparent_color(tmp_path: Path, scale: int) -> None:
     values = np.arange(12).reshape(1, 4, 3)
     key = struct.pack(">3H", *(3 * scale, 4 * scale, 5 * scale))
     typed = (values * scale).astype(np.uint8 if scale == 1 else np.uint16)
@@ -252,7 +253,7 @@ def test_rgb_png_with_a_transparent_colour(tmp_path: Path, scale: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["png", "tiff", "tiff big-endian", "tiff 0 is white"])
-def test_sixteen_bit_grey_is_rounded_to_eight(tmp_path: Path, layout: str) -> None:
+def test_sixteen_bit_gray_is_rounded_to_eight(tmp_path: Path, layout: str) -> None:
     values = np.uint16([[0, 128, 129, 385, 386], [32767, 32896, 65406, 65407, 65535]])
     expected = np.array([[0, 0, 1, 1, 2], [127, 128, 254, 255, 255]])
     if layout == "png":
@@ -265,10 +266,10 @@ def test_sixteen_bit_grey_is_rounded_to_eight(tmp_path: Path, layout: str) -> No
         content = _tiff_of(values, photometric=0 if "white" in layout else 1)
     photo = read_photo(_put(tmp_path / "a", content), LIMIT)
     np.testing.assert_array_equal(photo.rgb[..., 0], 255 - expected if "white" in layout else expected)
-    assert photo.grey
+    assert photo.gray
 
 
-def test_twelve_bit_grey_fills_the_range(tmp_path: Path) -> None:
+def test_twelve_bit_gray_fills_the_range(tmp_path: Path) -> None:
     packed = bytes((0x00, 0x08, 0x00, 0xFF, 0xF0, 0x10))  # 0, 2048, 4095, 16
     content = _tiff_of(np.zeros((1, 4), np.uint16), photometric=1, bits=12, data=packed)
     photo = read_photo(_put(tmp_path / "a.tif", content), LIMIT)
@@ -278,10 +279,10 @@ def test_twelve_bit_grey_fills_the_range(tmp_path: Path) -> None:
 def test_integer_and_floating_point_tiffs(tmp_path: Path) -> None:
     integers = np.int32([[0, 257, 65535]])
     photo = read_photo(_put(tmp_path / "i.tif", _tiff_of(integers, 1)), LIMIT)
-    assert photo.rgb[0, :, 0].tolist() == [0, 1, 255] and photo.grey
+    assert photo.rgb[0, :, 0].tolist() == [0, 1, 255] and photo.gray
     floats = np.float32([[0, 0.5, 0.999, 1]])
     photo = read_photo(_put(tmp_path / "f.tif", _tiff_of(floats, 1)), LIMIT)
-    assert photo.rgb[0, :, 0].tolist() == [0, 128, 255, 255] and photo.grey
+    assert photo.rgb[0, :, 0].tolist() == [0, 128, 255, 255] and photo.gray
 
 
 @pytest.mark.parametrize(
@@ -295,15 +296,15 @@ def test_values_without_a_known_range_are_refused(tmp_path: Path, values: np.nda
 
 
 @pytest.mark.parametrize("kind", ["png RGB", "png RGBA", "png LA", "tiff RGB"])
-def test_sixteen_bit_colour_keeps_its_high_byte(tmp_path: Path, kind: str) -> None:
+def test_sixteen_bit_color_keeps_its_high_byte(tmp_path: Path, kind: str) -> None:
     channels = {"png RGB": 3, "png RGBA": 4, "png LA": 2, "tiff RGB": 3}[kind]
     values = np.random.default_rng(0).integers(0, 65536, (5, 4, channels), np.uint16)
-    colour_type = {2: 4, 3: 2, 4: 6}[channels]
-    content = _tiff_of(values, 2) if kind.startswith("tiff") else _png_of(values, colour_type)
+    color_type = {2: 4, 3: 2, 4: 6}[channels]
+    content = _tiff_of(values, 2) if kind.startswith("tiff") else _png_of(values, color_type)
     photo = read_photo(_put(tmp_path / "a", content), LIMIT)
     high = values >> 8
     np.testing.assert_array_equal(photo.rgb, high[..., :1].repeat(3, -1) if channels == 2 else high[..., :3])
-    assert photo.grey == (channels == 2)
+    assert photo.gray == (channels == 2)
     if channels in (2, 4):
         np.testing.assert_array_equal(photo.alpha, high[..., -1])
     else:
@@ -315,12 +316,12 @@ def test_planar_tiffs(tmp_path: Path) -> None:
     eight = _put(tmp_path / "8.tif", _tiff_of(_rgb(), 2, planar=2))
     np.testing.assert_array_equal(read_photo(eight, LIMIT).rgb, _rgb())
     sixteen = _put(tmp_path / "16.tif", _tiff_of(_rgb().astype(np.uint16) * 257, 2, planar=2))
-    with pytest.raises(UserError, match="separate colour planes") as error:
+    with pytest.raises(UserError, match="separate color planes") as error:
         read_photo(sixteen, LIMIT)
     _assert_one_line(error, sixteen)
 
 
-def test_floating_point_colour_tiff_is_refused_clearly(tmp_path: Path) -> None:
+def test_floating_point_color_tiff_is_refused_clearly(tmp_path: Path) -> None:
     path = _put(tmp_path / "a.tif", _tiff_of(np.zeros((4, 4, 3), np.float32), 2))
     with pytest.raises(UserError, match="export it again as 8-bit") as error:
         read_photo(path, LIMIT)
@@ -337,7 +338,7 @@ def test_ycbcr_becomes_rgb(tmp_path: Path, suffix: str) -> None:
         return
     photo = read_photo(path, LIMIT)
     assert np.abs(photo.rgb.astype(int) - (200, 100, 50)).max() <= 3
-    assert not photo.grey
+    assert not photo.gray
 
 
 def _pillow_reads(path: Path) -> bool:
@@ -364,14 +365,14 @@ def test_cmyk_goes_through_its_profile_and_carries_none(tmp_path: Path, suffix: 
 
 
 def test_lab_becomes_srgb(tmp_path: Path) -> None:
-    colours = Image.fromarray(np.uint8([[[200, 100, 50], [20, 120, 220], [128, 128, 128]]]))
+    colors = Image.fromarray(np.uint8([[[200, 100, 50], [20, 120, 220], [128, 128, 128]]]))
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    image = ImageCms.profileToProfile(colours, srgb, lab, outputMode="LAB")
+    image = ImageCms.profileToProfile(colors, srgb, lab, outputMode="LAB")
     own = ImageCms.ImageCmsProfile(lab).tobytes()
     for options in ({}, {"icc_profile": own}, {"icc_profile": _rgb_icc()}):
         photo = read_photo(_saved(tmp_path / "a.tiff", image, **options), LIMIT)
         # Eight bits of Lab are coarser than eight bits of a dark sRGB channel.
-        assert np.abs(photo.rgb.astype(int) - np.asarray(colours).astype(int)).max() <= 6
+        assert np.abs(photo.rgb.astype(int) - np.asarray(colors).astype(int)).max() <= 6
         assert photo.icc is None
 
 
@@ -385,9 +386,9 @@ def test_modes_that_pillow_has_only_in_memory(mode: str) -> None:
         image = Image.frombytes(mode, (4, 3), np.full((3, 4), 25700, ">u2" if big else "<u2").tobytes())
     else:
         image = image.convert(mode)
-    rgb, alpha, grey = files._pixels(image, "", "a")
+    rgb, alpha, gray = decoded_pixels(image, "", "a")
     assert rgb.dtype == np.uint8 and rgb.shape == (3, 4, 3)
-    assert grey == (mode[0] in "LI")
+    assert gray == (mode[0] in "LI")
     assert (alpha is not None) == (mode in ("RGBa", "La", "PA"))
     if mode in ("RGBX", "RGBa", "HSV"):
         assert np.abs(rgb.astype(int) - (200, 100, 50)).max() <= 2
@@ -407,7 +408,7 @@ def test_the_first_of_many_frames_is_read(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_multi_picture_jpeg_is_read(tmp_path: Path) -> None:
-    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    pictures = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
     path = _saved(tmp_path / "a.jpg", pictures[0], format="MPO", save_all=True, append_images=pictures[1:])
     assert read_photo(path, LIMIT).rgb[0, 0, 0] > 250
 
@@ -436,10 +437,10 @@ def test_orientation_is_applied_once_and_removed(tmp_path: Path, suffix: str, or
     assert dict(carried.get_ifd(EXIF_IFD)) == {TAKEN: "2020:01:02 03:04:05"}
 
 
-def test_alpha_turns_with_the_colours(tmp_path: Path) -> None:
-    path = _saved(tmp_path / "a.png", Image.fromarray(np.dstack([_rgb(), _grey()])), exif=_exif(6))
+def test_alpha_turns_with_the_colors(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "a.png", Image.fromarray(np.dstack([_rgb(), _gray()])), exif=_exif(6))
     photo = read_photo(path, LIMIT)
-    np.testing.assert_array_equal(photo.alpha, np.rot90(_grey(), -1))
+    np.testing.assert_array_equal(photo.alpha, np.rot90(_gray(), -1))
     np.testing.assert_array_equal(photo.alpha, photo.rgb[..., 0])
 
 
@@ -478,9 +479,9 @@ def test_a_broken_exif_block_does_not_stop_the_reading(tmp_path: Path, damage: b
         ("RGB", "rgb", True),
         ("RGBA", "rgb", True),
         ("P", "rgb", True),
-        ("L", "grey", True),
-        ("LA", "grey", True),
-        ("RGB", "grey", False),
+        ("L", "gray", True),
+        ("LA", "gray", True),
+        ("RGB", "gray", False),
         ("L", "rgb", False),
         ("RGB", "cmyk", False),
         ("RGB", "broken", False),
@@ -489,7 +490,7 @@ def test_a_broken_exif_block_does_not_stop_the_reading(tmp_path: Path, damage: b
 def test_profiles_are_carried_where_they_describe_the_pixels(
     tmp_path: Path, mode: str, profile: str, kept: bool
 ) -> None:
-    profiles = {"rgb": _rgb_icc(), "grey": _grey_icc(), "cmyk": _cmyk_icc(), "broken": b"not a profile"}
+    profiles = {"rgb": _rgb_icc(), "gray": _gray_icc(), "cmyk": _cmyk_icc(), "broken": b"not a profile"}
     image = Image.new(mode, (8, 6))
     photo = read_photo(_saved(tmp_path / "a.png", image, icc_profile=profiles[profile]), LIMIT)
     assert photo.icc == (profiles[profile] if kept else None)
@@ -608,25 +609,25 @@ def test_suffixes_and_formats_agree() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("gray", [False, True])
 @pytest.mark.parametrize("with_alpha", [False, True])
-def test_round_trip(tmp_path: Path, format: str, grey: bool, with_alpha: bool) -> None:
-    like = _plain(grey=grey, icc=_grey_icc() if grey else _rgb_icc(), exif=_exif())
-    alpha = _grey() if with_alpha else None
+def test_round_trip(tmp_path: Path, format: str, gray: bool, with_alpha: bool) -> None:
+    like = _plain(gray=gray, icc=_gray_icc() if gray else _rgb_icc(), exif=_exif())
+    alpha = _gray() if with_alpha else None
     path = tmp_path / "new" / "folder" / f"a.{format}"
     write_photo(path, _rgb(), like, alpha, format)
     photo = read_photo(path, LIMIT)
-    expected = np.asarray(Image.fromarray(_rgb()).convert("L").convert("RGB")) if grey else _rgb()
+    expected = np.asarray(Image.fromarray(_rgb()).convert("L").convert("RGB")) if gray else _rgb()
     if format == "jpg":
         assert np.abs(photo.rgb.astype(int) - expected).mean() < 4
     else:
         np.testing.assert_array_equal(photo.rgb, expected)
-    assert photo.grey == (grey and format != "webp")
+    assert photo.gray == (gray and format != "webp")
     if with_alpha and format in ("png", "webp", "tiff"):
         np.testing.assert_array_equal(photo.alpha, alpha)
     else:
         assert photo.alpha is None
-    icc = None if format == "bmp" or (format == "webp" and grey) else like.icc
+    icc = None if format == "bmp" or (format == "webp" and gray) else like.icc
     assert photo.icc == icc
     with Image.open(path) as image:
         assert image.info.get("icc_profile") == icc
@@ -665,7 +666,7 @@ def test_pixel_tags_in_the_exif_of_a_jpeg_do_not_reach_a_tiff(tmp_path: Path) ->
         assert not {322, 323} & set(image.tag_v2)
 
 
-def test_jpegs_keep_all_their_colour(tmp_path: Path) -> None:
+def test_jpegs_keep_all_their_color(tmp_path: Path) -> None:
     """Red and blue columns of one pixel would blend under 4:2:0."""
     stripes = np.zeros((16, 16, 3), np.uint8)
     stripes[:, ::2, 0], stripes[:, 1::2, 2] = 255, 255
@@ -678,7 +679,7 @@ def test_jpegs_keep_all_their_colour(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["png", "webp", "tiff"])
-def test_colours_under_full_transparency_survive(tmp_path: Path, format: str) -> None:
+def test_colors_under_full_transparency_survive(tmp_path: Path, format: str) -> None:
     write_photo(tmp_path / "a", _rgb(), _plain(), np.zeros((6, 8), np.uint8), format)
     photo = read_photo(tmp_path / "a", LIMIT)
     np.testing.assert_array_equal(photo.rgb, _rgb())
@@ -734,7 +735,7 @@ def test_arrays_of_the_wrong_kind_are_a_bug(
 def test_the_temporary_file_is_beside_and_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     replace = os.replace
-    monkeypatch.setattr(files.os, "replace", lambda a, b: moved.append((Path(a), Path(b))) or replace(a, b))
+    monkeypatch.setattr(os, "replace", lambda a, b: moved.append((Path(a), Path(b))) or replace(a, b))
     target = tmp_path / ("n" * 251 + ".png")  # As long as file systems allow.
     write_photo(target, _rgb(), _plain())
     [(temporary, final)] = moved
@@ -767,7 +768,7 @@ def test_the_temporary_file_goes_when_the_last_step_fails(
         raise failure
 
     path = _put(tmp_path / "a.png", b"the old file")
-    monkeypatch.setattr(files.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="Permission denied" if expected is UserError else None):
         write_photo(path, _rgb(), _plain())

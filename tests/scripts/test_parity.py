@@ -21,7 +21,7 @@ import oracle_models as models  # noqa: E402
 from oracle_pipeline import OraclePipeline, align_colour, to_image  # noqa: E402
 from tiny_checkpoint import compiled_once  # noqa: E402
 from tsdsr_jax.commands import convert_lora, convert_sd3, upscale  # noqa: E402
-from tsdsr_jax.upscaling.engine import Engine, Settings  # noqa: E402
+from tsdsr_jax.upscaling.engine import Engine  # noqa: E402
 
 RANK = 4
 METHODS = ("nofix", "wavelet", "adain")
@@ -42,17 +42,17 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that differ in what happens on the host only share their networks."""
-    monkeypatch.setattr(upscale, "load", load_networks)
+    monkeypatch.setattr(upscale, "load_engine", load_once)
 
 
-load = upscale.load
+load_engine = upscale.load_engine
 _kept: dict[object, Engine] = {}
 
 
-def load_networks(options: upscale.Options, settings: Settings, devices: list) -> Engine:
+def load_once(options: upscale.Options, devices: list) -> Engine:
     key = dataclasses.replace(options, input_dir=Path(), output_dir=Path(), align_method="nofix")
     if key not in _kept:
-        _kept[key] = load(options, settings, devices)
+        _kept[key] = load_engine(options, devices)
     return _kept[key]
 
 

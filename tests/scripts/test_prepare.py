@@ -491,7 +491,7 @@ def test_a_set_among_its_photographs_is_not_taken_for_some(command, root, tmp_pa
     photos = shutil.copytree(root / "photos", tmp_path / "photos")
     for _ in range(2):
         assert "10 samples" in command.done(photos / "set", "--layout", "folders", photos=photos)
-    assert "is the output folder, too" in command.refused(photos, photos=photos)
+    assert "is also the output folder" in command.refused(photos, photos=photos)
 
 
 def test_a_folder_given_twice_counts_once(command, root, tmp_path):

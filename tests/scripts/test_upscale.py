@@ -21,9 +21,9 @@ import tiny_checkpoint as tiny
 from tsdsr_jax import cli
 from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.upscaling.batch_run import find_jobs
-from tsdsr_jax.upscaling.engine import Engine, Settings
-from tsdsr_jax.upscaling.options import completed
+from tsdsr_jax.upscaling.engine import Engine
+from tsdsr_jax.upscaling.jobs import find_jobs
+from tsdsr_jax.upscaling.options import complete_options
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-load, _kept = upscale.load, {}
+load_engine, _kept = upscale.load_engine, {}
 
 
 @pytest.fixture(autouse=True)
@@ -71,19 +71,22 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         "overwrite",
         "max_pixels",
         "shard",
+        "upscale",
+        "process_size",
+        "latent",
     )
     defaults = {field.name: field.default for field in dataclasses.fields(upscale.Options)}
 
-    def load_networks(options: upscale.Options, settings: Settings, devices: list) -> Engine:
+    def load_once(options: upscale.Options, devices: list) -> Engine:
         key = dataclasses.replace(
             options, **{name: defaults[name] for name in on_the_host if name != "input_dir"}
         )
         key = dataclasses.replace(key, input_dir=Path())
         if key not in _kept:
-            _kept[key] = load(options, settings, devices)
+            _kept[key] = load_engine(options, devices)
         return _kept[key]
 
-    monkeypatch.setattr(upscale, "load", load_networks)
+    monkeypatch.setattr(upscale, "load_engine", load_once)
 
 
 def flags(root: Path, source: Path, output: Path, *more: str) -> list[str]:
@@ -269,7 +272,7 @@ def test_factors_and_precisions(command, tmp_path, more, size, expected):
     assert np.asarray(image).std() > 10
 
 
-def test_colour_fixes_and_seeds_differ(command, tmp_path):
+def test_color_fixes_and_seeds_differ(command, tmp_path):
     source = save(tmp_path / "in", a=SQUARE)
     runs = [["--align_method", method] for method in ("wavelet", "adain", "nofix")]
     runs += [["--seed", "1"], ["--latent", "mode"], ["--lora_scale", "0.5"], []]
@@ -306,13 +309,13 @@ def test_finished_files_are_skipped(command, tmp_path):
 def test_results_of_another_process_are_kept_and_counted(command, tmp_path, monkeypatch):
     source, output = save(tmp_path / "in", a=SQUARE, b=SQUARE), tmp_path / "out"
     output.mkdir()
-    load_networks = upscale.load
+    load = upscale.load_engine
 
     def while_another_finishes(*arguments):
         (output / "a.png").write_bytes(b"theirs")
-        return load_networks(*arguments)
+        return load(*arguments)
 
-    monkeypatch.setattr(upscale, "load", while_another_finishes)
+    monkeypatch.setattr(upscale, "load_engine", while_another_finishes)
     done = command(source, output)
     assert done.status == 0
     assert done.out.splitlines()[-1] == f"1 upscaled into {output}, 1 came from another process meanwhile"
@@ -369,10 +372,10 @@ def test_shards_together_are_the_whole(command, mixed, tmp_path):
 # --- names ------------------------------------------------------------------------------
 
 
-def targets(source: Path, output: Path, suffix: str = ".png") -> dict[str, str]:
+def targets(source: Path, output: Path) -> dict[str, str]:
     return {
         job.source.relative_to(source).as_posix(): job.target.relative_to(output).as_posix()
-        for job in find_jobs(source, output, suffix)
+        for job in find_jobs(source, output, "png")
     }
 
 
@@ -419,7 +422,7 @@ def test_output_must_not_be_the_input(command, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(source)
     monkeypatch.chdir(source)
     for output in (source, Path("."), tmp_path / "link"):
-        assert "are the same" in command(source, output).line
+        assert "is also the output folder" in command(source, output).line
     assert contents(source) == before
 
 
@@ -434,7 +437,7 @@ def test_a_photograph_is_never_replaced_by_its_result(command, tmp_path):
 
 
 def targets_of_file(source: Path, output: Path) -> str:
-    (job,) = find_jobs(source, output, ".png")
+    (job,) = find_jobs(source, output, "png")
     return job.target.name
 
 
@@ -443,7 +446,7 @@ def test_another_photograph_is_not_replaced_either(tmp_path):
     save(tmp_path / "x", a=SQUARE)
     save(tmp_path / "x" / "x", a=SQUARE, b=SQUARE)
     with pytest.raises(UserError, match="output_dir"):
-        find_jobs(tmp_path / "x", tmp_path, ".png")
+        find_jobs(tmp_path / "x", tmp_path, "png")
 
 
 def test_output_around_the_input(tmp_path):
@@ -475,7 +478,7 @@ def test_bad_files_cost_no_other_its_result(command, tmp_path):
     outcome = command(source, output, "--max_pixels", "20000")
     assert outcome.status == 1
     lines = outcome.err.splitlines()
-    bad = ["truncated", "empty", "text", "huge", "grows"]
+    bad = ["truncated", "empty", "text", "huge", "grows", "dangling"]
     for name in bad:
         (line,) = [line for line in lines if line.startswith(f"{source / name}.png: ")]
         assert len(line) > len(f"{source / name}.png: ") + 10
@@ -484,7 +487,7 @@ def test_bad_files_cost_no_other_its_result(command, tmp_path):
     assert len(lines) == len(bad) + 1
     assert "--max_pixels" in next(line for line in lines if "grows" in line)
     assert outcome.out.splitlines()[-1].startswith(f"3 upscaled into {output}")
-    assert outcome.out.splitlines()[-1].endswith("6 failed")
+    assert outcome.out.splitlines()[-1].endswith("7 failed")
     assert sorted(contents(output)) == ["folder.png/inside.png", "good.png", "last.png", "sub"]
 
 
@@ -694,7 +697,7 @@ def test_tiles_are_as_large_as_the_model_has_positions_for(root, monkeypatch):
         monkeypatch.setattr(
             sys, "argv", [SCRIPT, "-i", "photos", "--pretrained_model_name_or_path", str(folder), *given]
         )
-        return completed(cli.parse(upscale.Options, description="")).latent_tiled_size
+        return complete_options(cli.parse(upscale.Options, description="")).latent_tiled_size
 
     assert (tile(8), tile(192), tile(8, "--latent_tiled_size", "4")) == (16, 64, 4)
 

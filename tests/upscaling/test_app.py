@@ -29,11 +29,13 @@ from tsdsr_jax import cli
 from tsdsr_jax.commands import app, upscale
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.upscaling.engine import Engine, Launched
-from tsdsr_jax.upscaling.options import load
+from tsdsr_jax.upscaling.engine import Engine, Launched, Progress
+from tsdsr_jax.upscaling.loading import load_engine
+from tsdsr_jax.upscaling.upscaler import PictureArguments, Upscaler
 
 gr = pytest.importorskip("gradio")
 from tsdsr_jax.upscaling import app as page_lib  # noqa: E402 (needs Gradio)
+from tsdsr_jax.upscaling import page_events, page_pictures  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RANK, WAITING = 2, 3
@@ -76,14 +78,13 @@ def options(root: Path) -> app.Options:
     return cli.parse(app.Options, description="", argv=flags(root))
 
 
-def networks(options: app.Options) -> Engine:
-    devices = select_devices(options.device)
-    return load(options, options.settings(devices[0].platform), devices)
+def loaded(options: app.Options) -> Upscaler:
+    return Upscaler(load_engine(options, select_devices(options.device)), options)
 
 
 @pytest.fixture(scope="module")
-def upscaler(options: app.Options) -> Engine:
-    return networks(options)
+def upscaler(options: app.Options) -> Upscaler:
+    return loaded(options)
 
 
 @dataclasses.dataclass
@@ -93,13 +94,13 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(upscaler: Engine, options: app.Options) -> Iterator[Served]:
+def served(upscaler: Upscaler, options: app.Options) -> Iterator[Served]:
     with app.private_folder() as folder, pytest.MonkeyPatch.context() as patch:
         # Here it was imported before there was the folder.
         patch.setattr("gradio.routes.DEFAULT_TEMP_DIR", str(folder))
-        blocks = page_lib.build(upscaler, options, folder, WAITING)
+        blocks = page_lib.build_page(upscaler, folder, WAITING)
         port = free_port()
-        page_lib.serve(blocks, options.host, port, options.max_upload)
+        page_lib.serve_page(blocks, options.host, port, options.max_upload)
         yield Served(app.addresses(options.host, port), folder)
         blocks.close(verbose=False)
     assert not folder.exists()
@@ -111,9 +112,30 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def handlers(upscaler: Engine, options: app.Options, tmp_path: Path) -> "page_lib.Handlers":
+def handlers(upscaler: Upscaler, tmp_path: Path) -> page_events.Handlers:
     (tmp_path / "private").mkdir()
-    return page_lib.Handlers(upscaler, options, tmp_path / "private")
+    return page_events.Handlers(upscaler, tmp_path / "private")
+
+
+def on_page(
+    upscaler: Upscaler,
+    source: Path,
+    output: Path,
+    format: str = "png",
+    progress: Progress = lambda *stage: None,
+    shapes: page_pictures.SeenShapes | None = None,
+    **changes: object,
+) -> page_pictures.PageResult:
+    """What the page makes of a file, with the flags' settings or others."""
+    options = upscaler.options
+    arguments = PictureArguments(
+        scale=options.upscale, color=options.align_method, seed=options.seed, latent=options.latent,
+        tile=options.latent_tiled_size,
+    )  # fmt: skip
+    output.mkdir(exist_ok=True)
+    return page_pictures.upscale_photo(
+        upscaler, arguments | changes, format, source, output, progress, shapes or page_pictures.SeenShapes()
+    )
 
 
 def command_line(root: Path, source: Path, output: Path, *more: str) -> bytes:
@@ -161,9 +183,9 @@ def sixteen_bits(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [turned_jpeg, see_through, sixteen_bits])
-def test_the_file_is_the_command_lines_to_the_byte(upscaler, options, root, tmp_path, make):
+def test_the_file_is_the_command_lines_to_the_byte(upscaler, root, tmp_path, make):
     source = make(tmp_path)
-    result = page_lib.upscale_photo(upscaler, options, "png", source, tmp_path / "page")
+    result = on_page(upscaler, source, tmp_path / "page")
     assert result.file.name == f"{source.stem}_x2.png"
     assert result.file.read_bytes() == command_line(root, source, tmp_path / "shell")
     before, after = Image.open(result.before), Image.open(result.after)
@@ -174,22 +196,21 @@ def test_the_file_is_the_command_lines_to_the_byte(upscaler, options, root, tmp_
     assert result.notes == []
 
 
-def test_changed_settings_are_the_flags(upscaler, options, root, tmp_path):
+def test_changed_settings_are_the_flags(upscaler, root, tmp_path):
     source, stages = save(tmp_path / "a.png"), []
-    plain = page_lib.upscale_photo(upscaler, options, "png", source, tmp_path / "plain").file.read_bytes()
-    changed = dataclasses.replace(
-        options, upscale=2.5, seed=-7, align_method="adain", latent_tiled_size=12, latent_tiled_overlap=4
-    )
-    result = page_lib.upscale_photo(
-        upscaler, changed, "jpg", source, tmp_path / "page", lambda *stage: stages.append(stage)
-    )
+    plain = on_page(upscaler, source, tmp_path / "plain").file.read_bytes()
+    result = on_page(
+        upscaler, source, tmp_path / "page", "jpg", lambda *stage: stages.append(stage),
+        scale=2.5, seed=-7, color="adain", tile=12,
+    )  # fmt: skip
     shell = command_line(
         root, source, tmp_path / "shell", "--upscale", "2.5", "--seed", "-7", "--align_method", "adain",
-        "--latent_tiled_size", "12", "--latent_tiled_overlap", "4", "--format", "jpg",
+        "--latent_tiled_size", "12", "--format", "jpg",
     )  # fmt: skip
     assert result.file.name == "a_x2.5.jpg" and result.file.read_bytes() == shell
-    tiles = stages[2][2]
+    tiles = stages[3][2]
     assert tiles > 1 and stages == [
+        ("compile", 0, 1),
         ("encode", 0, 1),
         *(("tiles", done, tiles) for done in range(tiles + 1)),
         ("decode", 0, 1),
@@ -197,23 +218,13 @@ def test_changed_settings_are_the_flags(upscaler, options, root, tmp_path):
         ("write", 0, 1),
     ]
     # And the next visitor's are not.
-    again = page_lib.upscale_photo(upscaler, options, "png", source, tmp_path / "again")
+    again = on_page(upscaler, source, tmp_path / "again")
     assert again.file.read_bytes() == plain
 
 
-def test_other_settings_share_the_networks(upscaler):
-    other = upscaler.with_settings(dataclasses.replace(upscaler.settings, upscale=3, latent_tile=16))
-    assert other.velocity is upscaler.velocity and other.settings.upscale == 3
-    assert upscaler.settings.upscale == 2
-    assert other.in_float32.velocity is upscaler.in_float32.velocity
-    assert other.in_float32.settings == other.settings
-    with pytest.raises(ValueError, match="bands"):
-        upscaler.with_settings(dataclasses.replace(upscaler.settings, decoder_band=8))
-
-
-def test_large_results_are_shown_smaller(upscaler, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(page_lib, "PREVIEW_PIXELS", 2000)
-    result = page_lib.upscale_photo(upscaler, options, "png", save(tmp_path / "a.png"), tmp_path / "page")
+def test_large_results_are_shown_smaller(upscaler, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_pictures, "PREVIEW_PIXELS", 2000)
+    result = on_page(upscaler, save(tmp_path / "a.png"), tmp_path / "page")
     assert Image.open(result.file).size == (104, 66)
     assert Image.open(result.before).size == Image.open(result.after).size == (56, 36)
     assert "Shown at 56×36; the file below has all of them." in result.summary
@@ -228,36 +239,36 @@ def test_large_results_are_shown_smaller(upscaler, options, tmp_path, monkeypatc
     ],
 )
 def test_preview_sizes(size, expected):
-    assert page_lib.preview_size(size) == expected
+    assert page_pictures.preview_size(size) == expected
 
 
 def test_results_that_are_not_finite_are_computed_again(options, tmp_path, monkeypatch):
-    half = networks(dataclasses.replace(options, mixed_precision="fp16"))
+    half = loaded(dataclasses.replace(options, mixed_precision="fp16"))
     launch, tried = Engine.launch, []
 
-    def overflow(self: Engine, photos: list, bucket: tuple, **more: object) -> Launched:
+    def overflow(self: Engine, photos: list, bucket: tuple, *wanted: object, **more: object) -> Launched:
         tried.append(self.dtype)
         if self.dtype == np.float32:
-            return launch(self, photos, bucket, **more)
+            return launch(self, photos, bucket, *wanted, **more)
         return Launched(
             [photos[0].plan], bucket, False, jnp.zeros((1, *bucket, 3), jnp.uint8), jnp.zeros(1, bool)
         )
 
     monkeypatch.setattr(Engine, "launch", overflow)
-    result = page_lib.upscale_photo(half, options, "png", save(tmp_path / "a.png"), tmp_path / "page")
+    result = on_page(half, save(tmp_path / "a.png"), tmp_path / "page")
     assert result.notes == ["a.png: not finite in float16; computing again in float32"]
     assert tried == [np.float16, np.float32]
     monkeypatch.setattr(Launched, "results", lambda launched: [None])
     with pytest.raises(UserError, match=r"^a\.png: the result is not finite, in float32 too"):
-        page_lib.upscale_photo(half, options, "png", tmp_path / "a.png", tmp_path / "again")
+        on_page(half, tmp_path / "a.png", tmp_path / "again")
 
 
 # --- mistakes -------------------------------------------------------------------------------
 
 
-def refused(handlers: "page_lib.Handlers", source: Path | None, **changes: object) -> str:
+def refused(handlers: page_events.Handlers, source: Path | None, **changes: object) -> str:
     """The message of a request; nobody learns from it where the server keeps its files."""
-    values = dict(scale=2.0, colours="wavelet", tile=8, seed=1, format="png", choice=page_lib.Choice())
+    values = dict(scale=2.0, colors="wavelet", tile=8, seed=1, format="png", choice=page_events.Choice())
     values |= changes
     with pytest.raises(gr.Error) as error:
         handlers.upscale(None if source is None else str(source), **values)
@@ -320,7 +331,7 @@ def test_files_that_cannot_be_used(handlers, tmp_path, make, expected):
         (dict(seed=float("inf")), "Seed inf: expected a whole number"),
         (dict(seed=None), "Seed: enter a number"),
         (dict(seed=-(2**53) - 1), "Seed -9.0072e+15: expected at most 2**53, up or down"),
-        (dict(colours=None), "Colours: expected one of wavelet, adain, nofix"),
+        (dict(colors=None), "Colors: expected one of wavelet, adain, nofix"),
         (dict(format="gif"), "Format: expected one of png, jpg, webp, tiff, bmp"),
         (dict(format=["png"]), "Format: expected one of png, jpg, webp, tiff, bmp"),
         (dict(tile=100_000), "Tile size 100000: this transformer's position table ends at"),
@@ -347,14 +358,14 @@ def test_no_photo_and_failures_of_the_device(handlers, tmp_path, monkeypatch):
     assert refused(handlers, source) == "Something went wrong; the server's terminal says what."
     monkeypatch.undo()
     # Whole numbers may come with a point, and the largest seed is one.
-    done = handlers.upscale(str(source), 2, "wavelet", 8.0, 2**53, "png", page_lib.Choice())
+    done = handlers.upscale(str(source), 2, "wavelet", 8.0, 2**53, "png", page_events.Choice())
     assert done[1].endswith("/a_x2.png")
 
 
 def test_words_at_the_bar():
     shown, stages = [], [("tiles", 0, 2), ("tiles", 1, 2), ("tiles", 2, 2), ("decode", 0, 1), ("write", 0, 1)]
     for new in ([("compile", 0, 1)], []):
-        bar = page_lib._Bar(lambda share, desc: shown.append((round(share, 3), desc)), lambda: None)
+        bar = page_events.ProgressBar(lambda share, desc: shown.append((round(share, 3), desc)), lambda: None)
         for stage in [*new, ("encode", 0, 1), *stages]:
             bar(*stage)
     assert shown == [
@@ -375,7 +386,7 @@ def test_words_at_the_bar():
 
 def test_a_photo_that_was_exchanged_is_given_up(handlers, tmp_path, monkeypatch):
     first, second = (str(save(tmp_path / f"{name}.png")) for name in "ab")
-    choice = page_lib.Choice()
+    choice = page_events.Choice()
     assert handlers.choose(first, choice) == (None, None, "", "")
     assert handlers.show(first, choice)[1] == "a.png: 52×33 pixels."
     launch, launched = Engine.launch, []
@@ -386,7 +397,7 @@ def test_a_photo_that_was_exchanged_is_given_up(handlers, tmp_path, monkeypatch)
         return launched[-1]
 
     monkeypatch.setattr(Engine, "launch", exchange)
-    with handlers._device:  # it does not wait for its turn either
+    with handlers.device:  # it does not wait for its turn either
         handlers.choose(first, choice)
         threading.Timer(0.1, handlers.choose, (second, choice)).start()
         assert refused(handlers, first, choice=choice) == "Another photo was chosen meanwhile."
@@ -401,15 +412,15 @@ def test_a_photo_that_was_exchanged_is_given_up(handlers, tmp_path, monkeypatch)
 
 
 def test_a_photo_is_shown_or_why_not(handlers, tmp_path, monkeypatch):
-    monkeypatch.setattr(page_lib, "PREVIEW_PIXELS", 500)
-    choice, source = page_lib.Choice(), tmp_path / "<i>&.png"
+    monkeypatch.setattr(page_pictures, "PREVIEW_PIXELS", 500)
+    choice, source = page_events.Choice(), tmp_path / "<i>&.png"
     text(source)
     assert handlers.show(None, choice) == (None, "")
     assert handlers.show(str(source), choice)[1].startswith("&lt;i&gt;&amp;.png: not a readable")
     pair, words = handlers.show(str(save(source)), choice)
     assert words == "&lt;i&gt;&amp;.png: 52×33 pixels."
     assert pair[0] == pair[1] and Image.open(pair[0]).size == (28, 18)
-    monkeypatch.setattr(page_lib, "write_preview", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(page_events, "write_preview", lambda *arguments: 1 / 0)
     assert handlers.show(str(source), choice) == (
         None,
         "Something went wrong; the server's terminal says what.",
@@ -421,7 +432,7 @@ def test_lost_transparency_is_pointed_out_and_names_are_no_markup(handlers, tmp_
     monkeypatch.setattr(gr, "Info", lambda note, duration: notes.append(note))
     words = []
     handlers.upscale(
-        str(source), 2, "wavelet", 8, 1, "jpg", page_lib.Choice(), lambda share, desc: words.append(desc)
+        str(source), 2, "wavelet", 8, 1, "jpg", page_events.Choice(), lambda share, desc: words.append(desc)
     )
     assert words[:3] == ["Waiting", "Reading", "Encoding, compiling for this size"] and words[-1] == "Writing"
     assert notes == ["&lt;i&gt;&amp;_x2.jpg: jpg holds no transparency; it is left out"]
@@ -432,10 +443,10 @@ def test_lost_transparency_is_pointed_out_and_names_are_no_markup(handlers, tmp_
 # --- the server -----------------------------------------------------------------------------
 
 
-def test_requests_are_done_one_after_the_other(served, upscaler, options, tmp_path, monkeypatch):
+def test_requests_are_done_one_after_the_other(served, upscaler, tmp_path, monkeypatch):
     client_lib = pytest.importorskip("gradio_client")
     computing, most = [], []
-    real = page_lib.upscale_photo
+    real = page_events.upscale_photo
 
     def counted(*arguments: object, **more: object) -> object:
         computing.append(1)
@@ -445,7 +456,7 @@ def test_requests_are_done_one_after_the_other(served, upscaler, options, tmp_pa
         finally:
             computing.pop()
 
-    monkeypatch.setattr(page_lib, "upscale_photo", counted)
+    monkeypatch.setattr(page_events, "upscale_photo", counted)
     client = client_lib.Client(served.url, verbose=False, download_files=tmp_path)
     sources = [save(tmp_path / f"{name}.png", photo(seed=index)) for index, name in enumerate("abc")]
     jobs = [
@@ -454,14 +465,14 @@ def test_requests_are_done_one_after_the_other(served, upscaler, options, tmp_pa
     ]
     for source, job in zip(sources, jobs, strict=True):
         file = Path(job.result(timeout=60)[1])
-        expected = real(upscaler, options, "png", source, tmp_path / f"own_{source.stem}").file
+        expected = on_page(upscaler, source, tmp_path / f"own_{source.stem}").file
         assert file.name == expected.name and file.read_bytes() == expected.read_bytes()
     assert most == [1, 1, 1]
     for values, said in (
         ((65, "wavelet", 8, 42, "png"), "Scale 65: expected 1 to 64"),
         (("x", "wavelet", 8, 42, "png"), "Scale: enter a number"),
         ((2, "wavelet", 8.5, 42, "png"), "Tile size 8.5: expected a whole number"),
-        ((2, "sepia", 8, 42, "png"), "Colours: expected one of"),
+        ((2, "sepia", 8, 42, "png"), "Colors: expected one of"),
         ((2, "wavelet", 8, 42, None), "Format: expected one of"),
     ):
         with pytest.raises(Exception, match=said):
@@ -583,14 +594,14 @@ def test_bad_uploads_on_a_phone(served, tmp_path):
 @contextlib.contextmanager
 def slow_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Semaphore, threading.Semaphore]]:
     """Photographs are computed one for each release of the first semaphore; the second counts those begun."""
-    go, begun, real = threading.Semaphore(0), threading.Semaphore(0), page_lib.upscale_photo
+    go, begun, real = threading.Semaphore(0), threading.Semaphore(0), page_events.upscale_photo
 
     def wait(*arguments: object) -> object:
         begun.release()
         assert go.acquire(timeout=30)
         return real(*arguments)
 
-    monkeypatch.setattr(page_lib, "upscale_photo", wait)
+    monkeypatch.setattr(page_events, "upscale_photo", wait)
     try:
         yield go, begun
     finally:
@@ -673,7 +684,7 @@ def test_mistakes_are_told_before_anything_starts(command, tmp_path, monkeypatch
     assert "--port 0: expected 1 to 65535" in line("--port", "0")
     assert "--max_upload 0: expected at least 1" in line("--max_upload", "0")
     assert "--host no.such.name.invalid: no such address" in line("--host", "no.such.name.invalid")
-    assert "--host 192.0.2.1: cannot be listened at" in line("--host", "192.0.2.1")
+    assert "--host 192.0.2.1: cannot be listened on" in line("--host", "192.0.2.1")
     assert "--upscale 0.5: expected 1 to 64" in line("--upscale", "0.5")
     assert f"--seed {2**53 + 1}: expected at most 2**53" in line("--seed", str(2**53 + 1))
     with monkeypatch.context() as patch:
@@ -743,16 +754,16 @@ def test_it_ends_at_once_and_leaves_nothing(root, cache, tmp_path):
 # --- memory; last, because the other tests share what is compiled ------------------------------
 
 
-def test_programs_are_dropped_after_many_sizes(upscaler, options, tmp_path, monkeypatch):
+def test_programs_are_dropped_after_many_sizes(upscaler, tmp_path, monkeypatch):
     clear, cleared = jax.clear_caches, []
     monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(clear()))
-    shapes, files = page_lib.SeenShapes(most=2), []
+    shapes, files = page_pictures.SeenShapes(most=2), []
 
     def new(height: int, width: int) -> bool:
         stages, source = [], save(tmp_path / "a.png", photo(height, width))
         output = tmp_path / f"{len(files)}"
-        result = page_lib.upscale_photo(
-            upscaler, options, "png", source, output, lambda *stage: stages.append(stage), shapes
+        result = on_page(
+            upscaler, source, output, progress=lambda *stage: stages.append(stage), shapes=shapes
         )
         files.append(result.file.read_bytes())
         assert stages[-1] == ("write", 0, 1)
@@ -764,4 +775,4 @@ def test_programs_are_dropped_after_many_sizes(upscaler, options, tmp_path, monk
     assert shapes.enter("third") and len(cleared) == 1
     assert new(33, 52) and len(cleared) == 1
     assert files[2] == files[0]
-    assert page_lib.SeenShapes().most == 16
+    assert page_pictures.SeenShapes().most == 16

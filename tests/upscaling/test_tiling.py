@@ -9,7 +9,7 @@ import pytest
 
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
 from tsdsr_jax.upscaling.engine import _blend, _gather
-from tsdsr_jax.upscaling.tiling import Tile, TokenBatch, cut, offsets, pack, weights
+from tsdsr_jax.upscaling.tiling import Tile, TokenBatch, cut, offsets, pack, tile_weights
 
 CONFIG = MMDiTConfig.tiny()
 
@@ -44,17 +44,17 @@ def test_cut():
 
 
 def test_weights_follow_the_formula():
-    bells = weights(64, 48)
+    bells = tile_weights(64, 48)
     assert bells.dtype == np.float32 and bells.shape == (64, 48)
     for row, column in [(0, 0), (32, 23), (31, 24), (63, 47), (10, 40)]:
         exponent = ((row - 32) / 64) ** 2 / 0.02 + ((column - 23.5) / 48) ** 2 / 0.02
         assert bells[row, column] == pytest.approx(math.exp(-exponent) / (2 * math.pi * 0.01), rel=1e-6)
-    assert weights(64, 64).max() == pytest.approx(15.9, abs=0.05)
-    assert weights(64, 64).min() == pytest.approx(3e-10, rel=0.15)
+    assert tile_weights(64, 64).max() == pytest.approx(15.9, abs=0.05)
+    assert tile_weights(64, 64).min() == pytest.approx(3e-10, rel=0.15)
 
 
-def test_weights_are_half_a_pixel_off_centre_in_rows_only():
-    bells = weights(16, 16)
+def test_weights_are_half_a_pixel_off_center_in_rows_only():
+    bells = tile_weights(16, 16)
     np.testing.assert_array_equal(bells, bells[:, ::-1])
     np.testing.assert_allclose(
         bells[1:], bells[1:][::-1], rtol=1e-6
@@ -106,7 +106,7 @@ def test_tokens_come_in_the_transformers_order():
     patches = _gather(jnp.asarray(latents), jnp.asarray(packed.pixels))
     np.testing.assert_array_equal(patches, patchify(window, 2))
     np.testing.assert_array_equal(packed.positions[0], grid_positions(CONFIG, 8, 12))
-    assert packed.full
+    assert (packed.lengths == 24).all()
 
 
 def test_a_portrait_is_read_upright_from_its_transposed_latent():
@@ -117,7 +117,7 @@ def test_a_portrait_is_read_upright_from_its_transposed_latent():
     patches = _gather(jnp.asarray(lying), jnp.asarray(packed.pixels))
     np.testing.assert_array_equal(patches, patchify(jnp.asarray(upright[:, 5:17, 3:11]), 2))
     np.testing.assert_array_equal(packed.positions[0], grid_positions(CONFIG, 12, 8))
-    assert packed.weights[0].reshape(-1).argmax() == _flat_patches(weights(12, 8)).argmax()
+    assert packed.weights[0].reshape(-1).argmax() == _flat_patches(tile_weights(12, 8)).argmax()
 
 
 def _flat_patches(values: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def _flat_patches(values: np.ndarray) -> np.ndarray:
 def test_padding_weighs_nothing_even_if_infinite():
     tiles = [Tile(0, 0, 0, 4, 4), Tile(0, 0, 2, 4, 6)]
     packed = pack(tiles, 3, 8, (4, 8), CONFIG)
-    assert packed.lengths.tolist() == [4, 6, 4] and not packed.full
+    assert packed.lengths.tolist() == [4, 6, 4] and packed.needs_lengths
     assert not packed.weights[0, 4:].any() and not packed.weights[1, 6:].any() and not packed.weights[2].any()
     assert packed.weights[0, :4].all() and packed.weights[1, :6].all()
     np.testing.assert_array_equal(packed.pixels[2], packed.pixels[0])  # real numbers for the spare row
@@ -138,7 +138,7 @@ def test_padding_weighs_nothing_even_if_infinite():
     result = blended([velocity], [packed], (1, 4, 8))
     np.testing.assert_allclose(result[..., :-1], 1, rtol=1e-6)
     # Every weight arrives once: the second tile's over the first's, nothing twice.
-    expected = np.pad(weights(4, 4), ((0, 0), (0, 4))) + np.pad(weights(4, 6), ((0, 0), (2, 0)))
+    expected = np.pad(tile_weights(4, 4), ((0, 0), (0, 4))) + np.pad(tile_weights(4, 6), ((0, 0), (2, 0)))
     np.testing.assert_allclose(result[0, :, :, -1], expected, rtol=1e-6)
 
 
@@ -148,6 +148,6 @@ def test_overlaps_are_weighted_means():
     packed = pack(tiles, 2, 4, (4, 7), CONFIG)
     velocity = np.stack([np.zeros((4, 16), np.float32), np.ones((4, 16), np.float32)])
     result = blended([velocity], [packed], (1, 4, 7))[0, :, :, 0]
-    left, right = weights(4, 4)[:, 3], weights(4, 4)[:, 0]
+    left, right = tile_weights(4, 4)[:, 3], tile_weights(4, 4)[:, 0]
     np.testing.assert_allclose(result[:, 3], right / (left + right), rtol=1e-6)
     assert not result[:, :3].any() and (result[:, 4:] == 1).all()

@@ -15,6 +15,8 @@ import tiny_checkpoint as tiny
 import tsdsr_jax
 from tsdsr_jax import Upscaler, cli
 from tsdsr_jax.commands import upscale as command
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.upscaling import upscaler as upscaler_module
 from tsdsr_jax.upscaling.upscaler import Picture
 
 
@@ -26,7 +28,7 @@ def upscale() -> Upscaler:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Colour, a portrait, grey, and one with transparency."""
+    """Color, a portrait in gray, and one with transparency."""
     folder = tmp_path_factory.mktemp("photographs")
     images = [
         Image.fromarray(tiny.synthetic_photo(*size, seed))
@@ -39,6 +41,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PICTURE = np.zeros((4, 4, 3), np.uint8)
 # Small, so that the tests are quick: the command's flags, and the same in the loaded options.
 FLAGS = ("--process_size", "64")
 
@@ -102,21 +105,72 @@ def test_progress_is_told(small):
     assert sorted(told) == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_an_empty_list_gives_an_empty_list(small):
-    assert small([]) == []
+def test_stages_are_told_and_may_end_the_call(small):
+    told = []
+    small(tiny.synthetic_photo(16, 16, 0), on_stage=lambda *stage: told.append(stage))
+    assert told == [("encode", 0, 1), ("tiles", 0, 1), ("tiles", 1, 1), ("decode", 0, 1), ("decode", 1, 1)]
+
+    def cancel(stage: str, done: int, total: int) -> None:
+        if stage == "decode":
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        small(tiny.synthetic_photo(16, 16, 0), on_stage=cancel)
+
+
+def test_large_pictures_are_refused_before_they_are_decoded(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "options", dataclasses.replace(small.options, max_pixels=80))
+    array = tiny.synthetic_photo(9, 9, 0)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
+    for picture, words in (
+        (array, "^pictures: has 9×9 pixels, more than max_pixels 80"),
+        (Image.fromarray(array), "^pictures: has 9 x 9 = 81 pixels, more than the limit of 80"),
+        (tmp_path / "cut.png", "cut.png: has 9 x 9 = 81 pixels, more than the limit of 80"),
+        (array[:3, :3], "^pictures: would be processed at 64×64 pixels, more than max_pixels 80"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            small(picture)
+
+
+def test_a_command_in_a_message_keeps_its_flags(monkeypatch):
+    def refuse(*arguments: object, **more: object) -> None:
+        raise UserError("--embedding_dir x: is missing. Make it with: python convert/prompts.py --device cpu")
+
+    monkeypatch.setattr(upscaler_module, "load_engine", refuse)
+    expected = "^prompt x: is missing. Make it with: python convert/prompts.py --device cpu$"
+    with pytest.raises(ValueError, match=expected):
+        Upscaler.from_pretrained()
+
+
+def test_an_empty_list_is_refused(small):
+    with pytest.raises(ValueError, match="pictures: is empty; expected at least one"):
+        small([])
 
 
 @pytest.mark.parametrize(
     ("picture", "settings", "words"),
     [
-        (np.zeros((4, 4, 3), np.float32), {}, r"pictures\[0\]: is float32\(4, 4, 3\); expected uint8"),
-        (np.zeros((4, 4), np.uint8), {}, r"pictures\[0\]: is uint8\(4, 4\); expected uint8 \(H, W, 3\)"),
-        (b"photo", {}, r"pictures\[0\]: is a bytes; expected a PIL image"),
-        ("nowhere.png", {}, "nowhere.png: does not exist"),
-        (np.zeros((4, 4, 3), np.uint8), dict(scale=0.5), "^scale 0.5: expected 1 to 64"),
-        (np.zeros((4, 4, 3), np.uint8), dict(color="wavelets"), "^color 'wavelets': expected one of wavelet"),
-        (np.zeros((4, 4, 3), np.uint8), dict(latent="mean"), "^latent 'mean': expected one of sample, mode"),
-        (np.zeros((4, 4, 3), np.uint8), dict(seed=2**200), "^seed .*: expected at most 127 bits"),
+        (np.zeros((4, 4, 3), np.float32), {}, r"^pictures: is float32 \(4, 4, 3\); expected uint8"),
+        (np.zeros((4, 4), np.uint8), {}, r"^pictures: is uint8 \(4, 4\); expected uint8 \(H, W, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), {}, r"^pictures: is uint8 \(0, 4, 3\); expected uint8 \(H, W, 3\)"),
+        (b"photo", {}, r"^pictures: is a bytes; expected a PIL image"),
+        ([PICTURE, None], {}, r"^pictures\[1\]: is a NoneType; expected a PIL image"),
+        ([[PICTURE]], {}, r"^pictures\[0\]: is a list; expected a PIL image"),
+        ("nowhere.png", {}, "^nowhere.png: does not exist"),
+        (PICTURE, dict(scale="4"), "^scale '4': expected a number"),
+        (PICTURE, dict(scale=True), "^scale True: expected a number"),
+        (PICTURE, dict(scale=float("nan")), "^scale nan: expected 1 to 64"),
+        (PICTURE, dict(seed=1.5), "^seed 1.5: expected a whole number"),
+        (PICTURE, dict(color=None), "^color None: expected one of wavelet"),
+        (PICTURE, dict(color=["adain"]), r"^color \['adain'\]: expected one of wavelet"),
+        (PICTURE, dict(tile=9), r"^tile 9: expected an even number"),
+        (PICTURE, dict(tile=8), "^tile 8: expected larger than 8, by which tiles overlap"),
+        (PICTURE, dict(tile=10**6), "^tile 1000000: this transformer's position table ends at"),
+        (PICTURE, dict(scale=0.5), "^scale 0.5: expected 1 to 64"),
+        (PICTURE, dict(color="wavelets"), "^color 'wavelets': expected one of wavelet"),
+        (PICTURE, dict(latent="mean"), "^latent 'mean': expected one of sample, mode"),
+        (PICTURE, dict(seed=2**200), "^seed .*: expected at most 127 bits"),
     ],
 )
 def test_mistakes_are_value_errors_that_name_the_argument(small, picture: Picture, settings, words):
@@ -131,6 +185,12 @@ def test_mistakes_are_value_errors_that_name_the_argument(small, picture: Pictur
         (dict(lora="here"), "lora here: give the model it belongs to with model"),
         (dict(device="cuda:x"), "device cuda:x: expected cuda"),
         (dict(lora_scale=float("inf")), "lora_scale inf: expected a finite number"),
+        (dict(lora_scale="half"), "lora_scale 'half': expected a number"),
+        (dict(dtype="float16"), "dtype 'float16': expected one of None, fp16, bf16, fp32"),
+        (dict(weights="int4"), "weights 'int4': expected one of full, int8, fp8"),
+        (dict(max_pixels=0), "max_pixels 0: expected at least 1"),
+        (dict(max_pixels=1e8), "max_pixels 100000000.0: expected a whole number"),
+        (dict(model=3), "model: is a int; expected a path or a name"),
     ],
 )
 def test_mistakes_while_loading_name_the_argument(arguments, words):

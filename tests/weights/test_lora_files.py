@@ -30,7 +30,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.upscaling.options import load_loras
+from tsdsr_jax.upscaling.loading import load_loras
 from tsdsr_jax.weights.lora_files import (
     LORA_FORMAT,
     check_rank,

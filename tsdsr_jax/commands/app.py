@@ -1,5 +1,5 @@
-"""Serves a page in the browser that upscales photographs with SD3 and TSD-SR's LoRAs; or, where no model is named, with a
-small one that lies in the repository.
+"""Serves a page in the browser that upscales photographs with SD3 and TSD-SR's LoRAs. Without a model it uses the small
+bundled one.
 
 python infer/app.py --pretrained_model_name_or_path sd3
 """
@@ -23,54 +23,56 @@ from tsdsr_jax import cli
 from tsdsr_jax.commands.groups import UPSCALING
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.upscaling.options import UpscaleOptions, check, completed, load
+from tsdsr_jax.upscaling.loading import load_engine
+from tsdsr_jax.upscaling.options import UpscaleOptions, check_upscale_options, complete_options
+from tsdsr_jax.upscaling.page_pictures import LARGEST_WHOLE
+from tsdsr_jax.upscaling.upscaler import Upscaler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(UpscaleOptions):
     host: str = "127.0.0.1"
-    """Address to listen at. 0.0.0.0 lets other machines in, too; there is no password."""
+    """Address to listen on. 0.0.0.0 lets other machines in, too; there is no password."""
     port: int = 7860
-    """Port to listen at."""
+    """Port to listen on, 1 to 65535."""
     max_upload: int = 30
-    """Largest photograph, in megabytes."""
+    """Largest upload, in megabytes."""
     max_waiting: int = 16
-    """Photographs that may wait for their turn; one is computed at a time."""
+    """Number of photographs that may wait for their turn; one is computed at a time."""
 
 
 def main() -> None:
-    options = completed(cli.parse(Options, description=__doc__, groups=UPSCALING))
-    check(options)
-    check_server(options)
-    with private_folder() as root, ended_by_signals(root):
-        run(options, root)
+    options = complete_options(cli.parse(Options, description=__doc__, groups=UPSCALING))
+    check_upscale_options(options)
+    _check_server(options)
+    with private_folder() as root, _ended_by_signals(root):
+        _run(options, root)
 
 
-def run(options: Options, root: Path) -> None:
+def _run(options: Options, root: Path) -> None:
     """Loads the networks and serves the page until a signal comes.
 
     Args:
       root: from `private_folder`.
 
     Raises:
-      UserError: Gradio is not installed, a flag is out of its range, or the networks cannot be loaded.
+      UserError: Gradio is not installed, a flag is out of range, or the networks cannot be loaded.
     """
-    page = import_page()
-    if abs(options.seed) > page.LARGEST_WHOLE:
+    app = _import_app()
+    if abs(options.seed) > LARGEST_WHOLE:
         raise UserError(
             f"--seed {options.seed}: expected at most 2**53, up or down; browsers round beyond it"
         )
-    devices = select_devices(options.device)
-    upscaler = load(options, options.settings(devices[0].platform), devices)
-    blocks = page.build(upscaler, options, root, options.max_waiting)
-    page.serve(blocks, options.host, options.port, options.max_upload)
+    upscaler = Upscaler(load_engine(options, select_devices(options.device)), options)
+    page = app.build_page(upscaler, root, options.max_waiting)
+    app.serve_page(page, options.host, options.port, options.max_upload)
     print(f"ready: {addresses(options.host, options.port)} (Ctrl-C ends it)", flush=True)
     while True:
         time.sleep(3600)
 
 
 def addresses(host: str, port: int) -> str:
-    """Where a browser finds the page, in words; 0.0.0.0 and :: are addresses to listen at, not to go to."""
+    """Where a browser finds the page, in words; 0.0.0.0 and :: are addresses to listen on, not to visit."""
     *_, (meant, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if meant in ("0.0.0.0", "::"):
         return f"http://localhost:{port}/, from other machines http://{socket.gethostname()}:{port}/"
@@ -79,9 +81,9 @@ def addresses(host: str, port: int) -> str:
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[Path]:
-    """A temporary folder for uploads and results, the only one that Gradio serves files of; removed at the end.
+    """Makes a temporary folder for uploads and results, the only one that Gradio serves; removes it at the end.
 
-    Gradio reads the variable while it is imported and makes folders in it when it starts, so this comes before both.
+    Gradio reads its name from the environment on import, so this comes first.
 
     Raises:
       UserError: no temporary folder can be made.
@@ -94,23 +96,23 @@ def private_folder() -> Iterator[Path]:
     try:
         yield root
     finally:
-        remove(root)
+        _remove(root)
 
 
 @contextlib.contextmanager
-def ended_by_signals(root: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process at once, without the folder `root`.
+def _ended_by_signals(root: Path) -> Iterator[None]:
+    """Makes Ctrl-C and SIGTERM remove the folder `root` and end the process at once.
 
-    Not by an exception: while libraries load, one may be raised where Python only prints and ignores it.
+    Not by an exception: while libraries load, it may be raised where Python only prints and ignores it.
     """
 
     def leave(number: int, frame: object) -> None:
         for each in before:  # further signals do not disturb the removal
             signal.signal(each, signal.SIG_IGN)
-        remove(root)
+        _remove(root)
         if number == signal.SIGINT:
             os.write(2, b"interrupted\n")  # a print may have been interrupted
-        # A photograph under way cannot be stopped, and leaving should not wait for it.
+        # A photograph that is being computed cannot be stopped, and leaving should not wait for it.
         os._exit(128 + number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -123,19 +125,19 @@ def ended_by_signals(root: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def remove(folder: Path) -> None:
-    """Removes a folder, again where a thread has put another file into it meanwhile."""
+def _remove(folder: Path) -> None:
+    """Removes a folder; tries again if a thread has put another file into it meanwhile."""
     for _ in range(10):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
 
 
-def check_server(options: Options) -> None:
+def _check_server(options: Options) -> None:
     """Refuses flags that the server could not start with, before the networks are loaded.
 
     Raises:
-      UserError: a flag is out of its range, or the address or the port cannot be listened at.
+      UserError: a flag is out of range, or the address or port cannot be listened on.
     """
     cli.at_least(options, 1, "max_upload", "max_waiting")
     if not 1 <= options.port <= 65535:
@@ -150,10 +152,10 @@ def check_server(options: Options) -> None:
             raise UserError(f"--port {options.port}: in use; choose another, or end what uses it") from None
         flag = "--port" if error.errno == errno.EACCES else "--host"
         value = getattr(options, flag[2:])
-        raise UserError(f"{flag} {value}: cannot be listened at ({error.strerror}); choose another") from None
+        raise UserError(f"{flag} {value}: cannot be listened on ({error.strerror}); choose another") from None
 
 
-def import_page() -> types.ModuleType:
+def _import_app() -> types.ModuleType:
     """`tsdsr_jax.upscaling.app`, with Gradio's telemetry off.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from pathlib import Path
 
 from tsdsr_jax.errors import UserError
@@ -10,45 +11,79 @@ from tsdsr_jax.images.files import IMAGE_SUFFIXES
 
 
 def find_photographs(root: Path, output: Path | None = None) -> list[Path]:
-    """The image files below a folder, in its subfolders too, sorted; hidden ones are left out. Follows links to folders.
+    """The image files in a folder and its subfolders, sorted, without hidden ones.
+
+    Links to files and folders are followed. Each file is found once: under its own path if that lies below `root`,
+    otherwise under the first link to it. A broken link is found, too, so that reading it reports it.
 
     Args:
       root: the folder.
-      output: a folder that may lie below it and whose images are results, not photographs.
+      output: a folder that may lie below `root`; what is in it are results, not photographs.
 
     Raises:
-      UserError: no such folder, or no images in it.
+      UserError: there is no such folder, it is the output folder, it cannot be read, or there are no images in it.
     """
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder; expected one with photographs")
     if output and output.resolve() == root.resolve():
-        raise UserError(f"{root}: is the output folder, too; results would mix with the photographs")
-    found: list[Path] = []
-    seen = {os.path.realpath(output)} if output else set()
-
-    def refuse(error: OSError) -> None:
+        raise UserError(f"{root}: is also the output folder; results would mix with the photographs")
+    search = _Search(root, output)
+    try:
+        search.run()
+    except OSError as error:
         raise UserError(
             f"{error.filename}: cannot be read ({error.strerror}); all of {root} must be readable"
-        )
-
-    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
-        # A link to a folder above would never end.
-        real = os.path.realpath(folder)
-        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
-        if real not in seen:
-            images = (name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
-            # A broken link is kept, to be named as unreadable; a pipe or device would be waited for.
-            found += [
-                Path(folder, name) for name in images
-                if not name.startswith(".") and not _is_special(os.path.join(folder, name))
-            ]  # fmt: skip
-        seen.add(real)
-    if not found:
+        ) from None
+    if not search.found:
         raise UserError(
             f"{root}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)}, in subfolders too)"
         )
-    return sorted(found)
+    return sorted(search.found.values())
 
 
-def _is_special(path: str) -> bool:
-    return os.path.exists(path) and not os.path.isfile(path)
+class _Search:
+    """Attributes:
+    found: real path of a file -> the path that it was found under.
+    """
+
+    def __init__(self, root: Path, output: Path | None):
+        self.found: dict[str, Path] = {}
+        self._root, self._output = root, Path(os.path.realpath(output)) if output else None
+        self._visited: set[str] = set()  # real paths: a link to a folder above would never end
+        self._links: deque[Path] = deque()
+
+    def run(self) -> None:
+        self._visit(self._root)
+        while self._links:  # after everything that is no link
+            link = self._links.popleft()
+            if link.is_dir():
+                self._visit(link)
+            elif _is_image(link) and not self._is_result(link):
+                self.found.setdefault(os.path.realpath(link), link)
+
+    def _visit(self, folder: Path) -> None:
+        real = os.path.realpath(folder)
+        if real in self._visited or Path(real) == self._output:
+            return
+        self._visited.add(real)
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in sorted(visible, key=lambda entry: entry.name):
+            path = folder / entry.name
+            if entry.is_symlink():
+                self._links.append(path)
+            elif entry.is_dir():
+                self._visit(path)
+            elif _is_image(path):
+                self.found.setdefault(os.path.join(real, entry.name), path)
+
+    def _is_result(self, link: Path) -> bool:
+        """Whether it links to a file in the output folder, unless that folder also holds the photographs."""
+        if self._output is None or self._output in self._root.resolve().parents:
+            return False
+        return self._output in link.resolve().parents
+
+
+def _is_image(path: Path) -> bool:
+    """Whether it is called like an image and is a file or a broken link; a pipe or device would be waited for."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists())

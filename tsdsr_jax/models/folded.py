@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from tsdsr_jax.models.attention import Implementation, attention
 from tsdsr_jax.models.layers import Dense, RMSNorm, layer_norm
@@ -191,8 +191,8 @@ def _remaining_runs(config: MMDiTConfig) -> list[tuple[int, BlockKind]]:
 def fold(
     config: MMDiTConfig,
     params: ParamTree,
-    context: jax.Array,
-    pooled: jax.Array,
+    context: ArrayLike,
+    pooled: ArrayLike,
     timestep: float,
     dtype: DTypeLike,
     eight_bits: EightBits | None = None,

@@ -1,324 +1,51 @@
-"""Photographs through the engine: which files, in which batches, and what becomes of each.
+"""Runs groups of photographs through the engine: reads and prepares them, computes, finishes and delivers.
 
-Reading, preparing and writing run in threads around the device, so that it waits for neither. One bad file costs no
-other its result.
+Threads read and write while the device computes, so that it never waits for files. One bad file costs no other its result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from threading import Lock
-from typing import Protocol
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import color
-from tsdsr_jax.images.buckets import Size, plan_buckets
-from tsdsr_jax.images.files import (
-    IMAGE_SUFFIXES,
-    WITH_ALPHA,
-    Photo,
-    check_format,
-    read_photo,
-    read_size,
-    write_photo,
-)
-from tsdsr_jax.images.resize import pillow_bicubic
-from tsdsr_jax.upscaling.engine import Engine, Launched, Prepared, Settings, finish, latent_noise, prepare
-from tsdsr_jax.upscaling.sizes import SizePlan, batch_size, slices
-
-Writing = deque[Future[None]]
+from tsdsr_jax.images.buckets import Size
+from tsdsr_jax.images.files import Photo
+from tsdsr_jax.images.resize import bicubic, pillow_bicubic, reflect_pad
+from tsdsr_jax.upscaling.engine import Engine, Launched, Prepared, Progress
+from tsdsr_jax.upscaling.jobs import Job, Report
+from tsdsr_jax.upscaling.planning import Group, Settings, SizePlan, slices
 
 
-class Work(Protocol):
-    """One photograph and where its result goes: `Job` from file to file, `upscaler.InMemory` without files."""
-
-    @property
-    def source(self) -> Path:
-        """What messages call it."""
-        ...
-
-    def size(self, max_pixels: int) -> Size:
-        """Its (height, width), upright. Raises UserError where it cannot be read or is larger."""
-        ...
-
-    def check(self, format: str, output: Size) -> None:
-        """Raises UserError where a result of this size cannot be delivered."""
-        ...
-
-    def read(self, max_pixels: int) -> tuple[bytes, Photo]:
-        """What its noise depends on, and the photograph. Raises UserError as `size`."""
-        ...
-
-    def is_finished(self) -> bool:
-        """Whether its result is there already."""
-        ...
-
-    def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None, format: str) -> str | None:
-        """Takes the result; returns a remark, if there is one. Raises UserError where it cannot be written."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One photograph and the file its result goes to."""
-
-    source: Path
-    target: Path
-
-    def size(self, max_pixels: int) -> Size:
-        return read_size(self.source, max_pixels)
-
-    def check(self, format: str, output: Size) -> None:
-        check_format(self.source, format, *output)
-
-    def read(self, max_pixels: int) -> tuple[bytes, Photo]:
-        return self.source.read_bytes(), read_photo(self.source, max_pixels)
-
-    def is_finished(self) -> bool:
-        return self.target.exists()
-
-    def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None, format: str) -> str | None:
-        write_photo(self.target, rgb, photo, alpha, format)
-        if alpha is None or format in WITH_ALPHA:
-            return None
-        return f"{self.target}: {format} holds no transparency; it is left out"
-
-
-# (bucket, portrait) -> the photographs computed so
-JobsByShape = dict[tuple[Size, bool], list[tuple[Work, SizePlan]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Jobs that run as one batch.
-
-    Attributes:
-      jobs: with the sizes planned for each.
-      bucket: the padded (height, width) they share, height ≤ width.
-      masked: whether a photograph of this or another group does not fill the bucket.
-      several: computed in the largest batch, even if it is the last and smaller, because every batch size is a compiled
-        program; otherwise with one photograph per device.
-    """
-
-    jobs: tuple[tuple[Work, SizePlan], ...]
-    bucket: Size
-    masked: bool
-    several: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class FileOptions:
-    """What happens to a photograph on the host.
-
-    Attributes:
-      align: colour fix.
-      format: of the results, see `images.FORMATS`.
-      seed: for the latent noise.
-      max_pixels: photographs with more output pixels than this are refused.
-    """
-
-    align: color.AlignMethod
-    format: str
-    seed: int
-    max_pixels: int
-
-
-def find_jobs(source: Path, output: Path, suffix: str, *, overwrite: bool = False) -> list[Job]:
-    """The photographs of a file or folder (recursive, sorted), each with its target in `output`.
-
-    The tree below a folder is kept. Photographs whose targets would coincide (a.jpg, a.png) get their own suffix into
-    the name (a_jpg.png). Hidden files, and an output folder inside the input folder, are left out.
-
-    Raises:
-      UserError: nothing there, no images in it, or results would land among the photographs.
-    """
-    if source.is_file():
-        files, root = [source], source.parent
-    elif source.is_dir():
-        root = source
-        if output.resolve() == source.resolve():
-            raise UserError(
-                f"{output}: input and output folder are the same; results would mix with the photographs"
-            )
-        files = sorted(_images_below(source, output))
-        if not files:
-            raise UserError(
-                f"{source}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)}, in subfolders too)"
-            )
-    else:
-        raise UserError(f"{source}: no such file or folder")
-    targets = _distinct_targets(
-        files, [(output / file.relative_to(root)).with_suffix(suffix) for file in files]
-    )
-    photographs = {file.resolve() for file in files}
-    for target in targets:
-        # Beside a single photograph a file of the result's name may be another photograph.
-        beside = (
-            overwrite and source.is_file() and target.parent.resolve() == root.resolve() and target.exists()
-        )
-        if beside or target.resolve() in photographs:
-            raise UserError(
-                f"{target}: lies among the photographs, and the result would replace it; choose another --output_dir"
-            )
-    return [Job(file, target) for file, target in zip(files, targets, strict=True)]
-
-
-def _distinct_targets(files: Sequence[Path], targets: list[Path]) -> list[Path]:
-    """Puts the file's own suffix into the name (a_jpg.png) wherever targets coincide, upper and lower case alike."""
-    while True:
-        taken = Counter(str(target).casefold() for target in targets)
-        renamed = [
-            target.with_name(f"{file.stem}_{file.suffix[1:]}{target.suffix}")
-            if taken[str(target).casefold()] > 1
-            else target
-            for file, target in zip(files, targets, strict=True)
-        ]
-        # Again while names change: the new one may be another's plain one (a.jpg, a.png, a_jpg.bmp).
-        if renamed == targets:
-            return targets
-        targets = renamed
-
-
-def _images_below(folder: Path, output: Path) -> Iterable[Path]:
-    # Results of an earlier run, where they lie among the photographs.
-    excluded = output.resolve() if folder.resolve() in output.resolve().parents else None
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-            continue
-        if excluded not in path.resolve().parents:
-            yield path
-
-
-class Report:
-    """Counts results and collects what went wrong; threads may share it."""
-
-    def __init__(self, note: Callable[[str], object], on_done: Callable[[], object] = lambda: None):
-        self.written, self.skipped, self.outdated = 0, 0, 0
-        self.failures: list[str] = []
-        self.note, self.on_done, self._lock = note, on_done, Lock()
-
-    def wrote(self) -> None:
-        with self._lock:
-            self.written += 1
-            self.on_done()
-
-    def failed(self, path: Path, error: Exception) -> None:
-        """Notes a failure: a UserError in its own words, anything else as what it is."""
-        message = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
-        with self._lock:
-            self.failures.append(message)
-            self.note(message)
-            self.on_done()
-
-
-def plan_groups(
-    jobs: Sequence[Work],
+def upscale_groups(
+    engine: Engine,
+    groups: Sequence[Group[Job]],
     settings: Settings,
-    devices: int,
-    options: FileOptions,
-    report: Report,
-    part: tuple[int, int] = (0, 1),
-) -> list[Group]:
-    """Reads the headers, and puts photographs of like shape into batches.
-
-    The result depends on the set of files, not on which of them are finished or on the order: a resumed run computes
-    each photograph exactly as an uninterrupted one, unless a device's memory runs out in one of them only.
-
-    Args:
-      jobs: the photographs.
-      settings: for the sizes and how many photographs go together.
-      devices: that a group is spread over.
-      options: for format and size limits.
-      report: takes photographs that cannot be read or are too large.
-      part: (i, n): keep the i-th of n parts. Shapes follow from the whole set all the same, and which photographs a part
-        has does not depend on `devices` or the batch, which may differ between the machines that share a folder.
-    """
-
-    index, parts = part
-
-    def measure(number: int, job: Work) -> SizePlan | None:
-        try:
-            sizes = settings.plan(job.size(options.max_pixels))
-            if sizes.padded[0] * sizes.padded[1] > options.max_pixels:
-                raise UserError(
-                    f"{job.source}: would be processed at {sizes.padded[1]}×{sizes.padded[0]} pixels, more than "
-                    f"--max_pixels {options.max_pixels}"
-                )
-            job.check(options.format, sizes.output)
-            return sizes
-        except Exception as error:  # whatever one file provokes, the others go on
-            if number % parts == index:  # once, not by every part
-                report.failed(job.source, error)
-            return None
-
-    with ThreadPoolExecutor() as pool:
-        plans = pool.map(measure, range(len(jobs)), jobs)
-        measured = [(job, sizes) for job, sizes in zip(jobs, plans, strict=True) if sizes]
-    buckets = plan_buckets([sizes.lying for _, sizes in measured])
-    masked = {bucket for (_, sizes), bucket in zip(measured, buckets, strict=True) if sizes.lying != bucket}
-    together: JobsByShape = {}
-    for (job, sizes), bucket in zip(measured, buckets, strict=True):
-        together.setdefault((bucket, sizes.portrait), []).append((job, sizes))
-    mine = _dealt(together, part)
-    many = {bucket: devices * settings.photos_at_a_time(bucket) for bucket, _ in mine}
-    # Portraits and landscapes share programs: what one of them compiles serves the other.
-    several = {
-        bucket
-        for (bucket, _), members in mine.items()
-        if batch_size(len(members), devices, many[bucket]) > devices
-    }
-    return [
-        Group(tuple(batch), bucket, bucket in masked, bucket in several)
-        for (bucket, _), members in mine.items()
-        for batch in slices(members, many[bucket] if bucket in several else devices)
-    ]
-
-
-def _dealt(together: JobsByShape, part: tuple[int, int]) -> JobsByShape:
-    """The (i, n)-th part of all members, dealt on from one shape to the next, so that few of many shapes are shared, too."""
-    (index, parts), dealt, mine = part, 0, {}
-    for shape, members in sorted(together.items()):
-        mine[shape] = members[(index - dealt) % parts :: parts]
-        dealt += len(members)
-    return mine
-
-
-def unfinished(groups: Sequence[Group], report: Report) -> list[Group]:
-    """The groups with a result still missing; counts the results that exist.
-
-    A group of which only some results exist stays whole: all are computed, so that each comes out as in an uninterrupted
-    run, and the missing ones are written.
-    """
-    todo = []
-    for group in groups:
-        finished = [job for job, _ in group.jobs if job.target.exists()]
-        report.skipped += len(finished)
-        report.outdated += sum(job.target.stat().st_mtime < job.source.stat().st_mtime for job in finished)
-        if len(finished) < len(group.jobs):
-            todo.append(group)
-    return todo
-
-
-def upscale(
-    upscaler: Engine,
-    groups: Sequence[Group],
-    options: FileOptions,
     report: Report,
     *,
     overwrite: bool = False,
     threads: int = 4,
+    progress: Progress | None = None,
 ) -> None:
-    """Runs the groups. A result that exists is written again only with `overwrite`."""
+    """Computes the groups and delivers their results.
+
+    Args:
+      settings: those that the groups were planned with.
+      report: receives counts, remarks and failures.
+      overwrite: replace results that exist; otherwise these are kept.
+      threads: number of threads that read, and of threads that write.
+      progress: see `Engine.launch`. An exception that it raises ends the run.
+    """
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
-        run = _Run(upscaler, options, report, overwrite, readers, writers, threads)
+        run = _Run(engine, settings, report, overwrite, readers, writers, 2 * threads, progress)
         try:
             run.all(groups)
         except BaseException as error:
@@ -328,179 +55,250 @@ def upscale(
             raise
 
 
+# ---- one photograph, on the host -------------------------------------------------------------
+
+
+def latent_noise(content: bytes, seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 noise that depends only on the seed and the file's content."""
+    digest = hashlib.sha256(seed.to_bytes(16, "little", signed=True) + content).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def prepare_photo(rgb: np.ndarray, plan: SizePlan, noise: np.ndarray) -> Prepared:
+    """Enlarges (H, W, 3) uint8 to the planned size by bicubic interpolation (a = −0.75, in float32), and pads it."""
+    image = bicubic(rgb.astype(np.float32) / 255, *plan.resized) * 2 - 1
+    return Prepared(plan, reflect_pad(np.clip(image, -1, 1), *plan.padded), noise)
+
+
+def finish_picture(
+    picture: np.ndarray, rgb: np.ndarray, plan: SizePlan, align: color.AlignMethod
+) -> np.ndarray:
+    """Brings the network's picture to the output size and gives it the photograph's colors.
+
+    Args:
+      picture: (H, W, 3) uint8 of size `plan.padded`.
+      rgb: the photograph, (h, w, 3) uint8.
+
+    Returns:
+      (H, W, 3) uint8 of size `plan.output`.
+    """
+    picture = picture[: plan.resized[0], : plan.resized[1]]
+    if plan.output != plan.resized:
+        picture = pillow_bicubic(picture, *plan.output)
+    upscaled = pillow_bicubic(rgb, *plan.output) if align == "wavelet" else picture
+    return color.align(align, picture, rgb, upscaled)
+
+
+# ---- the loop around the device --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Slot:
+    """One photograph on its way through."""
+
+    job: Job
+    plan: SizePlan
+    photo: Photo
+    prepared: Prepared
+
+
+class _Batch(NamedTuple):
+    """Photographs of a group that are computed together, in a program for `size` of them."""
+
+    slots: list[_Slot]
+    group: Group[Job]
+    size: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Run:
-    """The loop around the device: two batches read ahead, two on the device, a bounded number being written."""
+    """The state of a run: two groups read ahead, two batches on the device, a bounded number of pictures being written.
 
-    upscaler: Engine
-    options: FileOptions
+    Attributes:
+      most_writing: pictures that may wait to be written before the device is given more.
+      crowded: buckets of which only one photograph per device fits.
+    """
+
+    engine: Engine
+    settings: Settings
     report: Report
     overwrite: bool
     readers: ThreadPoolExecutor
     writers: ThreadPoolExecutor
-    threads: int
+    most_writing: int
+    progress: Progress | None
     crowded: set[Size] = dataclasses.field(default_factory=set)
+    writing: deque[Future[None]] = dataclasses.field(default_factory=deque)
 
-    def all(self, groups: Sequence[Group]) -> None:
-        upcoming, ahead = iter(groups), deque()
-        running: deque[tuple[list[_Slot], Group, Launched]] = deque()
-        writing: Writing = deque()
+    def all(self, groups: Sequence[Group[Job]]) -> None:
+        upcoming = iter(groups)
+        reading: deque[tuple[Group[Job], list[Future[_Slot | None]]]] = deque()
+        running: deque[tuple[_Batch, Launched]] = deque()
+
+        def read_next() -> None:
+            if group := next(upcoming, None):
+                jobs = [self.readers.submit(self._read, job, plan) for job, plan in group.jobs]
+                reading.append((group, jobs))
+
         for _ in range(2):
-            self._read_next(upcoming, ahead)
-        while ahead:
-            group, futures = ahead.popleft()
-            self._read_next(upcoming, ahead)
+            read_next()
+        while reading:
+            group, futures = reading.popleft()
+            read_next()
             slots = [slot for future in futures if (slot := future.result())]
-            for few, batch in self._batches(slots, group):
-                if launched := self._launch(few, group, batch, writing):
-                    running.append((few, group, launched))
+            for batch in self._batches(slots, group):
+                if launched := self._launch(batch):
+                    running.append((batch, launched))
                 while len(running) > 1:
-                    self._fetch(*running.popleft(), writing)
-            while running and not ahead:
-                self._fetch(*running.popleft(), writing)
-            while len(writing) > 2 * self.threads:
-                writing.popleft().result()
-        for future in writing:
+                    self._fetch(*running.popleft())
+            while running and not reading:
+                self._fetch(*running.popleft())
+            while len(self.writing) > self.most_writing:
+                self.writing.popleft().result()
+        for future in self.writing:
             future.result()
 
-    def _read_next(self, upcoming: Iterator[Group], ahead: deque) -> None:
-        group = next(upcoming, None)
-        if group:
-            ahead.append((group, [self.readers.submit(self._read, job, plan) for job, plan in group.jobs]))
-
-    def _read(self, job: Work, plan: SizePlan) -> _Slot | None:
-        """Reads and prepares one photograph; None where that fails, and a line in the report if its result is wanted."""
+    def _read(self, job: Job, plan: SizePlan) -> _Slot | None:
+        """Reads and prepares one photograph. If that fails, returns None and reports it, if its result is wanted."""
         try:
-            content, photo = job.read(self.options.max_pixels)
+            content, photo = job.read(self.settings.max_pixels)
             if photo.rgb.shape[:2] != plan.source:
                 raise UserError(f"{job.source}: changed while it was being processed; run again")
-            shape = (*plan.latent, self.upscaler.latent_channels)
-            sample = self.upscaler.settings.sample
-            noise = latent_noise(content, self.options.seed, shape) if sample else np.zeros(shape, np.float32)
-            return _Slot(job, plan, photo, prepare(photo.rgb, plan, noise))
-        except Exception as error:  # whatever one file provokes, the others go on
+            shape = (*plan.latent, self.engine.latent_channels)
+            sample, seed = self.settings.sample, self.settings.seed
+            noise = latent_noise(content, seed, shape) if sample else np.zeros(shape, np.float32)
+            return _Slot(job, plan, photo, prepare_photo(photo.rgb, plan, noise))
+        except Exception as error:  # whatever is wrong with one file, the others go on
             if self._is_wanted(job):
                 self.report.failed(job.source, error)
             return None
 
-    def _batches(self, slots: list[_Slot], group: Group) -> Iterator[tuple[list[_Slot], int]]:
-        """Photographs and the batch to compute them in; without those of which every result is there.
+    def _batches(self, slots: list[_Slot], group: Group[Job]) -> Iterator[_Batch]:
+        """Cuts photographs into batches, without batches of which every result exists.
 
-        The batch is asked for each time: a large one may have failed meanwhile.
+        The size is asked for each time: a large batch may have failed in the meantime.
         """
         while slots:
-            batch = self._batch(group)
-            few, slots = slots[:batch], slots[batch:]
-            if any(self._is_wanted(slot.job) for slot in few):
-                yield few, batch
+            size = self._batch_size(group)
+            batch, slots = _Batch(slots[:size], group, size), slots[size:]
+            if self._wanted(batch.slots):
+                yield batch
 
-    def _batch(self, group: Group) -> int:
-        """As many as the upscaler takes, or one per device where a large batch of this bucket has failed."""
-        few = not group.several or group.bucket in self.crowded
-        return len(self.upscaler.devices) if few else self.upscaler.largest_batch(group.bucket)
+    def _batch_size(self, group: Group[Job]) -> int:
+        """As many as the engine takes; one per device if a large batch of this bucket has failed."""
+        if group.several and group.bucket not in self.crowded:
+            return self.engine.largest_batch(group.bucket, self.settings)
+        return len(self.engine.devices)
 
-    def _launch(self, slots: list[_Slot], group: Group, batch: int, writing: Writing) -> Launched | None:
+    def _launch(self, batch: _Batch) -> Launched | None:
         try:
-            photos = [slot.prepared for slot in slots]
-            return self.upscaler.launch(photos, group.bucket, masked=group.masked, batch=batch)
+            return self.engine.launch(
+                [slot.prepared for slot in batch.slots],
+                batch.group.bucket,
+                self.settings,
+                masked=batch.group.masked,
+                batch=batch.size,
+                progress=self.progress,
+            )
         except jax.errors.JaxRuntimeError as error:
-            again = self._after_failure(slots, group, batch, error)
-        # Not while the error is at hand, whose traceback holds the batch's arrays.
-        self._compute(again, group, writing)
+            again = self._after_failure(batch, error)
+        # Outside `except`: the error's traceback holds the batch's arrays.
+        self._compute(again, batch.group)
         return None
 
-    def _fetch(self, slots: list[_Slot], group: Group, launched: Launched, writing: Writing) -> None:
+    def _fetch(self, batch: _Batch, launched: Launched) -> None:
         """Waits for a batch and hands its pictures to the writers."""
-        pictures, again = None, []
         try:
             pictures = launched.results()
         except jax.errors.JaxRuntimeError as error:
-            again = self._after_failure(slots, group, launched.batch, error)
+            pictures, again = None, self._after_failure(batch, error)
         if pictures is None:
-            self._compute(again, group, writing)
+            self._compute(again, batch.group)
             return
-        self._write_later(slots, pictures, writing)
-        pairs = zip(slots, pictures, strict=True)
-        overflowed = [slot for slot, picture in pairs if picture is None and self._is_wanted(slot.job)]
-        for again in slices(overflowed, len(self.upscaler.devices)):
-            self._write_later(again, self._in_float32(again, launched), writing, last=True)
-
-    def _in_float32(self, slots: list[_Slot], launched: Launched) -> list[np.ndarray | None]:
-        """Computes photographs again, one per device, whose results overflowed in half precision."""
-        if self.upscaler.dtype == np.float32:
-            return [None] * len(slots)
-        for slot in slots:
-            self.report.note(
-                f"{slot.job.source}: not finite in {self.upscaler.dtype}; computing again in float32"
-            )
-        try:
-            photos = [slot.prepared for slot in slots]
-            return self.upscaler.in_float32.launch(photos, launched.bucket, masked=launched.masked).results()
-        except jax.errors.JaxRuntimeError as error:
-            self._out_of_memory(slots, error)
-            return []
-
-    def _write_later(
-        self,
-        slots: list[_Slot],
-        pictures: list[np.ndarray | None],
-        writing: Writing,
-        last: bool = False,
-    ) -> None:
-        """Queues the pictures that are there; on the last try, reports those that are not."""
-        for slot, picture in zip(slots, pictures, strict=False):
+        overflowed = []
+        for slot, picture in zip(batch.slots, pictures, strict=True):
             if picture is not None:
-                if self._is_wanted(slot.job):
-                    writing.append(self.writers.submit(self._write, slot.job, slot.plan, slot.photo, picture))
-            elif last:
-                reason = (
-                    f"{slot.job.source}: the result is not finite, in float32 too; are the weights damaged?"
+                self._write_later(slot, picture)
+            elif self._is_wanted(slot.job):
+                overflowed.append(slot)
+        for slots in slices(overflowed, len(self.engine.devices)):
+            self._compute_in_float32(slots, launched)
+
+    def _compute_in_float32(self, slots: Sequence[_Slot], launched: Launched) -> None:
+        """Computes photographs whose results overflowed in half precision again, one per device."""
+        pictures: Sequence[np.ndarray | None] = [None] * len(slots)
+        if self.engine.dtype != np.float32:
+            dtype = np.dtype(self.engine.dtype)
+            for slot in slots:
+                self.report.note(f"{slot.job.source}: not finite in {dtype}; computing again in float32")
+            try:
+                photos = [slot.prepared for slot in slots]
+                again = self.engine.in_float32.launch(
+                    photos, launched.bucket, self.settings, masked=launched.masked, progress=self.progress
                 )
-                self.report.failed(slot.job.source, UserError(reason))
+                pictures = again.results()
+            except jax.errors.JaxRuntimeError as error:
+                self._out_of_memory(slots, error)
+                return
+        for slot, picture in zip(slots, pictures, strict=True):
+            if picture is not None:
+                self._write_later(slot, picture)
+                continue
+            reason = f"{slot.job.source}: the result is not finite, in float32 too; are the weights damaged?"
+            self.report.failed(slot.job.source, UserError(reason))
 
-    def _is_wanted(self, job: Work) -> bool:
-        """Some are computed only so that their companions come out as in an uninterrupted run."""
-        return self.overwrite or not job.is_finished()
+    def _write_later(self, slot: _Slot, picture: np.ndarray) -> None:
+        if self._is_wanted(slot.job):
+            self.writing.append(self.writers.submit(self._write, slot, picture))
 
-    def _write(self, job: Work, plan: SizePlan, photo: Photo, picture: np.ndarray) -> None:
-        """Finishes and writes one result; a failure goes into the report."""
+    def _write(self, slot: _Slot, picture: np.ndarray) -> None:
+        """Finishes and delivers one result; a failure goes into the report."""
+        job, plan, photo = slot.job, slot.plan, slot.photo
         try:
-            rgb = finish(picture, photo.rgb, plan, self.options.align)
+            rgb = finish_picture(picture, photo.rgb, plan, self.settings.align)
             alpha = None if photo.alpha is None else pillow_bicubic(photo.alpha, *plan.output)
-            if remark := job.deliver(rgb, photo, alpha, self.options.format):
+            if remark := job.deliver(rgb, photo, alpha):
                 self.report.note(remark)
             self.report.wrote()
-        except Exception as error:  # whatever one file provokes, the others go on
+        except Exception as error:  # whatever is wrong with one file, the others go on
             self.report.failed(job.source, error)
 
-    def _after_failure(self, slots: list[_Slot], group: Group, batch: int, error: Exception) -> list[_Slot]:
-        """The photographs to compute again: those of a large batch, whatever the error is called.
+    def _is_wanted(self, job: Job) -> bool:
+        """Some are computed only so that the rest of their batch comes out as in an uninterrupted run."""
+        return self.overwrite or not job.is_finished()
 
-        Libraries below XLA name a lack of memory in words of their own. One photograph per device that fails so is
-        reported, and anything else is a bug and goes up.
-        """
-        few = len(self.upscaler.devices)
-        if batch <= few:
-            self._out_of_memory([slot for slot in slots if self._is_wanted(slot.job)], error)
-            return []
-        if group.bucket not in self.crowded:
-            height, width = group.bucket
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.report.note(
-                f"{batch} photographs of {width}×{height} at a time failed ({reason}); going on with {few}, as with "
-                "--batch_size 1"
-            )
-        self.crowded.add(group.bucket)
+    def _wanted(self, slots: Sequence[_Slot]) -> list[_Slot]:
         return [slot for slot in slots if self._is_wanted(slot.job)]
 
-    def _compute(self, slots: list[_Slot], group: Group, writing: Writing) -> None:
-        """One batch after the other."""
-        for few, batch in self._batches(slots, group):
-            if launched := self._launch(few, group, batch, writing):
-                self._fetch(few, group, launched, writing)
+    def _after_failure(self, batch: _Batch, error: jax.errors.JaxRuntimeError) -> list[_Slot]:
+        """The photographs to compute again, one per device: those of a large batch, whatever the error is called.
 
-    def _out_of_memory(self, slots: list[_Slot], error: Exception) -> None:
-        """Costs a batch, not the run; anything else is a bug and goes up."""
+        Libraries below XLA have their own words for a lack of memory. If one photograph per device fails so, it is
+        reported; any other error is a bug and is raised.
+        """
+        one_each = len(self.engine.devices)
+        if batch.size <= one_each:
+            self._out_of_memory(self._wanted(batch.slots), error)
+            return []
+        bucket = batch.group.bucket
+        if bucket not in self.crowded:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.report.note(
+                f"{batch.size} photographs of {bucket[1]}×{bucket[0]} at a time failed ({reason}); going on with "
+                f"{one_each}, as with --batch_size 1"
+            )
+        self.crowded.add(bucket)
+        return self._wanted(batch.slots)
+
+    def _compute(self, slots: list[_Slot], group: Group[Job]) -> None:
+        """Computes photographs now, one batch after the other."""
+        for batch in self._batches(slots, group):
+            if launched := self._launch(batch):
+                self._fetch(batch, launched)
+
+    def _out_of_memory(self, slots: Sequence[_Slot], error: jax.errors.JaxRuntimeError) -> None:
+        """Reports that memory ran out, which costs a batch and not the run; any other error is raised."""
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise error
         for slot in slots:
@@ -510,13 +308,3 @@ class _Run:
                 "--vae_decoder_tiled_size) or a smaller --tile_batch_size lowers the peak"
             )
             self.report.failed(slot.job.source, UserError(message))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Slot:
-    """One photograph on its way through."""
-
-    job: Work
-    plan: SizePlan
-    photo: Photo
-    prepared: Prepared

@@ -1,17 +1,21 @@
-"""Latent tiles: where they lie, how they overlap, and how they travel as packed tokens.
+"""Latent tiles: where they lie, how they overlap, and how they are packed into tokens.
 
-The transformer was trained on one latent size; larger latents go through it as overlapping tiles, blended with Gaussian
-weights. Offsets and weights are the original's; docs/differences.md names the deviations.
+The transformer was trained on one latent size. Larger latents go through it as overlapping tiles, which are blended with
+Gaussian weights. Offsets and weights are the original's; docs/differences.md lists the deviations.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions
+from tsdsr_jax.models.params import LATENT_FACTOR
+from tsdsr_jax.upscaling.planning import Settings, SizePlan, batch_size
 
 
 class Tile(NamedTuple):
@@ -19,7 +23,7 @@ class Tile(NamedTuple):
 
     Attributes:
       image: its index in the batch.
-      top, left, height, width: in latent pixels, of the upright image.
+      top, left, height, width: in latent pixels of the upright image.
       portrait: whether the batch holds this latent transposed.
     """
 
@@ -32,7 +36,7 @@ class Tile(NamedTuple):
 
 
 def offsets(length: int, tile: int, overlap: int) -> list[int]:
-    """Tile starts along one axis: every `tile − overlap`, the last one moved back to end with the axis."""
+    """Tile starts along one axis: every `tile − overlap`; the last tile ends with the axis."""
     if length <= tile:
         return [0]
     count = -(-(length - tile) // (tile - overlap)) + 1
@@ -40,7 +44,7 @@ def offsets(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def cut(image: int, height: int, width: int, tile: int, overlap: int, portrait: bool = False) -> list[Tile]:
-    """The tiles of an (h, w) latent; along a side no longer than `tile` there is just one, as long as the side."""
+    """The tiles of an (h, w) latent. A side no longer than `tile` is covered by one tile of the same length."""
     size = min(tile, height), min(tile, width)
     return [
         Tile(image, top, left, *size, portrait)
@@ -49,15 +53,26 @@ def cut(image: int, height: int, width: int, tile: int, overlap: int, portrait: 
     ]
 
 
-def weights(height: int, width: int) -> np.ndarray:
-    """Blending weights of a tile, (h, w) float32: a Gaussian of variance 0.01 in units of the side.
+def cut_batch(plans: Sequence[SizePlan], settings: Settings) -> list[Tile]:
+    """The tiles of a batch of photographs."""
+    return [
+        tile
+        for index, plan in enumerate(plans)
+        for tile in cut(
+            index, *plan.latent, settings.latent_tile, settings.latent_overlap, portrait=plan.portrait
+        )
+    ]
 
-    Across columns it is centred at (w − 1)/2, across rows at h/2: the original's half-pixel asymmetry, kept because it
-    is part of its result. Corners are as small as 3e-10, so sums need float32.
+
+def tile_weights(height: int, width: int) -> np.ndarray:
+    """Blending weights of a tile, (h, w) float32: a Gaussian with variance 0.01 in units of the side.
+
+    It is centered at (w − 1)/2 across columns and at h/2 across rows. This half-pixel asymmetry is the original's, kept
+    because it is part of its result. Corners are as small as 3e-10, so sums need float32.
     """
 
-    def bell(length: int, centre: float) -> np.ndarray:
-        distance = (np.arange(length) - centre) / length
+    def bell(length: int, center: float) -> np.ndarray:
+        distance = (np.arange(length) - center) / length
         return np.exp(-np.square(distance) / 0.02) / np.sqrt(2 * np.pi * 0.01)
 
     return np.outer(bell(height, height / 2), bell(width, (width - 1) / 2)).astype(np.float32)
@@ -65,61 +80,96 @@ def weights(height: int, width: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """n tiles as packed tokens, all arrays on the host. T: tokens of the longest tile allowed, p: patch size.
+    """n tiles as packed tokens, all arrays on the host. T: tokens per row, p: patch size.
 
     Attributes:
+      tiles: number of tiles; further rows are padding.
       pixels: (n, T, p·p) int32, each token's latent pixels as rows of the flattened (B·h·w) batch of latents.
       weights: (n, T, p·p) float32, 0 for padding.
       positions: (n, T) int32, rows of the position table.
       lengths: (n,) int32 valid tokens.
-      full: whether every tile fills all T tokens.
+      needs_lengths: whether the transformer is to be told the lengths.
     """
 
+    tiles: int
     pixels: np.ndarray
     weights: np.ndarray
     positions: np.ndarray
     lengths: np.ndarray
-
-    @property
-    def full(self) -> bool:
-        return bool((self.lengths == self.positions.shape[1]).all())
+    needs_lengths: bool
 
 
-def pack(
-    tiles: list[Tile], batch: int, tokens: int, latent_size: tuple[int, int], config: MMDiTConfig
-) -> TokenBatch:
-    """Packs up to `batch` tiles of at most `tokens` tokens each.
+def pack_batches(
+    tiles: Sequence[Tile], settings: Settings, devices: int, latent_size: Size, config: MMDiTConfig
+) -> Iterator[TokenBatch]:
+    """Packs tiles into calls of the transformer, of few shapes, because each is a compiled program.
 
-    Rows that no tile fills repeat the first tile with weight 0: real numbers in, nothing out. Padding tokens repeat their
-    own tile's first pixel: another photograph's might not be finite, and 0 times that is not 0.
+    There are at most two token counts, and two numbers of rows: `devices`, and `settings.tile_batch` times as many.
+
+    Args:
+      latent_size: (h, w) of the batch of latents.
+    """
+    most_tokens = (settings.latent_tile // config.patch_size) ** 2
+    for tokens, members in _by_token_level(tiles, settings, config.patch_size):
+        while members:
+            rows = batch_size(len(members), devices, devices * settings.tile_batch)
+            packed = pack(members[:rows], rows, tokens, latent_size, config)
+            if tokens == most_tokens and (packed.lengths == tokens).all():
+                # A program without lengths is cheaper, but worth its compilation only at the largest size.
+                packed = dataclasses.replace(packed, needs_lengths=False)
+            yield packed
+            members = members[rows:]
+
+
+def _by_token_level(tiles: Sequence[Tile], settings: Settings, patch: int) -> list[tuple[int, list[Tile]]]:
+    """Groups tiles by the padded token count they are computed at."""
+    shortest = max(patch, min(settings.latent_tile, settings.process_size // LATENT_FACTOR))
+    levels = token_levels((shortest // patch) ** 2, (settings.latent_tile // patch) ** 2)
+    groups: dict[int, list[Tile]] = {}
+    for tile in tiles:
+        tokens = tile.height * tile.width // patch**2
+        groups.setdefault(next(level for level in levels if level >= tokens), []).append(tile)
+    return sorted(groups.items())
+
+
+def token_levels(smallest: int, largest: int, most: int = 2) -> list[int]:
+    """Token counts that packed tiles are padded to: at most `most`, in geometric steps up to `largest`."""
+    if smallest >= largest:
+        return [largest]
+    steps = np.geomspace(smallest, largest, most + 1)[1:]
+    return sorted({min(largest, int(np.ceil(step / 16) * 16)) for step in steps})
+
+
+def pack(tiles: Sequence[Tile], rows: int, tokens: int, latent_size: Size, config: MMDiTConfig) -> TokenBatch:
+    """Packs up to `rows` tiles of at most `tokens` tokens each.
+
+    Rows without a tile repeat the first tile with weight 0: finite numbers in, nothing out. Padding tokens repeat their
+    own tile's first pixel, because another photograph's might not be finite, and 0 times that is not 0.
 
     Args:
       tiles: tiles whose sides are multiples of the patch size.
-      batch: rows to make.
-      tokens: tokens a row.
-      latent_size: (h, w) of the batch of latents the pixel indices refer to.
+      rows: rows to make.
+      tokens: tokens per row.
+      latent_size: (h, w) of the batch of latents that the pixel indices refer to.
       config: for the patch size and the position table.
     """
-    area = config.patch_size**2
-    result = TokenBatch(
-        np.zeros((batch, tokens, area), np.int32),
-        np.zeros((batch, tokens, area), np.float32),
-        np.zeros((batch, tokens), np.int32),
-        np.zeros((batch,), np.int32),
-    )
-    for row in range(batch):
+    patch, area = config.patch_size, config.patch_size**2
+    pixels = np.zeros((rows, tokens, area), np.int32)
+    weights = np.zeros((rows, tokens, area), np.float32)
+    positions, lengths = np.zeros((rows, tokens), np.int32), np.zeros((rows,), np.int32)
+    for row in range(rows):
         tile = tiles[row] if row < len(tiles) else tiles[0]
         count = tile.height * tile.width // area
-        result.pixels[row, :count] = _pixels(tile, latent_size, config.patch_size)
-        result.pixels[row, count:] = result.pixels[row, 0, 0]
-        result.positions[row, :count] = grid_positions(config, tile.height, tile.width)
-        result.lengths[row] = count
+        pixels[row, :count] = _pixels(tile, latent_size, patch)
+        pixels[row, count:] = pixels[row, 0, 0]
+        positions[row, :count] = grid_positions(config, tile.height, tile.width)
+        lengths[row] = count
         if row < len(tiles):
-            result.weights[row, :count] = _patches(weights(tile.height, tile.width), config.patch_size)
-    return result
+            weights[row, :count] = _patches(tile_weights(tile.height, tile.width), patch)
+    return TokenBatch(len(tiles), pixels, weights, positions, lengths, needs_lengths=True)
 
 
-def _pixels(tile: Tile, latent_size: tuple[int, int], patch: int) -> np.ndarray:
+def _pixels(tile: Tile, latent_size: Size, patch: int) -> np.ndarray:
     rows, columns = tile.top + np.arange(tile.height), tile.left + np.arange(tile.width)
     row_stride, column_stride = (1, latent_size[1]) if tile.portrait else (latent_size[1], 1)
     first = tile.image * latent_size[0] * latent_size[1]

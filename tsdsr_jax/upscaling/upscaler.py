@@ -1,6 +1,6 @@
 """Upscaling from Python: `Upscaler.from_pretrained()`, called with pictures.
 
-The same way through the networks as infer/upscale.py's, with pictures in memory in place of files.
+Pictures take the same way through the networks as in infer/upscale.py, in memory instead of in files.
 """
 
 from __future__ import annotations
@@ -8,24 +8,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 from PIL import Image
 
-from tsdsr_jax.devices import select_devices
+from tsdsr_jax.devices import DTYPES, select_devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.color import AlignMethod
-from tsdsr_jax.images.files import Photo, as_image, photo_of, read_photo
-from tsdsr_jax.upscaling import batch_run
-from tsdsr_jax.upscaling.engine import Engine
-from tsdsr_jax.upscaling.options import UpscaleOptions, check, completed, load, several_on
+from tsdsr_jax.images.files import Photo, decode_photo, photo_of, read_content
+from tsdsr_jax.images.writing import as_image
+from tsdsr_jax.models.folded import EightBits
+from tsdsr_jax.upscaling.batch_run import upscale_groups
+from tsdsr_jax.upscaling.engine import Engine, Progress
+from tsdsr_jax.upscaling.jobs import Report
+from tsdsr_jax.upscaling.loading import load_engine
+from tsdsr_jax.upscaling.options import (
+    UpscaleOptions,
+    check_tile,
+    check_upscale_options,
+    complete_options,
+    filled_in,
+    several_on,
+)
+from tsdsr_jax.upscaling.planning import Settings, plan_groups
 
 Picture = Image.Image | np.ndarray | str | Path
-"""A PIL image, (H, W, 3) uint8 in RGB, or an image file's path."""
+"""A PIL image, an array (H, W, 3) of uint8 in RGB, or the path of an image file."""
+Latent = Literal["sample", "mode"]
 
 _LOG = logging.getLogger("tsdsr_jax")
 # What messages call flags -> the arguments here.
@@ -36,18 +50,46 @@ _ARGUMENTS = {
     "--embedding_dir": "prompt",
     "--device": "device",
     "--mixed_precision": "dtype",
+    "--revision": "revision",
     "--upscale": "scale",
     "--align_method": "color",
     "--seed": "seed",
+    "--latent_tiled_size": "tile",
     "--max_pixels": "max_pixels",
 }
 
 
+class UpscaleError(ValueError):
+    """An argument or a picture that cannot be used. The message names it and says what was expected."""
+
+
+class PictureArguments(TypedDict, total=False):
+    """The arguments of `Upscaler.__call__` that the result depends on; see there."""
+
+    scale: float
+    color: AlignMethod
+    seed: int
+    latent: Latent
+    tile: int | None
+
+
+class CallArguments(PictureArguments, total=False):
+    """All of its arguments besides the pictures."""
+
+    progress: Callable[[int, int], object] | None
+    on_stage: Progress | None
+    on_note: Callable[[str], object] | None
+
+
 class Upscaler:
-    """An upscaling model on its devices. Made by `from_pretrained`; calling it upscales pictures.
+    """A super-resolution model on its devices. Load it with `from_pretrained`, and call it with pictures.
+
+    >>> upscale = Upscaler.from_pretrained()
+    >>> large = upscale(Image.open("photo.jpg"))                    # one picture in, one out
+    >>> arrays = upscale([array, other], scale=2, color="adain")    # several are computed in batches
 
     Attributes:
-      engine: the networks.
+      engine: the networks and their compiled programs.
       options: what they were loaded with.
     """
 
@@ -72,117 +114,156 @@ class Upscaler:
         """Loads a model.
 
         Args:
-          model: SD3, as a diffusers folder, a hub id or a folder written by convert/sd3.py. None: the small model that
-            comes with this package.
-          lora: folder with TSD-SR's transformer.safetensors and vae.safetensors; "none": there are none. Default:
-            checkpoint/tsdsr, for the small model "none".
-          prompt: folder of the prompt's embeddings. Default: dataset/default, for the small model its own.
-          lora_scale: factor on the LoRAs; below 1 stays closer to plain SD3.
-          device: "cuda", "cuda:N", "cpu" or "tpu". None: all devices of the best kind.
-          dtype: of computation. None: "fp16" on a GPU, "bf16" on a TPU, "fp32" on a CPU.
-          weights: keep the transformer's blocks in eight bits, for small GPUs.
-          max_pixels: pictures with more pixels, in or out, are refused.
-          revision, variant: of a hub id; of weight files, such as "fp16".
+          model: SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py. Default: the small bundled model.
+          lora: folder with TSD-SR's transformer.safetensors and vae.safetensors; "none" for no LoRA. Default:
+            checkpoint/tsdsr; for the bundled model none, because its LoRAs are merged in.
+          prompt: folder with the prompt's embeddings. Default: dataset/default; for the bundled model its own.
+          lora_scale: factor on the LoRAs; below 1 the result stays closer to plain SD3.
+          device: "cuda", "cuda:N", "cpu" or "tpu". Default: all devices of the best kind.
+          dtype: precision of the computation. Default: "fp16" on a GPU, "bf16" on a TPU, "fp32" on a CPU.
+          weights: "int8" and "fp8" keep the transformer's blocks in eight bits, to fit small GPUs.
+          max_pixels: pictures with more pixels, before or after upscaling, are refused.
+          revision: branch, tag or commit of a hub id.
+          variant: variant in the weights' file names, such as "fp16".
 
         Raises:
-          ValueError: an argument is wrong, or files are missing or do not fit; the message names which.
+          ValueError: an argument is wrong, or files are missing or do not fit. The message names which.
         """
-        given = UpscaleOptions(
-            pretrained_model_name_or_path=None if model is None else str(model),
-            lora_dir=None if lora is None else str(lora),
-            embedding_dir=None if prompt is None else Path(prompt),
-            rank=None,
-            rank_vae=None,
-            lora_scale=lora_scale,
-            device=device,
-            mixed_precision=dtype,
-            weights=weights,
-            max_pixels=max_pixels,
-            revision=revision,
-            variant=variant,
-        )
         with _in_arguments():
-            options = completed(given, say=_LOG.info)
-            check(options)
-            devices = select_devices(device)
-            engine = load(options, options.settings(devices[0].platform), devices, say=_LOG.info)
+            _check_number("lora_scale", lora_scale)
+            _check_choice("dtype", dtype, (None, *DTYPES))
+            _check_choice("weights", weights, ("full", *get_args(EightBits)))
+            given = UpscaleOptions(
+                pretrained_model_name_or_path=_path("model", model),
+                lora_dir=_path("lora", lora),
+                embedding_dir=None if prompt is None else Path(_path("prompt", prompt) or ""),
+                rank=None,
+                rank_vae=None,
+                lora_scale=lora_scale,
+                device=device,
+                mixed_precision=dtype,
+                weights=weights,
+                max_pixels=_whole("max_pixels", max_pixels),
+                revision=revision,
+                variant=variant,
+            )
+            options = complete_options(given, say=_LOG.info)
+            check_upscale_options(options)
+            engine = load_engine(options, select_devices(device), say=_LOG.info)
         return cls(engine, options)
 
     @overload
-    def __call__(self, pictures: Image.Image | str | Path, **settings) -> Image.Image: ...
+    def __call__(
+        self, pictures: Image.Image | str | Path, **arguments: Unpack[CallArguments]
+    ) -> Image.Image: ...
     @overload
-    def __call__(self, pictures: np.ndarray, **settings) -> np.ndarray: ...
+    def __call__(self, pictures: np.ndarray, **arguments: Unpack[CallArguments]) -> np.ndarray: ...
     @overload
-    def __call__(self, pictures: Sequence[Picture], **settings) -> list[Image.Image | np.ndarray]: ...
+    def __call__(
+        self, pictures: list[Any] | tuple[Any, ...], **arguments: Unpack[CallArguments]
+    ) -> list[Any]: ...
 
     def __call__(
         self,
-        pictures: Picture | Sequence[Picture],
+        pictures: Picture | list[Any] | tuple[Any, ...],
         *,
         scale: float = 4.0,
         color: AlignMethod = "wavelet",
         seed: int = 42,
-        latent: Literal["sample", "mode"] = "sample",
+        latent: Latent = "sample",
+        tile: int | None = None,
         progress: Callable[[int, int], object] | None = None,
-    ):
-        """Upscales a picture, or several together.
+        on_stage: Progress | None = None,
+        on_note: Callable[[str], object] | None = None,
+    ) -> Image.Image | np.ndarray | list[Any]:
+        """Upscales one picture, or several in batches.
 
         Args:
-          pictures: one, or a list or tuple of them.
-          scale: output side over input side, 1 to 64.
-          color: take low frequencies ("wavelet") or mean and contrast ("adain") from the picture, or neither ("nofix").
-          seed: of the latent noise, which depends on it and on the picture, on nothing else.
-          latent: draw the latent from the encoder's posterior, or take its mean.
-          progress: told of (pictures done, their number), from several threads.
+          pictures: a PIL image, an array (H, W, 3) of uint8 in RGB, or an image file's path; or a list or tuple of them.
+          scale: side of the result over side of the picture, 1 to 64.
+          color: color fix: take the low frequencies ("wavelet") or the mean and contrast ("adain") from the picture;
+            "nofix": none.
+          seed: seed of the latent noise, which depends only on the seed and the picture.
+          latent: draw the latent from the encoder's posterior ("sample"), or take its mean ("mode").
+          tile: side of the transformer's tiles, in latent pixels (8 pixels of the result each); even. Default: the model's.
+          progress: called with the number of pictures done and their total, from worker threads.
+          on_stage: called with the stage of a batch ("encode", "tiles", "decode"), the steps done, and their number. The
+            device then waits for it. An exception that it raises ends the call.
+          on_note: called with remarks, such as that a result is computed again in float32. Default: they are logged.
 
         Returns:
-          An image for an image or a path, with its transparency; an array (H, W, 3) uint8 for an array; for several
-          a list. A file's picture has the pixels that infer/upscale.py writes for it.
+          A PIL image for an image or a path, with its transparency and color profile; an array (H, W, 3) of uint8 for an
+          array; a list for a list or tuple. A file's result has the pixels that infer/upscale.py writes.
 
         Raises:
-          ValueError: an argument is wrong, or a picture cannot be read or upscaled; all of these are named.
+          ValueError: an argument is wrong, or a picture cannot be read or upscaled. The message names them all.
         """
+        settings = self.settings(scale=scale, color=color, seed=seed, latent=latent, tile=tile)
         several = isinstance(pictures, list | tuple)
-        works = [_work(picture, number) for number, picture in enumerate(pictures if several else [pictures])]
-        options = dataclasses.replace(
-            self.options, upscale=scale, align_method=color, seed=seed, latent=latent
-        )
+        given = pictures if isinstance(pictures, list | tuple) else [pictures]
+        if not given:
+            raise UpscaleError("pictures: is empty; expected at least one picture")
+        report = Report(on_note or _LOG.info)
         with _in_arguments():
-            _check_choice("color", color, ("wavelet", "adain", "nofix"))
-            _check_choice("latent", latent, ("sample", "mode"))
-            check(options)
-            self._run(works, options, progress)
-        results = [work.result for work in works]
+            jobs = [
+                _memory_job(picture, f"pictures[{index}]" if several else "pictures", settings.max_pixels)
+                for index, picture in enumerate(given)
+            ]
+            if progress:
+                report.on_done = lambda: progress(report.written + len(report.failures), len(jobs))
+            groups = plan_groups(jobs, settings, len(self.engine.devices), report)
+            upscale_groups(self.engine, groups, settings, report, progress=on_stage)
+            if report.failures:
+                raise UserError("\n".join(report.failures))
+        results = [job.result for job in jobs if job.result is not None]
         return results if several else results[0]
 
-    def _run(
+    def settings(
         self,
-        works: list[InMemory],
-        options: UpscaleOptions,
-        progress: Callable[[int, int], object] | None,
-    ) -> None:
-        platform, devices = self.engine.devices[0].platform, len(self.engine.devices)
-        settings = dataclasses.replace(options.settings(platform), photo_batch=several_on(platform))
-        report = batch_run.Report(_LOG.info)
-        if progress:
-            report.on_done = lambda: progress(report.written + len(report.failures), len(works))
-        files = batch_run.FileOptions(options.align_method, "png", options.seed, options.max_pixels)
-        groups = batch_run.plan_groups(works, settings, devices, files, report)
-        batch_run.upscale(self.engine.with_settings(settings), groups, files, report)
-        if report.failures:
-            raise UserError("\n".join(report.failures))
+        *,
+        scale: float = 4.0,
+        color: AlignMethod = "wavelet",
+        seed: int = 42,
+        latent: Latent = "sample",
+        tile: int | None = None,
+    ) -> Settings:
+        """Checks the arguments of a call; returns how pictures are cut up and processed with them.
+
+        Raises:
+          ValueError: an argument is of a wrong type or out of range.
+        """
+        with _in_arguments():
+            _check_number("scale", scale)
+            _check_choice("color", color, get_args(AlignMethod))
+            _check_choice("latent", latent, get_args(Latent))
+            overlap = filled_in(self.options.latent_tiled_overlap)
+            tile = filled_in(self.options.latent_tiled_size) if tile is None else _whole("tile", tile)
+            if tile <= overlap:
+                raise UserError(f"tile {tile}: expected larger than {overlap}, by which tiles overlap")
+            options = dataclasses.replace(
+                self.options,
+                upscale=float(scale),
+                align_method=color,
+                seed=_whole("seed", seed),
+                latent=latent,
+                latent_tiled_size=tile,
+            )
+            check_upscale_options(options)
+            check_tile(tile, self.engine.largest_tile)
+        platform = self.engine.devices[0].platform
+        return dataclasses.replace(options.settings(platform), photo_batch=several_on(platform))
 
 
 @dataclasses.dataclass(eq=False)
-class InMemory:
-    """A picture that has been read, and its result; see `batch_run.Work`.
+class MemoryJob:
+    """A picture that has been read, and its result; see `jobs.Job`.
 
     Attributes:
       source: what messages call it.
       content: what its noise depends on.
       photo: the picture.
-      as_array: give an array, not an image.
-      result: when it is there.
+      as_array: whether the result is an array, not an image.
+      result: None until it is delivered.
     """
 
     source: Path
@@ -193,14 +274,10 @@ class InMemory:
 
     def size(self, max_pixels: int) -> Size:
         height, width = self.photo.rgb.shape[:2]
-        if height * width > max_pixels:
-            raise UserError(
-                f"{self.source}: has {width}×{height} pixels, more than --max_pixels {max_pixels}"
-            )
         return height, width
 
-    def check(self, format: str, output: Size) -> None:
-        """Memory holds any size."""
+    def check_output(self, size: Size) -> None:
+        """Accepts any size."""
 
     def read(self, max_pixels: int) -> tuple[bytes, Photo]:
         return self.content, self.photo
@@ -208,61 +285,81 @@ class InMemory:
     def is_finished(self) -> bool:
         return self.result is not None
 
-    def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None, format: str) -> None:
+    def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None) -> None:
         if self.as_array:
             self.result = rgb
             return
-        self.result = as_image(rgb, photo, alpha)
+        image = as_image(rgb, photo, alpha)
         if photo.icc:
-            self.result.info["icc_profile"] = photo.icc  # `save` writes it
+            image.info["icc_profile"] = photo.icc  # `save` writes it
+        self.result = image
 
 
-def _work(picture: Picture, number: int) -> InMemory:
-    name = Path(f"pictures[{number}]")
-    with _in_arguments():
-        if isinstance(picture, str | Path):
-            path = Path(picture).expanduser()
-            photo = read_photo(path, max_pixels=2**31)
-            return InMemory(path, path.read_bytes(), photo, as_array=False)
-        if isinstance(picture, Image.Image):
-            photo = photo_of(picture, str(name))
-            return InMemory(name, _content(picture, photo), photo, as_array=False)
-        if not isinstance(picture, np.ndarray):
-            raise UserError(
-                f"{name}: is a {type(picture).__name__}; expected a PIL image, an array or a path"
-            )
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-            raise UserError(f"{name}: is {picture.dtype}{picture.shape}; expected uint8 (H, W, 3)")
-        photo = Photo(picture, alpha=None, grey=False, icc=None, exif=None)
-        return InMemory(name, _pixels(photo), photo, as_array=True)
+def _memory_job(picture: Any, name: str, max_pixels: int) -> MemoryJob:
+    if isinstance(picture, str | Path):
+        path = Path(picture).expanduser()
+        content = read_content(path)
+        return MemoryJob(path, content, decode_photo(content, str(path), max_pixels), as_array=False)
+    if isinstance(picture, Image.Image):
+        photo = photo_of(picture, name, max_pixels)
+        return MemoryJob(Path(name), _content(picture, photo), photo, as_array=False)
+    if not isinstance(picture, np.ndarray):
+        raise UserError(f"{name}: is a {type(picture).__name__}; expected a PIL image, an array or a path")
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+        raise UserError(f"{name}: is {picture.dtype} {picture.shape}; expected uint8 (H, W, 3)")
+    height, width = picture.shape[:2]
+    if height * width > max_pixels:
+        raise UserError(f"{name}: has {width}×{height} pixels, more than --max_pixels {max_pixels}")
+    photo = Photo(picture, alpha=None, gray=False, icc=None, exif=None)
+    return MemoryJob(Path(name), _pixel_bytes(photo), photo, as_array=True)
 
 
 def _content(image: Image.Image, photo: Photo) -> bytes:
-    """The file's bytes, where the image is as it was opened from one; otherwise its pixels."""
+    """The file's bytes if the image is as it was opened from one, so that the noise is the same; else its pixels."""
     file = Path(getattr(image, "filename", "") or "")
     if file.is_file():
         with contextlib.suppress(UserError):
-            if np.array_equal(read_photo(file, max_pixels=2**31).rgb, photo.rgb):
-                return file.read_bytes()
-    return _pixels(photo)
+            content, pixels = read_content(file), photo.rgb.shape[0] * photo.rgb.shape[1]
+            if np.array_equal(decode_photo(content, str(file), pixels).rgb, photo.rgb):
+                return content
+    return _pixel_bytes(photo)
 
 
-def _pixels(photo: Photo) -> bytes:
+def _pixel_bytes(photo: Photo) -> bytes:
     return str(photo.rgb.shape).encode() + photo.rgb.tobytes()
 
 
-def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{argument} {value!r}: expected one of {', '.join(choices)}")
+def _path(argument: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str | Path):
+        raise UserError(f"{argument}: is a {type(value).__name__}; expected a path or a name")
+    return None if value is None else str(value)
+
+
+def _check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
+    if not isinstance(value, str | None) or value not in choices:
+        raise UserError(f"{argument} {value!r}: expected one of {', '.join(map(str, choices))}")
+
+
+def _check_number(argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise UserError(f"{argument} {value!r}: expected a number")
+
+
+def _whole(argument: str, value: object) -> int:
+    """A whole number of any kind, NumPy's included, as an int."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise UserError(f"{argument} {value!r}: expected a whole number")
+    return int(value)
 
 
 @contextlib.contextmanager
 def _in_arguments() -> Iterator[None]:
-    """Turns a UserError, which names flags, into a ValueError that names arguments."""
+    """Turns a UserError, which names flags, into an UpscaleError that names arguments."""
     try:
         yield
     except UserError as error:
-        message = str(error)
+        # A command in the message keeps its flags.
+        message, command_follows, command = str(error).partition("Make it with: ")
         for flag, argument in _ARGUMENTS.items():
             message = message.replace(flag, argument)
-        raise ValueError(message) from None
+        raise UpscaleError(message + command_follows + command) from None

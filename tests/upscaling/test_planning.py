@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tsdsr_jax.images.buckets import plan_buckets
-from tsdsr_jax.upscaling.sizes import SizePlan, plan_size, token_levels
+from tsdsr_jax.upscaling.planning import SizePlan, plan_size
+from tsdsr_jax.upscaling.tiling import token_levels
 
 
 def plan(source: tuple[int, int], **changes: float) -> SizePlan:

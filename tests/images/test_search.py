@@ -1,0 +1,80 @@
+"""One rule for links: they are followed, each file is found once, and circles end."""
+
+from pathlib import Path
+
+import pytest
+
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.images.search import find_photographs
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def found(root: Path, output: Path | None = None) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in find_photographs(root, output)]
+
+
+def test_images_of_any_suffix_in_subfolders_but_no_hidden_ones(tmp_path):
+    root = touch(
+        tmp_path / "in", "b.png", "a/c.JPG", "a/b/d.tiff", "notes.txt", ".hidden.png", ".thumbnails/x.png"
+    )
+    assert found(root) == ["a/b/d.tiff", "a/c.JPG", "b.png"]
+
+
+def test_a_linked_folder_is_followed(tmp_path):
+    elsewhere, root = touch(tmp_path / "elsewhere", "x.png", "deep/y.png"), touch(tmp_path / "in", "z.png")
+    (root / "link").symlink_to(elsewhere)
+    assert found(root) == ["link/deep/y.png", "link/x.png", "z.png"]
+
+
+def test_a_linked_file_is_followed_unless_it_is_found_itself(tmp_path):
+    elsewhere, root = touch(tmp_path / "elsewhere", "x.png"), touch(tmp_path / "in", "z.png", "notes.txt")
+    (root / "a.png").symlink_to(root / "z.png")
+    (root / "from.png").symlink_to(elsewhere / "x.png")
+    (root / "notes.png").symlink_to(root / "notes.txt")  # its name says that it is an image
+    assert found(root) == ["from.png", "notes.png", "z.png"]
+
+
+def test_circles_end_and_each_file_is_found_once(tmp_path):
+    root = touch(tmp_path / "in", "a/x.png", "b/y.png")
+    (root / "a" / "up").symlink_to(root)
+    (root / "b" / "self").symlink_to(root / "b")
+    (root / "0 link to b").symlink_to(root / "b")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "link to the root").symlink_to(root)
+    assert found(root) == ["a/x.png", "b/y.png"]
+    (tmp_path / "alias").symlink_to(root)
+    assert found(tmp_path / "alias") == ["a/x.png", "b/y.png"]
+
+
+def test_a_broken_link_is_found_so_that_reading_reports_it(tmp_path):
+    root = touch(tmp_path / "in", "a.png")
+    (root / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "broken folder").symlink_to(tmp_path / "nowhere")
+    assert found(root) == ["a.png", "broken.png"]
+
+
+def test_results_are_no_photographs(tmp_path):
+    root = touch(tmp_path / "in", "a.png", "out/a.png", "out/deep/b.png")
+    (root / "latest.png").symlink_to(root / "out" / "a.png")
+    (root / "results").symlink_to(root / "out")
+    assert found(root, root / "out") == ["a.png"]
+    # An output folder around the photographs changes nothing.
+    (root / "link.png").symlink_to(touch(tmp_path, "other.png") / "other.png")
+    assert found(root, tmp_path) == ["a.png", "link.png", "out/a.png", "out/deep/b.png"]
+
+
+def test_folders_without_photographs_are_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing: no such folder"):
+        find_photographs(tmp_path / "nothing")
+    touch(tmp_path / "empty", "notes.txt")
+    with pytest.raises(UserError, match="no images in it"):
+        find_photographs(tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(UserError, match="is also the output folder"):
+        find_photographs(tmp_path / "empty", tmp_path / "link")

@@ -1,0 +1,106 @@
+"""From the flags that name a model to the engine that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from tsdsr_jax.devices import select_dtype
+from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.models.params import PATCH_SIZE, Tree
+from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.upscaling.engine import Engine, LoadedNetworks
+from tsdsr_jax.upscaling.options import Say, UpscaleOptions, check_tile, filled_in
+from tsdsr_jax.weights.lora_files import check_rank, load_lora
+from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
+from tsdsr_jax.weights.prompt_hints import how_to_encode
+from tsdsr_jax.weights.sd3_folder import NetworkFiles, check_fit, open_checkpoint
+
+
+def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = print) -> Engine:
+    """Checks every file by its header, then loads both networks with their LoRAs merged.
+
+    Args:
+      options: complete and checked, see `options`.
+
+    Raises:
+      UserError: files are missing, damaged or do not fit together.
+    """
+    model = filled_in(options.pretrained_model_name_or_path)
+    checkpoint = open_checkpoint(model, options.revision, options.variant)
+    transformer, vae = checkpoint.network("transformer"), checkpoint.network("vae")
+    transformer_config, vae_config = transformer.config, vae.config
+    assert isinstance(transformer_config, MMDiTConfig) and isinstance(vae_config, VAEConfig)
+    check_tile(filled_in(options.latent_tiled_size), PATCH_SIZE * transformer_config.pos_embed_max_size)
+    check_fit(transformer, vae)
+    prompt = _load_prompt(options, transformer_config)
+    dtype = select_dtype(options.mixed_precision, devices)
+    loras = load_loras(options, transformer, vae, checkpoint.merged, say)
+    names = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
+    say(f"{names}, {jnp.dtype(dtype)}")
+    params = []
+    total = sum(int(np.prod(spec.shape)) for network in (transformer, vae) for spec in network.specs.values())
+    with tqdm(total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=None) as bar:
+        for network, lora in zip((transformer, vae), loras, strict=True):
+            params.append(
+                network.load(
+                    dtype,
+                    lora,
+                    options.lora_scale,
+                    put=lambda path, array: jax.device_put(array, devices[0]),
+                    progress=bar.update,
+                    on_host=network is transformer,  # it comes to the devices layer by layer
+                )
+            )
+    weights = None if options.weights == "full" else options.weights
+    networks = LoadedNetworks(
+        (transformer_config, params[0]), (vae_config, params[1]), prompt, dtype, devices, weights
+    )
+    return Engine(networks, options.bands, jnp.dtype(dtype))
+
+
+def _load_prompt(options: UpscaleOptions, config: MMDiTConfig) -> PromptEmbeds:
+    """The prompt's embeddings; UserError if there are none or they do not fit."""
+    folder = filled_in(options.embedding_dir)
+    try:
+        prompt = load_prompt_embeds(folder)
+    except UserError as error:
+        raise UserError(f"{error} {how_to_encode(options, 'default', folder)}") from None
+    check_widths(prompt, config.joint_attention_dim, config.pooled_projection_dim, folder)
+    return prompt
+
+
+def load_loras(
+    options: UpscaleOptions,
+    transformer: NetworkFiles,
+    vae: NetworkFiles,
+    merged: Sequence[str],
+    say: Say = print,
+) -> tuple[Tree | None, Tree | None]:
+    """The LoRAs in --lora_dir, for the transformer and the autoencoder; `merged` names those that the model contains."""
+    lora_dir = filled_in(options.lora_dir)
+    if lora_dir.lower() in ("none", ""):
+        if not merged:
+            say("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
+        return None, None
+    if merged:
+        say(
+            f"note: this model has LoRAs merged in already ({', '.join(merged)}); --lora_dir is added to them"
+        )
+    if Path(lora_dir).is_file():
+        raise UserError(
+            f"{lora_dir}: is a file; --lora_dir is the folder of transformer.safetensors and vae.safetensors"
+        )
+    loras = []
+    for network, rank, flag in ((transformer, options.rank, "--rank"), (vae, options.rank_vae, "--rank_vae")):
+        path = Path(lora_dir) / f"{network.part}.safetensors"
+        loras.append(load_lora(path, network.config))
+        if rank is not None:
+            check_rank(loras[-1], rank, path, flag)
+    return loras[0], loras[1]

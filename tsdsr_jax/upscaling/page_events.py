@@ -1,0 +1,255 @@
+"""What the page does when a visitor chooses a photograph or asks for its result."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import html
+import math
+import re
+import secrets
+import threading
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import gradio as gr
+
+from tsdsr_jax.errors import UserError, printable
+from tsdsr_jax.images.color import AlignMethod
+from tsdsr_jax.images.writing import FORMATS
+from tsdsr_jax.upscaling.page_pictures import (
+    LARGEST_WHOLE,
+    PageResult,
+    SeenShapes,
+    in_words,
+    read_for_page,
+    upscale_photo,
+    write_preview,
+)
+from tsdsr_jax.upscaling.upscaler import PictureArguments, UpscaleError, Upscaler
+
+_MESSAGE_SECONDS = 20
+_UNKNOWN = "Something went wrong; the server's terminal says what."
+# Seconds between two looks at whether a photograph that waits for the device is still wanted.
+_CHECK_EVERY = 0.5
+# Photographs that are prepared for display at a time; each is held in memory.
+_PREVIEWS = 2
+# What messages call an argument -> what the page calls it.
+_LABELS = {"scale": "Scale", "tile": "Tile size", "seed": "Seed"}
+# Stage -> where the progress bar starts and ends, and the words above it.
+_STAGES = {
+    "encode": (0.0, 0.1, "Encoding"),
+    "tiles": (0.1, 0.85, "Tile {} of {}"),
+    "decode": (0.85, 0.95, "Decoding"),
+    "write": (0.95, 1.0, "Writing"),
+}
+
+
+@dataclasses.dataclass
+class Choice:
+    """The photograph that a visitor has chosen; one object per visit.
+
+    Attributes:
+      made: whether the page has reported a choice at all; programs that call the API do not.
+      path: the file; None after it was removed.
+    """
+
+    made: bool = False
+    path: str | None = None
+
+    def check(self, path: str) -> None:
+        """Raises UserError if another photograph has been chosen since."""
+        if self.made and self.path != path:
+            raise UserError("Another photo was chosen meanwhile.")
+
+
+class ProgressBar:
+    """Shows the stages of a photograph; see `page_pictures.upscale_photo`.
+
+    Args:
+      show: Gradio's progress, called with a fraction and words.
+      check: called at every step; may raise.
+    """
+
+    def __init__(self, show: Callable[..., object], check: Callable[[], object]):
+        self.show, self.check, self.compiles = show, check, False
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.check()
+        if stage == "compile":
+            self.compiles = True
+            return
+        start, end, words = _STAGES[stage]
+        words = words.format(min(done + 1, total), total)
+        if self.compiles and done == 0 and stage != "write":
+            words += ", compiling for this size"
+        self.show(start + (end - start) * done / total, desc=words)
+
+
+class Handlers:
+    """The page's events.
+
+    Args:
+      upscaler: the model.
+      root: the private folder.
+    """
+
+    def __init__(self, upscaler: Upscaler, root: Path):
+        self.upscaler, self.root = upscaler, root
+        self.shapes = SeenShapes()
+        # A cancelled photograph leaves Gradio's queue at once, but the device only at its next step.
+        self.device = threading.Lock()
+        self._previews = threading.Semaphore(_PREVIEWS)
+
+    def choose(self, source: str | None, choice: Choice) -> tuple[None, None, str, str]:
+        """A new photograph, or none: empties slider, file, summary and the words about the photograph."""
+        choice.made, choice.path = True, source
+        return None, None, "", ""
+
+    def show(self, source: str | None, choice: Choice) -> tuple[Any, Any]:
+        """The photograph for both sides of the slider, and its name and size, or why it cannot be used.
+
+        Nothing is raised: outside the queue, an error would be a failed request to the browser.
+        """
+        if source is None:
+            return None, ""
+        pair, words = None, ""
+        try:
+            with self._previews:
+                choice.check(source)
+                photo = read_for_page(Path(source), self.upscaler.options.max_pixels)
+                path = self._new_folder() / "photo.webp"
+                height, width = photo.rgb.shape[:2]
+                write_preview(path, photo, (height, width))
+            pair, words = (str(path), str(path)), f"{Path(source).name}: {in_words((height, width))} pixels."
+        except UserError as error:
+            words = str(error)
+        except Exception:
+            traceback.print_exc()
+            words = _UNKNOWN
+        if choice.made and choice.path != source:
+            return gr.skip(), gr.skip()
+        return pair, _html(words)
+
+    def upscale(
+        self,
+        photo: str | None,
+        scale: object,
+        colors: object,
+        tile: object,
+        seed: object,
+        format: object,
+        choice: Choice,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio finds it)
+    ) -> tuple[tuple[str, str], str, str]:
+        """Upscales a photograph; returns the slider's two pictures, the result's file, and its sizes in words.
+
+        The settings come as they were sent, of any type.
+        """
+        with _told():
+            if photo is None:
+                raise UserError("Choose a photo first.")
+            arguments = self._arguments(scale, colors, tile, seed)
+            result = self._upscale(arguments, _choice("Format", format, FORMATS), photo, choice, progress)
+        for note in result.notes:
+            gr.Info(html.escape(note, quote=False), duration=_MESSAGE_SECONDS)
+        return (str(result.before), str(result.after)), str(result.file), _html(result.summary)
+
+    def _upscale(
+        self, arguments: PictureArguments, format: str, photo: str, choice: Choice, progress: gr.Progress
+    ) -> PageResult:
+        """Upscales a photograph when its turn has come, and as long as it is the one that is wanted."""
+
+        def check() -> None:
+            choice.check(photo)
+
+        progress(0, desc="Waiting")
+        with self._turn(check):
+            progress(0, desc="Reading")
+            bar, output = ProgressBar(progress, check), self._new_folder()
+            result = upscale_photo(self.upscaler, arguments, format, Path(photo), output, bar, self.shapes)
+            check()
+        return result
+
+    @contextlib.contextmanager
+    def _turn(self, check: Callable[[], object]) -> Iterator[None]:
+        """Holds the device. `check` may raise while waiting, so that no thread waits for what nobody wants."""
+        while not self.device.acquire(timeout=_CHECK_EVERY):
+            check()
+        try:
+            check()
+            yield
+        finally:
+            self.device.release()
+
+    def _arguments(self, scale: object, colors: object, tile: object, seed: object) -> PictureArguments:
+        """What was sent, as the upscaler's arguments.
+
+        Raises:
+          UserError: a value is of the wrong type or out of range; named by the page's label.
+        """
+        arguments = PictureArguments(
+            scale=_number("Scale", scale),
+            color=_choice("Colors", colors, get_args(AlignMethod)),
+            tile=_whole("Tile size", tile),
+            seed=_whole("Seed", seed),
+            latent=self.upscaler.options.latent,
+        )
+        try:
+            self.upscaler.settings(**arguments)
+        except UpscaleError as error:
+            raise UserError(re.sub(r"^\w+", lambda name: _LABELS[name[0]], str(error))) from None
+        return arguments
+
+    def _new_folder(self) -> Path:
+        """One that nobody can guess: Gradio serves any file below the root to whoever asks."""
+        path = self.root / secrets.token_hex(16)
+        path.mkdir()
+        return path
+
+
+def _number(label: str, value: object) -> float:
+    """What was sent for a number, which may be anything that JSON holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{label}: enter a number")
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
+
+
+def _whole(label: str, value: object) -> int:
+    """The same for a whole number."""
+    number = _number(label, value)
+    if not number.is_integer():  # NaN and infinities are none
+        raise UserError(f"{label} {number:g}: expected a whole number")
+    assert isinstance(value, int | float)
+    if abs(value) > LARGEST_WHOLE:
+        raise UserError(f"{label} {number:g}: expected at most 2**53, up or down; browsers round beyond it")
+    return int(value)
+
+
+def _choice(label: str, value: object, choices: Collection[str]) -> Any:
+    """What was sent for one of several words."""
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{label}: expected one of {', '.join(choices)}")
+    return value
+
+
+def _html(words: str) -> str:
+    """Words as HTML; they may contain a file's name, which may be anything."""
+    return html.escape(printable(words), quote=False)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turns errors into a message on the page. Bugs keep their traceback in the terminal."""
+    try:
+        yield
+    except UserError as error:
+        message = html.escape(str(error), quote=False)
+        raise gr.Error(message, duration=_MESSAGE_SECONDS, print_exception=False) from None
+    except Exception as error:
+        raise gr.Error(_UNKNOWN) from error

@@ -41,7 +41,6 @@ from tsdsr_jax.pretraining.teacher import (
 from tsdsr_jax.pretraining.teacher_validation import TeacherValidation
 from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import LORA, MODEL, Files, on_host
-from tsdsr_jax.training.log import Curve
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import (
     Networks,
@@ -53,10 +52,12 @@ from tsdsr_jax.training.networks import (
     text_hash,
 )
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, replicated
 from tsdsr_jax.training.step import NETWORK, Parts, Trainer, TrainState, objective_of
 from tsdsr_jax.training.stepping import Beginning, Step
+from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, Checkpoint, check_fit, open_checkpoint, torch_config
@@ -134,7 +135,7 @@ def main() -> None:
     options = options.prompted(options.pretrained_model_name_or_path)
     options.check()
     mesh = options.start()
-    start = session.find_start(options)
+    start = find_start(options)
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     _check_base(options, model)
     options = options.fitted(model.longest_side) if options.hr_dir else options

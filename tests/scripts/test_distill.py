@@ -163,16 +163,16 @@ def test_the_exported_adapters_are_the_state_in_pefts_layout(finished):
     assert all(name.startswith("transformer.") for tensors in files.values() for name in tensors)
     np.testing.assert_array_equal(
         files["transformer.safetensors"]["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"],
-        state["student.transformer.blocks_0.attn.to_q.b"][0].T,
+        state["trained.student.transformer.blocks_0.attn.to_q.b"][0].T,
     )
     np.testing.assert_array_equal(
         files["vae.safetensors"]["transformer.encoder.conv_in.lora_A.weight"],
-        state["student.vae.encoder.conv_in.a"].transpose(3, 2, 0, 1),
+        state["trained.student.vae.encoder.conv_in.a"].transpose(3, 2, 0, 1),
     )
     assert any(
         np.abs(leaf).max() > 0
         for name, leaf in state.items()
-        if name.startswith("student") and name.endswith(".b")
+        if name.startswith("trained.student") and name.endswith(".b")
     )
 
 
@@ -222,8 +222,8 @@ def test_peft_predicts_the_same_with_them(finished, root):
     config = tiny.tiny_mmdit_config()
     base = tiny.random_params(config, 1)
     for file, prefix, targets in (
-        ("transformer", "student.transformer.", oracle.STUDENT_TARGETS),
-        ("transformer_reg", "auxiliary.", oracle.AUX_TARGETS),
+        ("transformer", "trained.student.transformer.", oracle.STUDENT_TARGETS),
+        ("transformer_reg", "trained.auxiliary.", oracle.AUX_TARGETS),
     ):
         model = SD3Transformer2DModel.from_pretrained(root / "sd3" / "transformer").eval()
         oracle.load_lora_into(model, folder / f"{file}.safetensors", targets)
@@ -246,7 +246,7 @@ def test_peft_predicts_the_same_with_them(finished, root):
     with torch.no_grad():
         expected = vae.encode(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).latent_dist.mean.numpy()
     vae_config = tiny.tiny_vae_config()
-    variables = {"params": tiny.random_params(vae_config, 2), "lora": tree("student.vae.")}
+    variables = {"params": tiny.random_params(vae_config, 2), "lora": tree("trained.student.vae.")}
     found = FlaxVAE(vae_config).apply(variables, images, method="encode").mean
     assert np.abs(np.asarray(found).transpose(0, 3, 1, 2) - expected).max() <= 1e-5 * np.abs(expected).max()
 

@@ -240,7 +240,7 @@ def test_a_finished_student_is_no_base_for_a_teacher(root, monkeypatch, capsys, 
 def test_distilling_a_finished_student_says_what_is_of_use(root, monkeypatch, capsys):
     (root / "sd3" / MERGED_FILE).write_text('{"loras": ["a/transformer.safetensors"]}')
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
-    monkeypatch.setattr(distill, "load_base", lambda *_: pytest.exit("far enough"))
+    monkeypatch.setattr(distill, "_load_base", lambda *_: pytest.exit("far enough"))
 
     def notes(*flags: str) -> str:
         with pytest.raises(pytest.exit.Exception):

@@ -1,25 +1,19 @@
-"""What a run writes down: lines, curves, summaries."""
+"""What a run writes down: lines, and what trackers get."""
 
-import io
 import json
 import sys
 import types
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.training.log import (
-    Curve,
     RunLog,
     TensorBoard,
     Wandb,
     check_trackers,
-    plot_curves,
     read_rows,
-    summarise,
-    summary_table,
 )
 
 
@@ -166,32 +160,3 @@ def test_wandb_gets_the_same_and_the_code_if_wanted(tmp_path, monkeypatch):
     assert calls[1:] == [
         ("code", str(tmp_path)), ("log", 3, {"loss": 0.25}), ("log", 3, {"validation": ("picture", (8, 4))}), ("finish",),
     ]  # fmt: skip
-
-
-def rows(count: int) -> list[dict]:
-    return [{"step": step, "loss": 10.0 / (1 + step), "gap": None} for step in range(count)]
-
-
-@pytest.mark.parametrize("count", [1, 10, 200])
-def test_curves_are_drawn(tmp_path, count):
-    curves = [
-        Curve("loss", ("loss",)),
-        Curve("absent", ("absent", "gap")),
-        Curve("log", ("loss",), log_scale=True),
-    ]
-    plot_curves(rows(count), curves, tmp_path / "curves.png", r"a title of $\foo$")
-    picture = np.asarray(Image.open(io.BytesIO((tmp_path / "curves.png").read_bytes())).convert("RGB"))
-    assert picture.shape[1] > 800 and (np.abs(picture.astype(int) - [31, 119, 180]).max(-1) < 30).sum() > 20
-
-
-def test_no_values_no_curves(tmp_path):
-    plot_curves([], [Curve("loss", ("loss",))], tmp_path / "curves.png", "title")
-    assert not (tmp_path / "curves.png").exists()
-
-
-def test_the_summary_compares_beginning_and_end():
-    summary = summarise(rows(100), ["loss", "absent", "gap"])
-    assert list(summary) == ["loss"]
-    assert summary["loss"]["first"] == pytest.approx(np.mean([10 / (1 + s) for s in range(10)]))
-    assert summary["loss"]["last"] == pytest.approx(np.mean([10 / (1 + s) for s in range(90, 100)]))
-    assert "loss" in summary_table(summary) and summary_table({})

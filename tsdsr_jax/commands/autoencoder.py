@@ -35,14 +35,15 @@ from tsdsr_jax.pretraining.autoencoder import (
 from tsdsr_jax.pretraining.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import MODEL, Files, on_host
-from tsdsr_jax.training.log import Curve
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import load_networks
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, placement, replicated
 from tsdsr_jax.training.step import NETWORK, Trainer, TrainState, objective_of
 from tsdsr_jax.training.stepping import Beginning, Step
+from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lpips_files import load_lpips
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, NetworkFiles, torch_config
@@ -99,7 +100,7 @@ def main() -> None:
     files = NetworkFiles(options.vae_dir, "vae")
     _check_crop(options, _config_of(files))
     mesh = options.start()
-    start = session.find_start(options)
+    start = find_start(options)
     data = open_images(options.hr_dir, options, options.seed, say, options.output_dir)
     with explained_memory(MEMORY_REMEDIES):
         task = _prepare(options, files, mesh, data, new=start is None)

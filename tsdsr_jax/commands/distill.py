@@ -37,7 +37,6 @@ from tsdsr_jax.models.lpips import LPIPS, Network
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import LORA
-from tsdsr_jax.training.log import Curve
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import (
     Networks,
@@ -48,10 +47,12 @@ from tsdsr_jax.training.networks import (
     text_hash,
 )
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, replicated
 from tsdsr_jax.training.step import Trainer
 from tsdsr_jax.training.stepping import Step
+from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights import prompt_hints
 from tsdsr_jax.weights.lpips_files import how_to_get_lpips, load_lpips
@@ -220,7 +221,7 @@ def main() -> None:
     options = options.prompted(options.pretrained_model_name_or_path)
     options.check()
     mesh = options.start()
-    start = session.find_start(options)
+    start = find_start(options)
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     options = options.fitted(model.longest_side) if options.hr_dir else options
     data = open_data(options, options.seed, "pairs", say, options.output_dir)

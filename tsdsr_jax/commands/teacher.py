@@ -11,14 +11,11 @@ Then: python train/distill.py ... --use_teacher_lora --teacher_lora_path runs/te
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
@@ -28,21 +25,21 @@ from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.record import Source
 from tsdsr_jax.data.sources import Data, open_data, open_sets
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.models.params import Tree, abstract_params
-from tsdsr_jax.pretraining.teacher import (
-    FlowBase,
-    FlowConfig,
-    FlowLoss,
-    fixed_params,
-    joined,
-    new_adapter,
-    new_transformer_params,
-    split_fixed,
-)
+from tsdsr_jax.models.params import Tree
+from tsdsr_jax.pretraining.teacher import FlowBase, FlowConfig, FlowLoss
 from tsdsr_jax.pretraining.teacher_validation import TeacherValidation
+from tsdsr_jax.pretraining.teacher_weights import (
+    TransformerStart,
+    load_starting_lora,
+    model_files,
+    start_from_base,
+    start_from_scratch,
+    start_lora,
+    teacher_file,
+    teacher_files,
+)
 from tsdsr_jax.training import session
-from tsdsr_jax.training.checkpoint import LORA, MODEL, Files, on_host
-from tsdsr_jax.training.log import Curve
+from tsdsr_jax.training.checkpoint import LORA, MODEL
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import (
     Networks,
@@ -54,14 +51,13 @@ from tsdsr_jax.training.networks import (
     text_hash,
 )
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
-from tsdsr_jax.training.sharding import global_array, replicated
-from tsdsr_jax.training.step import NETWORK, Parts, Trainer, TrainState, objective_of
-from tsdsr_jax.training.stepping import Beginning, Step
+from tsdsr_jax.training.step import NETWORK, Trainer, objective_of
+from tsdsr_jax.training.stepping import Step
+from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
-from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
-from tsdsr_jax.weights.sd3_folder import TORCH_STEM, Checkpoint, check_fit, open_checkpoint, torch_config
-from tsdsr_jax.weights.torch_names import to_tree, write_base, write_lora
+from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
 
 CURVES = (
     Curve("flow-matching loss", ("flow",)),
@@ -73,7 +69,6 @@ MEMORY_REMEDIES = (
     "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --fsdp N to share the "
     "weights between N devices"
 )
-TEACHER_FILE = "teacher.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +130,7 @@ def main() -> None:
     options = options.prompted(options.pretrained_model_name_or_path)
     options.check()
     mesh = options.start()
-    start = session.find_start(options)
+    start = find_start(options)
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
     _check_base(options, model)
     options = options.fitted(model.longest_side) if options.hr_dir else options
@@ -173,8 +168,8 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
             null,
         )
     records = pick(held_out, shapes, options.num_validation_images, say)
-    path = options.checkpoint_path
-    loaded = _starting_adapter(options, path, networks) if new and path else None
+    # A resumed run has its LoRA from the checkpoint.
+    loaded = _starting_lora(options, networks) if new and options.checkpoint_path else None
 
     steps = options.steps(len(data.source), mesh)
     session.announce(options, mesh, data, steps, options.notes() + options.warmup_notes(steps))
@@ -200,9 +195,9 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
     return session.Task(
         step=step,
         validate=lambda state: validation(state.averaged()),
-        files=partial(
-            _teacher_files if options.adapter else _model_files, networks, model, transformer.frozen
-        ),
+        files=partial(teacher_files, networks)
+        if options.adapter
+        else partial(model_files, networks, model.shift(), transformer.frozen),
         export=LORA if options.adapter else MODEL,
         identity={
             "train": options.train,
@@ -229,6 +224,24 @@ def _validation_source(options: Options, data: Data) -> Source:
     return open_sets(options.data_dir) if options.data_dir else data.source
 
 
+def _starting_lora(options: Options, networks: Networks) -> Tree:
+    """The LoRA of --checkpoint_path."""
+    assert options.checkpoint_path is not None
+    path = teacher_file(options.checkpoint_path)
+    adapter = load_starting_lora(path, networks, options.rank)
+    say(f"starting from {path}")
+    return adapter
+
+
+def _load_transformer(options: Options, networks: Networks, lora: Tree | None, new: bool) -> TransformerStart:
+    """Loads or makes the transformer; of a resumed run's only the frozen part is kept."""
+    if options.adapter:
+        return start_lora(networks, options.rank, options.seed, lora)
+    if options.from_scratch:
+        return start_from_scratch(networks, options.seed)
+    return start_from_base(networks, new)
+
+
 def _how_to_use(options: Options, path: Path) -> str:
     """The command that distils the teacher of a checkpoint, on the same data: the weights that were validated."""
     made = path / (LORA if options.adapter else MODEL) / ("" if options.ema_decay is None else "ema")
@@ -238,96 +251,3 @@ def _how_to_use(options: Options, path: Path) -> str:
         flags = {"pretrained_model_name_or_path": made}
     flags |= hints.given(options, *hints.DATA, *hints.STEPS)
     return f"distil it: {hints.distilling(options.output_dir, flags)}"
-
-
-# --- what is trained ------------------------------------------------------------------------------
-
-
-def _starting_adapter(options: Options, path: Path, networks: Networks) -> Tree:
-    """The LoRA of --checkpoint_path; UserError if its modules or ranks differ."""
-    path = path / TEACHER_FILE if path.is_dir() else path
-    adapter = load_lora(path, networks.transformer.config)
-    check_rank(adapter, options.rank, path, "--rank")
-    like = jax.eval_shape(partial(_new_adapter, options, networks))
-    check_start(adapter, like, path)
-    say(f"starting from {path}")
-    return adapter
-
-
-def _new_adapter(options: Options, networks: Networks) -> Tree:
-    shapes = abstract_params(networks.transformer.config)
-    return new_adapter(shapes, options.rank, jax.random.key(options.seed))
-
-
-class _Transformer(NamedTuple):
-    """The transformer, divided into what is trained and what is not.
-
-    Attributes:
-      beginning: what training begins from.
-      frozen: the other parameters.
-      digest: a hash of the whole.
-    """
-
-    beginning: Beginning
-    frozen: Tree
-    digest: str
-
-
-def _load_transformer(options: Options, networks: Networks, adapter: Tree | None, new: bool) -> _Transformer:
-    """Loads or makes the transformer; of a resumed run's only the frozen part is kept."""
-    config, whole = networks.mmdit_config, replicated(networks.mesh)
-    if options.adapter:
-        ((frozen, digest),) = networks.load([networks.transformer])
-        if adapter is None:
-            start = Beginning(lambda _: {NETWORK: _new_adapter(options, networks)})
-            return _Transformer(start, frozen, digest)
-        placed = jax.tree.map(lambda leaf: global_array(np.asarray(leaf, np.float32), whole), adapter)
-        return _Transformer(Beginning(_as_network, placed), frozen, digest)
-    if options.from_scratch:
-        key = jax.random.key(options.seed)
-        frozen = jax.tree.map(lambda leaf: global_array(leaf, whole), fixed_params(config))
-        digest = f"new, {json.dumps(dataclasses.asdict(config), sort_keys=True)}"
-        start = Beginning(lambda _: {NETWORK: split_fixed(new_transformer_params(config, key))[0]})
-        return _Transformer(start, frozen, digest)
-    # Masters are float32, whatever is computed in.
-    ((params, digest),) = dataclasses.replace(networks, dtype=jnp.float32).load([networks.transformer])
-    trained, frozen = split_fixed(params)
-    loaded = trained if new else jax.eval_shape(lambda: trained)
-    return _Transformer(Beginning(_as_network, loaded), frozen, digest)
-
-
-def _as_network(loaded: Tree) -> Parts:
-    return {NETWORK: loaded}
-
-
-# --- what is written ------------------------------------------------------------------------------
-
-
-def _teacher_files(networks: Networks, _model: Checkpoint, _fixed: Tree, state: TrainState) -> Files:
-    """The LoRA in PEFT's layout; its moving average in a folder of its own."""
-    return {
-        folder + TEACHER_FILE: write_lora(jax.tree.map(on_host, tree), networks.transformer.config)
-        for folder, tree in state.exported().items()
-    }
-
-
-def _model_files(networks: Networks, model: Checkpoint, fixed: Tree, state: TrainState) -> Files:
-    """A checkpoint folder in diffusers' layout, with the autoencoder as it was; another of the moving average."""
-    vae = dict(write_base(to_tree(networks.vae.leaves()), networks.vae.config))
-    files: dict[str, Any] = {}
-    for folder, tree in state.exported().items():
-        params = jax.tree.map(on_host, joined(tree, fixed))
-        files |= {
-            f"{folder}transformer/{TORCH_STEM}.safetensors": dict(write_base(params, networks.transformer.config)),
-            f"{folder}transformer/config.json": _json(torch_config(networks.transformer.config)),
-            f"{folder}vae/{TORCH_STEM}.safetensors": vae,
-            f"{folder}vae/config.json": _json(torch_config(networks.vae.config)),
-            f"{folder}scheduler/scheduler_config.json": _json({
-                "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": model.shift(),
-            }),
-        }  # fmt: skip
-    return files
-
-
-def _json(values: Any) -> str:
-    return json.dumps(values, indent=2) + "\n"

@@ -1,8 +1,7 @@
-"""What a training run tells: a JSON line per step, TensorBoard and wandb on request, curves, a summary."""
+"""What a training run tells: a JSON line per step, TensorBoard and wandb on request."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -185,77 +184,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """One panel of the plot: a title and the logged values in it."""
-
-    title: str
-    names: tuple[str, ...]
-    log_scale: bool = False
-
-
-def plot_curves(rows: Sequence[Row], curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Draws the curves that have values, each value faint and its running mean strong; a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    series = {name: _series(rows, name) for curve in curves for name in curve.names}
-    curves = [curve for curve in curves if any(len(series[name][0]) for name in curve.names)]
-    if not curves:
-        return
-    columns = min(3, len(curves))
-    lines = -(-len(curves) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.0 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, parse_math=False)
-    for index, curve in enumerate(curves):
-        axes = figure.add_subplot(lines, columns, index + 1)
-        for number, name in enumerate(name for name in curve.names if len(series[name][0])):
-            steps, values = series[name]
-            colour, few = f"C{number}", len(steps) < 30
-            axes.plot(steps, values, "o-" if few else "-", color=colour, alpha=1 if few else 0.25, ms=3, lw=1,
-                      label=name if few else None)  # fmt: skip
-            if not few:
-                axes.plot(*_running_mean(steps, values), color=colour, label=name)
-        axes.set_title(curve.title, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        if curve.log_scale:
-            axes.set_yscale("log")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def _series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-    steps, values = zip(*points, strict=True) if points else ((), ())
-    return np.asarray(steps), np.asarray(values, np.float64)
-
-
-def _running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    width = max(2, len(values) // 20)
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    return steps[width - 1 :], (sums[width:] - sums[:-width]) / width
-
-
-def summarise(rows: Sequence[Row], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """First and last value of each logged name, each a mean over up to a tenth of its values."""
-    summary = {}
-    for name in names:
-        _, values = _series(rows, name)
-        if len(values):
-            width = max(1, len(values) // 10)
-            summary[name] = {"first": float(values[:width].mean()), "last": float(values[-width:].mean())}
-    return summary
-
-
-def summary_table(summary: Mapping[str, Mapping[str, float]]) -> str:
-    """The summary as lines for a terminal."""
-    width = max([len(name) for name in summary], default=0)
-    lines = [f"  {'':{width}}  {'first':>11}  {'last':>11}"]
-    lines += [f"  {name:{width}}  {v['first']:11.4g}  {v['last']:11.4g}" for name, v in summary.items()]
-    return "\n".join(lines)

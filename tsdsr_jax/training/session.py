@@ -7,7 +7,6 @@ checkpoints and curves in the output folder.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shlex
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
@@ -28,25 +26,16 @@ from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.identity import mismatches, versions
+from tsdsr_jax.identity import versions
 from tsdsr_jax.places import CHECKOUT
 from tsdsr_jax.training import checkpoint, loop
-from tsdsr_jax.training.log import (
-    Curve,
-    RunLog,
-    TensorBoard,
-    Tracker,
-    Wandb,
-    check_trackers,
-    plot_curves,
-    read_rows,
-    summarise,
-    summary_table,
-)
+from tsdsr_jax.training.log import RunLog, TensorBoard, Tracker, Wandb, check_trackers, read_rows
 from tsdsr_jax.training.optimizer import with_new_scale
 from tsdsr_jax.training.options import RunOptions
+from tsdsr_jax.training.resume import Start, changed_flags, check_identity, check_processes, check_rows
 from tsdsr_jax.training.step import TrainState
 from tsdsr_jax.training.stepping import Step
+from tsdsr_jax.training.summary import Curve, first_and_last, plot_curves, summary_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,49 +65,6 @@ class Task:
     curves: Sequence[Curve]
     memory_remedies: str
     how_to_use: Callable[[Path], str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """Where a run begins: at nothing, or in the middle of an earlier one.
-
-    Attributes:
-      step: steps done.
-      samples: samples seen.
-      path: the checkpoint.
-    """
-
-    step: int = 0
-    samples: int = 0
-    path: Path | None = None
-
-
-def find_start(options: RunOptions) -> Path | None:
-    """The checkpoint to resume, if any; cheap, for before anything is loaded.
-
-    Raises:
-      UserError: no such checkpoint, or the run would overwrite, delete or mix with checkpoints of another.
-    """
-    folder, wanted = options.output_dir, options.resume_from_checkpoint
-    path = checkpoint.find(folder, wanted) if wanted else None
-    newest = checkpoint.find(folder, "latest")
-    if newest is None:
-        return path
-    if path is None:
-        raise UserError(
-            f"{folder}: holds {newest.name} of an earlier run; continue it with --resume_from_checkpoint latest, or choose "
-            "another --output_dir"
-        )
-    if path.resolve().parent != folder.resolve():
-        raise UserError(
-            f"{folder}: holds {newest.name} of a run of its own; choose another --output_dir to go on from {path}"
-        )
-    if (checkpoint.step_of(newest) or 0) > (checkpoint.step_of(path) or 0):
-        raise UserError(
-            f"{folder}: holds {newest.name}, later than {path.name}; remove the later ones, or choose another --output_dir "
-            f"to go on from {path}"
-        )
-    return path
 
 
 def say(line: str) -> None:
@@ -193,7 +139,7 @@ class _Run:
     def begin(self, path: Path | None) -> tuple[Start, Any] | None:
         """A new state, or a checkpoint's; None: all is done."""
         meta = checkpoint.read_meta(path) if path else None
-        agree(meta["step"] if meta else 0, self.identity)
+        check_processes(meta["step"] if meta else 0, self.identity)
         if path and meta:
             return self.resume(path, meta)
         if self.options.resume_from_checkpoint:
@@ -201,37 +147,22 @@ class _Run:
         return Start(), self.task.step.new_state()
 
     def resume(self, path: Path, meta: Mapping[str, Any]) -> tuple[Start, Any] | None:
-        lacking = {name: self.identity.get(name) for name in _LATER}
-        if differing := mismatches(lacking | meta["identity"], self.identity):
-            listed = "".join(f"\n  {line}" for line in differing)
-            raise UserError(
-                f"{path}: belongs to another run than this, and is not resumed. What differs:{listed}"
-            )
+        check_identity(path, meta["identity"], self.identity)
         if meta["rows"] != self.rows:
-            self.check_rows(path, meta["rows"])
+            check_rows(path, meta["rows"], self.rows, by_epochs=self.options.max_train_steps is None)
+            say(f"note: {self.rows} images in a step, {meta['rows']} before the checkpoint")
         if meta["step"] >= self.steps:
             say(
                 f"{path}: all {self.steps} steps are done; raise --max_train_steps or --num_train_epochs to train on"
             )
             return None
-        ours = {name: value for name, value in self.options.as_json().items() if name not in _HARMLESS}
-        theirs = {name: value for name, value in meta["options"].items() if name not in _HARMLESS}
-        for line in mismatches(theirs, ours):
+        for line in changed_flags(meta["options"], self.options.as_json()):
             say(f"note: changed since the checkpoint: --{line}")
         state = checkpoint.read_state(path, self.task.step.shapes)
-        if theirs.get("mixed_precision") != self.options.mixed_precision:
+        if meta["options"].get("mixed_precision") != self.options.mixed_precision:
             state = with_new_scale(state, self.options.dynamic_scale)
         say(f"resuming from {path}: {meta['step']} steps done, {meta['samples']} samples seen")
         return Start(meta["step"], meta["samples"], path), self.task.step.put_state(state)
-
-    def check_rows(self, path: Path, before: int) -> None:
-        """Another number of images in a step: fine, if the length of the run is given in steps."""
-        if self.options.max_train_steps is None:
-            raise UserError(
-                f"{path}: had {before} images in a step, this run has {self.rows}, so epochs take another number of steps; "
-                "give the total with --max_train_steps, or keep devices × --train_batch_size × accumulation as it was"
-            )
-        say(f"note: {self.rows} images in a step, {before} before the checkpoint")
 
     def open_log(self) -> RunLog:
         options = self.options
@@ -344,7 +275,7 @@ class _Run:
     def summarize(self, step: int, log: RunLog) -> None:
         """Prints and writes what the log comes to."""
         rows = read_rows(log.path)
-        values = summarise(rows, [name for curve in self.task.curves for name in curve.names])
+        values = first_and_last(rows, [name for curve in self.task.curves for name in curve.names])
         skipped = sum((row.get("bad_steps") or 0) > 0 for row in rows)
         say(
             f"{step} steps done; each value's mean over its first and its last tenth:\n{summary_table(values)}"
@@ -364,35 +295,3 @@ class _Run:
         }
         with replacing(self.folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n")
-
-
-def agree(step: int, identity: Mapping[str, Any]) -> None:
-    """Raises UserError, in every process, unless all begin at the same step and see the same data and weights."""
-    if jax.process_count() == 1:
-        return
-    steps = multihost_utils.process_allgather(np.int32(step)).ravel().tolist()
-    if len(set(steps)) > 1:
-        raise UserError(
-            f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}); --output_dir must be a "
-            "folder that all of them share"
-        )
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).digest()[:4]
-    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.int32)).ravel().tolist()
-    if len(set(digests)) > 1:
-        told = ", ".join(f"{name} {str(value)[:12]}" for name, value in identity.items())
-        raise UserError(
-            f"the processes see different data or weights; process {jax.process_index()} has: {told}. Photographs, sets and "
-            "models must be the same for all of them"
-        )
-
-
-# Parts of a run's identity that checkpoints of earlier versions may lack.
-_LATER = ("schedule's shift",)
-# Flags that may change between two parts of a run without changing what it computes.
-_HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", "log_code", "report_to", "logging_steps",
-             "coordinator_address", "process_id", "num_processes", "multi_host", "dataloader_num_workers",
-             "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_dir",
-             "num_validation_images",
-             # The identity has what lies there.
-             "data_dir", "hr_dir", "pretrained_model_name_or_path", "vae_dir", "default_embedding_dir", "null_embedding_dir",
-             "teacher_lora_path")  # fmt: skip

@@ -157,6 +157,7 @@ def replace_loading_and_running() -> None:
     from tsdsr_jax.models import attention
     from tsdsr_jax.models.params import abstract_params
     from tsdsr_jax.training import networks, session
+    from tsdsr_jax.training.resume import Start
     from tsdsr_jax.training.sharding import base_shardings
 
     def load(network: Any, mesh: Mesh, dtype: Any, progress: Any) -> tuple[Any, str]:
@@ -169,16 +170,16 @@ def replace_loading_and_running() -> None:
         return planned, "not read"
 
     def run(options: Any, task: Any, data: Any, mesh: Mesh, start: Any) -> None:
-        state = task.new_state()
+        state = task.step.new_state()
         of_run = session._Run(options, task, data, mesh)
-        of_run.start, of_run.bad = session.Start(), session.BadSamples(len(data.source), 0)
+        of_run.start, of_run.bad = Start(), session.BadSamples(len(data.source), 0)
         if not os.environ.get("STEP_ONLY"):
             task.validate(state)
         state, _ = task.step(state, next(of_run.batches()))
         print(json.dumps({"files": sorted(task.files(state))}), flush=True)
 
     attention._has_flash_attention = lambda: True
-    networks._load, session.run = load, run
+    networks._load, session.train = load, run
 
 
 def main(script: str, flags: Sequence[str]) -> None:

@@ -1,0 +1,136 @@
+"""The teacher's weights: what training begins from, and the files that a checkpoint exports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tsdsr_jax.models.params import Tree, abstract_params
+from tsdsr_jax.pretraining.teacher import (
+    fixed_params,
+    joined,
+    new_adapter,
+    new_transformer_params,
+    split_fixed,
+)
+from tsdsr_jax.training.checkpoint import Files, on_host
+from tsdsr_jax.training.networks import Networks
+from tsdsr_jax.training.sharding import global_array, replicated
+from tsdsr_jax.training.step import NETWORK, Parts, TrainState
+from tsdsr_jax.training.stepping import Beginning
+from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
+from tsdsr_jax.weights.sd3_folder import TORCH_STEM, torch_config
+from tsdsr_jax.weights.torch_names import to_tree, write_base, write_lora
+
+TEACHER_FILE = "teacher.safetensors"
+
+
+class TransformerStart(NamedTuple):
+    """The transformer at the start of training.
+
+    Attributes:
+      beginning: what is trained.
+      frozen: the other parameters.
+      digest: a hash of the whole transformer.
+    """
+
+    beginning: Beginning
+    frozen: Tree
+    digest: str
+
+
+def start_lora(networks: Networks, rank: int, seed: int, lora: Tree | None) -> TransformerStart:
+    """The frozen transformer with a LoRA to train: the given one, or a new one."""
+    ((frozen, digest),) = networks.load([networks.transformer])
+    if lora is None:
+        beginning = Beginning(lambda _: {NETWORK: _new_lora(networks, rank, seed)})
+        return TransformerStart(beginning, frozen, digest)
+    whole = replicated(networks.mesh)
+    placed = jax.tree.map(lambda leaf: global_array(np.asarray(leaf, np.float32), whole), lora)
+    return TransformerStart(Beginning(_as_network, placed), frozen, digest)
+
+
+def start_from_scratch(networks: Networks, seed: int) -> TransformerStart:
+    """A transformer with new weights, all of them trained."""
+    config, whole = networks.mmdit_config, replicated(networks.mesh)
+    key = jax.random.key(seed)
+    frozen = jax.tree.map(lambda leaf: global_array(leaf, whole), fixed_params(config))
+    digest = f"new, {json.dumps(dataclasses.asdict(config), sort_keys=True)}"
+    beginning = Beginning(lambda _: {NETWORK: split_fixed(new_transformer_params(config, key))[0]})
+    return TransformerStart(beginning, frozen, digest)
+
+
+def start_from_base(networks: Networks, new: bool) -> TransformerStart:
+    """The checkpoint's transformer, all of its weights trained; a resumed run (not `new`) needs only their shapes."""
+    # Master weights are float32, whatever the computation dtype is.
+    ((params, digest),) = dataclasses.replace(networks, dtype=jnp.float32).load([networks.transformer])
+    trained, frozen = split_fixed(params)
+    loaded = trained if new else jax.eval_shape(lambda: trained)
+    return TransformerStart(Beginning(_as_network, loaded), frozen, digest)
+
+
+def _as_network(loaded: Tree) -> Parts:
+    return {NETWORK: loaded}
+
+
+def _new_lora(networks: Networks, rank: int, seed: int) -> Tree:
+    return new_adapter(abstract_params(networks.transformer.config), rank, jax.random.key(seed))
+
+
+def teacher_file(path: Path) -> Path:
+    """The teacher's LoRA: the file itself, or `TEACHER_FILE` in a folder."""
+    return path / TEACHER_FILE if path.is_dir() else path
+
+
+def load_starting_lora(path: Path, networks: Networks, rank: int) -> Tree:
+    """Loads a LoRA to start from.
+
+    Raises:
+      UserError: its modules or ranks differ from those that are trained.
+    """
+    adapter = load_lora(path, networks.transformer.config)
+    check_rank(adapter, rank, path, "--rank")
+    check_start(adapter, jax.eval_shape(partial(_new_lora, networks, rank, 0)), path)
+    return adapter
+
+
+def teacher_files(networks: Networks, state: TrainState) -> Files:
+    """The LoRA in PEFT's layout; its moving average in a folder of its own."""
+    return {
+        folder + TEACHER_FILE: write_lora(jax.tree.map(on_host, tree), networks.transformer.config)
+        for folder, tree in state.exported().items()
+    }
+
+
+def model_files(networks: Networks, shift: float, fixed: Tree, state: TrainState) -> Files:
+    """A checkpoint folder in diffusers' layout, with the unchanged autoencoder; another one of the moving average.
+
+    Args:
+      shift: of the noise schedule.
+      fixed: the transformer's parameters that are not trained.
+    """
+    vae = dict(write_base(to_tree(networks.vae.leaves()), networks.vae.config))
+    files: dict[str, Any] = {}
+    for folder, tree in state.exported().items():
+        params = jax.tree.map(on_host, joined(tree, fixed))
+        files |= {
+            f"{folder}transformer/{TORCH_STEM}.safetensors": dict(write_base(params, networks.transformer.config)),
+            f"{folder}transformer/config.json": _json(torch_config(networks.transformer.config)),
+            f"{folder}vae/{TORCH_STEM}.safetensors": vae,
+            f"{folder}vae/config.json": _json(torch_config(networks.vae.config)),
+            f"{folder}scheduler/scheduler_config.json": _json({
+                "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift,
+            }),
+        }  # fmt: skip
+    return files
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, indent=2) + "\n"

@@ -269,6 +269,9 @@ class Share:
         return f"{self.index}-of-{self.of}"
 
 
+EVERYTHING = Share(0, 1)
+
+
 def share(text: str, flag: str = "--shard") -> Share:
     """Reads a flag's "i/n"; raises UserError for anything else."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)

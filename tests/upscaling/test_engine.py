@@ -578,7 +578,7 @@ def test_what_is_finished_neither_fails_nor_is_computed_alone(tmp_path):
 def test_few_photographs_of_many_shapes_are_shared_out(tmp_path):
     sizes = {"a.png": (32, 48), "b.png": (48, 32), "c.png": (32, 100), "d.png": (100, 32)}
     jobs = find_jobs(save_photos(tmp_path / "in", sizes), tmp_path / "out", "png")
-    parts = [plan_groups(jobs, SMALL, 1, Report(print), (part, 4)) for part in range(4)]
+    parts = [plan_groups(jobs, SMALL, 1, Report(print), Share(part, 4)) for part in range(4)]
     names = [[job.source.name for group in groups for job, _ in group.jobs] for groups in parts]
     assert sorted(names) == [["a.png"], ["b.png"], ["c.png"], ["d.png"]]
 

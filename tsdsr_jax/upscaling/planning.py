@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from tsdsr_jax.cli import EVERYTHING, Share
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size, plan_buckets
 from tsdsr_jax.images.color import AlignMethod
@@ -141,7 +142,7 @@ def plan_groups(
     settings: Settings,
     devices: int,
     report: Report,
-    part: tuple[int, int] = (0, 1),
+    part: Share = EVERYTHING,
 ) -> list[Group[AnyJob]]:
     """Reads the image headers and puts photographs of similar shape into batches.
 
@@ -153,7 +154,7 @@ def plan_groups(
       settings: for the sizes, and how many photographs go together.
       devices: number of devices that a group is spread over.
       report: receives photographs that cannot be read or are too large.
-      part: (i, n): keep the i-th of n parts. Shapes still follow from the whole set. Which photographs are in a part
+      part: the machine's part to keep. Shapes still follow from the whole set. Which photographs are in a part
         does not depend on `devices` or the batch size, which may differ between the machines that share a folder.
     """
     measured = _measured(jobs, settings, report, part)
@@ -178,7 +179,7 @@ def plan_groups(
 
 
 def _measured(
-    jobs: Sequence[AnyJob], settings: Settings, report: Report, part: tuple[int, int]
+    jobs: Sequence[AnyJob], settings: Settings, report: Report, part: Share
 ) -> list[tuple[AnyJob, SizePlan]]:
     """The jobs that can be done, with their sizes."""
     index, parts = part
@@ -203,12 +204,12 @@ def _measured(
         return [(job, sizes) for job, sizes in zip(jobs, plans, strict=True) if sizes]
 
 
-def _dealt(by_shape: _JobsByShape[AnyJob], part: tuple[int, int]) -> _JobsByShape[AnyJob]:
-    """The (i, n)-th part, dealt out across shapes, so that a few photographs of many shapes are shared out, too."""
-    (index, parts), dealt = part, 0
+def _dealt(by_shape: _JobsByShape[AnyJob], part: Share) -> _JobsByShape[AnyJob]:
+    """One machine's part, dealt out across shapes, so that a few photographs of many shapes are shared out, too."""
+    dealt = 0
     mine: _JobsByShape[AnyJob] = {}
     for shape, members in sorted(by_shape.items(), key=lambda item: item[0]):
-        mine[shape] = members[(index - dealt) % parts :: parts]
+        mine[shape] = members[(part.index - dealt) % part.of :: part.of]
         dealt += len(members)
     return mine
 

@@ -20,6 +20,7 @@ from tiny_checkpoint import (
     tiny_mmdit_config,
     tiny_vae_config,
 )
+from tsdsr_jax.cli import Share
 from tsdsr_jax.images.buckets import plan_buckets
 from tsdsr_jax.models import layers
 from tsdsr_jax.models.mmdit import MMDiT

@@ -182,7 +182,6 @@ def _measured(
     jobs: Sequence[AnyJob], settings: Settings, report: Report, part: Share
 ) -> list[tuple[AnyJob, SizePlan]]:
     """The jobs that can be done, with their sizes."""
-    index, parts = part
 
     def measure(number: int, job: AnyJob) -> SizePlan | None:
         try:
@@ -195,7 +194,7 @@ def _measured(
             job.check_output(sizes.output)
             return sizes
         except Exception as error:  # whatever is wrong with one file, the others go on
-            if number % parts == index:  # reported once, not by every part
+            if number % part.of == part.index:  # reported once, not by every part
                 report.failed(job.source, error)
             return None
 

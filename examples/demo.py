@@ -1,4 +1,4 @@
-"""Upscales the example photographs four times with the bundled model and lays the results out beside bicubic interpolation.
+"""Upscales the example photographs by four with the bundled model, and shows the results beside bicubic interpolation.
 
 make demo        (or: python examples/demo.py)
 """
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def run(script: str, *arguments: object) -> None:
-    """Runs one of the project's scripts as a user would."""
+    """Prints a command with one of the project's scripts, and runs it."""
     words = [ROOT / script, *arguments]
     print(f"$ {shlex.join([hints.interpreter(), *map(hints.shown, words)])}", flush=True)
     result = subprocess.run([sys.executable, *map(str, words)])

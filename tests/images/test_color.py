@@ -108,7 +108,7 @@ def test_align_clamps_and_truncates_as_torch_does(method: str) -> None:
 
 
 def test_align_truncates_and_does_not_round() -> None:
-    """Grey 0 corrected towards a mean of 2/3 of a level stays 0."""
+    """Gray 0 corrected towards a mean of 2/3 of a level stays 0."""
     result, upscaled = np.zeros((1, 3, 3), np.uint8), np.ones((1, 3, 3), np.uint8)
     lr = np.uint8([[[1] * 3, [1] * 3, [0] * 3]])
     assert align("adain", result, lr, upscaled).max() == 0

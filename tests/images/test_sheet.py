@@ -4,16 +4,16 @@ from PIL import Image
 from tsdsr_jax.images.sheet import comparison_sheet
 
 
-def solid(colour: tuple[int, int, int], width: int, height: int) -> Image.Image:
-    return Image.new("RGB", (width, height), colour)
+def solid(color: tuple[int, int, int], width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), color)
 
 
 def test_each_picture_stands_in_its_cell_at_its_rows_size():
     red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     rows = [[solid(red, 10, 20), solid(green, 40, 80)], [solid(blue, 40, 20), solid(red, 10, 5)]]
     sheet = np.asarray(comparison_sheet(rows, ["input", "result"], cell_width=40))
-    for colour, cells in ((red, 40 * 80 + 40 * 20), (green, 40 * 80), (blue, 40 * 20)):
-        assert (sheet == colour).all(-1).sum() == cells
+    for color, cells in ((red, 40 * 80 + 40 * 20), (green, 40 * 80), (blue, 40 * 20)):
+        assert (sheet == color).all(-1).sum() == cells
 
 
 def test_a_small_input_is_enlarged_without_smoothing():

@@ -206,7 +206,7 @@ def test_the_tree_is_kept_and_every_kind_of_file_read(command, tmp_path):
     with_alpha = photo()
     with_alpha.putalpha(Image.linear_gradient("L").resize((32, 32)))
     with_alpha.save(source / "alpha.png")
-    photo().convert("L").save(source / "grey.png")
+    photo().convert("L").save(source / "gray.png")
     values = np.asarray(photo().convert("L")).astype(np.uint16) * 257
     Image.fromarray(values).save(source / "deep16.png")
 
@@ -214,14 +214,14 @@ def test_the_tree_is_kept_and_every_kind_of_file_read(command, tmp_path):
     assert outcome.status == 0 and outcome.err == "", outcome
     assert "10 upscaled" in outcome.out
     expected = [
-        "alpha.png", "deep16.png", "grey.png", "old.png", "plain.png", "profile.png", "scan.png",
+        "alpha.png", "deep16.png", "gray.png", "old.png", "plain.png", "profile.png", "scan.png",
         "sub/deep er/é.png", "sub/upper.png", "turned.png",
     ]  # fmt: skip
     assert sorted(contents(tmp_path / "out")) == expected
     results = {name: Image.open(tmp_path / "out" / name) for name in expected}
     for name, image in results.items():
         assert image.size == ((66, 104) if name == "turned.png" else (64, 64)), name
-        mode = {"alpha.png": "RGBA", "grey.png": "L", "deep16.png": "L"}.get(name, "RGB")
+        mode = {"alpha.png": "RGBA", "gray.png": "L", "deep16.png": "L"}.get(name, "RGB")
         assert image.mode == mode and image.format == "PNG", name
     assert results["profile.png"].info["icc_profile"] == profile
     assert results["turned.png"].getexif().get(0x0112) in (None, 1)
@@ -230,7 +230,7 @@ def test_the_tree_is_kept_and_every_kind_of_file_read(command, tmp_path):
     assert (np.diff(alpha.mean(1)) > 0).all()  # the gradient, enlarged
     # 8 and 16 bits of the same values are the same picture, but for noise that depends on the file's bytes.
     assert (
-        abs(np.asarray(results["grey.png"], int).mean() - np.asarray(results["deep16.png"], int).mean()) < 3
+        abs(np.asarray(results["gray.png"], int).mean() - np.asarray(results["deep16.png"], int).mean()) < 3
     )
 
 

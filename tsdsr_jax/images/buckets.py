@@ -1,4 +1,4 @@
-"""Padded sizes that many images share, because each is a compiled program."""
+"""Padded sizes that many images share, because each size is a compiled program."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ Size = tuple[int, int]  # (height, width)
 
 
 def plan_buckets(sizes: Sequence[Size], most: int = 6, ratio: float = 1.2, grid: int = 16) -> list[Size]:
-    """Assigns every size a padded size, few of them in all, because each is a compiled program.
+    """Assigns every size to one of a few padded sizes (buckets).
 
-    Starts with the sizes themselves and keeps merging the two buckets whose union costs the least extra pixels, while
+    Starts with the sizes themselves. Keeps merging the two buckets whose union costs the fewest extra pixels, while
     there are more than `most`, or while all padded pixels together stay within `ratio` of the valid ones. The result
     depends on the set of sizes, not on their order.
 
     Args:
       sizes: (height, width) of each image.
       most: largest number of buckets.
-      ratio: padding that is cheaper than another compilation.
-      grid: with very many distinct sizes, sides are first rounded up to a multiple of this, doubled as needed.
+      ratio: padded over valid pixels, up to which padding is cheaper than another compilation.
+      grid: with hundreds of distinct sizes, sides are first rounded up to a multiple of this, doubled as needed.
 
     Returns:
       One (height, width) per entry of `sizes`.
@@ -29,7 +29,7 @@ def plan_buckets(sizes: Sequence[Size], most: int = 6, ratio: float = 1.2, grid:
         return []
     exact, counts = np.unique(np.asarray(sizes, np.int64), axis=0, return_counts=True)
     starts = exact
-    while len(np.unique(starts, axis=0)) > 400:  # the merging below is cubic
+    while len(np.unique(starts, axis=0)) > 400:  # merging takes cubic time
         starts = -(-exact // grid) * grid
         grid *= 2
     labels = _merge(starts, counts, int((exact.prod(axis=1) * counts).sum()), most, ratio)
@@ -41,7 +41,7 @@ def plan_buckets(sizes: Sequence[Size], most: int = 6, ratio: float = 1.2, grid:
 
 
 def _merge(starts: np.ndarray, counts: np.ndarray, valid: int, most: int, ratio: float) -> np.ndarray:
-    """Agglomerative merging of sizes (n, 2); returns each one's cluster label."""
+    """Merges sizes (n, 2) agglomeratively; returns the cluster label of each."""
     boxes, inverse = np.unique(starts, axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
     weight = np.bincount(inverse, counts).astype(np.int64)

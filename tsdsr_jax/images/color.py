@@ -1,8 +1,8 @@
-"""The two colour corrections that follow the network, on the host.
+"""The two color fixes that follow the network, on the host.
 
-Both give a super-resolved photograph the colours of its source. Axes: `H` height, `W` width, three channels
-in RGB order. What they compute is set by the original's inference script: AdaIN matches whole-image
-statistics per channel, and the wavelet fix swaps the low frequencies of the result for those of the source.
+Both give a super-resolved photograph the colors of its source, as the original's inference script does. AdaIN matches
+the statistics of each channel over the whole image; the wavelet fix replaces the low frequencies of the result by those
+of the source. Axes: H height, W width, three channels in RGB order.
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ import numpy as np
 AlignMethod = Literal["wavelet", "adain", "nofix"]
 METHODS: tuple[AlignMethod, ...] = ("wavelet", "adain", "nofix")
 
-# Added to the variance, so that a flat channel is divided by about 0.003 and not by nothing.
+# Added to the variance, so that a flat channel is divided by about 0.003 and not by zero.
 VARIANCE_FLOOR = 1e-5
 
 # Spacing in pixels of the three taps of each blur in the cascade. Together: sigma 13 px, reach 31 px.
@@ -28,7 +28,7 @@ def adain(result: np.ndarray, reference: np.ndarray) -> np.ndarray:
         reference: (h, w, 3) float32 in [0, 1]; its size may differ.
 
     Returns:
-        (H, W, 3) float32, not clamped: stretching the contrast can leave [0, 1].
+        (H, W, 3) float32, not clamped: more contrast can exceed [0, 1].
     """
     mean, deviation = _statistics(result)
     wanted_mean, wanted_deviation = _statistics(reference)
@@ -36,10 +36,10 @@ def adain(result: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def wavelet(result: np.ndarray, upscaled: np.ndarray) -> np.ndarray:
-    """Takes the fine detail of `result` and the low frequencies of `upscaled`.
+    """Combines the fine detail of `result` with the low frequencies of `upscaled`.
 
-    With L the blur cascade this is `result - L(result) + L(upscaled)`. L is linear, so one cascade over the
-    difference of the two does the work of both.
+    With the blur cascade L this is `result - L(result) + L(upscaled)`. L is linear, so one cascade over the
+    difference of the two is enough.
 
     Args:
         result: (H, W, 3) float32 in [0, 1], the photograph to correct.
@@ -57,20 +57,19 @@ def wavelet(result: np.ndarray, upscaled: np.ndarray) -> np.ndarray:
 
 
 def align(method: AlignMethod, result: np.ndarray, lr: np.ndarray, upscaled: np.ndarray) -> np.ndarray:
-    """Corrects the colours of an 8-bit result as the original's inference script does.
+    """Corrects the colors of an 8-bit result.
 
     Args:
-        method: "wavelet" takes its colours from `upscaled`, "adain" from `lr`; "nofix" hands `result` back as
-            it is.
+        method: "wavelet" takes the colors from `upscaled`, "adain" from `lr`; "nofix" returns `result` unchanged.
         result: (H, W, 3) uint8, the super-resolved photograph.
-        lr: (h, w, 3) uint8, the source in its own size.
+        lr: (h, w, 3) uint8, the source at its own size.
         upscaled: (H, W, 3) uint8, the source enlarged by Pillow's default filter.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: an unknown method, or images whose sizes do not go together.
+        ValueError: the method is unknown, or the sizes do not fit together.
     """
     if method == "nofix":
         return result
@@ -78,7 +77,7 @@ def align(method: AlignMethod, result: np.ndarray, lr: np.ndarray, upscaled: np.
         return _to_bytes(wavelet(_to_unit(result), _to_unit(upscaled)))
     if method == "adain":
         return _to_bytes(adain(_to_unit(result), _to_unit(lr)))
-    raise ValueError(f"unknown colour fix {method!r}, expected one of {', '.join(METHODS)}")
+    raise ValueError(f"unknown color fix {method!r}, expected one of {', '.join(METHODS)}")
 
 
 def _statistics(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,5 +104,5 @@ def _to_unit(image: np.ndarray) -> np.ndarray:
 
 
 def _to_bytes(image: np.ndarray) -> np.ndarray:
-    """float32 to uint8, cutting the fraction off as the original does: half a level darker on average."""
+    """float32 to uint8, truncated as in the original: half a level darker on average."""
     return (np.clip(image, 0, 1) * np.float32(255)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures side by side, to look at instead of reading numbers."""
+"""Contact sheets: pictures side by side."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def comparison_sheet(
     """Lays out one row per photograph and one titled column per method.
 
     Args:
-      rows: pictures of each photograph, as many as there are titles. All pictures of a row are shown at one size:
-        smaller ones (a low-resolution input) are enlarged without smoothing, so that their pixels show.
+      rows: pictures of each photograph, as many as there are titles. All pictures of a row are shown at the same size;
+        smaller ones (a low-resolution input) are enlarged without smoothing, so that their pixels are visible.
       titles: one per column.
       cell_width: width of a column in pixels.
     """

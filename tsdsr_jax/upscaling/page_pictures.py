@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import jax
+from PIL import Image
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
@@ -107,15 +108,10 @@ def upscale_photo(
     progress("write", 0, 1)
 
     target = output / f"{source.stem}_x{settings.upscale:g}.{format}"
-    upscaled = photo_of(image, source.name, max_pixels)
-    encoded = encode_photo(upscaled.rgb, photo, upscaled.alpha, format, target.name)
-    with replacing(target) as temporary:
-        temporary.write_bytes(encoded)
-    if remark := lost_transparency(target.name, upscaled.alpha, format):
-        notes.append(remark)
+    result = _write_result(target, image, photo, format, notes)
     before, after = output / "photo.webp", output / "result.webp"
     write_preview(before, photo, plan.output)
-    write_preview(after, decode_photo(encoded, target.name, max_pixels), plan.output)
+    write_preview(after, result, plan.output)
     return PageResult(
         target,
         before,
@@ -123,6 +119,18 @@ def upscale_photo(
         _summary(source.name, photo, plan.output, seconds),
         [_for_page(note, source) for note in notes],
     )
+
+
+def _write_result(target: Path, image: Image.Image, like: Photo, format: str, notes: list[str]) -> Photo:
+    """Writes the upscaler's image as infer/upscale.py would; returns what the file holds."""
+    pixels = image.width * image.height
+    upscaled = photo_of(image, target.name, pixels)
+    encoded = encode_photo(upscaled.rgb, like, upscaled.alpha, format, target.name)
+    with replacing(target) as temporary:
+        temporary.write_bytes(encoded)
+    if remark := lost_transparency(target.name, upscaled.alpha, format):
+        notes.append(remark)
+    return decode_photo(encoded, target.name, pixels)
 
 
 def _summary(name: str, photo: Photo, size: Size, seconds: float) -> str:

@@ -159,10 +159,10 @@ def test_modules_do_not_import_each_other_in_a_circle():
         visit(module, ())
 
 
-def types_of(source: str) -> Iterator[str]:
-    """The public classes of a module, and the types that it gives a name."""
+def public_names(source: str) -> Iterator[str]:
+    """A module's public functions and classes, and the types that it gives a name."""
     for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
             yield node.name
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
@@ -170,15 +170,15 @@ def types_of(source: str) -> Iterator[str]:
                 yield name
 
 
-def test_no_two_public_types_share_a_name():
-    """Each command has its `Options` and may have a `Beginning`; in the library a name is one thing."""
+def test_no_two_public_things_share_a_name():
+    """One name, one thing; but each command has a `main` and its `Options`."""
     owners: dict[str, list[str]] = {}
     for module, file in modules().items():
-        if package_of(module) != "commands":
-            for name in types_of(file.read_text()):
+        for name in public_names(file.read_text()):
+            if package_of(module) != "commands" or name not in ("main", "Options"):
                 owners.setdefault(name, []).append(module)
-    shared = {name: found for name, found in owners.items() if len(found) > 1 and not name.startswith("_")}
-    assert not shared
+    shared = {name: found for name, found in owners.items() if len(found) > 1}
+    assert not shared, "\n" + "\n".join(f"{name}: {', '.join(found)}" for name, found in shared.items())
 
 
 def test_packages_have_empty_init_files():

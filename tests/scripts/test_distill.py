@@ -665,7 +665,7 @@ def half_lora(root: Path) -> str:
     for name, config in names.items():
         adapter = tiny.random_lora(tiny.random_params(config, 1), targets[name], RANK, 3)
         tiny.save_peft(folder / f"{name}.safetensors", adapter, config)
-    return "transformer.safetensors: adapts other modules than are trained; missing: "
+    return "transformer.safetensors: does not adapt the modules that are trained; missing: "
 
 
 @pytest.mark.parametrize(

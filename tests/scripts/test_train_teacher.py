@@ -181,7 +181,7 @@ def test_training_goes_on_from_a_lora(command, finished, tmp_path):
     few = {name: tensor for name, tensor in tensors.items() if "proj_out" not in name}
     save_file(few, tmp_path / "few.safetensors")
     said = command.refused(tmp_path / "no", "--checkpoint_path", str(tmp_path / "few.safetensors"))
-    assert "adapts other modules" in said
+    assert "does not adapt the modules that are trained" in said
 
 
 # --- all weights ----------------------------------------------------------------------------------

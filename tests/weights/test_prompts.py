@@ -577,7 +577,7 @@ def test_without_torch_or_transformers_the_extra_is_named(tmp_path, monkeypatch,
         (["model.fp16.safetensors"], None, "fp16"),
         (["model.safetensors.index.fp16.json", "model.fp16-00001-of-00002.safetensors"], None, "fp16"),
         (["model.safetensors.index.json", "model-00001-of-00002.safetensors", "config.json"], None, None),
-        (["model.safetensors"], "fp16", "there are: the plain ones only"),
+        (["model.safetensors"], "fp16", "there are: only the plain ones"),
         (["model.bf16.safetensors", "model.fp16.safetensors"], None, "there are: bf16, fp16"),
         (["pytorch_model.bin"], None, "holds no model.safetensors"),
     ],
@@ -686,7 +686,7 @@ def test_states_are_laid_out_as_the_transformer_reads_them():
     clip_l, clip_g, t5 = np.full((1, 2, 2), 1.0), np.full((1, 2, 3), 2.0), np.full((1, 1, 6), 3.0)
     result = text_encoders.join_states(clip_l, clip_g, t5)
     np.testing.assert_array_equal(result[0], [[1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 0], [3] * 6])
-    with pytest.raises(UserError, match="5 wide together, text_encoder_3 only 4"):
+    with pytest.raises(UserError, match="together are 5 wide, text_encoder_3 only 4"):
         text_encoders.join_states(clip_l, clip_g, t5[..., :4])
 
 
@@ -866,7 +866,7 @@ def test_encoders_that_lack_tensors_or_know_fewer_tokens_are_refused(sd3_folder,
     for file in encoder.iterdir():
         file.unlink()
     save_clip(encoder, vocab_size=100, width=8, projection=6)
-    with pytest.raises(UserError, match="text_encoder knows 100"):
+    with pytest.raises(UserError, match="text_encoder knows only 100"):
         encode_prompts(folder, ["a"], EncoderOptions(dtype="fp32"))
 
 

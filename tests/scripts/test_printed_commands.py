@@ -1,4 +1,4 @@
-"""What training and preparing print to go on with is run word for word, from the folder that they were called in."""
+"""Runs the commands that training and preparing print, word for word, in the folder where they were called."""
 
 import json
 import os
@@ -28,6 +28,9 @@ from tsdsr_jax.weights.sd3_folder import MERGED_FILE
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ONE_STEP = ("--max_train_steps", "1", "--checkpointing_steps", "9", "--validation_steps", "9")
+MODEL = (
+    "--pretrained_model_name_or_path", "sd3", "--default_embedding_dir", "default", "--crop_size", "32",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with all of it, one device, and a small photograph to try upscaling with."""
+    """A working folder with a copy of `models`, one device, and a small photograph to upscale."""
     folder = shutil.copytree(models, tmp_path / "here")
     (tmp_path / "examples").mkdir()
     Image.fromarray(tiny.synthetic_photo(24, 24, 0)).save(tmp_path / "examples" / "a photo.png")
@@ -77,7 +80,7 @@ class Prepare(Command):
 
 
 def upscaled(command: Command, said: str) -> Path:
-    """Runs the command that upscales; where its picture is."""
+    """Runs the printed command that upscales; returns the path of its picture."""
     (words,) = printed(said)
     assert Path(words[1]).name == "upscale.py" and "1 upscaled" in command.obeys(words)
     return command.root / words[-1] / "a photo.png"
@@ -112,7 +115,7 @@ def test_a_student_upscales(root, monkeypatch, capsys, flags, lora):
 
 
 def test_where_the_default_prompt_is_missing_it_is_asked_for(root, monkeypatch, capsys):
-    """A set with prompts of its own trains without; upscaling needs it."""
+    """Training on a set with its own prompts does not need it; upscaling does."""
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     said = command.done(root / "run", "--default_embedding_dir", "new/default")
     assert "upscaling needs the default prompt's embedding in new/default" in said
@@ -138,17 +141,9 @@ def test_a_teacher_is_distilled_and_its_student_upscales(root, monkeypatch, caps
 
 @pytest.mark.slow
 def test_a_prepared_set_is_trained_on(root, monkeypatch, capsys):
-    """The empty prompt's embedding lies beside the default one's."""
+    """The empty prompt's embedding lies beside that of the default prompt."""
     command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
-    model = (
-        "--pretrained_model_name_or_path",
-        "sd3",
-        "--default_embedding_dir",
-        "default",
-        "--crop_size",
-        "32",
-    )
-    said = command.done(root / "sets" / "a set", *model)
+    said = command.done(root / "sets" / "a set", *MODEL)
     (words,) = printed(said)
     assert "--null_embedding_dir null --lambda_lpips 0 --output_dir 'sets/a set-distilled'" in shlex.join(
         words
@@ -159,18 +154,10 @@ def test_a_prepared_set_is_trained_on(root, monkeypatch, capsys):
 def test_the_empty_prompt_is_asked_for_where_it_is_not(root, monkeypatch, capsys):
     shutil.move(root / "null", root / "elsewhere")
     command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
-    model = (
-        "--pretrained_model_name_or_path",
-        "sd3",
-        "--default_embedding_dir",
-        "default",
-        "--crop_size",
-        "32",
-    )
-    said = command.done(root / "set 2", *model)
+    said = command.done(root / "set 2", *MODEL)
     assert "training needs the empty prompt's embedding in dataset/null. sd3 has no text encoders" in said
     (root / "sd3" / "text_encoder").mkdir()
-    first, then = printed(command.done(root / "set 2", *model))
+    first, then = printed(command.done(root / "set 2", *MODEL))
     assert first[1:] == [str(CHECKOUT / "convert/prompts.py"), "--null", "--pretrained_model_name_or_path", "sd3",
                          "--output", "dataset/null"]  # fmt: skip
     assert "--null_embedding_dir dataset/null" in shlex.join(then)
@@ -186,7 +173,7 @@ def link(root: Path) -> str:
 
 @pytest.mark.parametrize("name", [lambda root: str(FOLDER), lambda root: os.path.relpath(FOLDER, root), link])
 def test_the_bundled_model_brings_crops_and_prompts(root, monkeypatch, capsys, name):
-    """However it is named; what is printed names all that is needed, on a student without TSD."""
+    """The model may be named in any way; the printed command has all flags that a student without TSD needs."""
     command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
     said = command.done(root / "made", "--pretrained_model_name_or_path", name(root))
     assert json.loads((root / "made/manifest.json").read_text())["settings"]["crop"]["height"] == 128

@@ -130,7 +130,7 @@ def test_data_parallel_training_reduces_gradients_and_scalars_only():
 
 
 def test_split_bases_gather_weights_and_move_no_activations():
-    step, arguments = compiled(8, 8)
+    step, arguments = compiled(8, 2)
     (state, base, _), found = arguments(), collectives(step)
     assert {kind for kind, _ in found} == {"all-reduce", "all-gather"}
     reduced = {int(np.prod(shape)) for kind, shape in found if kind == "all-reduce"}

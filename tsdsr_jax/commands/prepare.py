@@ -34,7 +34,7 @@ from tsdsr_jax.data.manifest import read_manifest
 from tsdsr_jax.data.manifest_writer import ManifestWriter
 from tsdsr_jax.data.options import PairOptions
 from tsdsr_jax.data.photos import Photographs, Survey, own_prompt
-from tsdsr_jax.data.preview import PREVIEW_DRAWS, check_preview_path, write_preview
+from tsdsr_jax.data.preview import PREVIEW_DRAWS, check_preview_path, write_preview_sheet
 from tsdsr_jax.data.set_prompts import Embedder, PromptChoice, Prompts, find_prompts
 from tsdsr_jax.data.sources import look_at, open_sets
 from tsdsr_jax.data.writers import SetPlan, SetWriter, make_writer
@@ -180,7 +180,7 @@ def _completed(options: Options, model: Checkpoint | None) -> Options:
 
 
 def _preview(options: Options, path: Path, found: Survey) -> None:
-    shown = write_preview(
+    shown = write_preview_sheet(
         path,
         found.photographs,
         options.preview_photos,

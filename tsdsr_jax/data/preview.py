@@ -37,7 +37,7 @@ def check_preview_path(path: Path) -> None:
             )
 
 
-def write_preview(
+def write_preview_sheet(
     path: Path,
     photographs: Sequence[Photograph],
     count: int,

@@ -92,6 +92,7 @@ FIRST = (
     "test_sharding.py",
     "test_losses.py",
     "test_demo.py",
+    "test_docs.py",
 )
 
 

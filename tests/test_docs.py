@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import re
@@ -19,7 +20,6 @@ import docs_clone
 import tiny_checkpoint as tiny
 from commands import Command
 from docs_pages import PAGES, Snippet, anchors, links, prose, quoted, read, snippets
-from tsdsr_jax import cli
 from tsdsr_jax.places import CHECKOUT
 from tsdsr_jax.training import session
 
@@ -222,8 +222,7 @@ def test_quoted_flags_exist():
     known = {"--help"}
     for door in INSTALLED.values():
         options = importlib.import_module(f"tsdsr_jax.commands.{door.partition(':')[2]}").Options
-        for flag in cli._flags_of(options):
-            known |= {f"--{flag.name}", f"--no_{flag.name}"}
+        known |= {f"--{no}{field.name}" for field in dataclasses.fields(options) for no in ("", "no_")}
     recipe = (CHECKOUT / "train/recipes/tiny.sh").read_text()
     known |= {f"--{name}" for name in re.findall(r"^    --(\w+)\)", recipe, re.MULTILINE)}
     for page in PAGES:

@@ -1,4 +1,4 @@
-"""What training and preparing print to go on with is run word for word, from the folder that they were called in."""
+"""The next commands that training and preparation print work as printed, in the folder where they were called."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """Read only."""
     root = tmp_path_factory.mktemp("printed")
     _, vae = tiny_training.save_models(root)
     tiny_training.save_set(root / "set", vae, 2)
@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with all of it, one device, and a small photograph to try upscaling with."""
+    """A working folder with a copy of the models, one device, and a small photograph to upscale."""
     folder = shutil.copytree(models, tmp_path / "here")
     (tmp_path / "examples").mkdir()
     Image.fromarray(tiny.synthetic_photo(24, 24, 0)).save(tmp_path / "examples" / "a photo.png")
@@ -81,7 +81,7 @@ class Prepare(Command):
 
 
 def upscaled(command: Command, said: str) -> Path:
-    """Runs the command that upscales; where its picture is."""
+    """Runs the printed command that upscales, and returns the path of its picture."""
     (words,) = printed(said)
     assert Path(words[1]).name == "upscale.py" and "1 upscaled" in command.obeys(words)
     return command.root / words[-1] / "a photo.png"
@@ -96,13 +96,13 @@ def upscaled(command: Command, said: str) -> Path:
     ],
 )
 def test_a_student_upscales(root, monkeypatch, capsys, flags, lora):
-    """From photographs or a set, on its default prompt or the images' own; with an average, that is taken."""
+    """Trained on photographs or a set, with the default prompt or the images' own; a moving average is preferred."""
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     said = command.done(root / "runs" / "a student", *flags)
     assert f"'runs/a student/checkpoint_0000001/{lora}'" in said and "--embedding_dir default" in said
     picture = upscaled(command, said)
     assert Image.open(picture).size == (96, 96) and picture.parent.name == "a student-upscaled"
-    # The same once more would be skipped; another run's hint names a folder of its own.
+    # Upscaling into the same folder again would skip the photograph, so the next hint names a new folder.
     again = distill.Options(
         pretrained_model_name_or_path="sd3",
         default_embedding_dir=root,
@@ -111,8 +111,8 @@ def test_a_student_upscales(root, monkeypatch, capsys, flags, lora):
     assert "a student-upscaled-2" in distill._how_to_use(again, root)
 
 
-def test_where_the_default_prompt_is_missing_it_is_asked_for(root, monkeypatch, capsys):
-    """A set with prompts of its own trains without; upscaling needs it."""
+def test_a_missing_default_prompt_is_asked_for(root, monkeypatch, capsys):
+    """A set with its own prompts trains without the default prompt, but upscaling needs it."""
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     said = command.done(root / "run", "--default_embedding_dir", "new/default")
     assert "upscaling needs the default prompt's embedding in new/default" in said
@@ -138,7 +138,7 @@ def test_a_teacher_is_distilled_and_its_student_upscales(root, monkeypatch, caps
 
 @pytest.mark.slow
 def test_a_prepared_set_is_trained_on(root, monkeypatch, capsys):
-    """The empty prompt's embedding lies beside the default one's."""
+    """The empty prompt's embedding is beside the default prompt's."""
     command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
     model = (
         "--pretrained_model_name_or_path",
@@ -156,7 +156,7 @@ def test_a_prepared_set_is_trained_on(root, monkeypatch, capsys):
     upscaled(command, command.obeys(words))
 
 
-def test_the_empty_prompt_is_asked_for_where_it_is_not(root, monkeypatch, capsys):
+def test_a_missing_empty_prompt_is_asked_for(root, monkeypatch, capsys):
     shutil.move(root / "null", root / "elsewhere")
     command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
     model = (
@@ -186,7 +186,7 @@ def link(root: Path) -> str:
 
 @pytest.mark.parametrize("name", [lambda root: str(FOLDER), lambda root: os.path.relpath(FOLDER, root), link])
 def test_the_bundled_model_brings_crops_and_prompts(root, monkeypatch, capsys, name):
-    """However it is named; what is printed names all that is needed, on a student without TSD."""
+    """For every spelling of its path; the printed command is complete, and without TSD, because the model is a student."""
     command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
     said = command.done(root / "made", "--pretrained_model_name_or_path", name(root))
     assert json.loads((root / "made/manifest.json").read_text())["settings"]["crop"]["height"] == 128
@@ -194,7 +194,7 @@ def test_the_bundled_model_brings_crops_and_prompts(root, monkeypatch, capsys, n
     assert f"--null_embedding_dir {FOLDER}/prompt/null --lambda_tsd 0 --lambda_lpips 0" in shlex.join(words)
 
 
-def test_a_lora_on_the_bundled_model_upscales_where_the_model_is_named(root, monkeypatch, capsys):
+def test_a_lora_on_the_bundled_model_upscales_if_the_model_is_named(root, monkeypatch, capsys):
     from tsdsr_jax.models import lora
     from tsdsr_jax.weights.sd3_folder import open_checkpoint
 
@@ -237,7 +237,7 @@ def test_a_finished_student_is_no_base_for_a_teacher(root, monkeypatch, capsys, 
     assert f"{MERGED_FILE}: expected a JSON object" in command.refused(root / "run", "--hr_dir", "photos")
 
 
-def test_distilling_a_finished_student_says_what_is_of_use(root, monkeypatch, capsys):
+def test_distilling_a_finished_student_prints_a_note(root, monkeypatch, capsys):
     (root / "sd3" / MERGED_FILE).write_text('{"loras": ["a/transformer.safetensors"]}')
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     monkeypatch.setattr(distill, "_load_base", lambda *_: pytest.exit("far enough"))
@@ -247,14 +247,14 @@ def test_distilling_a_finished_student_says_what_is_of_use(root, monkeypatch, ca
             command.typed("train/distill.py", *map(command.relative, command.flags(root / "run", *flags)))
         return capsys.readouterr().out
 
-    assert "TSD has no teacher to learn from there; --lambda_tsd 0" in notes()
-    assert "no teacher" not in notes("--lambda_tsd", "0")
+    assert "cannot be TSD's teacher; --lambda_tsd 0" in notes()
+    assert "TSD's teacher" not in notes("--lambda_tsd", "0")
 
 
 # --- crops that fit -------------------------------------------------------------------------------
 
 
-def test_crops_that_are_too_large_say_which_would_fit(root, monkeypatch, capsys):
+def test_crops_that_are_too_large_are_refused_with_a_size_that_fits(root, monkeypatch, capsys):
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     config = json.loads((root / "sd3/transformer/config.json").read_text())
     (root / "sd3/transformer/config.json").write_text(json.dumps(config | {"pos_embed_max_size": 1}))
@@ -296,7 +296,7 @@ def shell(line: str, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_from_photographs_to_pictures_through_the_shell(models, tmp_path):
-    """Prepared on the bundled model, trained on and upscaled with: three lines, two of them printed."""
+    """Prepares a set with the bundled model, trains on it and upscales: three commands, two of them printed."""
     folder = shutil.copytree(models, tmp_path / "a folder")
     for photo in (folder / "photos").rglob("*.png"):
         Image.fromarray(tiny.synthetic_photo(128, 140, 0)).save(photo)
@@ -315,7 +315,7 @@ def test_the_first_lines_of_the_readmes_training_part_work(tmp_path):
     train, use = (
         line.replace("python ", f"{hints.interpreter()} ", 1) for line in block.strip().splitlines()
     )
-    # In a folder that has what a checkout has, but gets the results.
+    # In a folder with links to the checkout's files, so that results do not end up in the checkout.
     for name in ("train", "infer", "weights", "examples"):
         (tmp_path / name).symlink_to(CHECKOUT / name)
     output = shell(train, tmp_path)

@@ -1,5 +1,7 @@
-"""A training step's losses and all adapter gradients against stored answers of PyTorch + PEFT
-(support/golden_losses.py writes them); needs no torch."""
+"""A training step's losses and all adapter gradients match stored results of PyTorch + PEFT; needs no torch.
+
+support/golden_losses.py writes these results.
+"""
 
 import golden_losses as golden
 

@@ -1,6 +1,6 @@
-"""Losses and all adapter gradients against PyTorch + PEFT, float32, batch 2, fixed draws.
+"""Losses and all adapter gradients match PyTorch + PEFT, in float32, with batch 2 and fixed draws.
 
-Tolerance 1e-4 (max|a − b| / max|b| per tensor): gradients pass through some forty network evaluations.
+The tolerance is 1e-4 (max|a − b| / max|b| per tensor), because gradients pass through about forty network evaluations.
 """
 
 import numpy as np
@@ -63,7 +63,7 @@ def adapter(module, config, name="default"):
 
 
 def problem(seed, size, use_bias):
-    """Random batch and draws: (torch tensors NCHW) as a dict of NumPy arrays."""
+    """Makes a random batch and draws, as NumPy arrays in NCHW layout."""
     generator = np.random.default_rng(seed)
     height, width = size
 
@@ -120,7 +120,7 @@ CASES = {
 }  # fmt: skip
 
 
-# The last two (20 s each) passed on 2026-11-26; test_tsd.py has their weights and guidance, the first two their networks.
+# The last two (20 s each) passed on 2026-11-26. test_tsd.py covers their weights and guidance, the first two their networks.
 QUICK = [pytest.param(case, marks=[pytest.mark.slow] * ("weighting" in case)) for case in CASES]
 
 
@@ -140,7 +140,7 @@ def test_losses_and_every_gradient_agree_with_pytorch(networks, case):
         for name, tensor in tensors.items():
             found = gradients[network][name]
             if not tensor.any():
-                # The last block's text queries lead nowhere.
+                # The last block's text queries are not used.
                 assert "add_q_proj" in name and not found.any(), name
                 continue
             assert error(found, tensor) <= TOLERANCE, (network, name)
@@ -151,7 +151,7 @@ def error(a, b):
 
 
 def test_the_tsd_gradient_reaches_the_student(networks):
-    """What the released code never does: with TSD as the only loss the student's adapters have a gradient."""
+    """With TSD as the only loss, the student's adapters get a gradient; in the released code they do not."""
     config = LossConfig(weight_mse=0, weight_lpips=0)
     _, _, gradients = ours(networks, problem(0, (32, 32), True), config, True)
     assert all(tensor.any() for name, tensor in gradients["vae"].items())

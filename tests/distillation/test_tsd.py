@@ -1,4 +1,4 @@
-"""The losses against their formulae, in NumPy, with networks that are simple functions."""
+"""The losses match their formulas in NumPy, with simple functions as networks."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 
 def network(weight: float):
-    """A "network" whose output depends on the latent, nonlinearly, and on each sample's own timestep."""
+    """A "network" whose output depends nonlinearly on the latent, and on each sample's own timestep."""
     return lambda x, t: jnp.tanh(weight * x) + x * (t / 1000)[:, None, None, None]
 
 
@@ -42,7 +42,7 @@ def test_the_schedule_is_that_of_diffusers():
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-    # One rounding of the quotient apart.
+    # The quotients are rounded differently.
     np.testing.assert_allclose(flow.sigmas(), scheduler.sigmas.numpy()[:1000], rtol=2e-7)
     np.testing.assert_allclose(flow.timesteps(flow.sigmas()), scheduler.timesteps.numpy(), rtol=2e-7)
 
@@ -68,7 +68,7 @@ def test_trajectories_are_each_samples_own_and_end_with_the_schedule():
         [790, 833, 877, 921, 965],
     ]
     np.testing.assert_array_equal(trajectory(index, bias, 4, 50), expected)
-    # Without DASM and bias: the next grid point is one stride on.
+    # Without DASM and bias, the next point is one stride ahead.
     np.testing.assert_array_equal(trajectory(index, bias * 0, 1, 50)[:, 1], [100, 350, 999, 840])
 
 
@@ -81,7 +81,7 @@ def test_trajectories_are_linspace_truncated():
 
 
 def reference_gradient(fake, real, noise, index, bias, config):
-    """The definition, sample by sample and point by point, in float64."""
+    """Follows the definition, sample by sample and point by point, in float64."""
     teacher, auxiliary = (
         (lambda weight: lambda x, t: np.tanh(weight * x) + x * (t / 1000))(0.7),
         (lambda x, t: np.tanh(0.3 * x) + x * (t / 1000)),
@@ -149,7 +149,7 @@ def test_non_finite_predictions_do_not_spread_and_are_counted():
         TSDConfig(),
     )
     assert np.isfinite(gradient).all()
-    # One value at each of the four points, and no other.
+    # One value at each of the four points, and no others.
     assert replaced == 4 and np.count_nonzero(np.asarray(gradient) == 0) == 1
 
 
@@ -172,7 +172,7 @@ def test_an_infinite_teacher_is_capped_so_that_its_square_is_finite_and_is_count
     assert replaced >= 1
     assert abs(float(gradient[0, 0, 0, 0])) == LARGEST_TERM * len(config.point_weights)
     assert np.isfinite(float(tsd_loss(jnp.asarray(normal(0)), gradient)))
-    # What the others get is what they get from a sound teacher.
+    # The other samples get the same as from a teacher that is not broken.
     sound, none = tsd_gradient(
         normal(0),
         normal(1),
@@ -189,7 +189,7 @@ def test_an_infinite_teacher_is_capped_so_that_its_square_is_finite_and_is_count
 
 
 def test_a_capped_value_survives_float16s_loss_scale():
-    """At the size of a 512×512 photograph; float16 ends at 65504."""
+    """At the latent size of a 512×512 photograph; float16's maximum is 65504."""
     fake = jnp.zeros((1, 64, 64, 16))
     gradient = fake.at[0, 0, 0, 0].set(4 * LARGEST_TERM)
     slope = jax.grad(lambda fake: INITIAL_SCALE * tsd_loss(fake, gradient))(fake)

@@ -1,4 +1,4 @@
-"""The autoencoder's loss and its gradients against PyTorch, and the training command."""
+"""The autoencoder's loss and gradients match PyTorch; and the training command."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ pytest_plugins = "parity"
 
 
 def test_loss_and_gradients_are_pytorchs(oracle, size=(16, 24), batch=3):
-    """Every gradient ≤ 1e-4 of its tensor's largest."""
+    """Gradients differ by at most 1e-4 of each tensor's largest value."""
     torch = pytest.importorskip("torch")
     from torch.nn import functional
 
     vae = oracle.tiny_vae(2)
     config = VAEConfig.from_dict(dict(vae.config))
     weights = AutoencoderConfig(gradient=0.7, kl=0.05)
-    # Always the same: where a difference is 0 but for rounding, its sign is anybody's, and with it the gradient.
+    # Always the same images: if a difference is 0 up to rounding, its sign is arbitrary, and so is the gradient.
     images = np.random.default_rng(batch).uniform(-1, 1, (batch, 3, *size)).astype(np.float32)
     loss = AutoencoderLoss(AutoencoderKL(config), weights)
     params, key = params_of(vae), jax.random.key(4)
@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_pytorchs(oracle, size=(16, 24), batch=3):
     for scale in (1, 2, 4):
         coarse = functional.avg_pool2d(difference, scale)
         edges += coarse.diff(dim=2).abs().mean() + coarse.diff(dim=3).abs().mean()
-    # torch sums the divergence over everything but the batch.
+    # torch sums the divergence over all axes but the batch.
     divergence = posterior.kl().mean() / latents[0].numel()
     total = difference.abs().mean() + 0.7 * edges / 3 + 0.05 * divergence
     total.backward()
@@ -80,19 +80,19 @@ def test_loss_and_gradients_are_pytorchs(oracle, size=(16, 24), batch=3):
     assert ours.keys() == theirs.keys()
     largest = max(np.abs(part).max() for part in theirs.values())
     for name, part in theirs.items():
-        # A bias before a norm has no gradient but rounding.
+        # A bias before a norm has no gradient beyond rounding errors.
         assert error(ours[name], part) <= 1e-4 or np.abs(ours[name] - part).max() <= 1e-6 * largest, name
 
 
 def test_gradients_are_compared_at_three_scales():
-    """A ramp differs from nothing by its slope, at every scale; a checkerboard only at the finest."""
+    """A ramp differs from a constant at every scale, a checkerboard only at the finest."""
     ramp = np.broadcast_to(np.arange(16.0)[None, :, None, None], (1, 16, 16, 1))
     assert float(gradient_distance(ramp, 0 * ramp)) == pytest.approx((1 + 2 + 4) / 3)
     board = (np.indices((16, 16)).sum(0) % 2).astype(np.float32)[None, ..., None]
     assert float(gradient_distance(board, 0 * board)) == pytest.approx(2 / 3)
 
 
-def test_a_new_one_begins_with_narrow_posteriors_and_no_residuals():
+def test_a_new_autoencoder_starts_with_narrow_posteriors_and_no_residuals():
     config = tiny.tiny_vae_config()
     network, params = (
         AutoencoderKL(config),
@@ -109,7 +109,7 @@ def test_a_new_one_begins_with_narrow_posteriors_and_no_residuals():
 
 
 class Distance(nn.Module):
-    """Takes LPIPS's place: the same call, a parameter, another figure for each image."""
+    """Replaces LPIPS: the same call, one parameter, and a distance per image."""
 
     @nn.compact
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
@@ -117,7 +117,7 @@ class Distance(nn.Module):
         return weight * jnp.square(first - second).mean((1, 2, 3))
 
 
-def test_a_perceptual_distance_counts():
+def test_a_perceptual_distance_is_added():
     config = tiny.tiny_vae_config()
     params = tiny.random_params(config, 2)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
@@ -140,10 +140,10 @@ def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 class Autoencoder(Command):
-    """Four steps of a tiny one, on one device unless told otherwise."""
+    """Trains a tiny autoencoder for four steps, by default on one device."""
 
     def flags(self, output: Path, *more: str) -> list[str]:
-        # A size given twice would be a height and a width.
+        # Given twice, the flag would set a height and a width.
         crop = () if "--crop_size" in more else ("--crop_size", "32")
         return [
             "--vae_dir", str(self.root / "vae"), "--hr_dir", str(self.root / "photos"), "--output_dir", str(output),
@@ -161,7 +161,7 @@ class Autoencoder(Command):
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch, capsys) -> Iterator[Autoencoder]:
     (tmp_path / "vae").mkdir()
-    # An odd factor, to show that it is measured.
+    # An unusual factor, to show that it is measured again.
     config = torch_config(tiny.tiny_vae_config(scaling_factor=123.0))
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
     tiny_training.save_photos(tmp_path / "photos", 6)
@@ -185,13 +185,13 @@ def losses(output: Path) -> list[float]:
 
 def test_trained_exported_and_resumed(command, tmp_path):
     said = command.done(tmp_path / "whole", "--ema_decay", "0.9")
-    assert "checkpoint_0000004/model/ema/vae," in said and len(losses(tmp_path / "whole")) == 4
+    assert "checkpoint_0000004/model/ema/vae;" in said and len(losses(tmp_path / "whole")) == 4
     files = exported(tmp_path / "whole")
     params = files.load(jnp.float32)
     # Every weight has been trained.
     first = flatten_dict(jax.jit(partial(new_autoencoder_params, files.config))(jax.random.key(0)))
     assert all((leaf != first[path]).any() for path, leaf in flatten_dict(params).items())
-    # The scaling factor brings the latents of the photographs to a deviation of 1.
+    # The scaling factor gives the photographs' latents a standard deviation of 1.
     average = exported(tmp_path / "whole", "ema/vae")
     assert 0 < files.config.scaling_factor != average.config.scaling_factor != 123
     network = AutoencoderKL(files.config)
@@ -212,14 +212,14 @@ def test_trained_exported_and_resumed(command, tmp_path):
 
 
 @pytest.mark.parametrize(("ema_decay", "vae"), [(None, "model/vae"), (0.9, "model/ema/vae")])
-def test_the_weights_that_were_validated_are_pointed_at(ema_decay, vae):
+def test_the_hint_names_the_weights_that_were_validated(ema_decay, vae):
     options = autoencoder.Options(hr_dir=(), vae_dir=Path("v"), output_dir=Path("run"), ema_decay=ema_decay)
-    assert f"it is run/c/{vae}, to" in autoencoder._how_to_use(options, Path("run/c"))
+    assert f"the autoencoder is in run/c/{vae};" in autoencoder._how_to_use(options, Path("run/c"))
 
 
 @pytest.mark.slow  # 2026-11: passed
-def test_training_goes_on_from_weights_that_are_given(command, tmp_path):
-    """At a rate of 0 they come out as they went in."""
+def test_training_continues_from_given_weights(command, tmp_path):
+    """At a learning rate of 0, the weights stay the same."""
     config = tiny.tiny_vae_config()
     given = tiny.random_params(config, 3)
     tiny.save_network(tmp_path / "given", config, given)
@@ -233,7 +233,7 @@ def test_training_goes_on_from_weights_that_are_given(command, tmp_path):
 # Passed on 2026-11-25 (2 cores, jax 0.10.2, 47 s).
 @pytest.mark.slow
 def test_devices_share_the_work(command, tmp_path):
-    """Two devices of one photograph each, with the weights split between them, train as one device of two photographs."""
+    """Two devices with one photograph each and split weights train like one device with two photographs."""
     command.done(tmp_path / "one", "--max_train_steps", "2")
     split = ("--max_train_steps", "2", "--train_batch_size", "1", "--fsdp", "2")
     command.done(tmp_path / "split", *split, devices=2)
@@ -253,7 +253,7 @@ def test_devices_share_the_work(command, tmp_path):
         (("--lambda_lpips", "1", "--crop_size", "16"), "too small for LPIPS"),
     ],
 )
-def test_mistakes_are_told(command, tmp_path, flags, message):
+def test_mistakes_are_refused(command, tmp_path, flags, message):
     said = command.refused(tmp_path / "out", *(flag.format(root=tmp_path) for flag in flags))
     assert message in said
     assert not list(tmp_path.glob("out/checkpoint*"))

@@ -1,4 +1,4 @@
-"""The flow-matching loss and its gradients against PyTorch + PEFT, its draws, and the step that follows them."""
+"""The flow-matching loss and its gradients match PyTorch + PEFT; its draws; and the training step."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def loss_and_gradient(loss: FlowLoss, trained, frozen, data):
 @pytest.mark.parametrize(("size", "batch"), [((4, 4), 1), ((4, 6), 3)])
 @pytest.mark.parametrize("what", ["lora", "base"])
 def test_loss_and_gradients_are_pytorchs(oracle, what, size, batch):
-    """Every gradient ≤ 1e-4 of its tensor's largest: of the LoRA on the frozen base, or of all of the base's weights."""
+    """Gradients of the LoRA, or of all weights, differ by at most 1e-4 of each tensor's largest value."""
     torch = pytest.importorskip("torch")
     import oracle_training
 
@@ -116,7 +116,7 @@ def test_loss_and_gradients_are_pytorchs(oracle, what, size, batch):
     assert ours.keys() == theirs.keys()
     for name, slope in theirs.items():
         if slope is None or not slope.abs().max() > 1e-9:
-            # An unused query of the last block's text, or a bias that a softmax cannot see.
+            # An unused query of the last block's text, or a bias that cancels in a softmax.
             assert np.abs(ours[name]).max() < 1e-6, name
         else:
             assert error(ours[name], slope.numpy()) < TOLERANCE, name
@@ -136,7 +136,7 @@ def test_noise_levels_are_logit_normal_in_the_schedules_index():
     assert abs(np.asarray(draws.dropped).mean() - 0.25) < 0.01
     noise = np.asarray(draws.noise)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-    # SD3's own choice is symmetric around the middle of the schedule, σ = 0.75.
+    # SD3's distribution is symmetric around the middle of the schedule, σ = 0.75.
     middle = np.median(
         np.asarray(FlowDraws.from_key(jax.random.key(1), (20_000, 1, 1, 1), FlowConfig()).index)
     )
@@ -194,8 +194,8 @@ def tiny_batch(parts: int, batch: int, latents: bool = True) -> Record:
     return Record(None, generator.integers(0, 256, (parts, batch, 32, 32, 3), np.uint8), None, *text)
 
 
-def test_each_step_draws_anew():
-    """At learning rate 0 only the draws change from step to step, and they depend on the step's number."""
+def test_each_step_has_its_own_draws():
+    """With constant weights, only the draws change from step to step, and they depend on the step's number."""
     trainer, state, base = tiny_step(True)
     batch, step = tiny_batch(1, 2), jax.jit(trainer.step)
     still = state._replace(trained=jax.tree.map(jnp.zeros_like, state.trained))
@@ -206,8 +206,8 @@ def test_each_step_draws_anew():
     assert len(set(losses)) == 3 and losses[1] == losses[3]
 
 
-def test_the_average_and_the_loss_scale_are_what_they_say():
-    """One step: the average by its formula; a scaled loss gives the same gradient, to rounding."""
+def test_the_average_and_the_loss_scale_are_exact():
+    """After one step, the average matches its formula, and a scaled loss gives the same gradient up to rounding."""
     trainer, state, base = tiny_step(True, ema_decay=0.75)
     batch, key = tiny_batch(1, 2), jax.random.key(0)
     after, metrics = jax.jit(trainer.step)(state, base, batch, key)
@@ -244,7 +244,7 @@ def test_training_on_one_batch_lowers_its_loss(adapter):
 
 
 def test_accumulated_parts_are_averaged():
-    """The loss and the gradient are the mean of what each part gives alone, with its own draws."""
+    """The loss and the gradient are the mean of those of each part alone, with its own draws."""
     trainer, state, base = tiny_step(True)
     batch = tiny_batch(2, 2)
     _, metrics = jax.jit(trainer.step)(state, base, batch, jax.random.key(3))
@@ -295,7 +295,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
 
 @pytest.mark.parametrize(("optimizer", "branch"), [("adamw", True), ("adamw", False), ("muon", True)])
 def test_an_update_that_is_not_finite_changes_nothing_but_counters(optimizer, branch, monkeypatch):
-    """Finite gradients, and an optimiser that makes NaN of them: an epsilon of 0 where gradients are."""
+    """The gradients are finite, but the optimizer makes NaN of them, as with an epsilon of 0."""
     config = OptimizerConfig(schedule="constant", optimizer=optimizer, ema_decay=0.9)
     sound = config.transformation
 
@@ -313,7 +313,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_counters(optimizer, br
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
 
 
-def test_a_new_network_is_the_identity_and_says_nothing():
+def test_a_new_network_is_the_identity_with_zero_output():
     config = tiny.tiny_mmdit_config()
     params = new_transformer_params(config, jax.random.key(0))
     shapes = jax.tree.map(jnp.shape, params)

@@ -1,4 +1,4 @@
-"""The teacher's validation: pictures from noise along the schedule, and its loss at fixed noise levels."""
+"""The teacher's validation: pictures generated from noise, and the loss at fixed noise levels."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ SHIFT = 3.0
 
 
 class Toward:
-    """Stands for a network whose velocities point from anywhere to one clean latent, another one without the prompt."""
+    """A fake network whose velocities point to one clean latent, and to another one for the empty prompt."""
 
     config = FlowConfig(SHIFT)
 
@@ -36,7 +36,7 @@ def text(value: float, batch: int) -> Text:
 @pytest.mark.parametrize("steps", [1, 3, 28])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_sampling_ends_where_the_guided_velocities_point(steps, guidance):
-    """v = (x − goal)/σ is straight, so Euler's steps end at the goal exactly: null + guidance·(prompt − null)."""
+    """v = (x − goal)/σ leads straight to the goal, so Euler steps reach it exactly: null + guidance·(prompt − null)."""
     noise = jax.random.normal(jax.random.key(0), (2, 4, 6, 16))
     base = FlowBase({}, {}, text(-0.5, 1))
     made = sample(Toward(), {}, base, noise, text(1.0, 2), steps, guidance)
@@ -53,7 +53,7 @@ def test_the_loss_is_flow_matching_at_the_fixed_levels(prepared):
     base = FlowBase(params, vae, *texts)
     image = tiny.synthetic_photo(32, 48, 0)
     encoded = loss.vae.apply({"params": vae}, image[None].astype(np.float32) / 127.5 - 1, method="encode")
-    # A prepared set's latents are taken as they are; otherwise the posterior's mean is.
+    # A prepared set's latents are used as they are; otherwise the posterior's mean is used.
     clean = np.asarray(encoded.mean) * configs[1].scaling_factor + (0.1 if prepared else 0.0)
     record = Record(None, image, clean[0] if prepared else None, None, None)
     validation = TeacherValidation(loss, make_mesh(jax.devices()[:1]), base, [record], steps=2, guidance=2.0)

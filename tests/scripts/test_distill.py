@@ -1,4 +1,4 @@
-"""The training command as a user meets it: what it writes, how it resumes, and what it refuses."""
+"""The training command as users see it: what it writes, how it resumes, and what it refuses."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(cache: Path) -> Iterator[None]:
-    """Runs of equal settings share their programs, as the steps of one run do."""
+    """Lets runs with equal settings share their compiled programs."""
     steps, restores = {}, {}
     step, restore = stepping.jit_step, validation.jit_restore
 
@@ -74,7 +74,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree, Tree]:
 
 @pytest.fixture(scope="module")
 def root(models) -> Path:
-    """Not to be changed: `copy` it."""
+    """Read only; use `copy` to change it."""
     return models[0]
 
 
@@ -114,13 +114,13 @@ def log_of(output: Path) -> list[dict]:
 
 
 def steps_of(output: Path) -> list[dict]:
-    """The log without validations."""
+    """Returns the log without validations."""
     return [row for row in log_of(output) if "student" in row]
 
 
 @pytest.fixture(scope="module")
 def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with checkpoints after 2, 4 and 6. Not to be changed."""
+    """A run of six steps with checkpoints after 2, 4 and 6. Read only."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(options, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:1], fsdp))
@@ -132,10 +132,10 @@ def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-# --- what a run leaves ----------------------------------------------------------------------------
+# --- what a run writes ----------------------------------------------------------------------------
 
 
-def test_a_run_leaves_checkpoints_log_pictures_curves_and_a_summary(finished):
+def test_a_run_writes_checkpoints_log_pictures_curves_and_a_summary(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
         "checkpoint_0000002", "checkpoint_0000004", "checkpoint_0000006", "config.json", "curves.png", "log.jsonl",
         "summary.json", "validation",
@@ -176,7 +176,7 @@ def test_the_exported_adapters_are_the_state_in_pefts_layout(finished):
     )
 
 
-def test_the_upscaler_takes_them(finished, root, tmp_path, monkeypatch):
+def test_the_upscaler_loads_the_adapters(finished, root, tmp_path, monkeypatch):
     from tsdsr_jax.commands import upscale
 
     photo = tmp_path / "photo.png"
@@ -200,8 +200,8 @@ def test_the_upscaler_takes_them(finished, root, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "out" / "photo.png").size == (64, 64)
 
 
-def test_peft_predicts_the_same_with_them(finished, root):
-    """The student's, the auxiliary network's and the autoencoder's adapter, loaded by PEFT into diffusers' networks."""
+def test_peft_predicts_the_same_with_the_adapters(finished, root):
+    """PEFT loads the adapters of the student, the auxiliary network and the autoencoder into diffusers' networks."""
     torch = pytest.importorskip("torch")
     oracle = pytest.importorskip("oracle_models")
     from diffusers import AutoencoderKL, SD3Transformer2DModel
@@ -334,8 +334,8 @@ def test_another_run_is_not_resumed_and_what_differs_is_said(finished, root, com
     said = command.refused(
         tmp_path / "out", *flags, "--resume_from_checkpoint", str(finished / "checkpoint_0000004")
     )
-    assert "belongs to another run than this" in said and words in said, said
-    # The data set shows twice, in its number and in its content; anything else only as itself.
+    assert "belongs to a different run" in said and words in said, said
+    # A different data set is reported twice, by its size and by its content; everything else once.
     assert said.count(" there, ") == (2 if flags[0] == "--data_dir" else 1), said
 
 
@@ -353,36 +353,36 @@ def test_a_checkpoint_from_before_the_schedule_was_kept_is_resumed(finished, com
     assert command(tmp_path / "out", "--resume_from_checkpoint", "latest").status == 0
 
 
-def test_other_changes_are_told(finished, command, tmp_path):
+def test_other_changes_are_reported(finished, command, tmp_path):
     path = str(finished / "checkpoint_0000004")
     said = command(
         tmp_path / "out", "--resume_from_checkpoint", path, "--max_bad_steps", "7", "--logging_steps", "2"
     ).out
     assert "note: changed since the checkpoint: --max_bad_steps: 20 there, 7 here" in said
-    assert said.count("changed since") == 1  # of the logging steps nothing depends
+    assert said.count("changed since") == 1  # nothing depends on the logging steps
 
 
-def test_a_finished_run_can_be_trained_on(finished, command, tmp_path):
+def test_a_finished_run_can_be_trained_longer(finished, command, tmp_path):
     output = shutil.copytree(finished, tmp_path / "longer")
     outcome = command(output, "--resume_from_checkpoint", "latest", "--max_train_steps", "7")
     assert outcome.status == 0 and checkpoint.find(output, "latest").name == "checkpoint_0000007"
     assert [row["step"] for row in log_of(output) if "tsd" in row] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_going_on_elsewhere_takes_the_log_along_and_leaves_others_alone(finished, command, tmp_path):
+def test_resuming_in_another_folder_copies_the_log_and_keeps_other_runs(finished, command, tmp_path):
     wanted = ("--resume_from_checkpoint", str(finished / "checkpoint_0000004"))
     other = tmp_path / "other"
     shutil.copytree(finished / "checkpoint_0000002", other / "checkpoint_0000002")
-    assert "holds checkpoint_0000002 of a run of its own" in command.refused(other, *wanted)
+    assert "holds checkpoint_0000002 of another run" in command.refused(other, *wanted)
     assert command(tmp_path / "new", *wanted).status == 0
     assert log_of(tmp_path / "new") == log_of(finished)
     assert sorted(path.name for path in (tmp_path / "new").glob("checkpoint_*")) == ["checkpoint_0000006"]
 
 
-def test_another_number_of_images_in_a_step_is_told_or_refused(finished, command, tmp_path, monkeypatch):
+def test_another_number_of_images_per_step_is_reported_or_refused(finished, command, tmp_path, monkeypatch):
     wanted = ("--resume_from_checkpoint", str(finished / "checkpoint_0000004"), "--train_batch_size", "4")
     outcome = command(tmp_path / "steps", *wanted)
-    assert outcome.status == 0 and "note: 4 images in a step, 2 before the checkpoint" in outcome.out
+    assert outcome.status == 0 and "note: 4 images per step, 2 before the checkpoint" in outcome.out
     assert json.loads((tmp_path / "steps" / "summary.json").read_text())["samples"] == 4 * 2 + 2 * 4
     by_epochs = [
         flag for flag in tiny_training.flags(finished, tmp_path) if flag not in ("--max_train_steps", "6")
@@ -411,7 +411,7 @@ def test_another_precision_gets_its_own_loss_scale(finished, command, tmp_path):
 
 
 def test_other_precisions_average_accumulation_teacher_and_start(finished, root, models, command, tmp_path):
-    """Everything at once that the other runs leave out; fp16 has its loss scale, the average its own files."""
+    """Tests everything that the other runs do not; fp16 uses a loss scale, and the average has its own files."""
     _, transformer, _ = models
     tiny.save_peft(
         tmp_path / "teacher.safetensors",
@@ -483,7 +483,7 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         (("--learning_rate", "nan"), "--learning_rate nan"),
         (("--max_grad_norm", "0"), "--max_grad_norm 0: expected more than 0"),
         (("--ema_decay", "1"), "--ema_decay 1: expected at least 0 and less than 1"),
-        (("--lambda_vsd", "1.5"), "it is a share"),
+        (("--lambda_vsd", "1.5"), "expected a share from 0 to 1"),
         (("--first_index", "900", "--last_index", "800"), "expected first ≤ last ≤ 998"),
         (("--lambda_tsd", "0", "--lambda_mse", "0"), "nothing to train for"),
         (("--use_teacher_lora",), "give the LoRA with --teacher_lora_path"),
@@ -504,11 +504,11 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         (("--adam_epsilon", "0"), "--adam_epsilon 0: expected more than 0"),
         (
             ("--adam_epsilon", "1e-40"),
-            "--adam_epsilon 1e-40: expected more than 0, and more than float32 can tell",
+            "--adam_epsilon 1e-40: expected more than 0; this is too small for float32",
         ),
         (
             ("--adam_epsilon", "1e-46"),
-            "--adam_epsilon 1e-46: expected more than 0, and more than float32 can tell",
+            "--adam_epsilon 1e-46: expected more than 0; this is too small for float32",
         ),
         (("--max_grad_norm", "inf"), "--max_grad_norm inf: expected a finite number"),
         (("--learning_rate", "1e39"), "--learning_rate 1e+39: expected a finite number of float32"),
@@ -540,7 +540,7 @@ def on_the_way(photos: Path) -> tuple[str, ...]:
 
 
 def test_photographs_are_degraded_and_encoded_on_the_way(command, photos, tmp_path):
-    """Read by two processes from the middle on, it ends as when read by threads throughout."""
+    """A run resumed with two reader processes ends like one that uses threads throughout."""
     command(tmp_path / "whole", *on_the_way(photos))
     middle = str(tmp_path / "whole" / "checkpoint_0000002")
     flags = (*on_the_way(photos), "--resume_from_checkpoint", middle)
@@ -557,7 +557,7 @@ def test_photographs_are_degraded_and_encoded_on_the_way(command, photos, tmp_pa
 def test_a_prepared_set_gives_the_batches_of_training_on_the_way(
     command, root, photos, tmp_path, monkeypatch
 ):
-    """In its first epoch, where the posterior is certain: the same images, and the default prompt for all."""
+    """In the first epoch and with a certain posterior, the images are the same; all have the default prompt."""
     from tsdsr_jax.commands import prepare
 
     here = tmp_path / "root"
@@ -583,7 +583,7 @@ def test_a_prepared_set_gives_the_batches_of_training_on_the_way(
         assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-3)  # prepared latents are float16
 
 
-def test_photographs_that_cannot_be_used_are_told(command, root, photos, tmp_path):
+def test_photographs_that_cannot_be_used_are_reported(command, root, photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     Image.fromarray(tiny.synthetic_photo(10, 10, 0)).save(folder / "small.png")
     (folder / "broken.jpg").write_bytes(b"no image")
@@ -617,7 +617,7 @@ def test_a_corrupt_image_is_left_out_by_name(command, copy, tmp_path):
     bad.write_bytes(b"no image")
     outcome = command(tmp_path / "run", "--max_bad_samples", "0.2", root=copy)
     assert outcome.status == 0
-    # Once where it is met, however often, and once at the end.
+    # Reported once when it is first read, and once at the end.
     assert outcome.out.count("left out: ") == 2 and "1 samples were left out" in outcome.out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == [
         command.relative(str(copy / "set" / "lr_bicubic" / "photo 03.png"))
@@ -696,7 +696,7 @@ def test_adapters_that_are_not_finite_are_refused(command, finished, tmp_path):
     assert "vae.safetensors: has values that are NaN or infinite in 1 tensor: transformer.encoder." in said
 
 
-def test_validation_samples_of_another_size_are_left_out_aloud(command, copy, tmp_path):
+def test_validation_samples_of_another_size_are_left_out_with_a_message(command, copy, tmp_path):
     for name in ("photo 01", "photo 02"):
         for folder in ("gt", "lr_bicubic"):
             path = copy / "held out" / folder / f"{name}.png"
@@ -704,7 +704,7 @@ def test_validation_samples_of_another_size_are_left_out_aloud(command, copy, tm
     outcome = command(
         tmp_path / "run", "--validation_dir", str(copy / "held out"), "--max_train_steps", "1", root=copy
     )
-    assert outcome.status == 0 and outcome.out.count("not validated on: ") == 2
+    assert outcome.status == 0 and outcome.out.count("left out of validation: ") == 2
 
 
 def test_a_student_that_explodes_stops_with_its_state_saved(command, finished, tmp_path):
@@ -718,7 +718,7 @@ def test_a_student_that_explodes_stops_with_its_state_saved(command, finished, t
     said = command.refused(
         tmp_path / "run", "--checkpoint_path", str(folder), "--max_bad_steps", "2", "--logging_steps", "1"
     )
-    assert "2 steps in a row had gradients that are not finite" in said
+    assert "2 steps in a row had non-finite gradients or updates" in said
     assert checkpoint.find(tmp_path / "run", "latest").name == "checkpoint_0000002"
 
 
@@ -748,7 +748,7 @@ def test_options_of_the_original_are_all_there():
 
 
 def test_the_published_command_is_understood():
-    """With its paths; the flags as they are published."""
+    """The flags are as published, with paths added."""
     options = cli.parse(distill.Options, description="", argv=PUBLISHED.split())
     assert options.learning_rate == 5e-6 and options.rank_lora == 64 and options.report_to == "wandb"
     notes = options.all_notes(200_000)
@@ -756,12 +756,12 @@ def test_the_published_command_is_understood():
 
 
 @pytest.mark.parametrize(("given", "used"), [("AdamW", "adamw"), ("adamw", "adamw"), ("muon", "muon")])
-def test_optimisers_by_name(given, used):
+def test_optimizers_by_name(given, used):
     options = cli.parse(distill.Options, description="", argv=[*PUBLISHED.split(), "--optimizer", given])
     assert options.optimizer_config(1).optimizer == used == options.kept()["optimizer"]
 
 
-def test_unknown_trackers_are_refused_before_the_work(command, tmp_path, monkeypatch):
+def test_missing_trackers_are_refused_before_anything_starts(command, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):
         distill.Options(pretrained_model_name_or_path="", data_dir=(), report_to="wandb").check()

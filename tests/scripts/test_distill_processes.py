@@ -1,4 +1,4 @@
-"""Training in processes of its own: killed, stopped, and several together."""
+"""Training in separate processes: killed, stopped, and several together."""
 
 import os
 import random
@@ -19,7 +19,7 @@ from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.log import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# A checkpoint every few steps, so that kills meet some that are being written.
+# A checkpoint every few steps, so that some are being written when the process is killed.
 LONG = """--max_train_steps 20 --checkpointing_steps 2 --checkpoints_total_limit 2 --validation_steps 20 --logging_steps 1
 --resume_from_checkpoint latest""".split()  # noqa: SIM905
 
@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(root: Path, cache: Path, tmp_path: Path):
-    """Starts the command; what it prints goes to a file."""
+    """Starts the command, with its output in a file."""
     running = []
 
     def start(output: Path, *more: str, devices: int = 1) -> subprocess.Popen:
@@ -79,7 +79,7 @@ def adapters(output: Path) -> dict[str, np.ndarray]:
 
 
 def everything(output: Path) -> tuple[dict[str, bytes], list[dict]]:
-    """The last checkpoint's state, byte for byte, and the log without its clock."""
+    """Returns the last checkpoint's state as bytes, and the log without timings."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as reader:
@@ -89,7 +89,7 @@ def everything(output: Path) -> tuple[dict[str, bytes], list[dict]]:
 
 
 def disturb(start, output: Path, kinds: list[signal.Signals], seed: int, *more: str) -> None:
-    """Starts the run again and again, and ends it each time at a random moment while it trains or saves."""
+    """Starts the run once per signal, and sends it at a random moment while the run trains or saves."""
     generator, statuses = random.Random(seed), []
     for kind in kinds:
         process = start(output, *LONG, *more)
@@ -125,7 +125,7 @@ def test_ten_kills_and_five_stops(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_go_on(start, tmp_path):
+def test_two_processes_stop_together_and_resume(start, tmp_path):
     """Two minutes on two cores; 2026-11: passed."""
     together = (
         "--coordinator_address",
@@ -188,7 +188,7 @@ def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):
     assert "8 × cpu in 2 processes" in printed[1] and "validation" not in printed[2]
     expected, found = adapters(tmp_path / "alone"), adapters(tmp_path / "pair")
     assert found.keys() == expected.keys()
-    # B starts at 0: what it has become is its movement. A's movement is smaller than its value by far.
+    # B starts at 0, so its value is its movement. A's movement is far smaller than its value.
     moved = {name for name in expected if "lora_B" in name}
     distance = np.sqrt(sum(np.sum(np.square(found[name] - expected[name]), dtype=float) for name in moved))
     length = np.sqrt(sum(np.sum(np.square(expected[name]), dtype=float) for name in moved))

@@ -1,4 +1,4 @@
-"""Runs the commands that training and preparing print, word for word, in the folder where they were called."""
+"""The next commands that training and preparation print work as printed, in the folder where they were called."""
 
 import json
 import os
@@ -35,7 +35,7 @@ MODEL = (
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """Read only."""
     root = tmp_path_factory.mktemp("printed")
     _, vae = tiny_training.save_models(root)
     tiny_training.save_set(root / "set", vae, 2)
@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with a copy of `models`, one device, and a small photograph to upscale."""
+    """A working folder with a copy of the models, one device, and a small photograph to upscale."""
     folder = shutil.copytree(models, tmp_path / "here")
     (tmp_path / "examples").mkdir()
     Image.fromarray(tiny.synthetic_photo(24, 24, 0)).save(tmp_path / "examples" / "a photo.png")
@@ -80,7 +80,7 @@ class Prepare(Command):
 
 
 def upscaled(command: Command, said: str) -> Path:
-    """Runs the printed command that upscales; returns the path of its picture."""
+    """Runs the printed command that upscales, and returns the path of its picture."""
     (words,) = printed(said)
     assert Path(words[1]).name == "upscale.py" and "1 upscaled" in command.obeys(words)
     return command.root / words[-1] / "a photo.png"
@@ -99,13 +99,13 @@ def upscaled(command: Command, said: str) -> Path:
     ],
 )
 def test_a_student_upscales(root, monkeypatch, capsys, flags, lora):
-    """Trained on a set and its own prompts, or on photographs and the default prompt; an average is preferred."""
+    """Trained on photographs or a set, with the default prompt or the images' own; a moving average is preferred."""
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     said = command.done(root / "runs" / "a student", *flags)
     assert f"'runs/a student/checkpoint_0000001/{lora}'" in said and "--embedding_dir default" in said
     picture = upscaled(command, said)
     assert Image.open(picture).size == (96, 96) and picture.parent.name == "a student-upscaled"
-    # The same once more would be skipped; another run's hint names a folder of its own.
+    # Upscaling into the same folder again would skip the photograph, so the next hint names a new folder.
     again = distill.Options(
         pretrained_model_name_or_path="sd3",
         default_embedding_dir=root,
@@ -114,8 +114,8 @@ def test_a_student_upscales(root, monkeypatch, capsys, flags, lora):
     assert "a student-upscaled-2" in distill._how_to_use(again, root)
 
 
-def test_where_the_default_prompt_is_missing_it_is_asked_for(root, monkeypatch, capsys):
-    """Training on a set with its own prompts does not need it; upscaling does."""
+def test_a_missing_default_prompt_is_asked_for(root, monkeypatch, capsys):
+    """A set with its own prompts trains without the default prompt, but upscaling needs it."""
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     said = command.done(root / "run", "--default_embedding_dir", "new/default")
     assert "upscaling needs the default prompt's embedding in new/default" in said
@@ -141,7 +141,7 @@ def test_a_teacher_is_distilled_and_its_student_upscales(root, monkeypatch, caps
 
 @pytest.mark.slow
 def test_a_prepared_set_is_trained_on(root, monkeypatch, capsys):
-    """The empty prompt's embedding lies beside that of the default prompt."""
+    """The empty prompt's embedding is beside the default prompt's."""
     command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
     said = command.done(root / "sets" / "a set", *MODEL)
     (words,) = printed(said)
@@ -151,7 +151,7 @@ def test_a_prepared_set_is_trained_on(root, monkeypatch, capsys):
     upscaled(command, command.obeys(words))
 
 
-def test_the_empty_prompt_is_asked_for_where_it_is_not(root, monkeypatch, capsys):
+def test_a_missing_empty_prompt_is_asked_for(root, monkeypatch, capsys):
     shutil.move(root / "null", root / "elsewhere")
     command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
     said = command.done(root / "set 2", *MODEL)
@@ -173,7 +173,7 @@ def link(root: Path) -> str:
 
 @pytest.mark.parametrize("name", [lambda root: str(FOLDER), lambda root: os.path.relpath(FOLDER, root), link])
 def test_the_bundled_model_brings_crops_and_prompts(root, monkeypatch, capsys, name):
-    """The model may be named in any way; the printed command has all flags that a student without TSD needs."""
+    """For every spelling of its path; the printed command is complete, and without TSD, because the model is a student."""
     command = Prepare(prepare.main, "train/prepare.py", root, monkeypatch, capsys)
     said = command.done(root / "made", "--pretrained_model_name_or_path", name(root))
     assert json.loads((root / "made/manifest.json").read_text())["settings"]["crop"]["height"] == 128
@@ -181,7 +181,7 @@ def test_the_bundled_model_brings_crops_and_prompts(root, monkeypatch, capsys, n
     assert f"--null_embedding_dir {FOLDER}/prompt/null --lambda_tsd 0 --lambda_lpips 0" in shlex.join(words)
 
 
-def test_a_lora_on_the_bundled_model_upscales_where_the_model_is_named(root, monkeypatch, capsys):
+def test_a_lora_on_the_bundled_model_upscales_if_the_model_is_named(root, monkeypatch, capsys):
     from tsdsr_jax.models import lora
     from tsdsr_jax.weights.sd3_folder import open_checkpoint
 
@@ -224,7 +224,7 @@ def test_a_finished_student_is_no_base_for_a_teacher(root, monkeypatch, capsys, 
     assert f"{MERGED_FILE}: expected a JSON object" in command.refused(root / "run", "--hr_dir", "photos")
 
 
-def test_distilling_a_finished_student_says_what_is_of_use(root, monkeypatch, capsys):
+def test_distilling_a_finished_student_prints_a_note(root, monkeypatch, capsys):
     (root / "sd3" / MERGED_FILE).write_text('{"loras": ["a/transformer.safetensors"]}')
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     monkeypatch.setattr(distill, "_load_base", lambda *_: pytest.exit("far enough"))
@@ -234,14 +234,14 @@ def test_distilling_a_finished_student_says_what_is_of_use(root, monkeypatch, ca
             command.typed("train/distill.py", *map(command.relative, command.flags(root / "run", *flags)))
         return capsys.readouterr().out
 
-    assert "TSD has no teacher to learn from there; --lambda_tsd 0" in notes()
-    assert "no teacher" not in notes("--lambda_tsd", "0")
+    assert "cannot be TSD's teacher; --lambda_tsd 0" in notes()
+    assert "TSD's teacher" not in notes("--lambda_tsd", "0")
 
 
 # --- crops that fit -------------------------------------------------------------------------------
 
 
-def test_crops_that_are_too_large_say_which_would_fit(root, monkeypatch, capsys):
+def test_crops_that_are_too_large_are_refused_with_a_size_that_fits(root, monkeypatch, capsys):
     command = Distill(distill.main, "train/distill.py", root, monkeypatch, capsys)
     config = json.loads((root / "sd3/transformer/config.json").read_text())
     (root / "sd3/transformer/config.json").write_text(json.dumps(config | {"pos_embed_max_size": 1}))
@@ -283,7 +283,7 @@ def shell(line: str, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_from_photographs_to_pictures_through_the_shell(models, tmp_path):
-    """Prepared on the bundled model, trained on and upscaled with: three lines, two of them printed."""
+    """Prepares a set with the bundled model, trains on it and upscales: three commands, two of them printed."""
     folder = shutil.copytree(models, tmp_path / "a folder")
     for photo in (folder / "photos").rglob("*.png"):
         Image.fromarray(tiny.synthetic_photo(128, 140, 0)).save(photo)
@@ -302,7 +302,7 @@ def test_the_first_lines_of_the_readmes_training_part_work(tmp_path):
     train, use = (
         line.replace("python ", f"{hints.interpreter()} ", 1) for line in block.strip().splitlines()
     )
-    # In a folder that has what a checkout has, but gets the results.
+    # In a folder with links to the checkout's files, so that results do not end up in the checkout.
     for name in ("train", "infer", "weights", "examples"):
         (tmp_path / name).symlink_to(CHECKOUT / name)
     output = shell(train, tmp_path)

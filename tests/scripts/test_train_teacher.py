@@ -1,4 +1,4 @@
-"""The teacher's training command as a user meets it: what it writes, how it resumes, and what it refuses."""
+"""The teacher's training command as users see it: what it writes, how it resumes, and what it refuses."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, prompts, a prepared set and photographs. Not to be changed."""
+    """A model, prompts, a prepared set and photographs. Read only."""
     folder = tmp_path_factory.mktemp("teacher")
     _, vae = tiny_training.save_models(folder)
     tiny_training.save_set(folder / "set", vae, 8)
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def teacher_flags(root: Path, output: Path, *more: str) -> list[str]:
-    """A short training run in float32 on `root`; later flags win."""
+    """The flags of a short training run in float32 on `root`; later flags win."""
     data = [] if "--hr_dir" in more else ["--data_dir", str(root / "set")]
     return [
         "--pretrained_model_name_or_path", str(root / "sd3"), *data, "--output_dir", str(output),
@@ -60,7 +60,7 @@ def on_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 class Teacher(Command):
-    """On one device unless told otherwise."""
+    """Runs the command, by default on one device."""
 
     def flags(self, output: Path, *more: str) -> list[str]:
         return teacher_flags(self.root, output, *more)
@@ -79,7 +79,7 @@ def command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def everything(output: Path) -> dict[str, np.ndarray]:
-    """All files that the last checkpoint exports."""
+    """Returns all tensors that the last checkpoint exports."""
     folder = checkpoint.find(output, "latest")
     found = {
         f"{path.relative_to(folder)} {name}": tensor
@@ -90,7 +90,7 @@ def everything(output: Path) -> dict[str, np.ndarray]:
 
 
 def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """Relative, in the Euclidean norm over everything."""
+    """Returns the relative Euclidean distance over all tensors."""
     assert ours.keys() == theirs.keys()
     total = sum(np.square(array, dtype=np.float64).sum() for array in theirs.values())
     apart = sum(np.square(ours[name] - theirs[name], dtype=np.float64).sum() for name in theirs)
@@ -107,7 +107,7 @@ def steps_of(output: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(root, tmp_path_factory) -> Path:
-    """A LoRA trained for four steps, with an average. Not to be changed."""
+    """A LoRA trained for four steps, with a moving average. Read only."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         on_devices(patch, 1)
@@ -149,7 +149,7 @@ def options_like(root: Path) -> teacher.Options:
 
 @pytest.mark.slow  # 2026-11: passed, in 16 s; the autoencoder's and the student's run in every suite
 def test_a_stopped_run_continues_bit_for_bit(command, root, tmp_path):
-    """On photographs encoded in the step, two parts a step, read by threads and then by two processes."""
+    """Photographs are encoded in the step, with two accumulation steps; threads read them, then two processes."""
     flags = ["--gradient_accumulation_steps", "2", "--hr_dir", str(root / "photos"), "--crop_size", "32"]
     command.done(tmp_path / "whole", *flags)
     middle = str(tmp_path / "whole" / "checkpoint_0000002")
@@ -168,7 +168,7 @@ def test_a_run_is_resumed_however_it_is_named(finished, root, tmp_path, monkeypa
     resume_by_every_spelling(command, finished, "--ema_decay", "0.9")
 
 
-def test_training_goes_on_from_a_lora(command, finished, tmp_path):
+def test_training_continues_from_a_lora(command, finished, tmp_path):
     folder = finished / "checkpoint_0000004" / "lora"
     said = command.done(
         tmp_path / "run", "--checkpoint_path", str(folder), "--learning_rate", "0", "--max_train_steps", "1"
@@ -211,7 +211,7 @@ def test_all_weights_from_scratch_become_a_checkpoint_folder(command, root, tmp_
     jax.tree.map(np.testing.assert_array_equal, model.network("vae").load("float32"), original)
 
 
-def test_what_is_trained_here_loads_in_diffusers(command, root, tmp_path):
+def test_the_trained_model_loads_in_diffusers(command, root, tmp_path):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     command.done(tmp_path / "run", "--train", "base", "--max_train_steps", "2")
@@ -241,7 +241,7 @@ def test_what_is_trained_here_loads_in_diffusers(command, root, tmp_path):
 
 @pytest.mark.parametrize("fsdp", ["8", pytest.param("1", marks=pytest.mark.slow)])  # 2026-11: passed, in 20 s
 def test_eight_devices_train_all_weights_like_one(command, tmp_path, fsdp):
-    """Split over all eight, or whole on each: the same to 1e-5, in float32 and with one image per device."""
+    """With weights split over all eight devices, or whole on each, results agree to 1e-5 in float32."""
     flags = ("--train", "base", "--max_train_steps", "2", "--checkpointing_steps", "2")
     command.done(tmp_path / "one", *flags, "--train_batch_size", "8")
     command.done(tmp_path / "eight", *flags, "--train_batch_size", "1", "--fsdp", fsdp, devices=8)
@@ -294,8 +294,8 @@ def test_another_noise_schedule_is_not_resumed(command, finished, root, tmp_path
     assert "schedule's shift: 3.0 there, 1.0 here" in said and said.count(" there, ") == 1
 
 
-def test_masters_are_float32_whatever_is_computed_in(command, root, tmp_path):
-    """At learning rate 0 the weights come out as they went in, bit for bit."""
+def test_trained_weights_are_float32_in_any_precision(command, root, tmp_path):
+    """At learning rate 0, the weights stay the same, bit for bit."""
     command.done(
         tmp_path / "run",
         "--train",

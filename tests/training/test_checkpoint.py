@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, the latest few, exact; and what is said of those that do not fit."""
+"""Checkpoints are complete or absent, exact, and only the latest few are kept; those that do not fit are refused."""
 
 import errno
 import os
@@ -67,7 +67,7 @@ def test_a_checkpoint_comes_back_exactly(checkpoints):
 
 
 def test_the_state_may_be_reused_at_once(checkpoints):
-    """A step donates it: its buffers hold other numbers while the checkpoint is still being written."""
+    """The next step donates the state, so its buffers change while the checkpoint is still being written."""
     step = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf * 0, s), donate_argnums=0)
     for number in range(1, 6):
         current = state(number, 200_000)
@@ -95,7 +95,7 @@ def test_incomplete_ones_do_not_count(checkpoints, tmp_path, notes):
     shutil.copytree(checkpoints.path(1), half)
     (checkpoints.folder / "checkpoint_notes").mkdir()
     assert find(checkpoints.folder, "latest") == checkpoints.path(1)
-    # The next run clears away what a kill has left.
+    # The next run removes what a killed run left behind.
     following = Checkpoints(checkpoints.folder, None, notes.append)
     save(following, 2)
     following.close()
@@ -103,7 +103,7 @@ def test_incomplete_ones_do_not_count(checkpoints, tmp_path, notes):
 
 
 def test_links_with_names_of_their_own_are_not_the_latest(checkpoints, tmp_path):
-    """A link to a checkpoint of another run would be one more of this."""
+    """Otherwise a link to another run's checkpoint would count as one of this run."""
     save(checkpoints, 1)
     checkpoints.wait()
     shutil.copytree(checkpoints.path(1), tmp_path / "other" / "checkpoint_0000009")
@@ -113,7 +113,7 @@ def test_links_with_names_of_their_own_are_not_the_latest(checkpoints, tmp_path)
     assert find(checkpoints.folder, "checkpoint_best") == link
 
 
-def test_finding_what_a_flag_means(checkpoints, tmp_path):
+def test_a_flag_names_a_checkpoint(checkpoints, tmp_path):
     assert find(tmp_path / "nothing here", "latest") is None
     save(checkpoints, 1)
     save(checkpoints, 12)
@@ -167,11 +167,11 @@ def test_missing_parts_are_named(checkpoints):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB where one can be mounted."""
+    """A file system of 3 MB; skips the test if none can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
-        pytest.skip("no right to mount a small file system; test_a_failing_write... covers most of it")
+        pytest.skip("not allowed to mount a small file system; test_a_failing_write... covers most of this")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
 
@@ -188,7 +188,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(small_disk, notes):
         assert not checkpoints.wait()
         assert checkpoints.failed == "No space left on device"
     assert "a checkpoint could not be saved (No space left on device); earlier ones are kept" in notes[0]
-    # Both earlier ones are whole, and once there is room again it goes on.
+    # Both earlier checkpoints are complete, and saving works again once there is room.
     assert [path.name for path in sorted(checkpoints.folder.iterdir()) if not path.name.endswith("-tmp")] == [
         "checkpoint_0000001", "checkpoint_0000002"
     ]  # fmt: skip
@@ -231,7 +231,7 @@ def test_hashes_depend_on_names_values_dtypes_and_shapes():
 
 
 class EarlierDistillation(NamedTuple):
-    """The state that train/distill.py saved before all networks had one."""
+    """The state that train/distill.py saved before all networks shared one kind of state."""
 
     step: jax.Array
     bad_steps: jax.Array
@@ -259,7 +259,7 @@ def test_states_of_earlier_versions_are_read(checkpoints, parts, average):
     assert checkpoints.wait()
     found = read_state(checkpoints.path(4), jax.eval_shape(lambda: new))
     jax.tree.map(np.testing.assert_array_equal, found, new)
-    # A state that is neither is told by the names of today.
+    # If neither layout fits, the message uses today's names.
     other = new._replace(trained={name: {"blocks_1": tree["blocks_0"]} for name, tree in trees.items()})
     with pytest.raises(UserError, match=r"does not fit this run: trained\.\w+\.blocks_1\.a is missing"):
         read_state(checkpoints.path(4), other)

@@ -1,7 +1,7 @@
-"""Training's programs compile for an NVIDIA GPU, with cuDNN's attention forward and backward; no GPU is needed.
+"""Training's programs compile for an NVIDIA GPU, with cuDNN's attention forward and backward. No GPU is needed.
 
-XLA compiles for a described H200 where JAX's CUDA plugin is at hand (`make cuda-compiler`), in a process of its own: the
-tests' own has eight CPUs. See gpu_programs/dry_run.py.
+With JAX's CUDA plugin (`make cuda-compiler`), XLA compiles for the description of an H200. This happens in a separate
+process, because that of the tests has eight CPUs. See gpu_programs/dry_run.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tsdsr_jax.models.vae import VAEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = Path(sys.prefix) / f"cuda-compiler-{jax.__version__}"
-# `.ci/run` installs it; elsewhere it is 140 MB to fetch for one test.
+# `.ci/run` installs it. Elsewhere it would be a download of 140 MB for one test.
 pytestmark = pytest.mark.skipif(
     not COMPILER.is_dir(), reason=f"JAX's CUDA plugin is not in {COMPILER}: make cuda-compiler"
 )
@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def programs(root: Path, script: str, *flags: str, **environment: str) -> list[dict[str, Any]]:
-    """What a script compiles in a run that is not executed."""
+    """Returns the programs that a script compiles in a dry run."""
     command = [
         sys.executable, str(ROOT / "tests" / "support" / "gpu_programs" / "dry_run.py"), script,
         "--pretrained_model_name_or_path", "sd3", "--default_embedding_dir", "default", "--null_embedding_dir", "null",
@@ -62,11 +62,11 @@ def programs(root: Path, script: str, *flags: str, **environment: str) -> list[d
 
 
 def test_a_training_step_compiles_with_cudnns_attention(root: Path):
-    """The teacher's: a gradient through three full-width layers at SD3's 1024 + 333 tokens, and its optimiser."""
+    """The teacher's step: a gradient through three full-width layers with SD3's 1024 + 333 tokens, and the optimizer."""
     (step,) = (
         found for found in programs(root, "train/teacher.py", STEP_ONLY="1") if found.get("program") == "step"
     )
-    # Two runs of layers: the last one's text ends there.
+    # Layers are scanned in two groups, because the last one has no text output.
     assert step["attention"] >= 2 and step["attention backward"] == 2
 
 

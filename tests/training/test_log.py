@@ -1,4 +1,4 @@
-"""What a run writes down: lines, and what trackers get."""
+"""The log of a run: its lines, and what trackers get."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def test_lines_are_written_and_shared(tmp_path):
     log.write(1, {"loss": 0.5, "bad": float("nan")})
     log.picture(1, "validation", Image.new("RGB", (4, 4)))
     log.close()
-    # JSON has no NaN: strict readers must get along with the file.
+    # JSON has no NaN, and strict readers must be able to read the file.
     line = (tmp_path / "log.jsonl").read_text()
     assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == {
         "step": 1,
@@ -47,13 +47,13 @@ def test_lines_are_written_and_shared(tmp_path):
     assert tracker.seen[0][1]["loss"] == 0.5 and tracker.pictures == [(1, "validation")] and tracker.closed
 
 
-def test_a_resumed_log_drops_what_was_lost_and_a_new_one_all(tmp_path):
+def test_a_resumed_log_drops_later_lines_and_a_new_one_all(tmp_path):
     log = RunLog(tmp_path, None)
     for step in range(5):
         log.write(step, {"loss": float(step)})
     log.close()
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')  # cut short by a kill
+        file.write('{"step": 5, "lo')  # cut short when the run was killed
     with open(tmp_path / "log.jsonl", "ab") as file:
         file.write(b"\n\xff\xfe\x00 not text\n[1]\n")
     RunLog(tmp_path, 2).close()
@@ -66,7 +66,7 @@ def test_a_resumed_log_drops_what_was_lost_and_a_new_one_all(tmp_path):
     assert read_rows(tmp_path / "log.jsonl") == []
 
 
-def test_a_tracker_that_fails_is_left_out(tmp_path, capsys):
+def test_a_tracker_that_fails_is_dropped(tmp_path, capsys):
     class Broken(Collector):
         def scalars(self, step, values):
             raise ConnectionError("no network")
@@ -76,7 +76,7 @@ def test_a_tracker_that_fails_is_left_out(tmp_path, capsys):
     for step in range(3):
         log.write(step, {"loss": 1.0})
     log.close()
-    assert capsys.readouterr().out.count("Broken is left out from now on: no network") == 1
+    assert capsys.readouterr().out.count("Broken failed, continuing without it: no network") == 1
     assert len(whole.seen) == 3 and whole.closed and len(read_rows(tmp_path / "log.jsonl")) == 3
 
 
@@ -92,7 +92,7 @@ def test_tensorboard_without_its_writing_thread_fails_instead_of_waiting(tmp_pat
         tracker.close()
 
 
-def test_a_full_disk_costs_lines_only(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_loses_lines_only(tmp_path, capsys, monkeypatch):
     log = RunLog(tmp_path, None)
     log._file.close()
     log._file = open("/dev/full", "w")  # noqa: SIM115
@@ -102,7 +102,7 @@ def test_a_full_disk_costs_lines_only(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("No space left on device; lines of the log are lost") == 1
 
 
-def test_missing_trackers_are_refused_with_what_to_do(monkeypatch):
+def test_missing_trackers_are_refused_with_a_remedy(monkeypatch):
     assert check_trackers("none") == ()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
@@ -123,7 +123,7 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
 
 
 def test_wandb_gets_the_same_and_the_code_if_wanted(tmp_path, monkeypatch):
-    """Against a stand-in with the calls that wandb documents; no account is needed for a test."""
+    """Uses a fake with the calls that wandb documents, so that the test needs no account."""
     calls = []
 
     class FakeRun:

@@ -1,4 +1,4 @@
-"""The loop: what happens when, with a step that only counts."""
+"""When the loop logs, validates, saves and stops; its training step only counts."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ def own_signals():
 
 
 class Recorder:
-    """Hooks that note what they are called with."""
+    """Hooks that record their arguments."""
 
     def __init__(self):
         self.logged, self.validated, self.saved = [], [], []
@@ -57,7 +57,7 @@ def run(recorder, step=count, batches=None, **changes):
     )
 
 
-def test_every_step_is_logged_and_the_rest_is_due():
+def test_every_step_is_logged_and_the_rest_happens_when_due():
     recorder = Recorder()
     assert run(recorder) == (10, 10)
     assert recorder.logged == [(step, step - 1.0) for step in range(1, 11)]
@@ -65,7 +65,7 @@ def test_every_step_is_logged_and_the_rest_is_due():
     assert recorder.saved == [(4, 4), (8, 8), (10, 10)]
 
 
-def test_a_resumed_run_does_what_was_left():
+def test_a_resumed_run_does_the_remaining_steps():
     recorder = Recorder()
     assert run(recorder, start=7) == (10, 10)
     assert [step for step, _ in recorder.logged] == [8, 9, 10]
@@ -80,7 +80,7 @@ def batches_with(at: int, action):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_after_the_step_and_ends(number, capsys):
+def test_a_signal_saves_after_the_step_and_stops(number, capsys):
     recorder = Recorder()
     stop = loop.StopSignal()
     batches = batches_with(5, lambda: os.kill(os.getpid(), number))
@@ -96,7 +96,7 @@ def test_a_signal_where_a_checkpoint_was_due_saves_once():
     assert recorder.saved == [(4, 4)]
 
 
-def test_a_second_interrupt_ends_at_once():
+def test_a_second_interrupt_stops_at_once():
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -107,19 +107,19 @@ def test_a_second_interrupt_ends_at_once():
     assert recorder.saved == [(4, 4)]
 
 
-def test_bad_steps_in_a_row_end_it_after_saving():
+def test_consecutive_bad_steps_stop_the_run_after_saving():
     def bad(state, batch):
         return state + 1, {"loss": jnp.float32(0), "bad_steps": jnp.int32(max(0, state - 4))}
 
     recorder = Recorder()
     with pytest.raises(
-        UserError, match=r"3 steps in a row had gradients that are not finite \(--max_bad_steps 3\)"
+        UserError, match=r"3 steps in a row had non-finite gradients or updates \(--max_bad_steps 3\)"
     ):
         run(recorder, bad, log=1)
     assert recorder.saved == [(4, 4), (8, 8)]
 
 
-def test_bad_steps_between_two_looks_are_noticed():
+def test_bad_steps_between_two_fetches_are_noticed():
     def bad(state, batch):
         return state + 1, {"loss": jnp.float32(0), "bad_steps": jnp.int32([0, 1, 2, 3, 0][state % 5])}
 
@@ -127,7 +127,7 @@ def test_bad_steps_between_two_looks_are_noticed():
         run(Recorder(), bad, log=5)
 
 
-def test_bad_data_ends_it_after_saving():
+def test_bad_data_stops_the_run_after_saving():
     def refuse():
         raise UserError("too many bad samples")
 
@@ -137,7 +137,7 @@ def test_bad_data_ends_it_after_saving():
     assert recorder.saved == [(4, 4), (6, 6)]
 
 
-def test_out_of_memory_says_which_flags_help():
+def test_an_out_of_memory_error_lists_the_flags_that_help():
     def full(state, batch):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore"
@@ -168,6 +168,6 @@ def test_other_device_errors_keep_their_traceback():
         run(Recorder(), broken)
 
 
-def test_without_a_terminal_lines_tell_how_far_it_is(capsys):
+def test_without_a_terminal_progress_is_printed_as_lines(capsys):
     run(Recorder())
     assert "step 10/10" in capsys.readouterr().out

@@ -1,8 +1,8 @@
-"""Training where attention differentiates even numbers of tokens only, as cuDNN's does: the same results for any number.
+"""cuDNN's attention is differentiable only for even numbers of tokens; padding makes training work with any number.
 
-No GPU: a stand-in takes the place of JAX's cuDNN attention, computes with XLA in float32, and refuses what JAX refuses.
-Results and gradients of padded and unpadded attention agree to 1e-6 (max|a − b| / max|b|): the padding adds zeros, and XLA
-sums in another order.
+No GPU is needed: a fake replaces JAX's cuDNN attention. It computes with XLA in float32 and refuses what JAX refuses.
+Results and gradients with and without padding agree to 1e-6 (max|a − b| / max|b|); the padding adds zeros, so XLA sums in
+another order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOLERANCE_OF_NETWORK, TOLERANCE_OF_LOSS = 3e-6, 1e-5
 
 @dataclasses.dataclass
 class Calls:
-    """(queries, keys) that the stand-in was given, where nothing was differentiated and where something was."""
+    """(queries, keys) of the fake's calls, without differentiation (inference) and with it (training)."""
 
     inference: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     training: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -44,7 +44,7 @@ class Calls:
 
 @pytest.fixture
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """JAX's attention with an implementation "cudnn" that differentiates even numbers of tokens only."""
+    """Replaces the implementation "cudnn" of JAX's attention by one that differentiates only even numbers of tokens."""
     calls, real = Calls(), jax.nn.dot_product_attention
 
     @jax.custom_vjp
@@ -76,8 +76,9 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def assert_equal(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
-    """Each tensor relative to its largest value; one of which nearly all cancels (a key's bias), to a thousandth of the
-    largest of all.
+    """Compares each tensor relative to its largest value, or to a thousandth of the largest of all tensors.
+
+    The latter is for tensors that nearly cancel, such as the gradient of a key's bias.
     """
     found, expected = (list(map(np.asarray, jax.tree.leaves(tree))) for tree in (found, expected))
     largest = [np.abs(leaf).max() for leaf in expected]
@@ -113,8 +114,8 @@ def test_any_number_of_tokens_is_differentiable(cudnn: Calls, counts, lengths, r
     assert set(cudnn.training) == {(queries + queries % 2, keys + keys % 2)}
 
 
-def test_the_stand_in_refuses_odd_numbers(cudnn: Calls) -> None:
-    """What this file rests on: left to itself, cuDNN's attention cannot be differentiated here."""
+def test_the_fake_refuses_odd_numbers(cudnn: Calls) -> None:
+    """The premise of this file: without padding, cuDNN's attention cannot be differentiated here."""
     q = uniform("q", (1, 5, 2, 16))
     unpadded = partial(models_attention.jax.nn.dot_product_attention, implementation="cudnn")
     with pytest.raises(NotImplementedError, match="Q 5, KV 5"):
@@ -146,7 +147,9 @@ SD3_5 = MMDiTConfig.tiny(num_layers=3, qk_norm="rms_norm", dual_attention_layers
         pytest.param(SD3, (6, 6), True, False, id="packed-sd3", marks=pytest.mark.slow),
     ],
 )
-def test_the_transformers_gradients_stay(cudnn: Calls, config, size, packed: bool, remat: bool) -> None:
+def test_the_transformers_gradients_are_unchanged(
+    cudnn: Calls, config, size, packed: bool, remat: bool
+) -> None:
     params, adapter = random_params(config), random_lora(config, lora.STUDENT_TARGETS, 2, 1)
     tokens = size[0] * size[1] // 4
     patches, context = uniform("patches", (2, tokens, 64)), uniform("text", (2, 7, 48))
@@ -178,17 +181,17 @@ def test_the_transformers_gradients_stay(cudnn: Calls, config, size, packed: boo
     assert cudnn.training and not odd & {count for call in cudnn.training for count in call}
 
 
-# --- what is trained ------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
-def test_distillations_losses_and_gradients_stay(cudnn: Calls) -> None:
+def test_distillation_losses_and_gradients_are_unchanged(cudnn: Calls) -> None:
     golden.check("cudnn")
-    # Teacher and auxiliary network are evaluated without gradients, at SD3's own odd number of tokens.
+    # The teacher and the auxiliary network are evaluated without gradients, so their odd numbers of tokens are not padded.
     assert (13, 13) in cudnn.inference
     assert set(cudnn.training) == {(14, 14), (6, 14)}
 
 
-def test_accumulated_gradients_stay(cudnn: Calls) -> None:
+def test_accumulated_gradients_are_unchanged(cudnn: Calls) -> None:
     parts = uniform("parts", (3, 2, 5, 2, 16))
 
     def run(implementation: str) -> Any:
@@ -203,7 +206,7 @@ def test_accumulated_gradients_stay(cudnn: Calls) -> None:
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "base"])
-def test_the_teachers_gradients_stay(cudnn: Calls, adapter: bool) -> None:
+def test_the_teachers_gradients_are_unchanged(cudnn: Calls, adapter: bool) -> None:
     config, data = golden.TRANSFORMER, golden.problem()
     params = random_params(config)
     trained, frozen = (golden.adapter("teacher"), params) if adapter else split_fixed(params)

@@ -1,4 +1,4 @@
-"""Against diffusers' `get_scheduler`, over a whole training."""
+"""Learning-rate schedules match diffusers' `get_scheduler` over a whole training run."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ def test_every_curve_is_that_of_diffusers(name, warmup):
         scheduler.step()
     schedule = learning_rate(name, 3e-4, warmup=warmup, steps=50, cycles=3, power=2.0)
     ours = [float(schedule(step)) for step in range(51)]
-    # float32 against Python floats; near a cosine's zero only the absolute error means something. At a restart
-    # float32 and float64 may fall on different sides of the jump: compare there with the neighbours' side.
+    # This compares float32 with Python floats. Near a cosine's zero, only the absolute error is meaningful. At a restart,
+    # float32 and float64 may fall on different sides of the jump, so steps at jumps are left out.
     differs = ~np.isclose(ours, expected, rtol=1e-5, atol=1e-9)
     jumps = np.abs(np.diff(expected, prepend=expected[0])) > 2e-4
     assert not (differs & ~jumps).any() if name == "cosine_with_restarts" else not differs.any()

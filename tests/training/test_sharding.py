@@ -1,4 +1,4 @@
-"""Eight virtual devices against one: the same training, and the collectives that were meant."""
+"""Eight virtual devices train like one, with only the intended collectives."""
 
 import re
 from functools import lru_cache
@@ -18,7 +18,7 @@ from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
 from tsdsr_jax.training.step import Trainer
 
-# As small as compiles fast: one scanned block of each kind, an autoencoder of two levels.
+# Small enough to compile fast: one scanned block of each kind, and an autoencoder of two levels.
 MMDIT = MMDiTConfig.tiny(num_layers=2)
 VAE = VAEConfig.tiny(block_out_channels=(8, 8), layers_per_block=1)
 BATCH, STEPS = 8, 3
@@ -26,7 +26,7 @@ KEY = jax.random.key(7)
 
 
 def random_like(shapes, seed):
-    """Kernels of variance 1 / inputs, so that activations keep their size."""
+    """Random kernels of variance 1 / inputs, so that activations keep their size."""
     leaves, tree = jax.tree.flatten(shapes)
     generator = np.random.default_rng(seed)
     return tree.unflatten(
@@ -56,7 +56,7 @@ def problem():
 
 @lru_cache
 def compiled(devices, fsdp):
-    """The compiled step, and a function that makes its arguments anew: the state is donated."""
+    """Compiles the step; also returns a function that creates its arguments again, because the state is donated."""
     mesh = make_mesh(jax.devices()[:devices], fsdp)
     base, parts, batches = problem()
     losses = Losses(
@@ -79,7 +79,7 @@ def compiled(devices, fsdp):
 
 
 def movement(devices, fsdp):
-    """θ₃ − θ₀ of both networks' adapters, as one vector."""
+    """Returns θ₃ − θ₀ of both networks' adapters, as one vector."""
     step, arguments = compiled(devices, fsdp)
     state, base, batches = arguments()
     start = [np.asarray(leaf) for leaf in jax.tree.leaves(state.trained)]
@@ -95,8 +95,8 @@ def on_one_device():
     return movement(1, 1)
 
 
-# Without split weights (20 s) it passed on 2026-11-25; two processes train so in test_distill_processes.py, too. Over all
-# eight (25 s) it passed on 2026-11-26; the teacher trains so in test_teacher_cli.py.
+# Without split weights (20 s) it passed on 2026-11-25; test_distill_processes.py covers that, too. With weights split over
+# all eight (25 s) it passed on 2026-11-26; test_train_teacher.py covers that, too.
 @pytest.mark.parametrize(
     "fsdp", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(8, marks=pytest.mark.slow)]
 )
@@ -106,7 +106,7 @@ def test_eight_devices_train_like_one(on_one_device, fsdp):
 
 
 def collectives(step):
-    """(operation, shape) of every collective in the compiled step."""
+    """Returns (operation, shape) of every collective in the compiled step."""
     found = []
     for line in step.as_text().splitlines():
         match = re.search(
@@ -148,7 +148,7 @@ def test_split_bases_gather_weights_and_move_no_activations():
 
 
 def test_each_device_holds_its_part_of_the_base():
-    """Of SD3 itself, by shapes."""
+    """Checks SD3 itself, by its shapes."""
     mesh = make_mesh(fsdp=8)
     shapes = abstract_params(MMDiTConfig.sd3_medium()), abstract_params(VAEConfig.sd3())
     held, total = 0, 0

@@ -1,4 +1,4 @@
-"""The step around the losses: optimisers, clipping, accumulation, loss scale, skipped steps. Toy losses, exact answers."""
+"""The step around the losses: optimizers, clipping, accumulation, loss scale, skipped steps. Toy losses, exact answers."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ RATES = {"student": 1e-2, "auxiliary": 3e-3}
 
 
 def toy_gradients(parts, base, batch, key, scale):
-    """Student: mean (x·(w + u) − y)²; auxiliary: mean (x·a − y)². x and y come in as lr and hr."""
+    """Student: mean (x·(w + u) − y)²; auxiliary: mean (x·a − y)², where x is lr and y is hr."""
 
     def student_loss(student):
         return scale * jnp.mean(
@@ -91,14 +91,16 @@ def test_updates_are_those_of_torchs_adamw_with_clipping(schedule):
         (state.trained["auxiliary"]["a"], a),
     ):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=2e-5, atol=1e-6)
-    assert history[0]["student_gradient_norm"] > config.max_grad_norm  # or clipping was not tested
+    assert (
+        history[0]["student_gradient_norm"] > config.max_grad_norm
+    )  # otherwise clipping would not be tested
 
 
 def test_muon_moves_every_kernel_by_an_orthogonal_matrix_and_biases_as_adam_does():
     shapes = {"dense": (6, 4), "stack": (3, 6, 4), "conv": (3, 3, 2, 4)}
     generator = np.random.default_rng(0)
     kernels = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    # A stack of biases, (layers, features), has two axes and is no matrix for all that.
+    # A stack of biases, (layers, features), has two axes but is not a matrix.
     params = {name: {"kernel": kernel, "bias": kernel[..., 0, :]} for name, kernel in kernels.items()}
     gradients = jax.tree.map(lambda leaf: 1e-3 * leaf + 1e-3, params)
     config = dataclasses.replace(CONSTANT, optimizer="muon", weight_decay=0.0)
@@ -106,15 +108,15 @@ def test_muon_moves_every_kernel_by_an_orthogonal_matrix_and_biases_as_adam_does
     updates, _ = jax.jit(muon.update)(gradients, jax.jit(muon.init)(params), params)
     for name, matrix in {"dense": (1, 6, 4), "stack": (3, 6, 4), "conv": (1, 18, 4)}.items():
         update, gradient = (np.reshape(tree[name]["kernel"], matrix) for tree in (updates, gradients))
-        # Newton and Schulz's five steps leave singular values between 0.7 and 1.2 or so. The scale makes the update's
-        # root mean square 0.2 where the matrix is square.
+        # Five Newton-Schulz steps leave singular values between about 0.7 and 1.2. The scale gives the update of a square
+        # matrix a root mean square of 0.2.
         values = np.linalg.svd(update, compute_uv=False) / (1e-2 * 0.2 * max(matrix[1:]) ** 0.5)
         assert ((values > 0.6) & (values < 1.3)).all(), (name, values)
         # Downhill, along the gradient's own directions.
         left, _, right = np.linalg.svd(gradient, full_matrices=False)
         along = np.einsum("lia,lij,laj->la", left, update, right)
         assert (along < -0.9 * np.linalg.svd(update, compute_uv=False).min(-1, keepdims=True)).all(), name
-    # optax looks one step ahead in this part, too.
+    # For biases, optax uses Nesterov momentum, too.
     adam = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0, nesterov=True))
     expected, _ = jax.jit(adam.update)(gradients, jax.jit(adam.init)(params), params)
     for name in shapes:
@@ -150,7 +152,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(branch):
     trainer = toy_trainer(branch=branch)
     state, history = run(trainer, 6, broken(2, 3))
     assert [row["bad_steps"] for row in history] == [0, 0, 1, 2, 0, 0]
-    # The four good steps alone give the same weights: neither moments nor schedule noticed the others.
+    # The four good steps alone give the same weights, so the bad ones changed neither moments nor schedule.
     good = [0, 1, 4, 5]
     expected, _ = run(trainer, 4, lambda index: batches(good[index]))
     for ours, theirs in zip(jax.tree.leaves(state[2:5]), jax.tree.leaves(expected[2:5]), strict=True):

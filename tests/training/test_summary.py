@@ -25,7 +25,7 @@ def test_curves_are_drawn(tmp_path, count):
     assert picture.shape[1] > 800 and (np.abs(picture.astype(int) - [31, 119, 180]).max(-1) < 30).sum() > 20
 
 
-def test_no_values_no_curves(tmp_path):
+def test_without_values_there_are_no_curves(tmp_path):
     plot_curves([], [Curve("loss", ("loss",))], tmp_path / "curves.png", "title")
     assert not (tmp_path / "curves.png").exists()
 

@@ -1,8 +1,8 @@
-"""Trains an autoencoder on photographs: SD3's, or a smaller one of the same build.
+"""Trains an autoencoder on photographs: SD3's, or a smaller one of the same architecture.
 
 python train/autoencoder.py --vae_dir vae --from_scratch --hr_dir PHOTOS --output_dir runs/vae --max_train_steps 20000
 
-The checkpoint holds it in diffusers' layout, with the scaling factor that was measured on the validation photographs.
+The checkpoint contains it in diffusers' layout, with a scaling factor measured on the validation photographs.
 """
 
 from __future__ import annotations
@@ -54,40 +54,40 @@ CURVES = (
     Curve("L1 and gradients", ("l1", "gradient"), log_scale=True),
     Curve("divergence", ("kl", "validation_kl")),
     Curve("validation: PSNR (dB)", ("validation_psnr",)),
-    Curve("deviation of the latents", ("latent_deviation",)),
+    Curve("standard deviation of the latents", ("latent_deviation",)),
     Curve("gradient norm", ("gradient_norm",), log_scale=True),
 )
 MEMORY_REMEDIES = (
     "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, smaller crops"
 )
 
-# Photographs that the scaling factor is measured on.
+# The scaling factor is measured on at least this many photographs, if there are enough.
 MEASURED = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(RunOptions, OptimizerOptions, CropOptions):
     hr_dir: tuple[Path, ...]
-    """Folder of photographs, searched with its subfolders; repeat for several."""
+    """Folder of photographs, including its subfolders; repeat the flag for several folders."""
     vae_dir: Path
-    """The autoencoder: a checkpoint's vae folder, with config.json and weights. Its scaling factor is measured anew."""
+    """The autoencoder: a checkpoint's vae folder, with config.json and weights. Its scaling factor is measured again."""
     from_scratch: bool = False
-    """Begin from new weights; of the folder only config.json is read."""
+    """Start from new weights; only config.json of the folder is read."""
     validation_dir: Path | None = None
-    """Folder of photographs to validate on; default: the first training photographs."""
+    """Folder of photographs to validate on. Default: the first training photographs."""
     lambda_gradient: float = 1.0
-    """Weight of the differences of gradients, at three scales."""
+    """Weight of the difference of image gradients, at three scales."""
     lambda_kl: float = 1e-6
-    """Weight of the latents' divergence from the standard normal."""
+    """Weight of the KL divergence of the latents from the standard normal distribution."""
     lambda_lpips: float = 0.0
-    """Weight of LPIPS; needs --lpips_path."""
+    """Weight of LPIPS; above 0, --lpips_path is needed."""
     lpips_path: Path = hints.LPIPS_FILE
     """LPIPS weights written by convert/lpips.py."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
 
     def check(self) -> None:
-        """Refuses flags that cannot work, before anything is loaded."""
+        """Raises UserError for flags that cannot work, before anything is loaded."""
         super().check()
         self.check_crop()
         self.check_optimizer()
@@ -114,11 +114,13 @@ def _config_of(files: NetworkFiles) -> VAEConfig:
 
 
 def _check_crop(options: Options, config: VAEConfig) -> None:
-    """Refuses crops that the autoencoder or LPIPS cannot take."""
+    """Raises UserError for crops that the autoencoder or LPIPS cannot take."""
     sides = options.crop().height, options.crop().width
     given = " ".join(map(str, options.crop_size or (sides[0],)))
     if any(side % config.factor for side in sides):
-        raise UserError(f"--crop_size {given}: expected multiples of {config.factor}, the pixels of a latent")
+        raise UserError(
+            f"--crop_size {given}: expected multiples of {config.factor}, the autoencoder's downsampling factor"
+        )
     if options.lambda_lpips and min(sides) < minimum_side("alex"):
         raise UserError(
             f"--crop_size {given}: too small for LPIPS, which needs {minimum_side('alex')} pixels"
@@ -126,7 +128,7 @@ def _check_crop(options: Options, config: VAEConfig) -> None:
 
 
 def _prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new: bool) -> session.Task:
-    """Loads what there is and describes the training."""
+    """Loads the weights and describes the training."""
     lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
     beginning, digest = _starting_params(options, files, mesh, new)
     steps = options.steps(len(data.source), mesh)
@@ -160,9 +162,9 @@ def _prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new:
 
 
 def _how_to_use(options: Options, path: Path) -> str:
-    """Where the autoencoder of a checkpoint is: the weights that were validated."""
+    """Says where a checkpoint's autoencoder is, with the weights that were validated."""
     made = path / MODEL if options.ema_decay is None else path / MODEL / "ema"
-    return f"it is {made / 'vae'}, to lie beside a transformer's folder"
+    return f"the autoencoder is in {made / 'vae'}; put it beside a transformer's folder"
 
 
 def _make_loss(options: Options, config: VAEConfig, mesh: Mesh, lpips: Network | None) -> AutoencoderLoss:
@@ -180,8 +182,10 @@ def _validation_records(options: Options, data: Data, count: int) -> list[Record
 
 
 def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool) -> tuple[Beginning, str]:
-    """New parameters, or the folder's, and a hash of them; a resumed run needs only the shapes."""
-    config = dataclasses.replace(_config_of(files), scaling_factor=1.0)  # measured, so it tells nothing apart
+    """Creates new parameters or loads the folder's, and hashes them; a resumed run keeps only the shapes."""
+    config = dataclasses.replace(
+        _config_of(files), scaling_factor=1.0
+    )  # measured later, so it identifies nothing
     described = json.dumps(dataclasses.asdict(config), sort_keys=True)
     if options.from_scratch:
         key = jax.random.key(options.seed)
@@ -192,7 +196,7 @@ def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: boo
 
 
 def _autoencoder_files(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Files:
-    """The autoencoder in diffusers' layout; its moving average in another folder."""
+    """Exports the autoencoder in diffusers' layout; its moving average has its own folder."""
     files: dict[str, dict[str, np.ndarray] | str] = {}
     for folder, tree in state.exported().items():
         scaled = dataclasses.replace(

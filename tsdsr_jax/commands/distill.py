@@ -1,4 +1,4 @@
-"""Trains TSD-SR: distils SD3 into a one-step upscaler, on all GPUs of one machine or of several.
+"""Trains TSD-SR: distills SD3 into a one-step upscaler, on all GPUs of one or several machines.
 
 python train/distill.py --pretrained_model_name_or_path sd3 --data_dir prepared --output_dir runs/first
     --use_default_prompt --use_dasm --guidance_scale 7.5 --resume_from_checkpoint latest
@@ -60,11 +60,11 @@ from tsdsr_jax.weights.prompt_files import PromptEmbeds
 from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
 
 CURVES = (
-    Curve("student's loss", ("student",)),
+    Curve("student loss", ("student",)),
     Curve("TSD", ("tsd",), log_scale=True),
     Curve("latent MSE", ("mse",)),
     Curve("LPIPS", ("lpips",)),
-    Curve("auxiliary network's loss", ("auxiliary",)),
+    Curve("auxiliary network loss", ("auxiliary",)),
     Curve("validation: latent MSE", ("validation_mse",)),
     Curve("validation: PSNR (dB)", ("validation_psnr",)),
     Curve("gradient norms", ("student_gradient_norm", "auxiliary_gradient_norm"), log_scale=True),
@@ -72,10 +72,10 @@ CURVES = (
 
 
 LOSSES = ("student", "tsd", "mse", "lpips", "auxiliary")
-COUNTS = {"tsd_not_finite": "teacher or auxiliary network gave values that were not finite"}
+COUNTS = {"tsd_not_finite": "the teacher or the auxiliary network gave non-finite values"}
 MEMORY_REMEDIES = (
     "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --split_guidance, --fsdp N "
-    "to share the base between N devices, --lambda_lpips 0"
+    "to split the base over N devices, --lambda_lpips 0"
 )
 
 
@@ -88,50 +88,50 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     variant: str | None = None
     """File-name variant of the weights, such as fp16."""
     teacher_lora_path: Path | None = None
-    """The teacher's LoRA, used with --use_teacher_lora: a file, or a folder with teacher.safetensors."""
+    """The teacher's LoRA, for --use_teacher_lora: a file, or a folder that contains teacher.safetensors."""
     checkpoint_path: Path | None = None
-    """Folder of student LoRAs to start from (transformer.safetensors, vae.safetensors), as released or exported here."""
+    """Start from the student LoRAs in this folder (transformer.safetensors and vae.safetensors), as released or exported."""
     lpips_path: Path = hints.LPIPS_FILE
     """LPIPS weights written by convert/lpips.py."""
 
     use_default_prompt: bool = False
-    """Condition the student on the default prompt; otherwise on each image's own."""
+    """Give the student the default prompt instead of each image's own."""
     use_dasm: bool = False
-    """Distribution-aware sampling: TSD at several points of a trajectory instead of one."""
+    """Use distribution-aware sampling: TSD at several points of a trajectory instead of one."""
     use_teacher_lora: bool = False
-    """The teacher is SD3 with the LoRA of --teacher_lora_path; otherwise SD3 itself."""
+    """Use SD3 with the LoRA of --teacher_lora_path as the teacher, instead of SD3 itself."""
     use_random_bias: bool = False
-    """Vary the trajectories' length by -25 to 24 schedule steps; only with --use_dasm."""
+    """Vary the length of trajectories by -25 to 24 schedule steps; needs --use_dasm."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance of teacher and auxiliary network inside TSD; the published run used 7.5."""
+    """Classifier-free guidance of the teacher and the auxiliary network in TSD; the published run used 7.5."""
     split_guidance: bool = False
-    """Evaluate empty and real prompt one after the other: half the memory of that part."""
+    """Evaluate the empty and the real prompt one after the other, which halves the memory for guidance."""
     lambda_tsd: float = 1.0
-    """Weight of the TSD loss; 0 leaves it out."""
+    """Weight of the TSD loss; 0 turns it off."""
     lambda_mse: float = 1.0
-    """Weight of the latent MSE; the authors remove it where results are over-smoothed."""
+    """Weight of the latent MSE; the authors turn it off if results are over-smoothed."""
     lambda_lpips: float = 1.0
-    """Weight of LPIPS; 0 leaves it out, and its weights are not needed then."""
+    """Weight of LPIPS; 0 turns it off, and --lpips_path is not needed."""
     lambda_vsd: float = 0.7
-    """The paper's lambda: share of variational score distillation in TSD; the rest is target score matching."""
+    """The paper's lambda: the share of variational score distillation in TSD. The rest is target score matching."""
     dasm_points: int = 4
-    """Points of a trajectory, with --use_dasm."""
+    """Points per trajectory, with --use_dasm."""
     dasm_gamma: float = 0.3
-    """The paper's gamma: weight of every point after the first."""
+    """The paper's gamma: the weight of every point after the first."""
     dasm_stride: int = 50
     """Schedule steps between points."""
     first_index: int = 50
-    """First schedule index that is drawn (0 is pure noise, 999 almost none)."""
+    """Lowest schedule index to draw (0 is pure noise, 999 almost none)."""
     last_index: int = 949
-    """Last schedule index that is drawn."""
+    """Highest schedule index to draw."""
     weighting_scheme: Weighting = "logit_normal"
-    """Sample weights of the auxiliary network's loss."""
+    """Scheme of the sample weights in the auxiliary network's loss."""
     logit_mean: float = 0.0
-    """Of --weighting_scheme logit_normal."""
+    """Mean, for --weighting_scheme logit_normal."""
     logit_std: float = 1.0
-    """Of --weighting_scheme logit_normal."""
+    """Standard deviation, for --weighting_scheme logit_normal."""
     mode_scale: float = 1.29
-    """Of --weighting_scheme mode."""
+    """Scale, for --weighting_scheme mode."""
 
     rank: int = 64
     """Rank of the student's LoRA on the transformer."""
@@ -140,9 +140,9 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     rank_vae: int = 64
     """Rank of the student's LoRA on the autoencoder's encoder."""
     learning_rate: float = 1e-5
-    """The student's peak learning rate."""
+    """Peak learning rate of the student."""
     learning_rate_reg: float = 1e-6
-    """The auxiliary network's."""
+    """Peak learning rate of the auxiliary network."""
 
     def loss_config(self, shift: float) -> LossConfig:
         later = (self.dasm_gamma,) * (self.dasm_points - 1)
@@ -171,7 +171,7 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
         return Ranks(self.rank, self.rank_vae, self.rank_lora)
 
     def check(self) -> None:
-        """Refuses flags that cannot work, before anything is loaded."""
+        """Raises UserError for flags that cannot work, before anything is loaded."""
         super().check()
         self.check_data()
         self.check_optimizer()
@@ -179,14 +179,14 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
         cli.at_least(self, 0, "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips", "dasm_gamma",
                  "first_index")  # fmt: skip
         if not 0 <= self.lambda_vsd <= 1:
-            raise UserError(f"--lambda_vsd {self.lambda_vsd:g}: expected 0 to 1, it is a share")
+            raise UserError(f"--lambda_vsd {self.lambda_vsd:g}: expected a share from 0 to 1")
         if not self.first_index <= self.last_index < 999:
             raise UserError(
                 f"--first_index {self.first_index} --last_index {self.last_index}: expected first ≤ last ≤ 998"
             )
         if self.use_dasm and self.use_random_bias and self.dasm_points * self.dasm_stride < 26:
             raise UserError(
-                "--dasm_points × --dasm_stride: expected at least 26 with --use_random_bias, which takes up to 25 away"
+                "--dasm_points × --dasm_stride: expected at least 26 with --use_random_bias, which subtracts up to 25"
             )
         if not any((self.lambda_tsd, self.lambda_mse, self.lambda_lpips)):
             raise UserError(
@@ -202,12 +202,12 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
             )
 
     def all_notes(self, steps: int, merged: bool = False) -> list[str]:
-        """Flags that do nothing, or perhaps not what was meant; `merged` models are students already."""
+        """Returns notes on flags that have no effect or may surprise; a `merged` model is already a student."""
         found = self.notes()
         if merged and self.lambda_tsd:
             found.append(
-                "this model has LoRAs merged in: it is a finished student, and TSD has no teacher to learn from there; "
-                "--lambda_tsd 0 trains it with the other losses"
+                "this model has LoRAs merged in: it is a finished student and cannot be TSD's teacher; "
+                "--lambda_tsd 0 trains it with the other losses only"
             )
         if self.use_random_bias and not self.use_dasm:
             found.append("--use_random_bias has no effect without --use_dasm")
@@ -231,7 +231,7 @@ def main() -> None:
 
 
 def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
-    """Checks everything by its headers, then loads the frozen base and describes the training."""
+    """Checks everything by file headers, then loads the frozen base and describes the training."""
     networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
     check_fit(networks.transformer, networks.vae)
     lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
@@ -244,7 +244,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
         shapes = SampleShapes.of_source(held_out)
         check_shapes(shapes, networks, what="validation images")
     records = pick(held_out, shapes, options.num_validation_images, say)
-    # A resumed run has its adapters from the checkpoint.
+    # A resumed run takes its adapters from the checkpoint.
     loaded = _starting_adapters(options, networks) if new else (None, None)
 
     steps = options.steps(len(data.source), mesh)
@@ -279,9 +279,9 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
 
 
 def _how_to_use(options: Options, path: Path) -> str:
-    """The command that upscales with the adapters of a checkpoint: those that were validated."""
+    """Returns the command that upscales with a checkpoint's adapters, the ones that were validated."""
     folder = options.default_embedding_dir
-    assert folder is not None, "main fills it in"
+    assert folder is not None, "main sets it"
     upscaling = hints.command(
         "infer/upscale.py",
         **hints.given(options, *hints.MODEL),
@@ -299,11 +299,13 @@ def _how_to_use(options: Options, path: Path) -> str:
 
 
 def _starting_adapters(options: Options, networks: Networks) -> tuple[Student | None, Tree | None]:
-    """The adapters of --checkpoint_path; None where there are none and new ones are made."""
+    """Loads the adapters of --checkpoint_path; None stands for new ones."""
     if options.checkpoint_path is None:
         return None, None
     student, auxiliary = load_adapters(options.checkpoint_path, networks, options.ranks())
-    new = "" if auxiliary else f"; without {AUXILIARY_FILE} the auxiliary network's adapter is new"
+    new = (
+        "" if auxiliary else f"; it has no {AUXILIARY_FILE}, so the auxiliary network starts with a new LoRA"
+    )
     say(f"starting from {options.checkpoint_path}{new}")
     return student, auxiliary
 
@@ -311,7 +313,7 @@ def _starting_adapters(options: Options, networks: Networks) -> tuple[Student | 
 def _load_base(
     options: Options, networks: Networks, null: PromptEmbeds, default: PromptEmbeds | None, lpips: Tree
 ) -> tuple[Base, dict[str, Any]]:
-    """The frozen arrays on their devices, and their hashes."""
+    """Loads the frozen arrays onto the devices, and hashes them."""
     (transformer, transformer_hash), (vae, vae_hash) = networks.load([networks.transformer, networks.vae])
     teacher: Tree = {}
     teacher_hash = "none"

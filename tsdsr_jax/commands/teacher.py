@@ -1,11 +1,11 @@
-"""Trains TSD-SR's teacher: SD3's LoRA on high-resolution photographs, with the flow-matching loss.
+"""Trains TSD-SR's teacher: a LoRA for SD3, on high-resolution photographs, with the flow-matching loss.
 
 python train/teacher.py --pretrained_model_name_or_path sd3 --hr_dir PHOTOS --output_dir runs/teacher
     --default_embedding_dir dataset/default --null_embedding_dir dataset/null --max_train_steps 20000
 
 Then: python train/distill.py ... --use_teacher_lora --teacher_lora_path runs/teacher/checkpoint_0020000/lora
 
---train base trains all weights of the transformer instead, with --from_scratch beginning from nothing.
+--train base trains all weights of the transformer instead; with --from_scratch, they start from random values.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ CURVES = (
     Curve("learning rate", ("learning_rate",)),
 )
 MEMORY_REMEDIES = (
-    "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --fsdp N to share the "
-    "weights between N devices"
+    "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --fsdp N to split the "
+    "weights over N devices"
 )
 
 
@@ -81,25 +81,25 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     """File-name variant of the weights, such as fp16."""
 
     train: Literal["lora", "base"] = "lora"
-    """A LoRA on the frozen transformer, or all of its weights."""
+    """What to train: a LoRA on the frozen transformer, or all of its weights."""
     from_scratch: bool = False
-    """With --train base: begin from new weights; of the transformer only its config.json is read."""
+    """With --train base: start from new weights; only config.json of the transformer is read."""
     checkpoint_path: Path | None = None
-    """With --train lora: a teacher's LoRA to start from, a file or a folder with teacher.safetensors."""
+    """With --train lora: a teacher's LoRA to start from; a file, or a folder that contains teacher.safetensors."""
     rank: int = 64
     """Rank of the LoRA."""
     prompt_dropout: float = 0.1
-    """Probability of the empty prompt instead of the photograph's, so that the result can be guided."""
+    """Probability of using the empty prompt instead of the photograph's, so that the teacher can be guided."""
     logit_mean: float = 0.0
-    """Of the logit-normal distribution of noise levels; above 0 leans to little noise."""
+    """Mean of the logit-normal distribution of noise levels; above 0, low noise is more likely."""
     logit_std: float = 1.0
-    """Of the logit-normal distribution of noise levels."""
+    """Standard deviation of the logit-normal distribution of noise levels."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     sampling_steps: int = 28
-    """Steps of the validation pictures that are made from noise."""
+    """Sampling steps of validation pictures that are generated from noise."""
     sampling_guidance: float = 5.0
-    """Their guidance."""
+    """Guidance of validation pictures that are generated from noise."""
 
     def config(self, shift: float) -> FlowConfig:
         return FlowConfig(shift, self.logit_mean, self.logit_std, self.prompt_dropout)
@@ -109,20 +109,20 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
         return self.train == "lora"
 
     def check(self) -> None:
-        """Refuses flags that cannot work, before anything is loaded."""
+        """Raises UserError for flags that cannot work, before anything is loaded."""
         super().check()
         self.check_data()
         self.check_optimizer()
         cli.at_least(self, 1, "rank", "sampling_steps")
         cli.at_least(self, 0, "learning_rate")
         if not 0 <= self.prompt_dropout <= 1:
-            raise UserError(f"--prompt_dropout {self.prompt_dropout:g}: expected 0 to 1, it is a probability")
+            raise UserError(f"--prompt_dropout {self.prompt_dropout:g}: expected 0 to 1 (a probability)")
         if not 0 < self.logit_std < float("inf"):
             raise UserError(f"--logit_std {self.logit_std:g}: expected more than 0")
         if self.from_scratch and self.adapter:
-            raise UserError("--from_scratch needs --train base: a LoRA adapts weights that are there")
+            raise UserError("--from_scratch needs --train base: a LoRA adapts existing weights")
         if self.checkpoint_path and not self.adapter:
-            raise UserError("--checkpoint_path is a LoRA, for --train lora; give other weights as the model")
+            raise UserError("--checkpoint_path is a LoRA, for --train lora; pass other weights as the model")
 
 
 def main() -> None:
@@ -141,16 +141,16 @@ def main() -> None:
 
 
 def _check_base(options: Options, model: Checkpoint) -> None:
-    """Refuses to train a teacher on a student."""
+    """Raises UserError if the model is a student."""
     if model.merged and not options.from_scratch:
         raise UserError(
             f"{options.pretrained_model_name_or_path}: is a finished one-step student ({', '.join(model.merged)} merged in) "
-            "and no base that a teacher can be trained on; give the model that the LoRAs were made for"
+            "and cannot be the base of a teacher; pass the model that the LoRAs were made for"
         )
 
 
 def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
-    """Checks everything by its headers, then loads what is frozen and describes the training."""
+    """Checks everything by file headers, then loads the networks and describes the training."""
     networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
     check_fit(networks.transformer, networks.vae)
     check_shapes(data.shapes, networks, prepared=bool(options.data_dir))
@@ -160,7 +160,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
     prepared = bool(options.data_dir or options.validation_dir)
     check_shapes(shapes, networks, what="validation images", prepared=prepared)
     if shapes.prompt is None and default is None:
-        raise UserError("the validation images have no prompts of their own, as the training images do")
+        raise UserError("the validation images have no prompts, but the training images do")
     if shapes.prompt:
         check_tokens(
             shapes.prompt[0],
@@ -168,7 +168,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
             null,
         )
     records = pick(held_out, shapes, options.num_validation_images, say)
-    # A resumed run has its LoRA from the checkpoint.
+    # A resumed run takes its LoRA from the checkpoint.
     loaded = _starting_lora(options, networks) if new and options.checkpoint_path else None
 
     steps = options.steps(len(data.source), mesh)
@@ -218,14 +218,14 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
 
 
 def _validation_source(options: Options, data: Data) -> Source:
-    """Samples with images: of their own, or the training's."""
+    """Opens the samples to validate on: those of --validation_dir, or the training samples, but with images."""
     if options.validation_dir:
         return open_sets([options.validation_dir])
     return open_sets(options.data_dir) if options.data_dir else data.source
 
 
 def _starting_lora(options: Options, networks: Networks) -> Tree:
-    """The LoRA of --checkpoint_path."""
+    """Loads the LoRA of --checkpoint_path."""
     assert options.checkpoint_path is not None
     path = teacher_file(options.checkpoint_path)
     adapter = load_starting_lora(path, networks, options.rank)
@@ -234,7 +234,7 @@ def _starting_lora(options: Options, networks: Networks) -> Tree:
 
 
 def _load_transformer(options: Options, networks: Networks, lora: Tree | None, new: bool) -> TransformerStart:
-    """Loads or makes the transformer; of a resumed run's only the frozen part is kept."""
+    """Loads or creates the transformer; a resumed run keeps only its frozen part."""
     if options.adapter:
         return start_lora(networks, options.rank, options.seed, lora)
     if options.from_scratch:
@@ -243,11 +243,11 @@ def _load_transformer(options: Options, networks: Networks, lora: Tree | None, n
 
 
 def _how_to_use(options: Options, path: Path) -> str:
-    """The command that distils the teacher of a checkpoint, on the same data: the weights that were validated."""
+    """Returns the command that distills a checkpoint's teacher, with the weights that were validated, on the same data."""
     made = path / (LORA if options.adapter else MODEL) / ("" if options.ema_decay is None else "ema")
     if options.adapter:
         flags = hints.given(options, *hints.MODEL) | {"use_teacher_lora": True, "teacher_lora_path": made}
     else:
         flags = {"pretrained_model_name_or_path": made}
     flags |= hints.given(options, *hints.DATA, *hints.STEPS)
-    return f"distil it: {hints.distilling(options.output_dir, flags)}"
+    return f"distill it: {hints.distilling(options.output_dir, flags)}"

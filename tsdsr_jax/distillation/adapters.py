@@ -1,4 +1,4 @@
-"""TSD-SR's adapters: new ones, those of a folder or of a teacher, and the files that a checkpoint exports."""
+"""TSD-SR's adapters: creates new ones, loads them from files, and exports them for a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AUXILIARY_FILE = "transformer_reg.safetensors"
 
 
 class Ranks(NamedTuple):
-    """Ranks of the student's two adapters and of the auxiliary network's, with the flags that set them."""
+    """Ranks of the student's two adapters and the auxiliary network's, named like the flags that set them."""
 
     rank: int
     rank_vae: int
@@ -47,7 +47,7 @@ def _distance(network: LPIPS, params: Tree, result: jax.Array, target: jax.Array
 
 
 def load_teacher(path: Path, networks: Networks) -> tuple[Tree, str]:
-    """The teacher's adapter in the computation dtype, and its hash."""
+    """Loads the teacher's adapter in the computation dtype, and hashes it."""
     adapter, digest = load_lora(path, networks.transformer.config), Hash()
     for name, leaf in sorted(flatten_dict(adapter, sep="/").items()):
         digest.add(name, leaf)
@@ -57,7 +57,7 @@ def load_teacher(path: Path, networks: Networks) -> tuple[Tree, str]:
 
 
 def new_adapters(networks: Networks, ranks: Ranks, key: jax.Array) -> tuple[Student, Tree]:
-    """Adapters of student and auxiliary network that change nothing yet."""
+    """Creates adapters for the student and the auxiliary network, which at first change nothing."""
     shapes = abstract_params(networks.transformer.config), abstract_params(networks.vae.config)
     keys = jax.random.split(key, 3)
     student = Student(
@@ -68,14 +68,14 @@ def new_adapters(networks: Networks, ranks: Ranks, key: jax.Array) -> tuple[Stud
 
 
 def load_adapters(folder: Path, networks: Networks, ranks: Ranks) -> tuple[Student, Tree | None]:
-    """The student's adapters of a folder, as TSD-SR's authors publish them; the auxiliary network's where it has one.
+    """Loads the student's adapters from a folder, as TSD-SR's authors publish them, and the auxiliary network's, if present.
 
     Raises:
       UserError: files are missing or do not fit; the message names tensors, modules or flags.
     """
     if not folder.is_dir():
         raise UserError(
-            f"--checkpoint_path {folder}: no such folder; it holds {' and '.join(STUDENT_FILES.values())}"
+            f"--checkpoint_path {folder}: no such folder; expected one with {' and '.join(STUDENT_FILES.values())}"
         )
     student, auxiliary = jax.eval_shape(partial(new_adapters, networks, ranks), jax.random.key(0))
 
@@ -101,7 +101,7 @@ def beginning(
     key: jax.Array,
     loaded: tuple[Student | None, Tree | None] = (None, None),
 ) -> Beginning:
-    """New adapters, or loaded ones in their place, on every device."""
+    """Starts from new adapters or from loaded ones, on every device."""
 
     def create(loaded: tuple[Student | None, Tree | None]) -> Parts:
         student, auxiliary = new_adapters(networks, ranks, key)
@@ -115,7 +115,7 @@ def beginning(
 
 
 def student_files(networks: Networks, state: TrainState) -> dict[str, dict[str, np.ndarray]]:
-    """File name -> tensors of every adapter, in PEFT's layout; the student's moving average in a folder of its own."""
+    """Returns the files of every adapter, in PEFT's layout; the student's moving average has its own folder."""
     transformer, vae = networks.transformer.config, networks.vae.config
     files = {AUXILIARY_FILE: write_lora(jax.device_get(state.trained[AUXILIARY]), transformer)}
     for folder, adapters in state.exported(STUDENT).items():

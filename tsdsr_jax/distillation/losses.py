@@ -1,8 +1,8 @@
-"""What TSD-SR trains for: the losses of the student and of the auxiliary network, as functions of their adapters.
+"""TSD-SR's losses for the student and the auxiliary network, as functions of their adapters.
 
-One frozen base serves three adapters. The student (transformer and VAE-encoder LoRAs) turns a low-resolution photograph
-into ẑ in one step; the teacher (the base, or the base with its own LoRA) and the auxiliary network (a third LoRA, trained
-to follow the student's distribution) say where ẑ should move.
+All networks share one frozen base. The student (transformer and VAE-encoder LoRAs) turns a low-resolution photograph into ẑ
+in one step. The teacher (the base, or the base with its own LoRA) and the auxiliary network (another LoRA, trained to follow
+the student's distribution) tell where ẑ should move.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ Perceptual = Callable[[Tree, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What is trained for.
+    """Settings of the losses.
 
     Attributes:
       tsd: constants of Target Score Distillation.
-      weight_tsd, weight_mse, weight_lpips: factors of the student's three losses; 0 leaves one out.
-      guidance_scale: of teacher and auxiliary network inside TSD.
-      split_guidance: evaluate null and prompt one after the other; half the memory.
-      bias_range: half-open range of the trajectory's random bias; None: no bias.
-      weighting: of the auxiliary loss, with the parameters of two of its schemes.
-      shift: of the noise schedule.
+      weight_tsd, weight_mse, weight_lpips: weights of the student's three losses; 0 leaves a loss out.
+      guidance_scale: guidance of the teacher and the auxiliary network inside TSD.
+      split_guidance: evaluate the empty prompt and the prompt one after the other, in half the memory.
+      bias_range: half-open range of the trajectory's random bias; None for no bias.
+      weighting: sample weights of the auxiliary loss.
+      logit_mean, logit_std, mode_scale: parameters of the weightings "logit_normal" and "mode".
+      shift: shift of the noise schedule.
     """
 
     tsd: TSDConfig = dataclasses.field(default_factory=TSDConfig)
@@ -69,13 +70,13 @@ class LossConfig:
 
 
 class Base(NamedTuple):
-    """All that stays as it is while training; an argument of the step, not a constant in its program.
+    """Everything that stays constant during training. It is an argument of the step, not a constant in its program.
 
     Attributes:
       transformer, vae: parameters of SD3's two networks.
-      teacher: the teacher's adapter; {}: SD3 itself is the teacher.
+      teacher: the teacher's adapter; {} if SD3 itself is the teacher.
       null: text of the empty prompt, (1, S, D) and (1, P).
-      default: text that the student always gets; None: it gets each image's own.
+      default: text for the student; None to use each image's own.
       perceptual: parameters of the perceptual distance; {} without one.
     """
 
@@ -95,13 +96,13 @@ class Student(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B training samples as the losses take them.
+    """B training samples in the form that the losses take.
 
     Attributes:
       lr, hr: (B, H, W, 3) in [−1, 1]; lr is interpolated to hr's size.
       latent_hr: (B, h, w, C), times the scaling factor.
       text: the images' prompts.
-      student_text: what the student is conditioned on: the same, or the default prompt.
+      student_text: the student's prompts: the same, or the default prompt.
     """
 
     lr: jax.Array
@@ -115,17 +116,17 @@ class Draws(NamedTuple):
     """Every random number of a step.
 
     Attributes:
-      posterior, noise, auxiliary_noise: (B, h, w, C) standard normal: for the encoder's sample, for ε of TSD, for ε of
-        the auxiliary loss.
+      posterior, noise, auxiliary_noise: (B, h, w, C) standard normal: the encoder's sample, ε of TSD, and ε of the
+        auxiliary loss.
       index, auxiliary_index: (B,) schedule indices.
-      bias: (B,) steps added to the trajectory.
-      normal, uniform: (B,) for the auxiliary loss's weights.
+      bias: (B,) schedule steps added to the trajectory.
+      normal, uniform: (B,) draws for the auxiliary loss's weights.
     """
 
     posterior: jax.Array
     noise: jax.Array
     auxiliary_noise: jax.Array
-    index: jax.Array  # type: ignore[assignment]  # hides tuple.index, which is of no use here
+    index: jax.Array  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     auxiliary_index: jax.Array
     bias: jax.Array
     normal: jax.Array
@@ -133,7 +134,7 @@ class Draws(NamedTuple):
 
     @classmethod
     def from_key(cls, key: jax.Array, latent_shape: tuple[int, ...], config: LossConfig) -> Draws:
-        """Draws the random numbers for latents (B, h, w, C); each sample has its own."""
+        """Draws all random numbers for latents (B, h, w, C), separately for each sample."""
         keys = jax.random.split(key, len(cls._fields))
         batch = latent_shape[:1]
         indices = partial(
@@ -153,12 +154,12 @@ class Draws(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """The losses as functions of adapters; holds the modules, no parameters.
+    """The losses as functions of adapters. Holds the modules but no parameters.
 
     Attributes:
       mmdit, vae: SD3's networks, in the computation dtype.
       config: see `LossConfig`.
-      perceptual: LPIPS or None, when its weight is 0.
+      perceptual: LPIPS; None if its weight is 0.
     """
 
     mmdit: MMDiT
@@ -169,18 +170,18 @@ class Losses:
     def __call__(
         self, parts: Parts, base: Base, record: Record, key: jax.Array, scale: jax.Array
     ) -> tuple[Parts, Metrics]:
-        """Gradients of both networks' losses times `scale`, and the losses: the objective of a `Trainer`.
+        """Computes the gradients of both networks' losses times `scale`, and the losses: the objective of a `Trainer`.
 
-        Both use the adapters from before the step, as in the original, so that computing them together changes nothing.
+        Both losses use the adapters from before the step, as in the original, so they can be computed together.
 
         Args:
           parts: "student": a `Student`; "auxiliary": its adapter.
           base: frozen arrays.
           record: a batch; photographs without latents are encoded here.
-          key: for every random number of the step.
-          scale: of the losses, for float16.
+          key: key of every random number in the step.
+          scale: loss scale, for float16.
         """
-        # `Draws` splits the key; a large number folded in is none of its parts.
+        # `Draws` splits the same key; folding in a large number gives a key that is none of its parts.
         batch = self.batch(base, record, jax.random.fold_in(key, _HR_LATENTS))
         draws = Draws.from_key(key, batch.latent_hr.shape, self.config)
 
@@ -202,16 +203,16 @@ class Losses:
     def velocity(
         self, base: Base, adapter: Tree, latents: jax.Array, timestep: jax.Array, text: Text
     ) -> jax.Array:
-        """The transformer under an adapter; float32 out."""
+        """Evaluates the transformer with an adapter; returns float32."""
         variables = {"params": base.transformer, "lora": adapter}
         velocity: Any = self.mmdit.apply(variables, latents, timestep, *text)
         return velocity.astype(jnp.float32)
 
     def batch(self, base: Base, record: Record, key: jax.Array | None) -> Batch:
-        """Brings a batch into the form that the losses take.
+        """Converts a batch to the form that the losses take.
 
-        Photographs without latents are encoded: to a sample of each posterior, as prepared sets hold them, or without a key
-        to its mean.
+        Photographs without latents are encoded: to a sample from each posterior, as in prepared sets, or without a key to
+        its mean.
         """
         text = text_of(record, base.default)
         student_text = text if base.default is None else repeated(base.default, text.states.shape[0])
@@ -223,7 +224,7 @@ class Losses:
         return Batch(lr, hr, latent_hr, text, student_text)
 
     def student_latent(self, base: Base, student: Student, batch: Batch, posterior: jax.Array) -> jax.Array:
-        """ẑ = z − v(z, t = 1000): (B, h, w, C) float32, times the scaling factor."""
+        """Computes ẑ = z − v(z, t = 1000): (B, h, w, C) float32, times the scaling factor."""
         variables = {"params": base.vae, "lora": student.vae}
         moments: Any = self.vae.apply(variables, batch.lr, method="encode")
         latent = moments.sample(posterior) * self.vae.config.scaling_factor
@@ -233,7 +234,7 @@ class Losses:
     def student(
         self, student: Student, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        """The student's loss; also ẑ and the terms.
+        """Computes the student's loss, ẑ and the terms of the loss.
 
         Returns:
           (loss, (ẑ, metrics)).
@@ -257,7 +258,7 @@ class Losses:
     def tsd_gradient(
         self, fake: jax.Array, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
     ) -> tuple[jax.Array, jax.Array]:
-        """g of the TSD loss, under the networks as they are, and how many of its terms were not finite."""
+        """Computes the gradient g of the TSD loss, and how many of its terms were not finite."""
 
         def predict(adapter: Tree) -> Predict:
             network = partial(self.velocity, base, adapter)
@@ -278,8 +279,8 @@ class Losses:
         )
 
     def lpips(self, base: Base, fake: jax.Array, batch: Batch) -> jax.Array:
-        """LPIPS between the decoded ẑ, clamped, and the photograph; mean over the batch."""
-        assert self.perceptual is not None, "a weight of LPIPS needs the network"
+        """Computes LPIPS between the decoded, clamped ẑ and the photograph, averaged over the batch."""
+        assert self.perceptual is not None, "weight_lpips needs the network"
         return self.perceptual(base.perceptual, self.decode(base, fake), batch.hr).mean()
 
     def decode(self, base: Base, latents: jax.Array) -> jax.Array:
@@ -288,7 +289,7 @@ class Losses:
     def auxiliary(
         self, auxiliary: Tree, base: Base, fake: jax.Array, batch: Batch, draws: Draws
     ) -> jax.Array:
-        """The auxiliary network's denoising loss on ẑ, at the images' prompts, without guidance."""
+        """Computes the auxiliary network's denoising loss on ẑ, with the images' prompts and without guidance."""
         config = self.config
         sigma = self.schedule()[draws.auxiliary_index]
         weight = sample_weights(

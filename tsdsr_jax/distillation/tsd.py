@@ -1,10 +1,10 @@
 """Target Score Distillation: the paper's losses, as functions of predictions, latents and random draws.
 
-Nothing here knows a network, a device or a file. A `Predict` is a velocity network at a fixed text:
+Nothing here depends on a particular network, device or file. A `Predict` is a velocity network with a fixed text:
 (noisy latents (B, h, w, C), timesteps (B,)) -> velocities of the same shape. Every random draw is an argument.
 
-Symbols: ẑ the student's clean latent, z the high-resolution photograph's, v_ψ the teacher, v_φ the auxiliary ("fake
-score") network, σ noise level, n a point of the trajectory.
+Symbols: ẑ is the student's clean latent, z the high-resolution photograph's, v_ψ the teacher, v_φ the auxiliary ("fake
+score") network, σ a noise level, n a point of the trajectory.
 Source: Dong et al. 2025, §3.2 (target score matching) and §3.3 (distribution-aware sampling).
 """
 
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from tsdsr_jax.models.flow import STEPS, add_noise, euler_step, per_sample, timesteps, to_clean
 from tsdsr_jax.models.guidance import Predict, interleave, separate
 
-# Largest value of a term of the gradient: what infinity counts as. A true one is far below it: velocities are of size 1 to
-# 10, and guidance multiplies their differences by 7.5. The original caps at float16's 65504, which float16 training
-# does not survive: times the loss scale it overflows on the way back, so that one bad value costs the whole step.
+# Terms of the gradient are clipped to this value. Real ones are far smaller: velocities are of size 1 to 10, and guidance
+# multiplies their differences by 7.5. The original clips to float16's maximum, 65504. In float16 training, that times the
+# loss scale overflows in the backward pass, so one bad value costs the whole step.
 LARGEST_TERM = 1024.0
 
 Weighting = Literal["logit_normal", "sigma_sqrt", "mode"]
@@ -33,9 +33,9 @@ class TSDConfig:
 
     Attributes:
       balance: λ, the share of variational score distillation; the rest is target score matching.
-      point_weights: γ of each trajectory point; their number is the number of points. One point: no DASM.
+      point_weights: γ of each trajectory point; a single point means no DASM.
       stride: schedule steps between points.
-      first_index, last_index: range of the drawn schedule index, both included.
+      first_index, last_index: range of the drawn schedule index, inclusive.
     """
 
     balance: float = 0.7
@@ -49,9 +49,10 @@ class TSDConfig:
 
 
 def trajectory(index: jax.Array, bias: jax.Array, points: int, stride: int) -> jax.Array:
-    """Schedule indices of each sample's trajectory, (B, points + 1) int32.
+    """Returns the schedule indices of each sample's trajectory, (B, points + 1) int32.
 
-    Evenly spaced from `index` (B,) to index + stride·points + bias, at most the schedule's end, truncated to integers.
+    They are evenly spaced from `index` (B,) to index + stride·points + bias, but not past the end of the schedule, and
+    truncated to integers.
     """
     last = jnp.minimum(index + stride * points + bias, STEPS - 1)
     steps = jnp.arange(points + 1, dtype=jnp.int32)
@@ -72,14 +73,14 @@ def tsd_gradient(
     schedule: jax.Array,
     config: TSDConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """What the student's latent should move against: λ·g_VSD + (1 − λ)·g_TSM, summed over the trajectory.
+    """Computes the gradient for the student's latent: λ·g_VSD + (1 − λ)·g_TSM, summed over the trajectory.
 
-    Both latents are noised alike and followed to less noise, the fake one by the auxiliary network, the real one by the
-    teacher; at each point n, weighted by σ_n²·γ_n,
+    Both latents get the same noise. Along the trajectory they are denoised step by step, the fake one by the auxiliary
+    network, the real one by the teacher. Each point n adds, weighted by σ_n²·γ_n,
 
         g_VSD += v_ψ(ẑ_n) − v_φ(ẑ_n)        g_TSM += v_ψ(ẑ_n) − v_ψ(z_n)
 
-    Each sample has a trajectory of its own.
+    Each sample has its own trajectory.
 
     Args:
       fake, real: ẑ and z, (B, h, w, C).
@@ -91,8 +92,8 @@ def tsd_gradient(
       schedule: (1000,) noise levels.
 
     Returns:
-      The gradient, (B, h, w, C) float32, through which none flows; and how many of its terms were not finite or above
-      `LARGEST_TERM`, a scalar: as in the original, NaN counts as 0 and infinity as the largest value.
+      The gradient, (B, h, w, C) float32, which is constant to autodiff; and how many of its terms (a scalar) were not finite
+      or above `LARGEST_TERM`. As in the original, NaN becomes 0 and infinity the largest value.
     """
     points = len(config.point_weights)
     levels = schedule[trajectory(index, bias, points, config.stride)].T  # (points + 1, B)
@@ -111,7 +112,7 @@ def tsd_gradient(
         variational, matching = teacher_fake - auxiliary_fake, teacher_fake - teacher_real
         mixed = config.balance * variational + (1 - config.balance) * matching
         term = per_sample(jnp.square(sigma), mixed) * weight * mixed
-        # Clipped after NaN is gone, because a clip passes NaN on.
+        # NaN is replaced first, because clipping would keep it.
         gradient = jnp.clip(jnp.nan_to_num(term), -LARGEST_TERM, LARGEST_TERM)
         replaced = jnp.sum(~(jnp.abs(term) <= LARGEST_TERM))
         onward = (
@@ -127,10 +128,10 @@ def tsd_gradient(
 
 
 def tsd_loss(fake: jax.Array, gradient: jax.Array) -> jax.Array:
-    """½·mean‖ẑ − sg(ẑ − g)‖²: worth ½·mean g², with gradient g / numel in ẑ.
+    """Computes ½·mean‖ẑ − sg(ẑ − g)‖², whose value is ½·mean g² and whose gradient in ẑ is g / numel.
 
-    Written as a value plus a term that is zero and has that gradient: ẑ − (ẑ − g) in floating point would round g to
-    ẑ's precision.
+    Computing ẑ − (ẑ − g) in floating point would round g to ẑ's precision. So the value is computed directly, and a term
+    that is zero carries the gradient.
     """
     fake, gradient = fake.astype(jnp.float32), jax.lax.stop_gradient(gradient)
     through = (fake - jax.lax.stop_gradient(fake)) * gradient
@@ -144,17 +145,17 @@ def auxiliary_loss(
     sample_weight: jax.Array,
     auxiliary: Predict,
 ) -> jax.Array:
-    """Denoising loss that keeps the auxiliary network at the student's distribution.
+    """Computes the denoising loss that makes the auxiliary network follow the student's distribution.
 
-    mean over samples of ½·w_b·mean‖x₀ − sg(ẑ)‖² with x₀ the auxiliary's prediction from x_σ; each sample weighs its own
-    error.
+    It is the mean over samples of ½·w_b·mean‖x₀ − sg(ẑ)‖², where x₀ is the auxiliary network's prediction from x_σ and w_b
+    the sample's weight.
 
     Args:
       fake: ẑ (B, h, w, C); no gradient flows into it.
       noise: fresh ε.
       sigma: (B,) noise levels.
       sample_weight: (B,), see `sample_weights`.
-      auxiliary: without guidance, at the images' prompts.
+      auxiliary: the network without guidance, with the images' prompts.
     """
     fake = jax.lax.stop_gradient(fake.astype(jnp.float32))
     noisy = add_noise(fake, noise, sigma)
@@ -173,7 +174,7 @@ def sample_weights(
     logit_std: float = 1.0,
     mode_scale: float = 1.29,
 ) -> jax.Array:
-    """One weight per sample for the auxiliary loss.
+    """Computes one weight per sample for the auxiliary loss.
 
     Args:
       scheme: "logit_normal": sigmoid of a normal draw; "mode": 1 − u − scale·(cos²(πu/2) − 1 + u) of a uniform draw;
@@ -182,7 +183,7 @@ def sample_weights(
       normal, uniform: (B,) standard draws; each scheme uses one, or none.
 
     Raises:
-      ValueError: unknown scheme.
+      ValueError: the scheme is unknown.
     """
     if scheme == "logit_normal":
         return jax.nn.sigmoid(logit_mean + logit_std * normal)

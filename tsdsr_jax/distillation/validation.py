@@ -1,4 +1,4 @@
-"""What the student makes of a few fixed samples: pictures to look at, and two figures."""
+"""Validates the student on a few fixed samples: pictures to look at, latent error and PSNR."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TITLES = ("low quality", "student", "high quality")
 
 
 class Validation:
-    """Runs the student on fixed samples, at the posterior's mean, so that pictures of different steps compare.
+    """Runs the student on fixed samples. It uses the posterior's mean, so that pictures of different steps are comparable.
 
     Args:
-      losses: for the networks.
-      mesh: the devices; each takes its share of the samples.
-      base: frozen arrays, in place.
+      losses: provides the networks.
+      mesh: the devices; each takes a share of the samples.
+      base: frozen arrays, already on the devices.
       records: the samples.
     """
 
@@ -35,7 +35,7 @@ class Validation:
         self._restore = jit_restore(losses, mesh)
 
     def __call__(self, student: Student) -> tuple[dict[str, float], Image.Image]:
-        """Mean latent error and PSNR (RGB, dB) over the samples, and the comparison sheet."""
+        """Returns the mean latent error and PSNR (RGB, dB) over the samples, and the comparison sheet."""
         count = len(self.records)
         restored = [self._restore(student, self.base, batch) for batch in self._batches]
         pictures, errors = (
@@ -52,7 +52,7 @@ class Validation:
 
 
 def jit_restore(losses: Losses, mesh: Mesh) -> Callable[[Student, Base, Record], tuple[jax.Array, jax.Array]]:
-    """`(student, base, batch) -> (pictures, errors)`: (B, H, W, 3) uint8 and the latents' (B,) mean squared errors."""
+    """Jits `(student, base, batch) -> (pictures, errors)`: (B, H, W, 3) uint8, and the latents' mean squared errors (B,)."""
 
     def restore(student: Student, base: Base, record: Record) -> tuple[jax.Array, jax.Array]:
         batch = losses.batch(base, record, None)

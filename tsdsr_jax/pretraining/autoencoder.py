@@ -1,4 +1,4 @@
-"""Training an autoencoder on photographs: L1, gradients at several scales, a small KL term, optionally LPIPS."""
+"""The loss of an autoencoder on photographs: L1, gradients at several scales, a small KL term, optionally LPIPS."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tsdsr_jax.models.params import Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL, Posterior, VAEConfig
 from tsdsr_jax.training.batch import Metrics, to_unit
 
-# Pixels that the gradients are taken over; edges and texture of these widths count by themselves.
+# Gradients are compared at these scales, in pixels, so that edges and texture of each width count.
 GRADIENT_SCALES = (1, 2, 4)
-# Of a new autoencoder's posteriors: a deviation of 0.05.
+# Log-variance of a new autoencoder's posteriors: a standard deviation of 0.05.
 FIRST_LOGVAR = -6.0
-# Kernels that a residual branch ends with.
+# The last kernel of every residual branch.
 LAST_OF_BRANCH = ("conv2/kernel", "to_out_0/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """Weights of the losses, each of which is a mean over pixels or latents of images in [−1, 1].
+    """Weights of the losses. Each loss is a mean over pixels or latents of images in [−1, 1].
 
     Attributes:
-      gradient: of the absolute differences of gradients; sharpens what L1 alone leaves blurred.
-      kl: of the posterior's divergence from the standard normal. Small: it keeps latents together, and smooth.
-      lpips: of the perceptual distance.
+      gradient: weight of the absolute differences of gradients, which sharpens what L1 alone leaves blurred.
+      kl: weight of the posterior's divergence from the standard normal; a small one keeps latents compact and smooth.
+      lpips: weight of the perceptual distance.
     """
 
     gradient: float = 1.0
@@ -41,10 +41,10 @@ class AutoencoderConfig:
 
 
 def new_autoencoder_params(config: VAEConfig, key: jax.Array) -> Tree:
-    """An autoencoder's parameters to begin from nothing with: as its layers initialise them, but for two things.
+    """Initializes an autoencoder's parameters, as its layers do except for two things.
 
-    Every residual branch begins at zero, so that depth is no hindrance (Goyal et al. 2017, §5.1), and posteriors begin
-    narrow: a deviation of 1 would bury what little the decoder can read at first.
+    Every residual branch starts at zero, so that deep networks train well (Goyal et al. 2017, §5.1). Posteriors start
+    narrow, because a standard deviation of 1 would drown the little information that the decoder can use at first.
     """
     leaves = flatten_dict(init_params(config, key), sep="/")
     for name, leaf in leaves.items():
@@ -56,39 +56,39 @@ def new_autoencoder_params(config: VAEConfig, key: jax.Array) -> Tree:
 
 
 class Frozen(NamedTuple):
-    """What is not trained: LPIPS's parameters; {} without LPIPS."""
+    """What is not trained: the parameters of LPIPS; {} without LPIPS."""
 
     lpips: Tree = {}  # noqa: RUF012 (a NamedTuple's default, which nobody changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderLoss:
-    """The loss as a function of the autoencoder's parameters; holds the modules, no parameters."""
+    """The loss as a function of the autoencoder's parameters. Holds the modules but no parameters."""
 
     vae: AutoencoderKL
     config: AutoencoderConfig
     lpips: LPIPS | None = None
 
     def posterior(self, params: Tree, images: jax.Array) -> Posterior:
-        """(B, H, W, 3) in [−1, 1] -> float32."""
+        """Encodes images (B, H, W, 3) in [−1, 1] to a float32 posterior."""
         posterior: Any = self.vae.apply({"params": params}, images, method="encode")
         return posterior
 
     def decode(self, params: Tree, latents: jax.Array) -> jax.Array:
-        """(B, h, w, C), not scaled -> (B, H, W, 3) float32, not clamped."""
+        """Decodes unscaled latents (B, h, w, C) to images (B, H, W, 3) float32, not clamped."""
         images: Any = self.vae.apply({"params": params}, latents, method="decode")
         return images.astype(jnp.float32)
 
     def of_batch(
         self, params: Tree, frozen: Frozen, record: Record, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The loss of a batch of photographs, with a sample of each posterior; and what to log."""
+        """Computes the loss of a batch of photographs, with one sample from each posterior, and what to log."""
         return self(params, frozen, to_unit(record.hr), key)
 
     def __call__(
         self, params: Tree, frozen: Frozen, images: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The weighted sum of the losses of images (B, H, W, 3) in [−1, 1], and every part of it."""
+        """Computes the weighted sum of the losses of images (B, H, W, 3) in [−1, 1], and each of its parts."""
         posterior = self.posterior(params, images)
         latents = posterior.sample(jax.random.normal(key, posterior.mean.shape))
         rebuilt = self.decode(params, latents)
@@ -109,10 +109,12 @@ class AutoencoderLoss:
 def gradient_distance(
     first: jax.Array, second: jax.Array, scales: Sequence[int] = GRADIENT_SCALES
 ) -> jax.Array:
-    """Mean absolute difference of horizontal and vertical gradients, averaged over scales (2×2 means each).
+    """Computes the mean absolute difference of horizontal and vertical gradients, averaged over the scales.
+
+    At scale s, gradients are taken between means of s×s pixels.
 
     Args:
-      first, second: (B, H, W, C), sides larger than the largest scale.
+      first, second: (B, H, W, C), with sides larger than the largest scale.
     """
     difference = first - second  # gradients and means are linear
     total = jnp.zeros(())
@@ -123,12 +125,14 @@ def gradient_distance(
 
 
 def divergence(posterior: Posterior) -> jax.Array:
-    """KL divergence from the standard normal, mean over latents."""
+    """Computes the KL divergence from the standard normal, averaged over latents."""
     mean, logvar = posterior
     return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
 
 
 def latent_deviation(posterior: Posterior) -> jax.Array:
-    """Standard deviation of a posterior's samples, over all of them; the scaling factor is its inverse (Rombach et al.
-    2022, §G)."""
+    """Computes the standard deviation of the posterior's samples.
+
+    The scaling factor is its inverse (Rombach et al. 2022, §G).
+    """
     return jnp.sqrt(posterior.mean.var() + jnp.exp(posterior.logvar).mean())

@@ -1,4 +1,4 @@
-"""What an autoencoder makes of a few fixed photographs: figures, and pictures to look at."""
+"""Validates an autoencoder on a few fixed photographs: metrics, and pictures to look at."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TITLES = ("photograph", "rebuilt", "four times the difference")
 
 
 class AutoencoderValidation:
-    """Rebuilds fixed photographs at the posterior's mean.
+    """Reconstructs fixed photographs from the posterior's mean.
 
     Args:
-      loss: for the networks.
-      mesh: the devices; each takes its share of the samples.
+      loss: provides the networks.
+      mesh: the devices; each takes a share of the samples.
       records: samples with `hr`; all are measured.
-      shown: the first so many go onto the sheet.
+      shown: how many of them, from the first, are shown on the sheet.
     """
 
     def __init__(self, loss: AutoencoderLoss, mesh: Mesh, records: Sequence[Record], shown: int):
@@ -54,7 +54,7 @@ class AutoencoderValidation:
         return rebuilt, Posterior(mean, logvar)
 
     def __call__(self, params: Tree) -> tuple[dict[str, float], Image.Image]:
-        """Mean PSNR (RGB, dB), divergence and deviation of the latents; and the comparison sheet."""
+        """Returns the mean PSNR (RGB, dB), the latents' divergence and standard deviation, and the comparison sheet."""
         rebuilt, posterior = self._posteriors(params)
         photographs = [image_of(record.hr) for record in self.records]
         ratios = [psnr(image, photograph) for image, photograph in zip(rebuilt, photographs, strict=True)]
@@ -71,5 +71,5 @@ class AutoencoderValidation:
         return values, comparison_sheet(rows, TITLES)
 
     def scaling_factor(self, params: Tree) -> float:
-        """What brings these photographs' latents to a deviation of 1."""
+        """Returns the factor that gives these photographs' latents a standard deviation of 1."""
         return 1 / float(latent_deviation(self._posteriors(params)[1]))

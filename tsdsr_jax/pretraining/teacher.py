@@ -1,7 +1,7 @@
-"""Training a flow-matching network on photographs' latents: the teacher's LoRA, or all weights of a transformer.
+"""The flow-matching loss on photographs' latents, to train the teacher's LoRA or all weights of a transformer.
 
-TSD-SR's teacher is SD3 with a LoRA that was fine-tuned on high-resolution photographs with this loss only; its authors have
-not released that training. Noise levels follow SD3 (Esser et al. 2024, §3.1): logit-normal in the schedule's index.
+TSD-SR's teacher is SD3 with a LoRA that was fine-tuned on high-resolution photographs with this loss only. Its authors have
+not released that training code. Noise levels follow SD3 (Esser et al. 2024, §3.1): logit-normal in the schedule's index.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from tsdsr_jax.models.params import Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.training.batch import Metrics, latents_of, text_of
 
-# The schedule's positions are no weight: checkpoints store them, but nobody trains them.
+# The position table: checkpoints store it, but it is never trained.
 FIXED = ("pos_embed/table",)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    """What is trained for.
+    """Settings of the loss.
 
     Attributes:
-      shift: of the noise schedule.
-      logit_mean, logit_std: of the logit-normal distribution of the schedule's index; 0 is pure noise.
-      prompt_dropout: probability of the empty prompt instead of the photograph's, for guidance.
+      shift: shift of the noise schedule.
+      logit_mean, logit_std: parameters of the logit-normal distribution of the schedule's index; index 0 is pure noise.
+      prompt_dropout: probability of using the empty prompt instead of the photograph's, which makes guidance possible.
     """
 
     shift: float = 3.0
@@ -42,13 +42,13 @@ class FlowConfig:
 
 
 class FlowBase(NamedTuple):
-    """All that stays as it is while training.
+    """Everything that stays constant during training.
 
     Attributes:
-      transformer: the parameters that are not trained.
-      vae: the autoencoder's.
+      transformer: the transformer's parameters that are not trained.
+      vae: the autoencoder's parameters.
       null: text of the empty prompt, (1, S, D) and (1, P).
-      default: text of photographs that have none of their own, where all have none.
+      default: text for photographs without prompts; None if they have their own.
     """
 
     transformer: Tree
@@ -63,16 +63,16 @@ class FlowDraws(NamedTuple):
     Attributes:
       noise: (B, h, w, C) standard normal.
       index: (B,) schedule indices.
-      dropped: (B,) whether the prompt is left out.
+      dropped: (B,) whether the empty prompt replaces the sample's own.
     """
 
     noise: jax.Array
-    index: jax.Array  # type: ignore[assignment]  # hides tuple.index, which is of no use here
+    index: jax.Array  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     dropped: jax.Array
 
     @classmethod
     def from_key(cls, key: jax.Array, latent_shape: tuple[int, ...], config: FlowConfig) -> FlowDraws:
-        """Draws the random numbers for latents (B, h, w, C); each sample has its own."""
+        """Draws all random numbers for latents (B, h, w, C), separately for each sample."""
         keys = jax.random.split(key, 3)
         batch = latent_shape[:1]
         uniform = jax.nn.sigmoid(config.logit_mean + config.logit_std * jax.random.normal(keys[1], batch))
@@ -83,12 +83,12 @@ class FlowDraws(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FlowLoss:
-    """The loss as a function of what is trained; holds the modules, no parameters.
+    """The loss as a function of the trained parameters. Holds the modules but no parameters.
 
     Attributes:
       mmdit, vae: SD3's networks, in the computation dtype.
       config: see `FlowConfig`.
-      adapter: whether a LoRA is trained; otherwise the transformer's own parameters.
+      adapter: whether a LoRA is trained, or the transformer's own parameters.
     """
 
     mmdit: MMDiT
@@ -99,7 +99,7 @@ class FlowLoss:
     def velocity(
         self, trained: Tree, base: FlowBase, latents: jax.Array, timestep: jax.Array, text: Text
     ) -> jax.Array:
-        """The transformer with what is trained; float32 out."""
+        """Evaluates the transformer with the trained parameters; returns float32."""
         if self.adapter:
             variables = {"params": base.transformer, "lora": trained}
         else:
@@ -110,7 +110,7 @@ class FlowLoss:
     def __call__(
         self, trained: Tree, base: FlowBase, latents: jax.Array, text: Text, draws: FlowDraws
     ) -> jax.Array:
-        """Flow matching at the drawn noise levels, some prompts left out."""
+        """Computes the flow-matching loss at the drawn noise levels, with some prompts dropped."""
         sigma = jnp.asarray(flow.sigmas(self.config.shift))[draws.index]
         noisy = flow.add_noise(latents, draws.noise, sigma)
         text = Text(
@@ -123,7 +123,7 @@ class FlowLoss:
     def of_batch(
         self, trained: Tree, base: FlowBase, record: Record, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The loss of a batch at random noise levels, and what to log."""
+        """Computes the loss of a batch at random noise levels, and what to log."""
         keys = jax.random.split(key)
         latents = latents_of(self.vae, base.vae, record, keys[0])
         draws = FlowDraws.from_key(keys[1], latents.shape, self.config)
@@ -131,17 +131,19 @@ class FlowLoss:
         return value, {"flow": value}
 
 
-# --- what is trained ------------------------------------------------------------------------------
+# --- trained parameters ---------------------------------------------------------------------------
 
 
 def new_adapter(shapes: Tree, rank: int, key: jax.Array) -> Tree:
-    """The teacher's adapter, on the modules that the student's has, changing nothing yet."""
+    """Creates the teacher's adapter, on the same modules as the student's; at first it changes nothing."""
     return lora.init(key, shapes, lora.STUDENT_TARGETS, rank)
 
 
 def new_transformer_params(config: MMDiTConfig, key: jax.Array) -> Tree:
-    """A transformer's parameters to begin from nothing with: modulations and the last layer at 0, so that every block is
-    the identity and the velocity 0 (Peebles & Xie 2023, §3.2); LeCun's normal elsewhere.
+    """Initializes a transformer's parameters.
+
+    Modulations and the last layer start at 0, so that every block is the identity and the velocity is 0 (Peebles & Xie 2023,
+    §3.2). All others use LeCun's normal initialization.
     """
     leaves = flatten_dict(init_params(config, key), sep="/")
     zeroed = {path: jnp.zeros_like(leaf) if _starts_at_zero(path) else leaf for path, leaf in leaves.items()}
@@ -149,12 +151,12 @@ def new_transformer_params(config: MMDiTConfig, key: jax.Array) -> Tree:
 
 
 def _starts_at_zero(path: str) -> bool:
-    # A module called `linear` is a modulation; the embeddings' are linear_1 and linear_2.
+    # Modules named `linear` are modulations; those of embeddings are named linear_1 and linear_2.
     return path.startswith("proj_out/") or "/linear/" in path
 
 
 def split_fixed(params: Tree) -> tuple[Tree, Tree]:
-    """A transformer's parameters that are trained, and those that never are."""
+    """Splits a transformer's parameters into those that are trained and those that never are."""
     leaves = flatten_dict(params, sep="/")
     parts = (
         {path: leaf for path, leaf in leaves.items() if (path in FIXED) == fixed} for fixed in (False, True)
@@ -164,7 +166,7 @@ def split_fixed(params: Tree) -> tuple[Tree, Tree]:
 
 
 def fixed_params(config: MMDiTConfig) -> Tree:
-    """What a new transformer has that is never trained, as host arrays."""
+    """Creates the parameters of a new transformer that are never trained, as host arrays."""
     return unflatten_dict({FIXED[0]: sincos_table(config)}, sep="/")
 
 

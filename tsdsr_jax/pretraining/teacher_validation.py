@@ -1,4 +1,4 @@
-"""What a flow-matching network makes of a few fixed samples: its loss at fixed noise levels, and pictures to look at."""
+"""Validates a flow-matching network on a few fixed samples: its loss at fixed noise levels, and pictures to look at."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tsdsr_jax.training.batch import decode, latents_of, text_of
 from tsdsr_jax.training.sharding import replicated
 from tsdsr_jax.training.validation import image_of, place_samples
 
-# Schedule indices of the loss, and the one whose estimate is shown: much noise to little; σ there is 0.96, 0.86, 0.67, 0.33.
+# Schedule indices at which the loss is measured, with σ = 0.96, 0.86, 0.67 and 0.33, and the position of the one that is
+# shown.
 INDICES = (100, 330, 600, 860)
 SHOWN = 2
 TITLES = ("photograph", "with noise", "one step", "from noise")
@@ -31,12 +32,12 @@ TITLES = ("photograph", "with noise", "one step", "from noise")
 def sample(
     loss: FlowLoss, trained: Tree, base: FlowBase, noise: jax.Array, text: Text, steps: int, guidance: float
 ) -> jax.Array:
-    """Latents from noise, by Euler steps along the schedule with guidance; (B, h, w, C).
+    """Generates latents (B, h, w, C) from noise, by guided Euler steps along the schedule.
 
     Args:
       noise: (B, h, w, C) standard normal.
       text: (B, S, D) and (B, P).
-      steps: evaluations of both prompts.
+      steps: number of Euler steps.
       guidance: scale of classifier-free guidance.
     """
     sigma = jnp.append(
@@ -53,14 +54,14 @@ def sample(
 
 
 class TeacherValidation:
-    """Measures and shows, on the same noise every time.
+    """Measures the loss and draws pictures, with the same noise every time.
 
     Args:
-      loss: for the networks.
-      mesh: the devices; each takes its share of the samples.
-      base: frozen arrays, in place.
+      loss: provides the networks.
+      mesh: the devices; each takes a share of the samples.
+      base: frozen arrays, already on the devices.
       records: samples with `hr`.
-      steps, guidance: of the pictures made from noise.
+      steps, guidance: settings for the pictures that are generated from noise.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class TeacherValidation:
                 errors = jnp.square(velocity - (noise - clean)).mean((1, 2, 3))
                 return errors, noisy, flow.to_clean(noisy, velocity, sigma)
 
-            # One after the other: each network is compiled once, and one level's activations are there at a time.
+            # One level after the other, so that networks are compiled once and only one level's activations are in memory.
             levels = jnp.asarray(flow.sigmas(loss.config.shift))[np.array(INDICES)]
             errors, noisy, estimate = jax.lax.map(at, levels)
             made = sample(loss, trained, base, noise, text, steps, guidance)
@@ -99,9 +100,9 @@ class TeacherValidation:
         self._look = jax.jit(look, out_shardings=replicated(mesh))
 
     def __call__(self, trained: Tree) -> tuple[dict[str, float], Image.Image]:
-        """The mean loss over samples and noise levels, and the comparison sheet."""
+        """Returns the mean loss over samples and noise levels, and the comparison sheet."""
         count = len(self.records)
-        # A key of its own for each batch: another seed of the run sees the same noise.
+        # The key depends on the batch's number only, so runs with different seeds see the same noise.
         looks = [
             self._look(trained, self.base, batch, jax.random.key(number))
             for number, batch in enumerate(self._batches)
@@ -121,5 +122,5 @@ class TeacherValidation:
 
 
 def _picture(vae: AutoencoderKL, params: Tree, latents: jax.Array) -> jax.Array:
-    """(B, H, W, 3) uint8."""
+    """Decodes latents to images (B, H, W, 3) uint8."""
     return jnp.round((decode(vae, params, latents) + 1) * 127.5).astype(jnp.uint8)

@@ -1,4 +1,4 @@
-"""The teacher's weights: what training begins from, and the files that a checkpoint exports."""
+"""The teacher's weights: creates or loads them for the start of training, and exports them for a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TransformerStart(NamedTuple):
 
 
 def start_lora(networks: Networks, rank: int, seed: int, lora: Tree | None) -> TransformerStart:
-    """The frozen transformer with a LoRA to train: the given one, or a new one."""
+    """Loads the frozen transformer; trains the given LoRA, or a new one."""
     ((frozen, digest),) = networks.load([networks.transformer])
     if lora is None:
         beginning = Beginning(lambda _: {NETWORK: _new_lora(networks, rank, seed)})
@@ -58,7 +58,7 @@ def start_lora(networks: Networks, rank: int, seed: int, lora: Tree | None) -> T
 
 
 def start_from_scratch(networks: Networks, seed: int) -> TransformerStart:
-    """A transformer with new weights, all of them trained."""
+    """Creates a transformer with new weights; all of them are trained."""
     config, whole = networks.mmdit_config, replicated(networks.mesh)
     key = jax.random.key(seed)
     frozen = jax.tree.map(lambda leaf: global_array(leaf, whole), fixed_params(config))
@@ -68,7 +68,7 @@ def start_from_scratch(networks: Networks, seed: int) -> TransformerStart:
 
 
 def start_from_base(networks: Networks, new: bool) -> TransformerStart:
-    """The checkpoint's transformer, all of its weights trained; a resumed run (not `new`) needs only their shapes."""
+    """Loads a transformer; all weights are trained. A resumed run (not `new`) keeps only their shapes."""
     # Master weights are float32, whatever the computation dtype is.
     ((params, digest),) = dataclasses.replace(networks, dtype=jnp.float32).load([networks.transformer])
     trained, frozen = split_fixed(params)
@@ -85,15 +85,15 @@ def _new_lora(networks: Networks, rank: int, seed: int) -> Tree:
 
 
 def teacher_file(path: Path) -> Path:
-    """The teacher's LoRA: the file itself, or `TEACHER_FILE` in a folder."""
+    """Returns the file of a teacher's LoRA: the path itself, or `TEACHER_FILE` in this folder."""
     return path / TEACHER_FILE if path.is_dir() else path
 
 
 def load_starting_lora(path: Path, networks: Networks, rank: int) -> Tree:
-    """Loads a LoRA to start from.
+    """Loads a LoRA to continue training from.
 
     Raises:
-      UserError: its modules or ranks differ from those that are trained.
+      UserError: its modules or ranks differ from those to be trained.
     """
     adapter = load_lora(path, networks.transformer.config)
     check_rank(adapter, rank, path, "--rank")
@@ -102,7 +102,7 @@ def load_starting_lora(path: Path, networks: Networks, rank: int) -> Tree:
 
 
 def teacher_files(networks: Networks, state: TrainState) -> Files:
-    """The LoRA in PEFT's layout; its moving average in a folder of its own."""
+    """Exports the LoRA in PEFT's layout; its moving average has its own folder."""
     return {
         folder + TEACHER_FILE: write_lora(jax.tree.map(on_host, tree), networks.transformer.config)
         for folder, tree in state.exported().items()
@@ -110,10 +110,10 @@ def teacher_files(networks: Networks, state: TrainState) -> Files:
 
 
 def model_files(networks: Networks, shift: float, fixed: Tree, state: TrainState) -> Files:
-    """A checkpoint folder in diffusers' layout, with the unchanged autoencoder; another one of the moving average.
+    """Exports a checkpoint folder in diffusers' layout, with the unchanged autoencoder, and another for the moving average.
 
     Args:
-      shift: of the noise schedule.
+      shift: shift of the noise schedule.
       fixed: the transformer's parameters that are not trained.
     """
     vae = dict(write_base(to_tree(networks.vae.leaves()), networks.vae.config))

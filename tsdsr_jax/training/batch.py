@@ -1,4 +1,4 @@
-"""What every loss makes of a batch on the devices: images in [−1, 1], latents, texts.
+"""Reads a batch the way every loss needs it: as images in [−1, 1], latents and texts.
 
 A batch is a `Record` whose parts are arrays on the devices, with a leading axis B.
 """
@@ -23,7 +23,7 @@ def to_unit(images: ArrayLike | None) -> jax.Array:
     """Converts uint8 images to float32 in [−1, 1].
 
     Raises:
-      ValueError: there are none.
+      ValueError: there are no images.
     """
     if images is None:
         raise ValueError("these samples have no images")
@@ -33,7 +33,7 @@ def to_unit(images: ArrayLike | None) -> jax.Array:
 def encode(vae: AutoencoderKL, params: Tree, images: jax.Array, key: jax.Array | None) -> jax.Array:
     """Encodes images (B, H, W, 3) in [−1, 1] to latents (B, h, w, C) float32, times the scaling factor.
 
-    With a key, they are a sample of each posterior; without, its mean.
+    With a key, each latent is sampled from its posterior; without one, it is the posterior's mean.
     """
     posterior: Any = vae.apply({"params": params}, images, method="encode")
     latent = posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
@@ -47,14 +47,14 @@ def decode(vae: AutoencoderKL, params: Tree, latents: jax.Array) -> jax.Array:
 
 
 def latents_of(vae: AutoencoderKL, params: Tree, batch: Record, key: jax.Array | None) -> jax.Array:
-    """The batch's latents (B, h, w, C) float32; photographs without latents are encoded, see `encode`."""
+    """Returns the batch's latents (B, h, w, C) float32, encoding the photographs where there are none; see `encode`."""
     if batch.latent_hr is not None:
         return jnp.asarray(batch.latent_hr, jnp.float32)
     return encode(vae, params, to_unit(batch.hr), key)
 
 
 def text_of(batch: Record, default: Text | None) -> Text:
-    """The images' own prompts, (B, S, D) and (B, P), or the default prompt for each where they have none.
+    """Returns the images' own prompts, (B, S, D) and (B, P), or the default prompt for each image.
 
     Raises:
       ValueError: there is neither.
@@ -68,6 +68,6 @@ def text_of(batch: Record, default: Text | None) -> Text:
 
 
 def repeated(text: Text, count: int) -> Text:
-    """One text, (1, S, D) and (1, P), for every sample: (B, S, D) and (B, P)."""
+    """Repeats one text, (1, S, D) and (1, P), for every sample: (B, S, D) and (B, P)."""
     states, pooled = (jnp.broadcast_to(part, (count, *part.shape[1:])) for part in text)
     return Text(states, pooled)

@@ -1,11 +1,11 @@
-"""Checkpoints of a training run, with Orbax: complete or absent, the state written in the background, the latest few kept.
+"""Checkpoints of a training run, saved by Orbax in the background. Each is complete or absent; the latest few are kept.
 
     OUTPUT/checkpoint_0005000/state      every leaf of the training state, float32 or int32
-    OUTPUT/checkpoint_0005000/meta       what the run was: step, place in the data, hashes, flags (JSON)
-    OUTPUT/checkpoint_0005000/lora       the adapters as PyTorch users load them (PEFT's layout); where whole networks are
-                                         trained, `model` instead, a checkpoint folder in diffusers' layout
+    OUTPUT/checkpoint_0005000/meta       a description of the run: step, position in the data, hashes, flags (JSON)
+    OUTPUT/checkpoint_0005000/lora       the adapters in PEFT's layout, for PyTorch users
+    OUTPUT/checkpoint_0005000/model      instead of `lora` where whole networks are trained: a folder in diffusers' layout
 
-The frozen base is not saved, only its hash.
+Of the frozen base, only a hash is saved.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from tsdsr_jax.weights.tensor_files import save_tensors
 PREFIX, DIGITS = "checkpoint", 7
 STATE, META, LORA, MODEL = "state", "meta", "lora", "model"
 META_KEYS = {"step", "samples", "rows", "identity", "options"}
-# File name -> its tensors, or its text.
+# File name -> tensors or text.
 Files = Mapping[str, Mapping[str, np.ndarray] | str]
 
 
 class _FilesHandler(ocp.CheckpointHandler):
-    """Writes files into a checkpoint, so that they appear with the rest of it or not at all."""
+    """Writes extra files into a checkpoint, so that they appear together with the rest of it or not at all."""
 
     def save(self, directory: Path, args: _FilesSave) -> None:
         if jax.process_index() == 0:
@@ -49,7 +49,7 @@ class _FilesHandler(ocp.CheckpointHandler):
                     save_tensors(path, content, {"format": "pt"})
 
     def restore(self, directory: Path, args: Any = None) -> None:
-        raise NotImplementedError("these files are for others to read")
+        raise NotImplementedError("these files are exported only")
 
 
 @ocp.args.register_with_handler(_FilesHandler, for_save=True)
@@ -61,7 +61,7 @@ class _FilesSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(_FilesHandler, for_restore=True)
 @dataclasses.dataclass
 class _FilesRestore(ocp.args.CheckpointArgs):
-    """Orbax wants a pair; nothing is restored from these files."""
+    """Required by Orbax as the counterpart of `_FilesSave`; nothing is restored from these files."""
 
 
 class Checkpoints:
@@ -69,15 +69,15 @@ class Checkpoints:
 
     Args:
       folder: the run's output folder.
-      keep: how many of the latest to keep; None: all.
-      note: told, in a line, when one could not be saved.
-      export: name of the folder of files for others.
+      keep: how many of the latest checkpoints to keep; None keeps all.
+      note: called with a one-line message when a checkpoint could not be saved.
+      export: name of the folder of exported files.
     """
 
     def __init__(self, folder: Path, keep: int | None, note: Callable[[str], object], export: str = LORA):
         self.folder, self.keep, self.note, self.export = folder.resolve(), keep, note, export
         self.failed: str | None = None
-        self._pending: int | None = None  # the step being saved
+        self._pending: int | None = None  # the step that is being saved
         _quiet()
         self._manager = self._open()
 
@@ -100,16 +100,16 @@ class Checkpoints:
         return self.folder / f"{PREFIX}_{step:0{DIGITS}d}"
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], files: Files) -> bool:
-        """Starts to save; returns before the state is written, though after `files` are, and no longer needs `state`.
+        """Starts to save a checkpoint. Returns once `files` are written; `state` is copied and written in the background.
 
-        A failure, of this or of the save before, does not end the run: it is noted, and the checkpoints that there are
-        stay. `failed` says so until a later save succeeds.
+        A failure of this save or the previous one does not end the run: it is noted, and existing checkpoints stay.
+        `failed` holds the reason until a later save succeeds.
 
         Returns:
-          Whether the save has begun.
+          Whether the save has started.
         """
         if not self.wait():
-            self.note("the checkpoint before this one was not saved; trying again with this one")
+            self.note("the previous checkpoint was not saved; saving a new one now")
         try:
             args = {
                 STATE: ocp.args.StandardSave(to_host(state)),
@@ -119,14 +119,14 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except (
             Exception
-        ) as error:  # the disk, the file system's client, Orbax: whatever it is, training goes on
+        ) as error:  # from the disk, the file system or Orbax: whatever it is, training continues
             self._give_up(error)
             return False
         self._pending = step
         return True
 
     def wait(self) -> bool:
-        """Waits for the save under way; whether it, if any, is complete."""
+        """Waits for the save in progress, if any; returns whether it succeeded."""
         if self._pending is None:
             return True
         step, self._pending = self._pending, None
@@ -134,7 +134,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             if not self.path(step).is_dir():
-                raise OSError(f"{self.path(step)} is not there")
+                raise OSError(f"{self.path(step)} is missing")
         except Exception as error:  # as above
             self._give_up(error)
             return False
@@ -144,15 +144,15 @@ class Checkpoints:
     def _give_up(self, error: Exception) -> None:
         reason = reason_of(error)
         if jax.process_count() > 1:
-            # The others know nothing of it, and none could go on without them.
+            # The other processes do not know about it, and this one cannot continue without them.
             raise UserError(
                 f"{self.folder}: a checkpoint could not be saved ({reason}); earlier ones are kept"
             ) from None
         self.failed = reason
         self.note(
-            f"{self.folder}: a checkpoint could not be saved ({reason}); earlier ones are kept, training goes on"
+            f"{self.folder}: a checkpoint could not be saved ({reason}); earlier ones are kept, training continues"
         )
-        # A new manager: the old one believes in the checkpoint that failed, and perhaps in the removal of an old one.
+        # A new manager: the old one still counts the failed checkpoint, and may have counted an old one as removed.
         with suppress(Exception):  # it raises the same error again
             self._manager.close()
         self._manager = self._open()
@@ -163,12 +163,12 @@ class Checkpoints:
 
 
 def _quiet() -> None:
-    """Orbax reports every step it takes, and failures with a traceback besides raising them."""
+    """Silences Orbax, which logs every step it takes and prints a traceback for failures that it also raises."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def reason_of(error: BaseException) -> str:
-    """The part of a long error that a person needs."""
+    """Returns the part of a long error message that a user needs."""
     text = str(error)
     seen: BaseException | None = error
     while seen is not None:
@@ -183,7 +183,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def to_host(state: Any) -> dict[str, np.ndarray]:
-    """Leaf name -> a host copy of every leaf, which later steps do not reach."""
+    """Copies every leaf to the host, by its name; later training steps do not change the copies."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     for _, leaf in leaves:
         if is_here(leaf):
@@ -192,12 +192,12 @@ def to_host(state: Any) -> dict[str, np.ndarray]:
 
 
 def is_here(leaf: jax.Array) -> bool:
-    """Whether this process has all of an array."""
+    """Whether this process holds the whole array."""
     return leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def on_host(leaf: jax.Array) -> np.ndarray:
-    """A host copy, gathered from the other processes where they have parts; all processes must ask for it."""
+    """Copies an array to the host, gathering it if processes hold parts of it. Then every process must call this."""
     return np.array(leaf if is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True), copy=True)
 
 
@@ -206,20 +206,20 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def find(folder: Path, wanted: str) -> Path | None:
-    """The checkpoint a `--resume_from_checkpoint` flag means.
+    """Finds the checkpoint that `--resume_from_checkpoint` names.
 
     Args:
       folder: the run's output folder.
       wanted: "latest", or a checkpoint's path or name.
 
     Returns:
-      Its folder; None for "latest" where there is none yet.
+      Its folder; None for "latest" if there is no checkpoint yet.
 
     Raises:
-      UserError: no such checkpoint, or an incomplete one.
+      UserError: there is no such checkpoint, or it is incomplete.
     """
     if wanted == "latest":
-        # By their own names, too: a link with another is the user's.
+        # Checks the entry's own name, too: a link with a different name was made by the user.
         numbered = (path for path in folder.glob(f"{PREFIX}_*") if re.fullmatch(rf"{PREFIX}_\d+", path.name))
         found = [(step, path) for path in numbered if (step := step_of(path)) is not None]
         return max(found)[1] if found else None
@@ -229,7 +229,7 @@ def find(folder: Path, wanted: str) -> Path | None:
                 inside = [str(p) for p in sorted(path.glob(f"{PREFIX}_*")) if step_of(p) is not None]
                 hint = f"; did you mean {inside[-1]}?" if inside else ""
                 raise UserError(
-                    f"{path}: not a checkpoint of this program (they are called {PREFIX}_NUMBER){hint}"
+                    f"{path}: not a checkpoint of this program (expected a folder named {PREFIX}_NUMBER){hint}"
                 )
             return path
     raise UserError(
@@ -238,14 +238,14 @@ def find(folder: Path, wanted: str) -> Path | None:
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a complete checkpoint's folder, None for anything else."""
-    path = path.resolve()  # a link may be called otherwise, and `..` is no name
+    """Returns the step of a complete checkpoint's folder; None for anything else."""
+    path = path.resolve()  # a link may have another name, and `..` has none
     match = re.fullmatch(rf"{PREFIX}_(\d+)", path.name)
     return int(match[1]) if match and path.is_dir() and ocp.utils.is_checkpoint_finalized(path) else None
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """A checkpoint's `meta`.
+    """Reads a checkpoint's `meta`.
 
     Raises:
       UserError: it cannot be read.
@@ -253,7 +253,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = ocp.JsonCheckpointHandler().restore(path / META)
         missing = sorted(META_KEYS - meta.keys())
-    except Exception as error:  # damaged in whatever way
+    except Exception as error:  # damaged in any way
         raise UserError(
             f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another"
         ) from None
@@ -263,16 +263,16 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path, like: Any) -> Any:
-    """A checkpoint's state, as host arrays in the structure of `like` (a `TrainState` of arrays or shapes).
+    """Reads a checkpoint's state as host arrays, in the structure of `like` (a `TrainState` of arrays or shapes).
 
-    Checkpoints of earlier versions are read by the names that their leaves had.
+    Checkpoints of earlier versions, whose leaves had other names, are read, too.
 
     Raises:
-      UserError: damaged, or of another structure; the first leaves that differ are named.
+      UserError: it is damaged or has another structure; the message names the first leaves that differ.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [leaf_name(key) for key, _ in leaves]
-    state = path.resolve() / STATE  # Orbax finds nothing by a relative path
+    state = path.resolve() / STATE  # Orbax needs an absolute path
     _quiet()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -288,14 +288,14 @@ def read_state(path: Path, like: Any) -> Any:
             found = checkpointer.restore(state, target)
     except UserError:
         raise
-    except Exception as error:  # damaged in whatever way
+    except Exception as error:  # damaged in any way
         raise UserError(
             f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another"
         ) from None
     return jax.tree_util.tree_unflatten(structure, [found[name] for name in names])
 
 
-# Before there was one state for all networks, leaves had these names. The first column is a pattern of today's.
+# Today's leaf names (a pattern), and what they were before all networks shared one kind of state.
 _EARLIER_NAMES = (
     (r"trained\.(student|auxiliary)\.", r"\1."),
     (r"optimizer\.(student|auxiliary)\.", r"\1_optimizer."),
@@ -305,7 +305,7 @@ _EARLIER_NAMES = (
 
 
 def _stored_names(names: Sequence[str], stored: Mapping[str, Any]) -> list[str]:
-    """The names of a state's leaves in a checkpoint: as they are, or as an earlier version had them."""
+    """Returns the names of a state's leaves in a checkpoint: today's, or those of an earlier version."""
     earlier = list(names)
     for pattern, replacement in _EARLIER_NAMES:
         earlier = [re.sub(f"^{pattern}", replacement, name) for name in earlier]
@@ -326,7 +326,7 @@ def _check_leaves(path: Path, target: Mapping[str, np.ndarray], stored: Mapping[
 
 
 class Hash:
-    """A hash of named arrays, of their values in the order given."""
+    """A hash of named arrays, over their values in the order they are added."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Encodes photographs to the latents of a prepared set, on all devices."""
+"""Encodes photographs to latents for a prepared set, on all devices."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tsdsr_jax.training.batch import to_unit
 from tsdsr_jax.training.networks import Networks
 from tsdsr_jax.training.sharding import batch_sharding
 
-_NOISE_STREAM = 0x6C617465  # keeps the posteriors' noise apart from other draws
+_NOISE_STREAM = 0x6C617465  # separates the posteriors' noise from other random draws
 
 
 class LatentEncoder:
-    """Photographs to latents, on all devices of a mesh.
+    """Encodes photographs to latents, on all devices of a mesh.
 
     Args:
-      networks: for the autoencoder and the mesh.
-      vae: its parameters.
+      networks: provides the autoencoder and the mesh.
+      vae: the autoencoder's parameters.
       batch: images per device.
-      seed: of the posteriors' noise.
+      seed: seed of the posteriors' noise.
     """
 
     def __init__(self, networks: Networks, vae: Tree, batch: int, seed: int):
@@ -41,13 +41,13 @@ class LatentEncoder:
         self._encode = encode
 
     def noise(self, position: int, height: int, width: int) -> np.ndarray:
-        """Of the sample at a position of the plan, (h, w, C), whatever it is encoded together with."""
+        """Draws the noise (h, w, C) of the sample at a position of the plan; it does not depend on the rest of the batch."""
         factor, channels = self.networks.vae_config.factor, self.networks.vae_config.latent_channels
         generator = np.random.default_rng([_NOISE_STREAM, self.seed, position])
         return generator.standard_normal((height // factor, width // factor, channels), np.float32)
 
     def launch(self, positions: Sequence[int], images: Sequence[np.ndarray]) -> jax.Array:
-        """Starts to encode at most `batch` images (H, W, 3) uint8 of one size; a full batch of latents follows."""
+        """Starts to encode up to `batch` images (H, W, 3) uint8 of one size; returns a full batch of latents, padded."""
         images = [*images, *[images[-1]] * (self.batch - len(images))]
         positions = [*positions, *[positions[-1]] * (self.batch - len(positions))]
         noise = [self.noise(position, *images[0].shape[:2]) for position in positions]

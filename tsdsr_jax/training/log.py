@@ -1,4 +1,4 @@
-"""What a training run tells: a JSON line per step, TensorBoard and wandb on request."""
+"""The log of a training run: one JSON line per step, and TensorBoard or wandb on request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """A service that shows a run while it goes on."""
+    """A service that displays a run while it trains."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -33,7 +33,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in a folder; `step` is the one that a resumed run continues from, later points are hidden."""
+    """Event files in a folder. A resumed run passes the `step` it continues from, and later points are hidden."""
 
     def __init__(self, folder: Path, step: int | None = None):
         from tensorboardX import SummaryWriter
@@ -41,7 +41,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
 
     def _check(self) -> None:
-        """Its writing thread dies of a full disk, and whoever adds to the queue in front of it then waits for ever."""
+        """Raises OSError if the writer thread has died (of a full disk); adding to its queue would then block forever."""
         events = getattr(getattr(self._writer, "file_writer", None), "event_writer", None)
         thread = getattr(events, "_worker", None)
         if thread is not None and not thread.is_alive():
@@ -62,7 +62,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run on wandb; its id is kept in the folder, so that a resumed run goes on in the same one."""
+    """A run on wandb. Its id is kept in the folder, so that a resumed run continues the same one."""
 
     def __init__(
         self, folder: Path, project: str, config: Mapping[str, Any], code: Path | None, new: bool = True
@@ -93,7 +93,7 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def check_trackers(report_to: ReportTo) -> tuple[str, ...]:
-    """The services a `--report_to` flag names.
+    """Returns the services that `--report_to` names.
 
     Raises:
       UserError: one of them is not installed.
@@ -103,20 +103,19 @@ def check_trackers(report_to: ReportTo) -> tuple[str, ...]:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise UserError(
                 f"--report_to {report_to}: {_PACKAGES[name]} is not installed; pip install {_PACKAGES[name]}, or pass "
-                f"--report_to none ({LOG_FILE} is written in any case)"
+                f"--report_to none ({LOG_FILE} is always written)"
             )
     return wanted
 
 
 class RunLog:
-    """A run's `log.jsonl`, and the trackers.
+    """Writes a run's `log.jsonl` and reports to the trackers.
 
     Args:
       folder: the run's output folder.
-      step: the step that the run continues from; later lines, of work that was lost, are dropped. None: a new run, and
-        all are.
-      trackers: services that get the same. One that fails is left out from then on; the training goes on.
-      source: the output folder that the run continues from; default: the same.
+      step: the step that the run continues from; later lines in the log are dropped. None: a new run, all are dropped.
+      trackers: services that get the same values. Training continues without one that fails.
+      source: the output folder whose log is continued; default: `folder`.
     """
 
     def __init__(
@@ -128,10 +127,10 @@ class RunLog:
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a")  # noqa: SIM115 (closed by `close`)
-        self._told = False
+        self._warned = False
 
     def write(self, step: int, values: Row) -> None:
-        """Adds a line. What is not finite is written as null, which JSON can say."""
+        """Adds a line. Values that are not finite become null, because JSON has no NaN."""
         line = json.dumps({"step": step, **{name: _finite(value) for name, value in values.items()}})
         self._on_disk(lambda: self._file.write(line + "\n"))
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
@@ -144,17 +143,17 @@ class RunLog:
         self._on_disk(self._file.flush)
 
     def _on_disk(self, action: Callable[[], object]) -> None:
-        """A full disk costs lines of the log, not the training."""
+        """Runs `action`; a full disk loses lines of the log but does not stop training."""
         try:
             action()
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 print(f"{self.path}: {error.strerror}; lines of the log are lost", flush=True)
-            self._told = True
+            self._warned = True
 
     def close(self) -> None:
         self.flush()
-        with suppress(OSError):  # the same once more
+        with suppress(OSError):  # the same error again
             self._file.close()
         self._track(lambda tracker: tracker.close())
 
@@ -162,9 +161,9 @@ class RunLog:
         for tracker in list(self.trackers):
             try:
                 call(tracker)
-            except Exception as error:  # a disk, a network: nothing that training should end for
+            except Exception as error:  # from a disk or a network: no reason to stop training
                 self.trackers.remove(tracker)
-                print(f"{type(tracker).__name__} is left out from now on: {error}", flush=True)
+                print(f"{type(tracker).__name__} failed, continuing without it: {error}", flush=True)
 
 
 def _finite(value: Any) -> Any:
@@ -172,7 +171,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that a kill has cut short is left out."""
+    """Reads the lines of a log, skipping broken ones, such as a last line cut short when the run was killed."""
     if not path.is_file():
         return []
     rows = []

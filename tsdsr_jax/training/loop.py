@@ -1,4 +1,4 @@
-"""The loop around a jitted training step: when to log, validate, save and stop. It knows nothing of what is trained."""
+"""The training loop: when to log, validate, save and stop. It does not know what is trained."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tsdsr_jax.errors import UserError
 
 
 class BadSteps(UserError):
-    """Gradients that stay bad. Every process sees the same ones, so all may save before they end."""
+    """Too many consecutive non-finite steps. Every process sees the same ones, so all can save before they stop."""
 
 
-# (state, batch) -> state, metrics: scalars by name, `bad_steps` among them.
+# (state, batch) -> (state, metrics); metrics are scalars by name and include `bad_steps`.
 TrainStep = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 State = Any
 
-_LINE_EVERY = 30.0  # seconds, where there is no terminal for a bar
+_LINE_EVERY = 30.0  # seconds between progress lines, if there is no terminal for a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,11 @@ class LoopSchedule:
     """When things happen, in steps.
 
     Attributes:
-      start, end: steps that are done, and to be done.
-      log: fetch the metrics every so many steps; in between, the host does not wait for the device.
-      checkpoint, validation: intervals; also at the end.
-      max_bad_steps: skipped steps in a row that end the run.
-      images: images in a step, for the rate.
+      start, end: the step to start from, and the last one.
+      log: fetch the metrics every N steps; in between, the host does not wait for the device.
+      checkpoint, validation: save and validate every N steps, and at the end.
+      max_bad_steps: consecutive skipped steps that end the run.
+      images: images per step, to compute the rate.
       shown: names of the metrics that the progress bar shows.
     """
 
@@ -57,9 +57,9 @@ class Hooks:
     """What the loop calls.
 
     Attributes:
-      log: (step, values) for every step, some steps late.
-      validate: (state, step) -> values to show.
-      save: (state, step); starts a checkpoint.
+      log: (step, values); called for every step, a few steps late.
+      validate: (state, step).
+      save: (state, step); starts to save a checkpoint.
     """
 
     log: Callable[[int, dict[str, float]], object]
@@ -68,10 +68,10 @@ class Hooks:
 
 
 class StopSignal:
-    """Notices SIGTERM and the first Ctrl-C, so that a run can save before it ends; a second Ctrl-C ends it at once.
+    """Catches SIGTERM and the first Ctrl-C, so that a run can save before it stops; a second Ctrl-C stops it at once.
 
-    Where several processes train together they have to stop at the same step. JAX's coordination service, which then
-    sees the SIGTERM of any of them, agrees on it. Ctrl-C is not passed on like that and ends its process at once.
+    Several processes that train together must stop at the same step. JAX's coordination service notices a SIGTERM of any
+    of them and chooses the step. It does not handle Ctrl-C, which then stops its process at once.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class StopSignal:
         self.received = number
         tqdm.write(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
         if number == signal.SIGINT:
-            tqdm.write("(Ctrl-C again ends at once, without saving)", file=sys.stderr)
+            tqdm.write("(press Ctrl-C again to stop at once, without saving)", file=sys.stderr)
 
     def requested(self, step: int) -> bool:
         if self.together and multihost_utils.reached_preemption_sync_point(step):
@@ -103,14 +103,14 @@ def run_loop(
     hooks: Hooks,
     stop: StopSignal,
 ) -> tuple[State, int]:
-    """Trains until the schedule's end or a signal, saving in both cases.
+    """Trains until the end of the schedule or a signal, and saves in both cases.
 
     Returns:
-      (state, steps done).
+      (state, number of steps done).
 
     Raises:
-      UserError: too many bad steps in a row, or bad data. The state is saved first, with several processes in the
-        former case only.
+      UserError: too many consecutive bad steps, or bad data. The state is saved first; with several processes, only
+        after bad steps.
     """
     step = saved = schedule.start
     watch = _Watch(schedule)
@@ -137,7 +137,7 @@ def run_loop(
             if step > saved:
                 hooks.save(state, step)
     except UserError as error:
-        # Bad data is one process's own: others know nothing of it and would not save with this one.
+        # Only this process knows about its bad data, so the others would not save with it.
         if (isinstance(error, BadSteps) or jax.process_count() == 1) and step > saved:
             hooks.save(state, step)
         raise
@@ -148,7 +148,7 @@ def run_loop(
 
 @contextmanager
 def explained_memory(remedies: str) -> Iterator[None]:
-    """Turns the device's lack of memory, wherever it shows, into a UserError with the flags that help."""
+    """Turns a device's out-of-memory error into a UserError that lists the flags that help."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -161,7 +161,7 @@ def explained_memory(remedies: str) -> Iterator[None]:
 
 
 class _Watch:
-    """Metrics that are still on the device, the progress bar and the rate."""
+    """Fetches metrics from the device and shows progress and the rate."""
 
     def __init__(self, schedule: LoopSchedule):
         self.schedule = schedule
@@ -180,7 +180,7 @@ class _Watch:
         self.pending.append((step, metrics))
 
     def fetch(self, log: Callable[[int, dict[str, float]], object]) -> None:
-        """Waits for the metrics, hands them on, and checks for bad steps."""
+        """Waits for the pending metrics, logs them, and checks for bad steps."""
         if not self.pending:
             return
         steps = [step for step, _ in self.pending]
@@ -197,8 +197,8 @@ class _Watch:
         self._show(steps[-1], values, rate, len(steps))
         if most_bad >= self.schedule.max_bad_steps:
             raise BadSteps(
-                f"{most_bad:.0f} steps in a row had gradients that are not finite (--max_bad_steps "
-                f"{self.schedule.max_bad_steps}); try --mixed_precision bf16 or no, a lower --learning_rate or "
+                f"{most_bad:.0f} steps in a row had non-finite gradients or updates (--max_bad_steps "
+                f"{self.schedule.max_bad_steps}); try --mixed_precision bf16 or no, or a lower --learning_rate or "
                 "--max_grad_norm, and look at the last lines of log.jsonl"
             )
 
@@ -211,13 +211,13 @@ class _Watch:
         if self.bar.disable and not self.quiet and (now - self.last_line > _LINE_EVERY or finished):
             self.last_line = now
             left = (self.schedule.end - step) * self.schedule.images / rate
-            told = " ".join(f"{name} {value}" for name, value in losses.items())
+            shown = " ".join(f"{name} {value}" for name, value in losses.items())
             print(
-                f"step {step}/{self.schedule.end}  {told}  {rate:.3g} img/s  {_clock(left)} left", flush=True
+                f"step {step}/{self.schedule.end}  {shown}  {rate:.3g} img/s  {_clock(left)} left", flush=True
             )
 
     def paused(self) -> None:
-        """What was done since then does not count for the rate."""
+        """Leaves the time since the last fetch out of the rate."""
         self.since = time.perf_counter()
 
     def close(self) -> None:

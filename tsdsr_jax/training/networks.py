@@ -1,4 +1,4 @@
-"""A checkpoint's two networks on the devices of a mesh, and whether samples and prompts fit them."""
+"""Puts a checkpoint's two networks on the devices of a mesh, and checks that samples and prompts fit them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from tsdsr_jax.weights.sd3_folder import NetworkFiles
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The two networks of a checkpoint, and where their parameters go.
+    """A checkpoint's two networks, and the devices for their parameters.
 
     Attributes:
-      transformer, vae: files of the checkpoint.
+      transformer, vae: the networks' files.
       mesh: the devices.
-      dtype: of the frozen parameters and of computation.
+      dtype: dtype of the frozen parameters and of computation.
     """
 
     transformer: NetworkFiles
@@ -61,7 +61,7 @@ class Networks:
 
     @property
     def placement(self) -> Placement | None:
-        """For networks whose parameters are split over devices."""
+        """How the networks must place arrays; None unless their parameters are split over devices."""
         return placement(self.mesh) if self.mesh.shape["fsdp"] > 1 else None
 
     def mmdit(self, remat: bool = False) -> MMDiT:
@@ -71,14 +71,12 @@ class Networks:
         return AutoencoderKL(self.vae_config, dtype=self.dtype, remat=remat, placement=self.placement)
 
     def load(self, parts: Iterable[NetworkFiles]) -> list[tuple[Tree, str]]:
-        """Loads networks' parameters onto the mesh, with a progress bar; also a hash each of what is stored, whatever the
-        layout.
-        """
+        """Loads networks' parameters onto the mesh and hashes the stored values of each, whatever the file layout."""
         return load_networks(parts, self.mesh, self.dtype)
 
 
 def load_networks(parts: Iterable[NetworkFiles], mesh: Mesh, dtype: DTypeLike) -> list[tuple[Tree, str]]:
-    """Parameters of any networks; see `Networks.load`."""
+    """Loads the parameters of any networks, with a progress bar; see `Networks.load`."""
     parts = list(parts)
     total = sum(int(np.prod(spec.shape)) for part in parts for spec in part.specs.values())
     quiet = True if jax.process_index() else None
@@ -102,7 +100,7 @@ def _load(
 
 
 def load_text(options: Any, prompt: Literal["default", "null"], config: MMDiTConfig) -> PromptEmbeds:
-    """The embedding of --default_embedding_dir or --null_embedding_dir; UserError where it does not fit the transformer."""
+    """Loads --default_embedding_dir or --null_embedding_dir; raises UserError if it does not fit the transformer."""
     folder = getattr(options, f"{prompt}_embedding_dir")
     try:
         embeds = load_prompt_embeds(folder)
@@ -116,8 +114,10 @@ def load_text(options: Any, prompt: Literal["default", "null"], config: MMDiTCon
 def load_texts(
     options: DataOptions, networks: Networks, shapes: SampleShapes, with_default: bool
 ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
-    """The empty prompt, and the default one where it is wanted or the samples have none; they fit the networks and each
-    other.
+    """Loads the empty prompt, and the default prompt if `with_default` or if the samples have no prompts.
+
+    Raises:
+      UserError: they do not fit the networks, the samples or each other.
     """
     config = networks.mmdit_config
     null = load_text(options, "null", config)
@@ -136,7 +136,7 @@ def load_texts(
 
 
 def place_text(embeds: PromptEmbeds, networks: Networks) -> Text:
-    """A prompt as (1, S, D) and (1, P) on every device."""
+    """Puts a prompt on every device, as (1, S, D) and (1, P)."""
     whole = replicated(networks.mesh)
     parts = embeds.prompt, embeds.pooled
     states, pooled = (global_array(part[None].astype(networks.dtype), whole) for part in parts)
@@ -157,7 +157,7 @@ def check_shapes(
     what: str = "training images",
     prepared: bool = True,
 ) -> None:
-    """Refuses a data set that does not fit the networks; `prepared` or cut out of photographs on the way.
+    """Checks that a data set fits the networks; `prepared`, or cropped from photographs during training.
 
     Raises:
       UserError: sizes, channels or widths differ; the message names both.
@@ -176,7 +176,7 @@ def check_shapes(
     if shapes.latent_hr is not None and shapes.latent_hr != latent:
         raise UserError(
             f"latent_hr has shape {_chw(shapes.latent_hr)}, but images of {width}×{height} have latents {_chw(latent)} "
-            "with this model; was the set prepared with another one?"
+            "with this model; was the set prepared with another model?"
         )
     longest = step * transformer.pos_embed_max_size
     if max(height, width) > longest:
@@ -201,27 +201,27 @@ def _chw(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_tokens(tokens: int, source: str, embeds: PromptEmbeds) -> None:
-    """Refuses a prompt of another length than the images', which could not share a batch with them."""
+    """Raises UserError if a prompt has another length than the images' prompts: one batch could not hold both."""
     if embeds.prompt.shape[0] != tokens:
         raise UserError(
-            f"{source}: its embedding has {embeds.prompt.shape[0]} tokens, the images' have {tokens}; encode both in the "
+            f"{source}: its embedding has {embeds.prompt.shape[0]} tokens, the images' have {tokens}; encode both the "
             "same way"
         )
 
 
-# Encoding in bfloat16 errs by 0.014 to 0.019 of the latents' deviation (SD3's autoencoder with random weights, three
-# photographs); another autoencoder's latents have nothing in common.
+# In standard deviations of the latents. Encoding in bfloat16 is off by 0.014 to 0.019 (SD3's autoencoder with random
+# weights, three photographs); the latents of another autoencoder are unrelated.
 LATENT_TOLERANCE = 0.3
 
 
 def check_latents(name: str, record: Record, networks: Networks, vae: Tree) -> None:
-    """Refuses a data set whose latents another autoencoder made, or that lack the scaling factor.
+    """Checks on one sample that this autoencoder made the data set's latents, with the scaling factor.
 
     Args:
-      name: a sample's.
-      record: it, with hr and latent_hr.
-      networks: for the autoencoder.
-      vae: its parameters.
+      name: name of the sample.
+      record: the sample, with hr and latent_hr.
+      networks: provides the autoencoder.
+      vae: the autoencoder's parameters.
 
     Raises:
       UserError: the sample's latent is far from what the autoencoder makes of its photograph.
@@ -230,7 +230,7 @@ def check_latents(name: str, record: Record, networks: Networks, vae: Tree) -> N
 
     @jax.jit
     def distance(vae: Tree, hr: jax.Array, latent: jax.Array) -> jax.Array:
-        """Root mean square, relative to the latents' deviation, beyond what sampling the posterior explains."""
+        """RMS error in standard deviations of the latents, beyond what sampling from the posterior explains."""
         posterior: Any = network.apply({"params": vae}, to_unit(hr[None]), method="encode")
         scale = networks.vae_config.scaling_factor
         error = jnp.square(latent - posterior.mean[0] * scale)
@@ -242,7 +242,7 @@ def check_latents(name: str, record: Record, networks: Networks, vae: Tree) -> N
     found = float(distance(vae, global_array(record.hr, whole), global_array(record.latent_hr, whole)))
     if not found < LATENT_TOLERANCE:
         raise UserError(
-            f"{name}: its latent_hr is not what this model's autoencoder makes of its photograph (off by {found:.2g} of the "
-            f"latents' deviation, expected below {LATENT_TOLERANCE}); was the set prepared with another model, or without "
+            f"{name}: its latent_hr is not what this model's autoencoder makes of its photograph (off by {found:.2g} "
+            f"standard deviations, expected below {LATENT_TOLERANCE}); was the set prepared with another model, or without "
             "the scaling factor?"
         )

@@ -1,4 +1,4 @@
-"""Optimizers, the loss scale of float16, gradient accumulation and the moving average: what a training step is made of."""
+"""The pieces of a training step: optimizers, float16's loss scale, gradient accumulation and the moving average."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tsdsr_jax.training.schedules import RateSchedule, ScheduleName, learning_ra
 
 Optimizer = Literal["adamw", "muon"]
 
-# Root mean square of Muon's updates over the learning rate: AdamW's is about this, so that the same rates suit both
-# (Liu et al. 2025, "Muon is Scalable for LLM Training", §2.2).
+# Root mean square of Muon's updates, relative to the learning rate. AdamW's is about the same, so the same learning rates
+# suit both (Liu et al. 2025, "Muon is Scalable for LLM Training", §2.2).
 MUON_RMS = 0.2
 MATRICES = ("kernel", "a", "b")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer but for its peak learning rate; defaults of the published run.
+    """Settings of an optimizer, except its peak learning rate. The defaults are those of the published run.
 
     Attributes:
-      optimizer: AdamW; or Muon, of momentum 0.95, for all kernels, and AdamW with Nesterov's momentum for the rest.
+      optimizer: "adamw"; or "muon": Muon (momentum 0.95) for all kernels, AdamW with Nesterov momentum for the rest.
       schedule, warmup, steps, cycles, power: see `schedules.learning_rate`; steps are optimizer steps.
-      max_grad_norm: global norm that gradients are clipped to; the student's is over both of its adapters.
+      max_grad_norm: global norm that gradients are clipped to; the student's norm covers both of its adapters.
       beta1, beta2, epsilon, weight_decay: AdamW's.
-      ema_decay: of the exponential moving average; None: none is kept.
+      ema_decay: decay of the exponential moving average; None keeps no average.
     """
 
     optimizer: Optimizer = "adamw"
@@ -49,13 +49,13 @@ class OptimizerConfig:
     ema_decay: float | None = None
 
     def rate(self, peak: float) -> RateSchedule:
-        """Optimizer step -> learning rate."""
+        """Returns the schedule: optimizer step -> learning rate."""
         return learning_rate(
             self.schedule, peak, warmup=self.warmup, steps=self.steps, cycles=self.cycles, power=self.power
         )
 
     def transformation(self, peak: float) -> optax.GradientTransformation:
-        """The gradient clip and the optimizer with that peak learning rate."""
+        """Returns gradient clipping followed by the optimizer with this peak learning rate."""
         rate = self.rate(peak)
         if self.optimizer == "adamw":
             update = optax.adamw(rate, self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay)
@@ -74,14 +74,14 @@ class OptimizerConfig:
 
 
 def matrices(params: Tree) -> Tree:
-    """Which axes Muon takes each kernel's matrix from; None, AdamW's, for biases, scales and tables.
+    """Tells Muon which axes of each kernel form a matrix; None, for AdamW, for biases, scales and tables.
 
-    A dense kernel is (in, out), a stack of layers' (layers, in, out), a convolution's (h, w, in, out): its taps are inputs.
-    An adapter's halves are like the kernels they adapt.
+    A dense kernel is (in, out), stacked layers' are (layers, in, out), a convolution's is (h, w, in, out), with h and w
+    counted as inputs. An adapter's two halves are shaped like the kernels they adapt.
     """
 
     def axes(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
-        # By name: a stack of biases, (layers, features), looks like a matrix.
+        # By name, because a stack of biases, (layers, features), looks like a matrix.
         if path[-1].key not in MATRICES:
             return None
         inputs = (leaf.ndim - 2,) if leaf.ndim < 4 else tuple(range(leaf.ndim - 1))
@@ -91,10 +91,10 @@ def matrices(params: Tree) -> Tree:
 
 
 class LossScale(NamedTuple):
-    """Dynamic loss scale of float16 training; stays at 1 otherwise.
+    """The dynamic loss scale of float16 training; 1 in other precisions.
 
-    Gradients of the TSD loss lie below float16's smallest normal number. The scale doubles after `GROWTH_STEPS` good
-    steps and halves when gradients overflow, and that step is skipped.
+    Without it, gradients of the TSD loss would lie below float16's smallest normal number. The scale doubles after
+    `GROWTH_STEPS` good steps. When gradients overflow, it halves and the step is skipped.
     """
 
     value: jax.Array
@@ -105,7 +105,7 @@ class LossScale(NamedTuple):
         return cls(jnp.float32(INITIAL_SCALE if dynamic else 1), jnp.int32(0))
 
     def after(self, finite: jax.Array) -> LossScale:
-        """The next step's dynamic scale, where this one's gradients were finite or not."""
+        """Returns the next step's scale, given whether this step's gradients were finite."""
         grown = self.good_steps + 1 >= GROWTH_STEPS
         value = jnp.where(finite, jnp.where(grown, self.value * 2, self.value), self.value / 2)
         return LossScale(value, jnp.where(finite & ~grown, self.good_steps + 1, 0))
@@ -115,7 +115,7 @@ INITIAL_SCALE, GROWTH_STEPS = 65536.0, 2000
 
 
 def accumulated(of_batch: Callable[[jax.Array], Any], count: int) -> Any:
-    """The mean over `count` gradient-accumulation steps of the tree that `of_batch` gives for each step's index."""
+    """Averages the tree `of_batch(index)` over `count` gradient-accumulation steps."""
     if count == 1:
         return of_batch(jnp.int32(0))
     shapes = jax.eval_shape(of_batch, jnp.int32(0))
@@ -127,22 +127,22 @@ def accumulated(of_batch: Callable[[jax.Array], Any], count: int) -> Any:
 
 
 def updates_done(optimizer_state: Any) -> jax.Array:
-    """Adam's own count, in which skipped steps have no part."""
+    """Returns Adam's own step count, which leaves out skipped steps."""
     return optax.tree_utils.tree_get(optimizer_state, "ScaleByAdamState").count
 
 
 def average(decay: float, ema: Any, new: Any) -> Any:
-    """The exponential moving average after a step."""
+    """Updates the exponential moving average."""
     return jax.tree.map(lambda mean, now: decay * mean + (1 - decay) * now, ema, new)
 
 
 def kept_where(finite: jax.Array, new: Any, old: Any) -> Any:
-    """The new tree after a good step, the old one after a bad."""
+    """Returns the new tree if the step was finite, otherwise the old one."""
     return jax.tree.map(lambda moved, stayed: jnp.where(finite, moved, stayed), new, old)
 
 
 def with_new_scale(state: Any, dynamic: bool) -> Any:
-    """A state of host arrays with the loss scale that training in another precision starts with."""
+    """Resets the loss scale of a state of host arrays, to continue training in another precision."""
     value = INITIAL_SCALE if dynamic else 1
     scale = LossScale(
         jnp.full_like(state.loss_scale.value, value), jnp.zeros_like(state.loss_scale.good_steps)

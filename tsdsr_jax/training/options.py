@@ -1,4 +1,4 @@
-"""The flags that training scripts have in common: the run, the optimisers, the data."""
+"""The flags that training commands share: the run and the optimizer."""
 
 from __future__ import annotations
 
@@ -24,70 +24,70 @@ PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The flags that every training script has."""
+    """The flags that every training command has."""
 
     output_dir: Path = Path("tsdsr-checkpoint")
-    """Folder for checkpoints, LoRAs, log, pictures and curves."""
+    """Folder for checkpoints, LoRAs, the log, validation pictures and curves."""
     logging_dir: Path = Path("logs")
-    """Folder of TensorBoard and wandb, inside the output folder."""
+    """Folder for TensorBoard and wandb files, inside the output folder."""
     log_name: str = "tsdsr"
-    """The run's name: wandb's project, the title of the curves."""
+    """Name of the run: the wandb project and the title of the curves."""
     log_code: bool = False
-    """Send the code to wandb."""
+    """Upload the code to wandb."""
     report_to: ReportTo = "none"
-    """Besides the output folder, report to TensorBoard, wandb or both."""
+    """Also report to TensorBoard, wandb or both (all)."""
     logging_steps: int = 10
-    """Fetch losses from the devices every so many steps; all steps are logged in any case."""
+    """Fetch losses from the devices every N steps. Every step is logged either way."""
 
     train_batch_size: int = 4
     """Images per device."""
     gradient_accumulation_steps: int = 1
-    """Batches per optimiser step."""
+    """Batches per optimizer step."""
     num_train_epochs: int = 1
-    """Passes over the data, unless --max_train_steps is given."""
+    """Passes over the data; ignored if --max_train_steps is given."""
     max_train_steps: int | None = None
-    """Optimiser steps in all."""
+    """Total number of optimizer steps."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: much less memory for more arithmetic."""
+    """Recompute activations in the backward pass: uses much less memory, but is slower."""
     dataloader_num_workers: int = 0
-    """Processes that read data; 0: threads."""
+    """Number of processes that read data; 0 uses threads."""
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Computation; what is trained is kept in float32. fp16 uses a dynamic loss scale."""
+    """Precision of computation; trained weights are kept in float32. fp16 uses a dynamic loss scale."""
     seed: int = 0
-    """Of the data's order, of new parameters and of all noise."""
+    """Seed of the data's order, new weights and all noise."""
     fsdp: int = 1
-    """Devices that share one copy of the base's weights; 1: each has its own."""
+    """Split one copy of the weights over this many devices; with 1, every device holds a whole copy."""
     max_bad_steps: int = 20
-    """Stop after so many steps in a row whose gradients were not finite."""
+    """Stop after this many consecutive steps with non-finite gradients or updates."""
     max_bad_samples: float = 0.01
     """Stop when more than this fraction of the samples cannot be read."""
 
     checkpointing_steps: int = 5000
-    """Save every so many steps, and at the end."""
+    """Save a checkpoint every N steps, and at the end."""
     checkpoints_total_limit: int | None = None
-    """Checkpoints to keep; older ones are deleted. Default: all."""
+    """Number of checkpoints to keep; older ones are deleted. Default: keep all."""
     resume_from_checkpoint: PathOrName | None = None
-    """latest, or a checkpoint folder; latest with nothing there starts new."""
+    """Continue from a checkpoint folder, or from latest. If there is none yet, latest starts a new run."""
     validation_steps: int = 5000
-    """Try it on fixed samples every so many steps, at the start and at the end."""
+    """Validate on fixed samples every N steps, at the start and at the end."""
     validation_dir: Path | None = None
-    """Prepared set to validate on, of images of the training images' size; default: the first training samples."""
+    """Prepared set to validate on, with images of the training images' size. Default: the first training samples."""
     num_validation_images: int = 4
-    """Samples to validate on."""
+    """Number of samples to validate on."""
 
     coordinator_address: str | None = None
-    """Several machines, started by hand: host:port of the first one."""
+    """For several machines, started by hand: host:port of the first machine."""
     num_processes: int | None = None
-    """Several machines, started by hand: how many processes."""
+    """For several machines, started by hand: number of processes."""
     process_id: int | None = None
-    """Several machines, started by hand: this process's number, from 0."""
+    """For several machines, started by hand: number of this process, from 0."""
     multi_host: bool = False
-    """Several machines, started by SLURM or mpirun."""
+    """Train on several machines, started by SLURM or mpirun."""
 
     local_rank: int = -1
-    """Without effect; one process uses all its GPUs."""
+    """Has no effect: one process uses all its GPUs."""
     set_grads_to_none: bool = False
-    """Without effect."""
+    """Has no effect."""
 
     @property
     def dtype(self) -> Any:
@@ -95,14 +95,14 @@ class RunOptions:
 
     @property
     def dynamic_scale(self) -> bool:
-        """Whether the loss is scaled: float16's small gradients would be lost."""
+        """Whether to scale the loss: small gradients would vanish in float16."""
         return self.mixed_precision == "fp16"
 
     def as_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     def check(self) -> None:
-        """Refuses values that cannot work, before anything is loaded."""
+        """Raises UserError for values that cannot work, before anything is loaded."""
         at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp",
                  "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
                  "logging_steps", "max_bad_steps")  # fmt: skip
@@ -114,7 +114,7 @@ class RunOptions:
         check_trackers(self.report_to)
 
     def notes(self) -> list[str]:
-        """Flags that do nothing."""
+        """Returns a note for each flag that has no effect."""
         found = []
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ("local_rank", "set_grads_to_none"):
@@ -125,7 +125,7 @@ class RunOptions:
         return found
 
     def start(self) -> Mesh:
-        """Joins the other processes, if there are any, and lays out the devices. Compiled programs are kept."""
+        """Turns on the compilation cache, joins the other processes, if any, and returns the mesh of devices."""
         keep_programs()
         join_processes(self.coordinator_address, self.num_processes, self.process_id, self.multi_host)
         try:
@@ -134,7 +134,7 @@ class RunOptions:
             raise UserError(f"--fsdp {self.fsdp}: {error}") from None
 
     def rows(self, mesh: Mesh) -> int:
-        """Images of an optimiser step."""
+        """Returns the number of images in an optimizer step."""
         return self.train_batch_size * mesh.size * self.gradient_accumulation_steps
 
     def steps(self, samples: int, mesh: Mesh) -> int:
@@ -143,45 +143,45 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """The flags of the optimiser and of the learning rate's course; defaults are the original's."""
+    """The flags of the optimizer and the learning-rate schedule; defaults are the original's."""
 
     optimizer: Literal["AdamW", "adamw", "muon"] = "AdamW"
-    """AdamW; or muon, which networks were trained from nothing with here (biases and norms stay with AdamW)."""
+    """AdamW or Muon. Muon trained this project's own networks from scratch; it leaves biases and norms to AdamW."""
     lr_scheduler: ScheduleName = "constant"
-    """Course of the learning rate, or of both."""
+    """Learning-rate schedule."""
     lr_warmup_steps: int = 500
-    """Steps of linear rise; not with constant."""
+    """Steps of linear warmup; not used by constant."""
     lr_num_cycles: int = 1
-    """Of cosine_with_restarts."""
+    """Number of cycles of cosine_with_restarts."""
     lr_power: float = 1.0
-    """Of polynomial."""
+    """Exponent of polynomial."""
     max_grad_norm: float = 1.0
-    """Global norm that the gradients are clipped to; each network's by itself."""
+    """Clip gradients to this global norm, each network separately."""
     adam_beta1: float = 0.9
-    """AdamW's first decay; Muon's own is 0.95."""
+    """Beta 1 of AdamW; Muon's momentum is always 0.95."""
     adam_beta2: float = 0.999
-    """AdamW's second decay."""
+    """Beta 2 of AdamW."""
     adam_weight_decay: float = 1e-4
-    """Weight decay, of Muon too."""
+    """Weight decay of AdamW and Muon."""
     adam_epsilon: float = 1e-8
-    """AdamW's epsilon; 1e-8 in any case with muon."""
+    """Epsilon of AdamW; always 1e-8 with muon."""
     ema_decay: float | None = None
-    """Keep a moving average of what is trained with this decay, such as 0.999; exported beside it."""
+    """Also keep and export a moving average of the trained weights with this decay, such as 0.999."""
 
     def check_optimizer(self) -> None:
         at_least(self, 1, "lr_num_cycles")
         at_least(self, 0, "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay")
         for name in ("max_grad_norm", "adam_epsilon"):
-            # Below the smallest normal number XLA counts as 0.
+            # XLA treats anything below the smallest normal number as 0.
             if not np.float32(value := getattr(self, name)) >= np.finfo(np.float32).tiny:
-                below = ", and more than float32 can tell from it" if value > 0 else ""
+                below = "; this is too small for float32" if value > 0 else ""
                 raise UserError(f"--{name} {value:g}: expected more than 0{below}")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if (value := getattr(self, name)) is not None and not 0 <= np.float32(value) < 1:
                 raise UserError(f"--{name} {value:.12g}: expected at least 0 and less than 1")
 
     def kept(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the optimiser, so that training goes on with the same only."""
+        """Returns what must not change when a run is resumed."""
         return {"optimizer": self.optimizer.lower(), "ema": self.ema_decay is not None}
 
     def optimizer_config(self, steps: int) -> OptimizerConfig:
@@ -204,6 +204,6 @@ class OptimizerOptions:
         if self.lr_scheduler == "constant" or self.lr_warmup_steps < steps:
             return []
         return [
-            f"--lr_warmup_steps {self.lr_warmup_steps} is no less than the {steps} steps of training: the learning rate "
-            "does not reach its peak"
+            f"--lr_warmup_steps {self.lr_warmup_steps}: training has only {steps} steps, so the learning rate never reaches "
+            "its peak"
         ]

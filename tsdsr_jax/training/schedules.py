@@ -1,4 +1,4 @@
-"""Learning-rate schedules, by the names and with the curves of diffusers' `get_scheduler`."""
+"""Learning-rate schedules, with the names and curves of diffusers' `get_scheduler`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _POLYNOMIAL_END = 1e-7
 def learning_rate(
     name: ScheduleName, peak: float, *, warmup: int, steps: int, cycles: int = 1, power: float = 1.0
 ) -> RateSchedule:
-    """The learning rate of each optimiser step.
+    """Returns the learning rate as a function of the optimizer step.
 
-    All but "constant" rise linearly from 0 over `warmup` steps, so the very first update has a rate of 0.
+    All schedules except "constant" rise linearly from 0 over `warmup` steps, so the first update has a rate of 0.
 
     Args:
-      name: of the curve after the warm-up.
+      name: the curve after the warmup.
       peak: the highest rate.
-      warmup: steps of rise.
-      steps: of the whole training.
-      cycles: restarts of "cosine_with_restarts".
-      power: of "polynomial", which falls to 1e-7.
+      warmup: number of warmup steps.
+      steps: total number of steps.
+      cycles: number of cycles of "cosine_with_restarts".
+      power: exponent of "polynomial", which falls to 1e-7.
 
     Raises:
-      ValueError: unknown name.
+      ValueError: the name is unknown.
     """
     curves: dict[str, Callable[[jax.Array], jax.Array]] = {
         "constant": jnp.ones_like,

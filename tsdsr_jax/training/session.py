@@ -1,7 +1,7 @@
-"""A training run from its flags to its last checkpoint: what all scripts in `train/` share.
+"""A training run, from its flags to its last checkpoint; all training commands share it.
 
-A script describes what it trains as a `Task`; `train` begins or resumes, feeds it with samples, and keeps log, pictures,
-checkpoints and curves in the output folder.
+A command describes what it trains as a `Task`. `train` starts or resumes the run, feeds it samples, and writes the log,
+pictures, checkpoints and curves to the output folder.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from tsdsr_jax.training.summary import Curve, first_and_last, plot_curves, summa
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """What a run trains.
 
     Attributes:
       step: the training step on its devices.
-      validate: state -> (figures, picture).
-      files: state -> what to export in a checkpoint, file name -> tensors or text.
-      export: name of the folder for it.
-      identity: what a checkpoint must agree in to be resumed.
-      losses: the metrics that the progress bar shows.
-      counts: metrics that should be 0 -> what it means when they are not.
+      validate: state -> (values, picture).
+      files: state -> files to export in a checkpoint, file name -> tensors or text.
+      export: name of the folder for these files.
+      identity: what must match a checkpoint's for it to be resumed.
+      losses: metrics that the progress bar shows.
+      counts: metrics that should be 0 -> what it means if they are not.
       curves: what to plot.
       memory_remedies: flags that save device memory, strongest first.
-      how_to_use: checkpoint folder -> a hint for the end of training.
+      how_to_use: checkpoint folder -> hint to print at the end of training.
     """
 
     step: Step
@@ -68,13 +68,13 @@ class Task:
 
 
 def say(line: str) -> None:
-    """A line on the terminal, of the first process only, above the progress bar."""
+    """Prints a line above the progress bar, in the first process only."""
     if jax.process_index() == 0:
         tqdm.write(line)
 
 
 def announce(options: RunOptions, mesh: Mesh, data: Data, steps: int, notes: Sequence[str]) -> None:
-    """Prints a one-line summary of the run, and notes on its flags."""
+    """Prints a one-line summary of the run, and notes about its flags."""
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(
         f"{mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, {np.dtype(options.dtype)}; {len(data.source)} samples, "
@@ -85,11 +85,12 @@ def announce(options: RunOptions, mesh: Mesh, data: Data, steps: int, notes: Seq
 
 
 def train(options: RunOptions, task: Task, data: Data, mesh: Mesh, start: Path | None) -> None:
-    """Trains from the start or a checkpoint, as `find_start` gives it, to the end or to a signal.
+    """Trains to the end or until a signal, from `start`: a checkpoint from `find_start`, or None for a new run.
 
     Raises:
-      UserError: a checkpoint that does not fit, bad data, no memory, or gradients that stay bad.
-      SystemExit: stopped by a signal (143 or 130), after saving; or the last checkpoint could not be saved (1).
+      UserError: the checkpoint does not fit, the data is bad, memory runs out, too many consecutive steps are non-finite,
+        or the last checkpoint could not be saved.
+      SystemExit: a signal stopped the run: 143 or 130 after saving, 1 if it could not save.
     """
     with loop.explained_memory(task.memory_remedies):
         _Run(options, task, data, mesh).all(start)
@@ -113,7 +114,7 @@ class _Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
+                raise UserError(f"--output_dir {self.folder}: cannot be created ({error.strerror})") from None
             self.checkpoints = checkpoint.Checkpoints(
                 self.folder, options.checkpoints_total_limit, say, self.task.export
             )
@@ -137,23 +138,23 @@ class _Run:
     # --- beginning ---------------------------------------------------------------------------
 
     def begin(self, path: Path | None) -> tuple[Start, Any] | None:
-        """A new state, or a checkpoint's; None: all is done."""
+        """Creates a new state or loads a checkpoint's; None if all steps are done already."""
         meta = checkpoint.read_meta(path) if path else None
         check_processes(meta["step"] if meta else 0, self.identity)
         if path and meta:
             return self.resume(path, meta)
         if self.options.resume_from_checkpoint:
-            say(f"nothing to resume in {self.folder}: starting new")
+            say(f"nothing to resume in {self.folder}: starting a new run")
         return Start(), self.task.step.new_state()
 
     def resume(self, path: Path, meta: Mapping[str, Any]) -> tuple[Start, Any] | None:
         check_identity(path, meta["identity"], self.identity)
         if meta["rows"] != self.rows:
             check_rows(path, meta["rows"], self.rows, by_epochs=self.options.max_train_steps is None)
-            say(f"note: {self.rows} images in a step, {meta['rows']} before the checkpoint")
+            say(f"note: {self.rows} images per step, {meta['rows']} before the checkpoint")
         if meta["step"] >= self.steps:
             say(
-                f"{path}: all {self.steps} steps are done; raise --max_train_steps or --num_train_epochs to train on"
+                f"{path}: all {self.steps} steps are done; raise --max_train_steps or --num_train_epochs to train longer"
             )
             return None
         for line in changed_flags(meta["options"], self.options.as_json()):
@@ -196,7 +197,7 @@ class _Run:
         with closing(read_ahead(batches, self.options.dataloader_num_workers)) as reader:
             for batch in reader:
                 for message in self.bad.add(batch.problems):
-                    # By every process: what one reads, the others do not.
+                    # Printed by every process, because each one reads other samples.
                     tqdm.write(f"left out: {message}")
                 yield self.task.step.put(batch)
 
@@ -227,7 +228,7 @@ class _Run:
             try:
                 with replacing(path) as temporary:
                     picture.save(temporary, format="png")
-            except UserError as error:  # a picture is not worth a run
+            except UserError as error:  # a failed picture must not stop the run
                 say(str(error))
 
     def save(self, state: Any, step: int) -> None:
@@ -247,8 +248,8 @@ class _Run:
         title = f"{self.options.log_name}: {self.folder.resolve().name}"
         try:
             plot_curves(read_rows(log.path), self.task.curves, self.folder / "curves.png", title)
-        except Exception as error:  # as above, whatever it is
-            say(f"no curves: {error}")
+        except Exception as error:  # likewise, whatever it is
+            say(f"the curves could not be drawn: {error}")
 
     # --- ending ------------------------------------------------------------------------------
 
@@ -259,9 +260,9 @@ class _Run:
             where = (
                 "could not save" if unsaved else f"saved {path}" if path.is_dir() else "nothing new to save"
             )
-            # With one in the folder, any other place to go on from would be refused.
+            # Once the folder holds a checkpoint, resuming from any other place is refused.
             again = "latest" if checkpoint.find(self.folder, "latest") else self.start.path
-            hint = f"; --resume_from_checkpoint {shlex.quote(str(again))} goes on" if again else ""
+            hint = f"; continue with --resume_from_checkpoint {shlex.quote(str(again))}" if again else ""
             say(f"stopped after {step} of {self.steps} steps; {where}{hint}")
             raise SystemExit(1 if unsaved else 128 + stop.received)
         if self.log:
@@ -273,15 +274,13 @@ class _Run:
         say(self.task.how_to_use(path))
 
     def summarize(self, step: int, log: RunLog) -> None:
-        """Prints and writes what the log comes to."""
+        """Prints a summary of the log and writes it to summary.json."""
         rows = read_rows(log.path)
         values = first_and_last(rows, [name for curve in self.task.curves for name in curve.names])
         skipped = sum((row.get("bad_steps") or 0) > 0 for row in rows)
-        say(
-            f"{step} steps done; each value's mean over its first and its last tenth:\n{summary_table(values)}"
-        )
+        say(f"{step} steps done. Mean of each value over its first and last tenth:\n{summary_table(values)}")
         if skipped:
-            say(f"{skipped} of these steps changed nothing, because gradients or updates were not finite")
+            say(f"{skipped} of these steps were skipped, because gradients or updates were not finite")
         for name, meaning in self.task.counts.items():
             if steps := sum((row.get(name) or 0) > 0 for row in rows):
                 say(f"in {steps} steps, {meaning} ({name} in the log)")

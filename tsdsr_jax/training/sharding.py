@@ -1,7 +1,8 @@
-"""Where arrays live when many devices train together.
+"""How arrays are placed when many devices train together.
 
-The mesh has two axes. Batches are split over both; adapters and optimiser states, which are small, are on every device; the
-frozen base is too, or is split over `fsdp` (each device then gathers a layer's weights when it needs them).
+The mesh has two axes, `data` and `fsdp`. Batches are split over both. Adapters and their optimizer states are small: every
+device holds a copy. Whole networks are copied, too, or split over `fsdp`; each device then gathers a layer's weights when
+it needs them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
-    """A (data, fsdp) mesh over the devices (default: all, of all processes), `fsdp` of them sharing one base.
+    """Builds a (data, fsdp) mesh over the devices (default: all of all processes); `fsdp` of them share one base.
 
     Raises:
-      ValueError: the number of devices is no multiple of `fsdp`.
+      ValueError: the number of devices is not a multiple of `fsdp`.
     """
     devices = list(devices or jax.devices())
     if fsdp < 1 or len(devices) % fsdp:
@@ -40,23 +41,23 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same in every process, as one array over all their devices."""
+    """Puts a host array, identical in every process, on the devices of all processes as one array."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def placement(mesh: Mesh) -> Placement:
-    """What the networks need to know to run under `base_shardings`."""
+    """Returns what the networks need to know to run with `base_shardings`."""
     return Placement(activations=batch_sharding(mesh), weights=replicated(mesh))
 
 
 def base_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """One sharding per frozen parameter: its largest axis that divides evenly is split over `fsdp`.
+    """Chooses a sharding for each parameter: its largest evenly divisible axis is split over `fsdp`.
 
-    Stacked layers keep their leading axis whole, because the scan walks along it. Vectors, a two-thousandth of SD3, stay
-    whole on every device: gathering them would cost more than it saves.
+    Stacked layers keep their leading axis whole, because the scan iterates over it. Vectors, one two-thousandth of SD3,
+    stay whole on every device: gathering them would cost more than it saves.
 
     Args:
-      shapes: tree of arrays or `jax.ShapeDtypeStruct`, as parameters are.
+      shapes: tree of arrays or `jax.ShapeDtypeStruct`, structured like parameters.
     """
     parts = mesh.shape["fsdp"]
 

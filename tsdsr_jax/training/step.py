@@ -1,7 +1,7 @@
 """The training step of every network: gradients, optimizers, moving average, and the guard against non-finite steps.
 
-What is trained is a dictionary of parts, {"student": ..., "auxiliary": ...} or {"network": ...}. Each part has an optimizer,
-a gradient clip and a peak learning rate of its own; all of them take a step together, or none does.
+The trained parameters are a dictionary of parts, {"student": ..., "auxiliary": ...} or {"network": ...}. Each part has its
+own optimizer, gradient clip and peak learning rate. A step updates all parts or none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tsdsr_jax.training.optimizer import (
     updates_done,
 )
 
-# What belongs to each trained part, by the part's name.
+# Part name -> what belongs to this part: parameters, gradients or optimizer state.
 Parts: TypeAlias = dict[str, Any]
 # (parts, frozen arrays, batch, key, loss scale) -> (gradients of the scaled losses, metrics of the unscaled ones); pure.
 Objective = Callable[[Parts, Any, Any, jax.Array, jax.Array], tuple[Parts, Metrics]]
@@ -35,7 +35,7 @@ NETWORK = "network"
 
 
 def objective_of(loss: Loss) -> Objective:
-    """The objective of a single part, `NETWORK`, with a single loss."""
+    """Makes the objective of a single part, `NETWORK`, from its loss."""
 
     def gradients(
         parts: Parts, base: Any, batch: Any, key: jax.Array, scale: jax.Array
@@ -51,14 +51,14 @@ def objective_of(loss: Loss) -> Objective:
 
 
 class TrainState(NamedTuple):
-    """Everything that changes while training, all of it float32 or int32.
+    """Everything that changes during training, in float32 or int32.
 
     Attributes:
-      step: steps taken, skipped ones included.
-      bad_steps: skipped steps in a row.
+      step: number of steps taken, including skipped ones.
+      bad_steps: number of consecutive skipped steps.
       trained: parameters of each part: adapters, or a network.
       optimizer: optax state of each part.
-      ema: moving average of the first part under its name, or {}.
+      ema: moving average of the first part, under its name; or {}.
       loss_scale: see `LossScale`.
     """
 
@@ -70,24 +70,24 @@ class TrainState(NamedTuple):
     loss_scale: LossScale
 
     def averaged(self, part: str = NETWORK) -> Any:
-        """The moving average of a part, or the part itself where none is kept: what is validated."""
+        """Returns a part's moving average, or the part itself if there is none: what is validated."""
         return self.ema.get(part, self.trained[part])
 
     def exported(self, part: str = NETWORK) -> dict[str, Any]:
-        """Folder prefix -> parameters: the part, and its moving average where one is kept."""
+        """Returns folder prefix -> parameters, for a part and for its moving average, if there is one."""
         return {"": self.trained[part]} | ({"ema/": self.ema[part]} if part in self.ema else {})
 
 
 class Trainer:
-    """One optimizer step; `step` is pure and meant to be jitted with its state donated.
+    """Takes optimizer steps. `step` is pure; jit it with its state donated.
 
     Args:
-      objective: gives the parts' gradients, and what to log.
-      config: of the optimizers.
-      rates: peak learning rate of each part. The first is the one that is averaged, and whose rate is logged.
+      objective: computes the parts' gradients, and metrics to log.
+      config: settings of the optimizers.
+      rates: peak learning rate of each part. The first part is the one that is averaged and whose rate is logged.
       dynamic_scale: scale the loss, for float16.
-      branch: leave the optimizers out where a gradient is not finite. That saves memory on whole networks, because without
-        it the state before and the state after are both there to choose from.
+      branch: skip the optimizers (`cond`) if a gradient is not finite. This saves memory on whole networks, because
+        choosing between the old and the new state (`where`) keeps both in memory.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class Trainer:
         self._optimizers = {name: config.transformation(rate) for name, rate in self.rates.items()}
 
     def init(self, trained: Parts) -> TrainState:
-        """The state before the first step; what is trained becomes float32 masters."""
+        """Creates the state before the first step; trained parameters become float32."""
         trained = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), trained)
         average = {}
         if self.config.ema_decay is not None:
-            # A copy: a buffer may be donated only once.
+            # A copy, because a buffer can be donated only once.
             average[self._first] = jax.tree.map(jnp.copy, trained[self._first])
         return TrainState(
             step=jnp.int32(0),
@@ -124,13 +124,13 @@ class Trainer:
         """One optimizer step of every part.
 
         Args:
-          state: donate it.
+          state: the state to update; donate it.
           base: frozen arrays.
-          batches: with a leading axis of gradient-accumulation steps, (A, B, ...) on every leaf.
-          key: the run's key; the numbers of the step and of the accumulation step are folded in.
+          batches: every leaf is (A, B, ...), where A counts gradient-accumulation steps.
+          key: the run's key; the step and the accumulation step are folded in.
 
         Returns:
-          The new state, and the objective's metrics with the step's own. If a gradient or an update is not finite, only
+          The new state, and the metrics of the objective and of the step. If a gradient or an update is not finite, only
           the counters and the loss scale change.
         """
         key = jax.random.fold_in(key, state.step)
@@ -162,7 +162,7 @@ class Trainer:
         return new_state, metrics | _logged(gradient_norms, updates, _norms(trained)) | own
 
     def gradients(self, state: TrainState, base: Any, batch: Any, key: jax.Array) -> tuple[Parts, Metrics]:
-        """Gradients of one accumulation step, without the loss scale."""
+        """Computes the gradients of one accumulation step, with the loss scale divided out."""
         scale = state.loss_scale.value
         gradients, metrics = self.objective(state.trained, base, batch, key, scale)
         return jax.tree.map(lambda leaf: leaf / scale, gradients), metrics
@@ -170,21 +170,21 @@ class Trainer:
     def _guarded(
         self, state: TrainState, gradients: Parts, finite: jax.Array
     ) -> tuple[Parts, Parts, Parts, Metrics]:
-        """The parts after a step that changes nothing unless all is finite; see `_update`.
+        """Updates the parts, or leaves them as they are unless everything is finite; see `_update`.
 
-        Optimizers make NaN of a gradient that is not finite, so that `_update` alone guards, too.
+        Without the branch `_update` is guard enough: a non-finite gradient makes the update non-finite.
         """
         if self.branch:
             return jax.lax.cond(finite, self._update, _unchanged, state, gradients)
         return self._update(state, gradients)
 
     def _update(self, state: TrainState, gradients: Parts) -> tuple[Parts, Parts, Parts, Metrics]:
-        """The parts after the optimizers, or as they were if an update is not finite; and the updates' norms."""
+        """Updates the parts, or leaves them as they are if an update is not finite; also returns the updates' norms."""
         updates, optimizer = self._updates(state, gradients)
         norms = _norms(updates)
         if self.config.optimizer == "adamw" and jax.default_backend() != "cpu":
-            # AdamW's updates are cheap. Computed again once their norm is known, they need not be kept until then, which
-            # would take three quarters of the network's memory on a GPU.
+            # AdamW's updates are cheap to recompute once their norm is known. Keeping them until then would take three
+            # quarters of the network's memory on a GPU.
             (state, gradients), norms = jax.lax.optimization_barrier(((state, gradients), norms))
             updates, optimizer = self._updates(state, gradients)
         trained = optax.apply_updates(state.trained, updates)
@@ -198,7 +198,7 @@ class Trainer:
         return *kept_where(_all_finite(norms), (trained, optimizer, ema), before), norms
 
     def _updates(self, state: TrainState, gradients: Parts) -> tuple[Parts, Parts]:
-        """Each part's update and the optimizer's state after it."""
+        """Computes each part's update and its new optimizer state."""
         results = {
             name: optimizer.update(gradients[name], state.optimizer[name], state.trained[name])
             for name, optimizer in self._optimizers.items()
@@ -221,7 +221,7 @@ def _all_finite(norms: Metrics) -> jax.Array:
 
 
 def _logged(gradients: Metrics, updates: Metrics, parameters: Metrics) -> Metrics:
-    """The norms by their names in the log: `gradient_norm`, or `student_gradient_norm` where there are several parts."""
+    """Names the norms for the log: `gradient_norm`, or `student_gradient_norm` if there are several parts."""
     kinds = {"gradient_norm": gradients, "update_norm": updates, "norm": parameters}
     return {
         kind if len(norms) == 1 else f"{part}_{kind}": norm

@@ -1,4 +1,4 @@
-"""A training step over a mesh: its state on the devices from the first step or a checkpoint on, and batches as they come."""
+"""Runs training steps on a mesh: puts the state and each batch on the devices, and calls the jitted step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ JittedStep = Callable[[TrainState, Any, Record, jax.Array], tuple[TrainState, Me
 
 
 class Beginning(NamedTuple):
-    """What a run begins from.
+    """What a run trains from the start.
 
     Attributes:
       create: `loaded` -> the trained parts; pure.
-      loaded: arrays on their devices, donated: a whole network would otherwise be there twice. They are an argument, so
-        that they are no constants of a program. Where a checkpoint takes their place, their shapes are enough.
+      loaded: arrays on their devices. They are donated, because a whole network would otherwise be in memory twice, and
+        passed as an argument, so that they do not become constants of a program. Shapes are enough for a resumed run.
     """
 
     create: Callable[[Any], Parts]
@@ -34,15 +34,15 @@ class Beginning(NamedTuple):
 
 
 class Step:
-    """A trainer's step on the devices of a mesh, bound to its frozen arrays and to the run's key.
+    """A trainer's step on the devices of a mesh, bound to its frozen arrays and the run's key.
 
     Args:
-      trainer: what a step does.
+      trainer: defines the step.
       mesh: the devices.
-      base: frozen arrays, in place.
+      base: frozen arrays, already on the devices.
       key: the run's key.
-      beginning: what the state before the first step is made from.
-      split: whether the mesh's fsdp axis shares the state, as it does a base; otherwise it is whole on every device.
+      beginning: what the first state is made from.
+      split: split the state over the mesh's fsdp axis, like a base; otherwise every device holds all of it.
     """
 
     def __init__(
@@ -68,22 +68,22 @@ class Step:
         self._step = jit_step(trainer, mesh, self._shardings)
 
     def new_state(self) -> TrainState:
-        """The state before the first step; to be called once, because what was loaded is donated."""
+        """Creates the state before the first step. Call it only once: it donates the loaded arrays."""
         return self._make(self._loaded)
 
     def put_state(self, state: TrainState) -> TrainState:
-        """A state of host arrays on its devices."""
+        """Puts a state of host arrays on the devices."""
         return jax.tree.map(lambda leaf, where: global_array(np.asarray(leaf), where), state, self._shardings)
 
     def put(self, batch: LocalBatch) -> Record:
-        """This process's rows as its part of the global batch."""
+        """Puts this process's rows on its devices, as its part of the global batch."""
         return batch.records.map(partial(jax.make_array_from_process_local_data, self._rows))
 
     def __call__(self, state: TrainState, batches: Record) -> tuple[TrainState, Metrics]:
-        """One step; `state` is donated: it is gone afterwards."""
+        """Takes one step. `state` is donated and cannot be used afterwards."""
         return self._step(state, self.base, batches, self.key)
 
 
 def jit_step(trainer: Trainer, mesh: Mesh, shardings: Any) -> JittedStep:
-    """`trainer.step`, its state donated and kept under its shardings."""
+    """Jits `trainer.step`; the state is donated and keeps its shardings."""
     return jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

@@ -1,4 +1,4 @@
-"""What a run's log comes to: curves, and each value at the beginning and at the end."""
+"""Summarizes a run's log: curves, and each value at the beginning and at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Curve:
 
 
 def plot_curves(rows: Sequence[Row], curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Draws the curves that have values, each value faint and its running mean strong; a PNG."""
+    """Plots the curves that have values to a PNG: the values faint, their running mean on top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,11 +39,11 @@ def plot_curves(rows: Sequence[Row], curves: Sequence[Curve], path: Path, title:
         axes = figure.add_subplot(lines, columns, index + 1)
         for number, name in enumerate(name for name in curve.names if len(series[name][0])):
             steps, values = series[name]
-            colour, few = f"C{number}", len(steps) < 30
-            axes.plot(steps, values, "o-" if few else "-", color=colour, alpha=1 if few else 0.25, ms=3, lw=1,
+            color, few = f"C{number}", len(steps) < 30
+            axes.plot(steps, values, "o-" if few else "-", color=color, alpha=1 if few else 0.25, ms=3, lw=1,
                       label=name if few else None)  # fmt: skip
             if not few:
-                axes.plot(*_running_mean(steps, values), color=colour, label=name)
+                axes.plot(*_running_mean(steps, values), color=color, label=name)
         axes.set_title(curve.title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
@@ -68,7 +68,7 @@ def _running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 
 
 def first_and_last(rows: Sequence[Row], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """First and last value of each logged name, each a mean over up to a tenth of its values."""
+    """Averages the first and the last tenth of each named value."""
     summary = {}
     for name in names:
         _, values = _series(rows, name)
@@ -79,7 +79,7 @@ def first_and_last(rows: Sequence[Row], names: Sequence[str]) -> dict[str, dict[
 
 
 def summary_table(summary: Mapping[str, Mapping[str, float]]) -> str:
-    """The summary as lines for a terminal."""
+    """Formats the summary as a table for the terminal."""
     width = max([len(name) for name in summary], default=0)
     lines = [f"  {'':{width}}  {'first':>11}  {'last':>11}"]
     lines += [f"  {name:{width}}  {v['first']:11.4g}  {v['last']:11.4g}" for name, v in summary.items()]

@@ -1,4 +1,4 @@
-"""What the validations of all networks share: which samples, where they lie, and how close a picture comes."""
+"""What all validations share: choosing samples, placing them on the devices, and PSNR."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tsdsr_jax.training.sharding import batch_sharding, global_array
 
 
 def place_samples(records: Sequence[Record], mesh: Mesh) -> list[Record]:
-    """Places the records on the devices, as batches of one sample per device; the last is filled up with the first ones."""
+    """Puts the records on the devices in batches of one per device; the first ones fill up the last batch."""
     batches = []
     for first in range(0, len(records), mesh.size):
         filled = [records[index % len(records)] for index in range(first, first + mesh.size)]
@@ -26,7 +26,7 @@ def place_samples(records: Sequence[Record], mesh: Mesh) -> list[Record]:
 
 
 def image_of(part: np.ndarray | None) -> np.ndarray:
-    """A record's image, which validation cannot do without."""
+    """Returns a record's image; raises ValueError if it has none."""
     if part is None:
         raise ValueError("these samples have no images to validate on")
     return part
@@ -41,13 +41,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def pick(
     source: Source, shapes: SampleShapes, count: int, note: Callable[[str], object] = lambda line: None
 ) -> list[Record]:
-    """The first samples that can be used, at most `count`: those of the training samples' shapes.
+    """Picks the first usable samples, at most `count`.
 
     Args:
-      note: told of each one that is left out.
+      shapes: the shapes that a sample must have.
+      note: called with a message for each sample that is left out.
 
     Raises:
-      UserError: there is none.
+      UserError: no sample can be used.
     """
     picked: list[Record] = []
     problems: list[str] = []
@@ -60,7 +61,7 @@ def pick(
             picked.append(shapes.cast(record))
         except UserError as error:
             problems.append(str(error))
-            note(f"not validated on: {error}")
+            note(f"left out of validation: {error}")
     if not picked:
         raise UserError(
             "no validation sample can be used:\n" + "\n".join(f"  {line}" for line in problems[:5])

@@ -420,12 +420,12 @@ class TorchDegradation:
         self, image: torch.Tensor, generator: np.random.Generator, order: Order
     ) -> torch.Tensor:
         if generator.random() < order.gaussian:
-            sigma, gray = generator.uniform(*order.noise), generator.random() < order.gray
-            noise = sigma / 255 * torch.randn_like(image[:, :1] if gray else image)
+            sigma, grey = generator.uniform(*order.noise), generator.random() < order.grey
+            noise = sigma / 255 * torch.randn_like(image[:, :1] if grey else image)
         else:
-            scale, gray = generator.uniform(*order.poisson), generator.random() < order.gray
+            scale, grey = generator.uniform(*order.poisson), generator.random() < order.grey
             clean = image
-            if gray:
+            if grey:
                 clean = 0.2989 * image[:, :1] + 0.587 * image[:, 1:2] + 0.114 * image[:, 2:]
             clean = (255 * clean).round().clamp(0, 255) / 255
             photons = 2 ** math.ceil(math.log2(len(torch.unique(clean))))

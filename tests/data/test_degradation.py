@@ -157,7 +157,7 @@ def test_gaussian_noise_has_its_deviation_in_colour_and_grey():
     image = np.full((200, 200, 3), 0.5, np.float32)
     generator = np.random.default_rng(0)
     color = degradation.add_random_noise(image, generator, FLAT) - image
-    gray = degradation.add_random_noise(image, generator, dataclasses.replace(FLAT, gray=1.0)) - image
+    gray = degradation.add_random_noise(image, generator, dataclasses.replace(FLAT, grey=1.0)) - image
     for noise in (color, gray):
         assert noise.std() == pytest.approx(20 / 255, rel=0.02) and abs(noise.mean()) < 1e-3
     assert abs(np.corrcoef(color[..., 0].ravel(), color[..., 1].ravel())[0, 1]) < 0.02

@@ -39,7 +39,7 @@ class Order:
       gaussian: probability of Gaussian noise; otherwise it is Poisson noise.
       noise: range of the Gaussian noise's deviation, in gray levels of 255.
       poisson: range of the factor on the Poisson noise.
-      gray: probability of noise that is the same in all channels.
+      grey: probability of noise that is the same in all channels.
       quality: range of the JPEG quality.
     """
 
@@ -51,7 +51,7 @@ class Order:
     gaussian: float
     noise: Range
     poisson: Range
-    gray: float
+    grey: float
     quality: Range
 
 
@@ -330,11 +330,11 @@ def add_random_noise(image: np.ndarray, generator: np.random.Generator, order: O
     """Adds Gaussian or Poisson noise, in color or gray; clips to [0, 1]."""
     if generator.random() < order.gaussian:
         noise = gaussian_noise(
-            image.shape, generator, generator.uniform(*order.noise), generator.random() < order.gray
+            image.shape, generator, generator.uniform(*order.noise), generator.random() < order.grey
         )
     else:
         scale = generator.uniform(*order.poisson)
-        noise = scale * poisson_noise(image, generator, generator.random() < order.gray)
+        noise = scale * poisson_noise(image, generator, generator.random() < order.grey)
     return np.clip(image + noise, 0, 1, dtype=np.float32)
 
 

@@ -46,8 +46,7 @@ from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.sharding import make_mesh, replicated
-from tsdsr_jax.training.step import Trainer
-from tsdsr_jax.training.stepping import jit_step
+from tsdsr_jax.training.step import Trainer, jit_step
 
 # Relative difference of each loss.
 FARTHEST = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.1}

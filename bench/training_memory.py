@@ -39,8 +39,7 @@ from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.options import PRECISIONS
 from tsdsr_jax.training.sharding import base_shardings, batch_sharding, make_mesh, placement, replicated
-from tsdsr_jax.training.step import Trainer
-from tsdsr_jax.training.stepping import jit_step
+from tsdsr_jax.training.step import Trainer, jit_step
 
 TOKENS = 333
 GB = 1e9

@@ -26,9 +26,9 @@ from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL as FlaxVAE
-from tsdsr_jax.training import checkpoint, options, sharding, stepping
+from tsdsr_jax.training import checkpoint, options, sharding, step
 from tsdsr_jax.training.log import read_rows
-from tsdsr_jax.training.step import Trainer, TrainState
+from tsdsr_jax.training.step import JittedStep, Trainer, TrainState
 from tsdsr_jax.weights.prompt_files import save_prompt_embeds
 from tsdsr_jax.weights.torch_names import to_tree
 from tsdsr_jax.weights.torch_pickle import write_tensor
@@ -45,9 +45,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_compilation(cache: Path) -> Iterator[None]:
     """Lets runs with equal settings share their compiled programs."""
     steps, restores = {}, {}
-    step, restore = stepping.jit_step, validation.jit_restore
+    jit_step, restore = step.jit_step, validation.jit_restore
 
-    def shared_step(trainer: Trainer, mesh: Mesh, shardings: TrainState) -> stepping.JittedStep:
+    def shared_step(trainer: Trainer, mesh: Mesh, shardings: TrainState) -> JittedStep:
         settings = (
             trainer.objective,
             trainer.config,
@@ -55,10 +55,10 @@ def quick_compilation(cache: Path) -> Iterator[None]:
             trainer.dynamic_scale,
             mesh,
         )
-        return steps.setdefault(settings, step(trainer, mesh, shardings))
+        return steps.setdefault(settings, jit_step(trainer, mesh, shardings))
 
     with tiny.compiled_once(cache), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepping, "jit_step", shared_step)
+        patch.setattr(step, "jit_step", shared_step)
         patch.setattr(validation, "jit_restore", lambda *key: restores.setdefault(key, restore(*key)))
         yield
 

@@ -148,7 +148,7 @@ def test_an_out_of_memory_error_lists_the_flags_that_help():
     message = str(caught.value)
     assert (
         "Out of memory while trying to allocate 9 bytes" in message
-        and "more" not in message.split("What helps")[0]
+        and "more" not in message.split("To use less")[0]
     )
     for flag in (
         "--gradient_checkpointing",

@@ -41,8 +41,7 @@ from tsdsr_jax.training.options import OptimizerOptions, RunOptions
 from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, placement, replicated
-from tsdsr_jax.training.step import NETWORK, Trainer, TrainState, objective_of
-from tsdsr_jax.training.stepping import Beginning, Step
+from tsdsr_jax.training.step import NETWORK, Beginning, Step, Trainer, TrainState, objective_of
 from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lpips_files import load_lpips

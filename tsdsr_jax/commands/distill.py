@@ -50,8 +50,7 @@ from tsdsr_jax.training.options import OptimizerOptions, RunOptions
 from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, replicated
-from tsdsr_jax.training.step import Trainer
-from tsdsr_jax.training.stepping import Step
+from tsdsr_jax.training.step import Step, Trainer
 from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights import prompt_hints

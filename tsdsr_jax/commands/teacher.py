@@ -53,8 +53,7 @@ from tsdsr_jax.training.networks import (
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
 from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
-from tsdsr_jax.training.step import NETWORK, Trainer, objective_of
-from tsdsr_jax.training.stepping import Step
+from tsdsr_jax.training.step import NETWORK, Step, Trainer, objective_of
 from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint

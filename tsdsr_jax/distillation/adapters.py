@@ -18,8 +18,7 @@ from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.training.checkpoint import Hash
 from tsdsr_jax.training.networks import Networks
 from tsdsr_jax.training.sharding import global_array, replicated
-from tsdsr_jax.training.step import Parts, TrainState
-from tsdsr_jax.training.stepping import Beginning
+from tsdsr_jax.training.step import Beginning, Parts, TrainState
 from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.weights.sd3_folder import NetworkFiles
 from tsdsr_jax.weights.torch_names import write_lora

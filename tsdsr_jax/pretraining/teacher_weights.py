@@ -23,8 +23,7 @@ from tsdsr_jax.pretraining.teacher import (
 from tsdsr_jax.training.checkpoint import Files, on_host
 from tsdsr_jax.training.networks import Networks
 from tsdsr_jax.training.sharding import global_array, replicated
-from tsdsr_jax.training.step import NETWORK, Parts, TrainState
-from tsdsr_jax.training.stepping import Beginning
+from tsdsr_jax.training.step import NETWORK, Beginning, Parts, TrainState
 from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, torch_config
 from tsdsr_jax.weights.torch_names import to_tree, write_base, write_lora

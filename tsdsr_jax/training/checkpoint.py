@@ -255,10 +255,12 @@ def read_meta(path: Path) -> dict[str, Any]:
         missing = sorted(META_KEYS - meta.keys())
     except Exception as error:  # damaged in any way
         raise UserError(
-            f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another"
+            f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another one"
         ) from None
     if missing:
-        raise UserError(f"{path}: this checkpoint's {META} lacks {', '.join(missing)}; resume from another")
+        raise UserError(
+            f"{path}: this checkpoint's {META} lacks {', '.join(missing)}; resume from another one"
+        )
     return meta
 
 
@@ -290,7 +292,7 @@ def read_state(path: Path, like: Any) -> Any:
         raise
     except Exception as error:  # damaged in any way
         raise UserError(
-            f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another"
+            f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another one"
         ) from None
     return jax.tree_util.tree_unflatten(structure, [found[name] for name in names])
 

@@ -156,7 +156,7 @@ def explained_memory(remedies: str) -> Iterator[None]:
             raise
         reason = str(error).split("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200]
         raise UserError(
-            f"the device is out of memory ({reason}). What helps, strongest first: {remedies}"
+            f"the device is out of memory ({reason}). To use less, strongest first: {remedies}"
         ) from None
 
 

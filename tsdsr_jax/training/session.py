@@ -33,8 +33,7 @@ from tsdsr_jax.training.log import RunLog, TensorBoard, Tracker, Wandb, check_tr
 from tsdsr_jax.training.optimizer import with_new_scale
 from tsdsr_jax.training.options import RunOptions
 from tsdsr_jax.training.resume import Start, changed_flags, check_identity, check_processes, check_rows
-from tsdsr_jax.training.step import TrainState
-from tsdsr_jax.training.stepping import Step
+from tsdsr_jax.training.step import Step, TrainState
 from tsdsr_jax.training.summary import Curve, first_and_last, plot_curves, summary_table
 
 

@@ -124,7 +124,7 @@ def test_what_a_page_says_runs(page, reader, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if "python train/" in read(page)])
 def test_training_runs_to_its_end(page, reader):
-    """All of a page again, with training of one step. 2026-11-28: passed in 460 s beside other work."""
+    """All of a page again, with training of one step. 2026-11-28: passed, in some 300 s of CPU."""
     reader.obey(page)
 
 

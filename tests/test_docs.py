@@ -116,7 +116,7 @@ def test_what_a_page_says_runs(page, reader, monkeypatch):
 
     Training has opened its data and loaded its networks when it ends here, before a step is compiled.
     """
-    monkeypatch.setattr(session, "run", lambda *loaded: None)
+    monkeypatch.setattr(session, "train", lambda *loaded: None)
     reader.stands_in = docs_clone.bring_student
     reader.obey(page)
 

@@ -22,7 +22,7 @@ from tsdsr_jax import cli, hints
 from tsdsr_jax.commands.groups import TRAINING
 from tsdsr_jax.data.batches import SampleShapes, first_sample
 from tsdsr_jax.data.options import DataOptions
-from tsdsr_jax.data.record import Source
+from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.data.sources import Data, open_data, open_sets
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.params import Tree
@@ -56,6 +56,7 @@ from tsdsr_jax.training.session import say
 from tsdsr_jax.training.step import NETWORK, Step, Trainer, objective_of
 from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
+from tsdsr_jax.weights.prompt_files import PromptEmbeds
 from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
 
 CURVES = (
@@ -154,19 +155,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
     check_fit(networks.transformer, networks.vae)
     check_shapes(data.shapes, networks, prepared=bool(options.data_dir))
     null, default = load_texts(options, networks, data.shapes, with_default=False)
-    held_out = _validation_source(options, data)
-    shapes = SampleShapes.of_source(held_out)
-    prepared = bool(options.data_dir or options.validation_dir)
-    check_shapes(shapes, networks, what="validation images", prepared=prepared)
-    if shapes.prompt is None and default is None:
-        raise UserError("the validation images have no prompts, but the training images do")
-    if shapes.prompt:
-        check_tokens(
-            shapes.prompt[0],
-            f"--null_embedding_dir {options.null_embedding_dir}, with --validation_dir",
-            null,
-        )
-    records = pick(held_out, shapes, options.num_validation_images, say)
+    records = _validation_records(options, data, networks, null, default)
     # A resumed run takes its LoRA from the checkpoint.
     loaded = _starting_lora(options, networks) if new and options.checkpoint_path else None
 
@@ -214,6 +203,22 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
         memory_remedies=MEMORY_REMEDIES,
         how_to_use=partial(_how_to_use, options),
     )
+
+
+def _validation_records(
+    options: Options, data: Data, networks: Networks, null: PromptEmbeds, default: PromptEmbeds | None
+) -> list[Record]:
+    """The samples to validate on; refuses those that do not fit the networks or the prompts."""
+    source = _validation_source(options, data)
+    shapes = SampleShapes.of_source(source)
+    prepared = bool(options.data_dir or options.validation_dir)
+    check_shapes(shapes, networks, what="validation images", prepared=prepared)
+    if shapes.prompt is None and default is None:
+        raise UserError("the validation images have no prompts, but the training images do")
+    if shapes.prompt:
+        flags = f"--null_embedding_dir {options.null_embedding_dir}, with --validation_dir"
+        check_tokens(shapes.prompt[0], flags, null)
+    return pick(source, shapes, options.num_validation_images, say)
 
 
 def _validation_source(options: Options, data: Data) -> Source:

@@ -111,10 +111,7 @@ def tsd_gradient(
         auxiliary_fake = auxiliary(fake_n, timesteps(sigma)).astype(jnp.float32)
         variational, matching = teacher_fake - auxiliary_fake, teacher_fake - teacher_real
         mixed = config.balance * variational + (1 - config.balance) * matching
-        term = per_sample(jnp.square(sigma), mixed) * weight * mixed
-        # NaN is replaced first, because clipping would keep it.
-        gradient = jnp.clip(jnp.nan_to_num(term), -LARGEST_TERM, LARGEST_TERM)
-        replaced = jnp.sum(~(jnp.abs(term) <= LARGEST_TERM))
+        gradient, replaced = _bounded(per_sample(jnp.square(sigma), mixed) * weight * mixed)
         onward = (
             euler_step(fake_n, auxiliary_fake, sigma, following),
             euler_step(real_n, teacher_real, sigma, following),
@@ -125,6 +122,13 @@ def tsd_gradient(
         visit, (start_fake, start_real), (levels[:-1], levels[1:], weights)
     )
     return jax.lax.stop_gradient(gradients.sum(0)), replaced.sum()
+
+
+def _bounded(term: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A term of the gradient within ±`LARGEST_TERM`, NaN as 0; and how many of its values that changed."""
+    # Clipped after NaN is gone, because a clip passes NaN on.
+    bounded = jnp.clip(jnp.nan_to_num(term), -LARGEST_TERM, LARGEST_TERM)
+    return bounded, jnp.sum(~(jnp.abs(term) <= LARGEST_TERM))
 
 
 def tsd_loss(fake: jax.Array, gradient: jax.Array) -> jax.Array:

@@ -139,18 +139,20 @@ def test_accumulated_parts_equal_one_large_batch():
         assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-5)
 
 
-def broken(*bad: int):
+def broken(*bad: int, value: float = np.nan):
     def make(index: int) -> Record:
         batch = batches(index)
-        return batch._replace(lr=np.full_like(batch.lr, np.nan)) if index in bad else batch
+        return batch._replace(lr=np.full_like(batch.lr, value)) if index in bad else batch
 
     return make
 
 
+# At 1e10 each gradient is finite, but their norm is not.
+@pytest.mark.parametrize("value", [np.nan, 1e10])
 @pytest.mark.parametrize("branch", [True, False])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(branch):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(branch, value):
     trainer = toy_trainer(branch=branch)
-    state, history = run(trainer, 6, broken(2, 3))
+    state, history = run(trainer, 6, broken(2, 3, value=value))
     assert [row["bad_steps"] for row in history] == [0, 0, 1, 2, 0, 0]
     # The four good steps alone give the same weights, so the bad ones changed neither moments nor schedule.
     good = [0, 1, 4, 5]

@@ -71,7 +71,7 @@ CURVES = (
 
 
 LOSSES = ("student", "tsd", "mse", "lpips", "auxiliary")
-COUNTS = {"tsd_not_finite": "the teacher or the auxiliary network gave non-finite values"}
+COUNTS = {"tsd_not_finite": "values of the TSD gradient were not finite or above 1024, and were replaced"}
 MEMORY_REMEDIES = (
     "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --split_guidance, --fsdp N "
     "to split the base over N devices, --lambda_lpips 0"

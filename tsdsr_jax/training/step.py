@@ -178,16 +178,19 @@ class Trainer:
     def _guarded(
         self, state: TrainState, gradients: Parts, finite: jax.Array
     ) -> tuple[Parts, Parts, Parts, Metrics]:
-        """Updates the parts, or leaves them as they are unless everything is finite; see `_update`.
-
-        Without the branch `_update` is guard enough: a non-finite gradient makes the update non-finite.
-        """
+        """Updates the parts, or leaves them as they are unless gradients and updates are finite; see `_update`."""
         if self.branch:
-            return jax.lax.cond(finite, self._update, _unchanged, state, gradients)
-        return self._update(state, gradients)
+            return jax.lax.cond(finite, partial(self._update, finite=True), _unchanged, state, gradients)
+        return self._update(state, gradients, finite=finite)
 
-    def _update(self, state: TrainState, gradients: Parts) -> tuple[Parts, Parts, Parts, Metrics]:
-        """Updates the parts, or leaves them as they are if an update is not finite; also returns the updates' norms."""
+    def _update(
+        self, state: TrainState, gradients: Parts, *, finite: jax.Array | bool
+    ) -> tuple[Parts, Parts, Parts, Metrics]:
+        """Updates the parts, or leaves them as they are; also returns the updates' norms.
+
+        Gradients that are not finite do not always make updates that are not: where only their norm overflows, clipping
+        makes zeros of them.
+        """
         updates, optimizer = self._updates(state, gradients)
         norms = _norms(updates)
         if self.config.optimizer == "adamw" and jax.default_backend() != "cpu":
@@ -203,7 +206,7 @@ class Trainer:
             else {name: average(decay, mean, trained[name]) for name, mean in state.ema.items()}
         )
         before = state.trained, state.optimizer, state.ema
-        return *kept_where(_all_finite(norms), (trained, optimizer, ema), before), norms
+        return *kept_where(finite & _all_finite(norms), (trained, optimizer, ema), before), norms
 
     def _updates(self, state: TrainState, gradients: Parts) -> tuple[Parts, Parts]:
         """Computes each part's update and its new optimizer state."""

@@ -330,7 +330,7 @@ def test_files_that_cannot_be_used(handlers, tmp_path, make, expected):
         (dict(tile=[8]), "Tile size: enter a number"),
         (dict(seed=float("inf")), "Seed inf: expected a whole number"),
         (dict(seed=None), "Seed: enter a number"),
-        (dict(seed=-(2**53) - 1), "Seed -9.0072e+15: expected at most 2**53, up or down"),
+        (dict(seed=-(2**53) - 1), "Seed -9.0072e+15: expected -2**53 to 2**53"),
         (dict(colors=None), "Colors: expected one of wavelet, adain, nofix"),
         (dict(format="gif"), "Format: expected one of png, jpg, webp, tiff, bmp"),
         (dict(format=["png"]), "Format: expected one of png, jpg, webp, tiff, bmp"),
@@ -680,11 +680,11 @@ def test_mistakes_are_told_before_anything_starts(command, tmp_path, monkeypatch
     assert "nowhere" in line("--pretrained_model_name_or_path", str(tmp_path / "nowhere"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"--port {port}: in use; choose another" in line("--port", port)
+        assert f"--port {port}: is in use; choose another port" in line("--port", port)
     assert "--port 0: expected 1 to 65535" in line("--port", "0")
     assert "--max_upload 0: expected at least 1" in line("--max_upload", "0")
     assert "--host no.such.name.invalid: no such address" in line("--host", "no.such.name.invalid")
-    assert "--host 192.0.2.1: cannot be listened on" in line("--host", "192.0.2.1")
+    assert "--host 192.0.2.1: the server cannot listen on it" in line("--host", "192.0.2.1")
     assert "--upscale 0.5: expected 1 to 64" in line("--upscale", "0.5")
     assert f"--seed {2**53 + 1}: expected at most 2**53" in line("--seed", str(2**53 + 1))
     with monkeypatch.context() as patch:

@@ -186,4 +186,4 @@ def serve_page(page: gr.Blocks, host: str, port: int, max_upload: int) -> None:
             footer_links=[],
         )
     except OSError:
-        raise UserError(f"--port {port}: cannot be listened on; choose another") from None
+        raise UserError(f"--port {port}: the server cannot listen on it; choose another") from None

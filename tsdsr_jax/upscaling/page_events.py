@@ -227,7 +227,7 @@ def _whole(label: str, value: object) -> int:
         raise UserError(f"{label} {number:g}: expected a whole number")
     assert isinstance(value, int | float)
     if abs(value) > LARGEST_WHOLE:
-        raise UserError(f"{label} {number:g}: expected at most 2**53, up or down; browsers round beyond it")
+        raise UserError(f"{label} {number:g}: expected -2**53 to 2**53; browsers round larger numbers")
     return int(value)
 
 

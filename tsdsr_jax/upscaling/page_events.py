@@ -99,7 +99,7 @@ class Handlers:
     def __init__(self, upscaler: Upscaler, root: Path):
         self.upscaler, self.root = upscaler, root
         self.shapes = SeenShapes()
-        # A cancelled photograph leaves Gradio's queue at once, but the device only at its next step.
+        # A canceled photograph leaves Gradio's queue at once, but the device only at its next step.
         self.device = threading.Lock()
         self._previews = threading.Semaphore(_PREVIEWS)
 

@@ -219,10 +219,13 @@ def test_bad_value(capsys, argv, message):
     [
         (["--seed"], "--seed needs an integer"),
         (["--size", "1"], "--size needs 2 values: an integer, an integer"),
-        (["-i", "--seed", "1"], "--input_dir needs a path or None; write --input_dir=--seed if --seed is it"),
+        (
+            ["-i", "--seed", "1"],
+            "--input_dir needs a path or None; write --input_dir=--seed if --seed is its value",
+        ),
         (
             ["-i", "-my photos"],
-            "--input_dir needs a path or None; write '--input_dir=-my photos' if -my photos is it",
+            "--input_dir needs a path or None; write '--input_dir=-my photos' if -my photos is its value",
         ),
         (["--prompts"], "--prompts needs one or more values, each a value"),
     ],

@@ -54,8 +54,8 @@ def parse(
 
     `--align_method` and `--align-method` are the same flag, and so are `--flag value` and `--flag=value`. A boolean can be
     bare (`--is_use_tile`), negated (`--no_is_use_tile`) or have a value (`--is_use_tile false`). Flags of type
-    `tuple[T, ...]` may be repeated; of other flags the last one counts. In paths `~` means the home folder, because shells
-    leave it alone in `--flag=~/x`.
+    `tuple[T, ...]` may be repeated; for other flags the last one counts. In paths `~` means the home folder, because shells
+    do not expand it in `--flag=~/x`.
 
     Args:
       options_class: a frozen dataclass of plain values. The docstring below a field is its help text; short
@@ -133,7 +133,7 @@ def finite(options: Any) -> None:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT32:
-            raise UserError(f"--{field.name} {value:g}: expected a finite number of float32")
+            raise UserError(f"--{field.name} {value:g}: expected a finite float32 number")
 
 
 def script_name() -> str:
@@ -178,7 +178,11 @@ def _read(argv: list[str], flags: list[Flag]) -> dict[str, list[str]]:
         while rest and (len(values) < count or (more and not has_value)) and _is_value(rest[0]):
             values.append(rest.pop(0))
         if len(values) < count:
-            hint = f"; write {shlex.quote(f'{flag.display}={rest[0]}')} if {rest[0]} is it" if rest else ""
+            hint = (
+                f"; write {shlex.quote(f'{flag.display}={rest[0]}')} if {rest[0]} is its value"
+                if rest
+                else ""
+            )
             raise _UsageError(f"{flag.display} needs {expected(flag.kind)}{hint}")
         given[flag.name] = given.get(flag.name, []) + values if flag.repeatable else values
     return given
@@ -251,7 +255,7 @@ def _bad_value(flag: Flag, values: list[str]) -> _UsageError:
 
 
 def _unframed(text: str) -> str:
-    """tyro's message in its box, as one line."""
+    """Turns tyro's message, which is drawn in a box, into one line."""
     lines = [line.strip("│╭╮╰╯─|+- ") for line in text.splitlines()]
     lines = [line for line in lines if line and line != "Value error" and "For full helptext" not in line]
     message = re.sub(r"^Error parsing \w+: ", "", " ".join(lines))
@@ -260,7 +264,7 @@ def _unframed(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One machine's part of the work: every `of`-th piece, beginning with number `index`."""
+    """One machine's part of the work: every `of`-th piece, starting at number `index`."""
 
     index: int
     of: int

@@ -28,7 +28,7 @@ _BOLD = "\x1b[1m{}\x1b[0m"
 
 
 def help_text(program: str, options_class: type, description: str, groups: Groups) -> str:
-    """What `--help` prints: as wide as the terminal, with bold titles on one.
+    """Returns what `--help` prints, as wide as the terminal. On a terminal, titles are bold.
 
     Args:
       program: the command's name as the user typed it.
@@ -87,7 +87,7 @@ def _spelling(flag: Flag) -> str:
 
 
 def _default(flag: Flag, text: str) -> Iterator[str]:
-    """The default in parentheses, unless the text names it or there is none to tell."""
+    """The default in parentheses; empty if the text names it or there is none to show."""
     nothing: tuple[Any, ...] = (dataclasses.MISSING, None, False, (), "")
     if re.search(r"\bdefault:", text, re.IGNORECASE) or any(flag.default is each for each in nothing):
         return

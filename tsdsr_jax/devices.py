@@ -53,7 +53,7 @@ def select_devices(name: str | None) -> list[jax.Device]:
     if index is None:
         return devices
     if int(index) >= len(devices):
-        raise UserError(f"--device {name}: there are {len(devices)}, numbered from 0")
+        raise UserError(f"--device {name}: there are only {len(devices)}, counted from 0")
     return [devices[int(index)]]
 
 

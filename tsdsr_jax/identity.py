@@ -18,7 +18,7 @@ def mismatches(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         return text if len(text) < 100 else f"{text[:40]}…{text[-40:]}"
 
     return [
-        f"{name}: {short(saved.get(name))} there, {short(now.get(name))} here"
+        f"{name}: {short(saved.get(name))} before, {short(now.get(name))} now"
         for name in sorted(saved.keys() | now.keys())
         if saved.get(name) != now.get(name)
     ]

@@ -506,7 +506,7 @@ def test_upscaling_reports_what_has_a_result(command, tmp_path, monkeypatch):
         Image.fromarray(tiny.synthetic_photo(32, 40, 0)).save(source / f"{name}.png")
     (source / "bad.png").write_bytes(b"no image")
     outcome = command(output, "--report", str(page), source=source)
-    assert outcome.status == 1 and f"3 compared in {command.relative(str(page))}\n" in outcome.out
+    assert outcome.status == 1 and f"3 photographs compared in {command.relative(str(page))}\n" in outcome.out
     text = page.read_text("utf-8")
     entries = data_of(text)["entries"]
     assert [entry["name"] for entry in entries] == ["a.png", "b.png", "sub/c.png"]

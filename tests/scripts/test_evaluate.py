@@ -192,7 +192,7 @@ def test_files_left_out_are_named_and_fail(command, tmp_path):
     assert outcome.status == 1
     assert "\nsr/a.png: is empty" in outcome.err
     assert "\nsr/bb.png: no file of this name" in outcome.err
-    assert "3 of these; the means leave them out" in outcome.err
+    assert "3 files or values are left out of the means" in outcome.err
     figures = expected_one(tmp_path, "c")
     assert [float(cell) for cell in row(outcome.out, "sr")[1:]] == pytest.approx([figures, 1], abs=1.1e-4)
     content = json.loads((tmp_path / "log/METRICS.json").read_text())

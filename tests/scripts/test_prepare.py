@@ -212,7 +212,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(command, tmp_path, monkey
 def test_machines_share_the_work(command, tmp_path, monkeypatch, layout):
     monkeypatch.setattr(writers, "_RUN", 3)
     shared = tmp_path / "shared"
-    assert "pieces are missing, perhaps those of the 1 other parts" in command.done(
+    assert "pieces are missing, perhaps from the parts of other machines" in command.done(
         shared, "--layout", layout, "--shard", "1/2"
     )
     with pytest.raises(UserError, match="not finished"):
@@ -238,11 +238,11 @@ def test_other_settings_or_another_base_do_not_go_into_the_same_set(command, roo
     output = tmp_path / "set"
     command.done(output)
     for flags, words in (
-        (("--seed", "1"), "seed: 0 there, 1 here"),
+        (("--seed", "1"), "seed: 0 before, 1 now"),
         (("--crop_size", "16"), "crop: "),
         (("--no_sharpen_gt",), "degradation: "),
         (("--jpeg", "codec"), "degradation: "),
-        (("--layout", "folders"), "layout: shards there, folders here"),
+        (("--layout", "folders"), "layout: shards before, folders now"),
         (("--default_embedding_dir", str(root / "null")), "default prompt: "),
     ):
         said = command.refused(output, *flags)
@@ -508,7 +508,7 @@ def test_of_two_machines_that_begin_together_with_other_settings_one_is_refused(
     for each in manifests:
         each.check()
     manifests[0].begin()
-    with pytest.raises(UserError, match="seed: 0 there, 1 here"):
+    with pytest.raises(UserError, match="seed: 0 before, 1 now"):
         manifests[1].begin()
     # Both have passed their checks, so that the link decides.
     (tmp_path / "set" / "manifest.json").unlink()

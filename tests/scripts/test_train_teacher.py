@@ -158,7 +158,7 @@ def test_a_stopped_run_continues_bit_for_bit(command, root, tmp_path):
     assert distance(everything(tmp_path / "rest"), everything(tmp_path / "whole")) == 0
     assert steps_of(tmp_path / "rest")[-2:] == steps_of(tmp_path / "whole")[-2:]
     said = command.refused(tmp_path / "other", *flags, "--rank", "3", "--resume_from_checkpoint", middle)
-    assert "rank: 2 there, 3 here" in said
+    assert "rank: 2 before, 3 now" in said
 
 
 def test_a_run_is_resumed_however_it_is_named(finished, root, tmp_path, monkeypatch, capsys):
@@ -291,7 +291,7 @@ def test_another_noise_schedule_is_not_resumed(command, finished, root, tmp_path
     other = tiny_training.with_shift(root / "sd3", tmp_path / "sd3", 1.0)
     resume = ("--resume_from_checkpoint", str(finished / "checkpoint_0000002"), "--ema_decay", "0.9")
     said = command.refused(tmp_path / "run", "--pretrained_model_name_or_path", str(other), *resume)
-    assert "schedule's shift: 3.0 there, 1.0 here" in said and said.count(" there, ") == 1
+    assert "schedule's shift: 3.0 before, 1.0 now" in said and said.count(" before, ") == 1
 
 
 def test_trained_weights_are_float32_in_any_precision(command, root, tmp_path):

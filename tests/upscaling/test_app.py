@@ -227,7 +227,7 @@ def test_large_results_are_shown_smaller(upscaler, tmp_path, monkeypatch):
     result = on_page(upscaler, save(tmp_path / "a.png"), tmp_path / "page")
     assert Image.open(result.file).size == (104, 66)
     assert Image.open(result.before).size == Image.open(result.after).size == (56, 36)
-    assert "Shown at 56×36; the file below has all of them." in result.summary
+    assert "Shown at 56×36; the file below has all pixels." in result.summary
 
 
 @pytest.mark.parametrize(
@@ -325,12 +325,12 @@ def test_files_that_cannot_be_used(handlers, tmp_path, make, expected):
         (dict(tile=7), "Tile size 7: expected an even number"),
         (dict(scale=10**400), "Scale inf: expected 1 to 64"),
         (dict(scale=True), "Scale: enter a number"),
-        (dict(tile=2), "Tile size 2: expected larger than 2, by which tiles overlap"),
+        (dict(tile=2), "Tile size 2: expected more than 2, the overlap of tiles"),
         (dict(tile=8.5), "Tile size 8.5: expected a whole number"),
         (dict(tile=[8]), "Tile size: enter a number"),
         (dict(seed=float("inf")), "Seed inf: expected a whole number"),
         (dict(seed=None), "Seed: enter a number"),
-        (dict(seed=-(2**53) - 1), "Seed -9.0072e+15: expected at most 2**53, up or down"),
+        (dict(seed=-(2**53) - 1), "Seed -9.0072e+15: expected -2**53 to 2**53"),
         (dict(colors=None), "Colors: expected one of wavelet, adain, nofix"),
         (dict(format="gif"), "Format: expected one of png, jpg, webp, tiff, bmp"),
         (dict(format=["png"]), "Format: expected one of png, jpg, webp, tiff, bmp"),
@@ -355,7 +355,7 @@ def test_no_photo_and_failures_of_the_device(handlers, tmp_path, monkeypatch):
     fail(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"))
     assert refused(handlers, source).startswith("a.png: out of device memory at 104×72; --is_use_tile")
     fail(RuntimeError(f"a bug in {handlers.root}"))
-    assert refused(handlers, source) == "Something went wrong; the server's terminal says what."
+    assert refused(handlers, source) == "Something went wrong; the server's terminal shows the error."
     monkeypatch.undo()
     # Whole numbers may come with a point, and the largest seed is one.
     done = handlers.upscale(str(source), 2, "wavelet", 8.0, 2**53, "png", page_events.Choice())
@@ -423,7 +423,7 @@ def test_a_photo_is_shown_or_why_not(handlers, tmp_path, monkeypatch):
     monkeypatch.setattr(page_events, "write_preview", lambda *arguments: 1 / 0)
     assert handlers.show(str(source), choice) == (
         None,
-        "Something went wrong; the server's terminal says what.",
+        "Something went wrong; the server's terminal shows the error.",
     )
 
 
@@ -680,11 +680,11 @@ def test_mistakes_are_told_before_anything_starts(command, tmp_path, monkeypatch
     assert "nowhere" in line("--pretrained_model_name_or_path", str(tmp_path / "nowhere"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"--port {port}: in use; choose another" in line("--port", port)
+        assert f"--port {port}: is in use; choose another port" in line("--port", port)
     assert "--port 0: expected 1 to 65535" in line("--port", "0")
     assert "--max_upload 0: expected at least 1" in line("--max_upload", "0")
     assert "--host no.such.name.invalid: no such address" in line("--host", "no.such.name.invalid")
-    assert "--host 192.0.2.1: cannot be listened on" in line("--host", "192.0.2.1")
+    assert "--host 192.0.2.1: the server cannot listen on it" in line("--host", "192.0.2.1")
     assert "--upscale 0.5: expected 1 to 64" in line("--upscale", "0.5")
     assert f"--seed {2**53 + 1}: expected at most 2**53" in line("--seed", str(2**53 + 1))
     with monkeypatch.context() as patch:

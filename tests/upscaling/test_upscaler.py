@@ -165,7 +165,7 @@ def test_an_empty_list_is_refused(small):
         (PICTURE, dict(color=None), "^color None: expected one of wavelet"),
         (PICTURE, dict(color=["adain"]), r"^color \['adain'\]: expected one of wavelet"),
         (PICTURE, dict(tile=9), r"^tile 9: expected an even number"),
-        (PICTURE, dict(tile=8), "^tile 8: expected larger than 8, by which tiles overlap"),
+        (PICTURE, dict(tile=8), "^tile 8: expected more than 8, the overlap of tiles"),
         (PICTURE, dict(tile=10**6), "^tile 1000000: this transformer's position table ends at"),
         (PICTURE, dict(scale=0.5), "^scale 0.5: expected 1 to 64"),
         (PICTURE, dict(color="wavelets"), "^color 'wavelets': expected one of wavelet"),

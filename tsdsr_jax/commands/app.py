@@ -1,4 +1,4 @@
-"""Serves a page in the browser that upscales photographs with SD3 and TSD-SR's LoRAs. Without a model it uses the small
+"""Serves a web page that upscales photographs with SD3 and TSD-SR's LoRAs. Without a model it uses the small
 bundled one.
 
 python infer/app.py --pretrained_model_name_or_path sd3
@@ -32,7 +32,7 @@ from tsdsr_jax.upscaling.upscaler import Upscaler
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(UpscaleOptions):
     host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 lets other machines in, too; there is no password."""
+    """Address to listen on. 0.0.0.0 also lets other machines in; there is no password."""
     port: int = 7860
     """Port to listen on, 1 to 65535."""
     max_upload: int = 30
@@ -60,19 +60,17 @@ def _run(options: Options, root: Path) -> None:
     """
     app = _import_app()
     if abs(options.seed) > LARGEST_WHOLE:
-        raise UserError(
-            f"--seed {options.seed}: expected at most 2**53, up or down; browsers round beyond it"
-        )
+        raise UserError(f"--seed {options.seed}: expected -2**53 to 2**53; browsers round larger numbers")
     upscaler = Upscaler(load_engine(options, select_devices(options.device)), options)
     page = app.build_page(upscaler, root, options.max_waiting)
     app.serve_page(page, options.host, options.port, options.max_upload)
-    print(f"ready: {addresses(options.host, options.port)} (Ctrl-C ends it)", flush=True)
+    print(f"ready: {addresses(options.host, options.port)} (Ctrl-C stops it)", flush=True)
     while True:
         time.sleep(3600)
 
 
 def addresses(host: str, port: int) -> str:
-    """Where a browser finds the page, in words; 0.0.0.0 and :: are addresses to listen on, not to visit."""
+    """Says where a browser finds the page; 0.0.0.0 and :: are addresses to listen on, not to visit."""
     *_, (meant, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if meant in ("0.0.0.0", "::"):
         return f"http://localhost:{port}/, from other machines http://{socket.gethostname()}:{port}/"
@@ -103,7 +101,7 @@ def private_folder() -> Iterator[Path]:
 def _ended_by_signals(root: Path) -> Iterator[None]:
     """Makes Ctrl-C and SIGTERM remove the folder `root` and end the process at once.
 
-    Not by an exception: while libraries load, it may be raised where Python only prints and ignores it.
+    It raises no exception: while libraries load, Python may only print one and go on.
     """
 
     def leave(number: int, frame: object) -> None:
@@ -137,7 +135,7 @@ def _check_server(options: Options) -> None:
     """Refuses flags that the server could not start with, before the networks are loaded.
 
     Raises:
-      UserError: a flag is out of range, or the address or port cannot be listened on.
+      UserError: a flag is out of range, or the server cannot listen on the address or port.
     """
     cli.at_least(options, 1, "max_upload", "max_waiting")
     if not 1 <= options.port <= 65535:
@@ -149,10 +147,12 @@ def _check_server(options: Options) -> None:
         raise UserError(f"--host {options.host}: no such address; 127.0.0.1 is this machine") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"--port {options.port}: in use; choose another, or end what uses it") from None
+            raise UserError(f"--port {options.port}: is in use; choose another port") from None
         flag = "--port" if error.errno == errno.EACCES else "--host"
         value = getattr(options, flag[2:])
-        raise UserError(f"{flag} {value}: cannot be listened on ({error.strerror}); choose another") from None
+        raise UserError(
+            f"{flag} {value}: the server cannot listen on it ({error.strerror}); choose another"
+        ) from None
 
 
 def _import_app() -> types.ModuleType:

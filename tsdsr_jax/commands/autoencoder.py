@@ -2,7 +2,7 @@
 
 python train/autoencoder.py --vae_dir vae --from_scratch --hr_dir PHOTOS --output_dir runs/vae --max_train_steps 20000
 
-The checkpoint contains it in diffusers' layout, with a scaling factor measured on the validation photographs.
+Checkpoints contain the autoencoder in diffusers' layout, with a scaling factor measured on the validation photographs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
     hr_dir: tuple[Path, ...]
     """Folder of photographs, including its subfolders; repeat the flag for several folders."""
     vae_dir: Path
-    """The autoencoder: a checkpoint's vae folder, with config.json and weights. Its scaling factor is measured again."""
+    """The autoencoder: a checkpoint's vae folder, with config.json and weights. The scaling factor is measured anew."""
     from_scratch: bool = False
     """Start from new weights; only config.json of the folder is read."""
     validation_dir: Path | None = None

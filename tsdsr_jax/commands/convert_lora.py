@@ -1,9 +1,9 @@
-"""Converts LoRA files from PEFT's layout, that of TSD-SR's released files, to ours, and from ours to PEFT's.
+"""Converts LoRA files from PEFT's layout, which TSD-SR's released files have, to ours, or from ours to PEFT's.
 
     python convert/lora.py --input checkpoint/tsdsr --output lora/tsdsr --base sd3
     python convert/lora.py --input lora/tsdsr --output for_pytorch --base sd3
 
-Each file's layout decides on the direction. Of a folder, it converts transformer.safetensors, vae.safetensors,
+Each file's layout determines the direction. In a folder, the command converts transformer.safetensors, vae.safetensors,
 teacher.safetensors and transformer_reg.safetensors. If alpha is the rank, a round trip restores every tensor bit for bit.
 Any other alpha is folded into B, and the written file has alpha = rank.
 """

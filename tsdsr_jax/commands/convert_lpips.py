@@ -1,4 +1,4 @@
-"""Converts LPIPS from torchvision's network and the lpips package's lin layers to a single file of ours.
+"""Converts LPIPS from torchvision's network and the lpips package's lin layers to a single file in our layout.
 
     python convert/lpips.py --network alex --backbone alexnet-owt-7be5be79.pth --lin alex.pth --output lpips_alex.safetensors
     python convert/lpips.py --network vgg --backbone vgg16-397923af.pth --lin vgg.pth --output lpips_vgg.safetensors

@@ -35,7 +35,7 @@ TEXTS_PER_LOAD = 1024
 @dataclasses.dataclass(frozen=True)
 class Options:
     output: Path
-    """Folder for the embeddings; or, for a single one, a .safetensors file."""
+    """Folder for the embeddings, or a .safetensors file for a single one."""
     input: Path | None = None
     """Folder with .pt embeddings to convert, as released."""
     default: bool = False
@@ -47,9 +47,9 @@ class Options:
     prompt_file: Path | None = None
     """Encode this text file, or every .txt of this folder."""
     pretrained_model_name_or_path: cli.PathOrName | None = None
-    """SD3 in diffusers' layout: a folder or a hub id, of which only the text encoders are downloaded."""
+    """SD3 in diffusers' layout: a folder, or a hub id (only its text encoders are downloaded)."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit of a hub id."""
     variant: str | None = None
     """Variant of the weight files to read, such as fp16."""
     no_t5: bool = False

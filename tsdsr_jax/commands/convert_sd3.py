@@ -58,7 +58,7 @@ class Options:
     lora_dir: Path | None = None
     """Folder with LoRAs to merge into the weights: transformer.safetensors and vae.safetensors, in PEFT's layout or ours."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit of a hub id."""
     variant: str | None = None
     """Variant of the weight files to read, such as fp16."""
     dtype: Literal["keep", "float16", "bfloat16", "float32"] = "keep"
@@ -137,7 +137,7 @@ def _merged(leaves: Iterator[tuple[str, np.ndarray]], lora: Tree) -> Iterator[tu
                 array = array.astype(np.float32) + a @ b
             if not is_finite(array):
                 raise UserError(
-                    f"{path}: exceeds float32 after the LoRA is merged into it; is the LoRA damaged?"
+                    f"{path}: exceeds float32's range after the LoRA is merged into it; is the LoRA damaged?"
                 )
         yield path, array
 
@@ -174,7 +174,7 @@ def _cast(
                 target[...] = wide
             if (np.isfinite(wide) & ~np.isfinite(target.astype(np.float32))).any():
                 raise UserError(
-                    f"{name}: has values out of the range of {dtype}; choose --dtype bfloat16 or float32"
+                    f"{name}: has values outside the range of {dtype}; choose --dtype bfloat16 or float32"
                 )
         yield name, result
 

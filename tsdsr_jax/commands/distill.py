@@ -85,7 +85,7 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
-    """File-name variant of the weights, such as fp16."""
+    """Variant of the weight files to read, such as fp16."""
     teacher_lora_path: Path | None = None
     """The teacher's LoRA, for --use_teacher_lora: a file, or a folder that contains teacher.safetensors."""
     checkpoint_path: Path | None = None
@@ -124,13 +124,13 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     last_index: int = 949
     """Highest schedule index to draw."""
     weighting_scheme: Weighting = "logit_normal"
-    """Scheme of the sample weights in the auxiliary network's loss."""
+    """How samples are weighted in the auxiliary network's loss."""
     logit_mean: float = 0.0
-    """Mean, for --weighting_scheme logit_normal."""
+    """Mean of the draws of --weighting_scheme logit_normal."""
     logit_std: float = 1.0
-    """Standard deviation, for --weighting_scheme logit_normal."""
+    """Standard deviation of the draws of --weighting_scheme logit_normal."""
     mode_scale: float = 1.29
-    """Scale, for --weighting_scheme mode."""
+    """Scale of --weighting_scheme mode."""
 
     rank: int = 64
     """Rank of the student's LoRA on the transformer."""
@@ -189,7 +189,7 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
             )
         if not any((self.lambda_tsd, self.lambda_mse, self.lambda_lpips)):
             raise UserError(
-                "--lambda_tsd, --lambda_mse and --lambda_lpips are all 0: there is nothing to train for"
+                "--lambda_tsd, --lambda_mse and --lambda_lpips are all 0: there is nothing to train"
             )
         if self.use_teacher_lora and self.teacher_lora_path is None:
             raise UserError("--use_teacher_lora: give the LoRA with --teacher_lora_path")

@@ -49,7 +49,7 @@ class Options:
     lpips_weights: Path | None = None
     """LPIPS's weights, made by convert/lpips.py."""
     compare: bool = False
-    """Also compare with the first folder, picture by picture."""
+    """Also compare each folder with the first, picture by picture."""
     log: Path | None = None
     """Folder for three files: the table as text, a CSV with every picture, and JSON with intervals and versions."""
     log_name: str = "METRICS"
@@ -104,7 +104,7 @@ class _Evaluation:
 
     @cached_property
     def tables(self) -> str:
-        """The text that is printed."""
+        """The text to print."""
         text = tables.layout_columns(tables.mean_table(self.methods, self.metrics))
         if self.compared:
             rows = tables.layout_columns(tables.difference_table(self.methods, self.metrics))
@@ -204,7 +204,10 @@ def _complain(problems: Sequence[str]) -> None:
     for line in problems:
         print(printable(line), file=sys.stderr)
     if problems:
-        print(f"{cli.script_name()}: {len(problems)} of these; the means leave them out", file=sys.stderr)
+        print(
+            f"{cli.script_name()}: {len(problems)} files or values are left out of the means",
+            file=sys.stderr,
+        )
 
 
 def _write_logs(options: Options, files: Mapping[str, Path], evaluation: _Evaluation) -> None:

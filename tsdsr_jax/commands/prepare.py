@@ -56,7 +56,7 @@ from tsdsr_jax.weights.text_encoders import EncoderOptions, find_encoders
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(PairOptions):
     hr_dir: tuple[Path, ...]
-    """Folder of photographs, searched with its subfolders; repeat for several."""
+    """Folder of photographs, including its subfolders; repeat the flag for several folders."""
     output_dir: Path | None = None
     """Folder to write the set to; required unless you ask for a --preview."""
     pretrained_model_name_or_path: cli.PathOrName | None = None
@@ -65,7 +65,7 @@ class Options(PairOptions):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
-    """File-name variant of the weights, such as fp16."""
+    """Variant of the weight files to read, such as fp16."""
 
     layout: SetLayout = "shards"
     """shards: a few large files that store each prompt once; folders: the original's, one file per sample and kind."""
@@ -89,11 +89,11 @@ class Options(PairOptions):
     """default: TSD-SR's default prompt for all photographs; txt: the text in the .txt beside each; txt_or_default: that text
     if there is one, otherwise the default."""
     default_embedding_dir: Path | None = None
-    """Embeddings of the default prompt. Default: with weights/tiny its own; otherwise the prompt is encoded."""
+    """Folder with the default prompt's embedding. Default: for weights/tiny, its own; otherwise the prompt is encoded."""
     text_encoder_path: cli.PathOrName | None = None
     """A folder or hub id with SD3's text encoders, if the model has none."""
     no_t5: bool = False
-    """Omit T5 and use zeros instead, as SD3's pipeline can."""
+    """Leave out T5 and use zeros in its place, as SD3's pipeline can."""
     prompt_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Precision of the text encoders; embeddings are stored in float16."""
     prompt_device: str = "cpu"
@@ -189,7 +189,7 @@ def _preview(options: Options, path: Path, found: Survey) -> None:
         options.seed,
         tqdm.write,
     )
-    print(f"{path}: {shown} photographs, {PREVIEW_DRAWS} draws each")
+    print(f"{path}: {shown} photographs, each degraded {PREVIEW_DRAWS} times")
 
 
 # --- the set --------------------------------------------------------------------------------------
@@ -313,12 +313,12 @@ def _write_samples(
 def _report(
     options: Options, output: Path, found: Survey, writer: SetWriter, manifest: ManifestWriter, planned: int
 ) -> bool:
-    """Prints what has been made; returns whether the set is complete."""
+    """Prints what has been made. Returns whether the set is complete."""
     more = {"planned": planned, "small": found.small, "unreadable": found.unreadable, "versions": versions()}
     missing = manifest.finish(writer, more)
     if missing:
         of = cli.share(options.shard).of
-        others = "run the same command again" if of == 1 else f"perhaps those of the {of - 1} other parts"
+        others = "run the same command again" if of == 1 else "perhaps from the parts of other machines"
         print(f"{output}: this part is done; {missing} pieces are missing, {others}")
         return False
     made, problems = sum(read_manifest(output)["samples"]), manifest.problems()

@@ -78,7 +78,7 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
-    """File-name variant of the weights, such as fp16."""
+    """Variant of the weight files to read, such as fp16."""
 
     train: Literal["lora", "base"] = "lora"
     """What to train: a LoRA on the frozen transformer, or all of its weights."""

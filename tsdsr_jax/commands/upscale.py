@@ -41,7 +41,8 @@ class Options(UpscaleOptions):
     output_dir: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("outputs")
     """Folder for the results; it gets the same subfolders as the input."""
     batch_size: int | None = None
-    """Photographs per device and call at up to 512×512 pixels of the result, fewer if larger. Default: 8, on a CPU 1."""
+    """Photographs that a device computes together if results have up to 512×512 pixels; fewer if larger. Default: 8; on a
+    CPU, 1."""
     format: Literal["png", "jpg", "webp", "tiff", "bmp"] = "png"
     """File format of the results; all but jpg are lossless."""
     overwrite: bool = False
@@ -99,7 +100,7 @@ def _summary(options: Options, report: Report, from_others: int) -> str:
 
 
 def _write_page(options: Options, page: Path, jobs: Sequence[FileJob], failures: Sequence[str]) -> None:
-    """Writes `--report`, with all photographs that have a result, whenever it was made."""
+    """Writes `--report`: all photographs that have a result, from this run or an earlier one."""
     root = options.input_dir if options.input_dir.is_dir() else options.input_dir.parent
     entries = []
     for job in sorted(jobs, key=lambda job: job.source):
@@ -110,7 +111,7 @@ def _write_page(options: Options, page: Path, jobs: Sequence[FileJob], failures:
     title = f"{options.input_dir} → {options.output_dir}"
     with tqdm(total=len(entries), desc="report", unit=" images", leave=False, disable=None) as bar:
         write_report(page, title, entries, notes=failures, progress=bar.update)
-    print(f"{len(entries)} compared in {page}")
+    print(f"{len(entries)} photographs compared in {page}")
 
 
 def _sizes(job: FileJob, max_pixels: int) -> dict[str, str]:

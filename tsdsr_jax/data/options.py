@@ -52,9 +52,9 @@ class PairOptions(CropOptions):
     """How photographs become training pairs."""
 
     jpeg: Literal["model", "codec"] = "model"
-    """How to compress: with the published pipeline's model of JPEG, or with a real codec."""
+    """JPEG compression: simulated as in the published pipeline (model), or with a real codec."""
     degradation_strength: Literal["published", "light"] = "published"
-    """How strongly to degrade: as published, or with less blur, noise and JPEG, for small crops."""
+    """How strongly to degrade: as published, or with less blur, noise and compression (light), for small crops."""
 
     def degradation(self) -> DegradationConfig:
         config = dataclasses.replace(super().degradation(), codec=self.jpeg == "codec")
@@ -66,16 +66,16 @@ class DataOptions(PairOptions):
     """Where the samples and prompts of a training run come from."""
 
     data_dir: tuple[Path, ...] = ()
-    """Prepared training set, made by train/prepare.py or in the original's folders (gt, lr_bicubic, latent_hr,
-    prompt_embeds, pool_embeds); repeat for several."""
+    """Prepared set, made by train/prepare.py or in the original's folders (gt, lr_bicubic, latent_hr, prompt_embeds,
+    pool_embeds); repeat the flag for several sets."""
     hr_dir: tuple[Path, ...] = ()
-    """Instead of a set: folder of photographs, searched with its subfolders, to crop and degrade during training; repeat for
-    several."""
+    """Instead of a prepared set: folder of photographs, including its subfolders, to crop and degrade during training;
+    repeat the flag for several folders."""
     default_embedding_dir: Path | None = None
-    """Embeddings of the default prompt, for photographs that have none beside them, or for all if a flag says so.
-    Default: dataset/default, or those of weights/tiny."""
+    """Folder with the default prompt's embedding, for photographs without an embedding of their own. Default:
+    dataset/default; for weights/tiny, its own."""
     null_embedding_dir: Path | None = None
-    """Embeddings of the empty prompt, for guidance. Default: dataset/null, or those of weights/tiny."""
+    """Folder with the empty prompt's embedding, for guidance. Default: dataset/null; for weights/tiny, its own."""
 
     def prompted(self, model: str) -> Self:
         """Sets the defaults of the prompts' folders for a model."""

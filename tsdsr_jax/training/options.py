@@ -31,7 +31,7 @@ class RunOptions:
     logging_dir: Path = Path("logs")
     """Folder for TensorBoard and wandb files, inside the output folder."""
     log_name: str = "tsdsr"
-    """Name of the run: the wandb project and the title of the curves."""
+    """Name of the run, used as the wandb project and as the curves' title."""
     log_code: bool = False
     """Upload the code to wandb."""
     report_to: ReportTo = "none"
@@ -40,7 +40,7 @@ class RunOptions:
     """Fetch losses from the devices every N steps. Every step is logged either way."""
 
     train_batch_size: int = 4
-    """Images per device."""
+    """Images per device and batch."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step."""
     num_train_epochs: int = 1
@@ -71,7 +71,7 @@ class RunOptions:
     validation_steps: int = 5000
     """Validate on fixed samples every N steps, at the start and at the end."""
     validation_dir: Path | None = None
-    """Prepared set to validate on, with images of the training images' size. Default: the first training samples."""
+    """Prepared set to validate on; its images must have the training images' size. Default: the first training samples."""
     num_validation_images: int = 4
     """Number of samples to validate on."""
 
@@ -80,14 +80,14 @@ class RunOptions:
     num_processes: int | None = None
     """For several machines, started by hand: number of processes."""
     process_id: int | None = None
-    """For several machines, started by hand: number of this process, from 0."""
+    """For several machines, started by hand: index of this process, from 0."""
     multi_host: bool = False
     """Train on several machines, started by SLURM or mpirun."""
 
     local_rank: int = -1
-    """Has no effect: one process uses all its GPUs."""
+    """Has no effect: one process uses all its GPUs. Accepted for the original's command lines."""
     set_grads_to_none: bool = False
-    """Has no effect."""
+    """Has no effect. Accepted for the original's command lines."""
 
     @property
     def dtype(self) -> Any:
@@ -150,11 +150,11 @@ class OptimizerOptions:
     lr_scheduler: ScheduleName = "constant"
     """Learning-rate schedule."""
     lr_warmup_steps: int = 500
-    """Steps of linear warmup; not used by constant."""
+    """Steps of linear warmup; the constant schedule has none."""
     lr_num_cycles: int = 1
-    """Number of cycles of cosine_with_restarts."""
+    """Number of cycles of the cosine_with_restarts schedule."""
     lr_power: float = 1.0
-    """Exponent of polynomial."""
+    """Exponent of the polynomial schedule."""
     max_grad_norm: float = 1.0
     """Clip gradients to this global norm, each network separately."""
     adam_beta1: float = 0.9
@@ -164,7 +164,7 @@ class OptimizerOptions:
     adam_weight_decay: float = 1e-4
     """Weight decay of AdamW and Muon."""
     adam_epsilon: float = 1e-8
-    """Epsilon of AdamW; always 1e-8 with muon."""
+    """Epsilon of AdamW; with muon it is always 1e-8."""
     ema_decay: float | None = None
     """Also keep and export a moving average of the trained weights with this decay, such as 0.999."""
 

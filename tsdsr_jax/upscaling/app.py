@@ -1,4 +1,4 @@
-"""The page in the browser that upscales one photograph at a time: its layout, and the server, with Gradio."""
+"""The web page that upscales one photograph at a time: its layout and its server, with Gradio."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _show_choices(
     This bypasses the queue, which may be full of photographs to compute.
 
     Args:
-      outputs: slider, file, summary and the words about the photograph.
+      outputs: slider, file, summary and the photograph's description.
     """
     chosen = photo.change(
         handlers.choose,
@@ -95,16 +95,17 @@ def _show_choices(
 
 
 def _raw(component: gr.components.Component) -> gr.components.Component:
-    """Makes a component pass on what was sent: `Handlers` checks it and names the field, where Gradio would round or fail.
+    """Makes a component pass its input on unchanged. Gradio would round it or fail; `Handlers` checks it and names the
+    field.
 
-    Not by a subclass: Gradio writes a .pyi file beside the source of each.
+    This is no subclass, because Gradio writes a .pyi file beside the source of each subclass.
     """
     component.preprocess = lambda payload: payload  # type: ignore[method-assign]  # for this component only
     return component
 
 
 def _controls(options: UpscaleOptions) -> tuple[gr.File, gr.HTML, list[gr.components.Component]]:
-    """The photograph, words about it, and the settings in the order of `Handlers.upscale`."""
+    """The photograph, its description, and the settings in the order of `Handlers.upscale`."""
     # A plain file: Gradio's image component would drop the profile, the EXIF and all but 8 bits.
     # Any file name will do: the content is looked at, and a photograph may lack a suffix.
     photo = gr.File(label="Photo", height=140, elem_id="photo")
@@ -125,7 +126,9 @@ def _controls(options: UpscaleOptions) -> tuple[gr.File, gr.HTML, list[gr.compon
             )
         )
         seed = _raw(
-            gr.Number(options.seed, label="Seed", info="Another seed gives other details.", elem_id="seed")
+            gr.Number(
+                options.seed, label="Seed", info="A different seed gives different details.", elem_id="seed"
+            )
         )
         tile = _raw(
             gr.Number(
@@ -140,7 +143,7 @@ def _controls(options: UpscaleOptions) -> tuple[gr.File, gr.HTML, list[gr.compon
 
 
 def _results() -> list[gr.components.Component]:
-    """Slider, file and words, in the order in which `Handlers` returns them."""
+    """Slider, file and summary, in the order in which `Handlers` returns them."""
     slider = gr.ImageSlider(
         type="filepath",
         interactive=False,
@@ -186,4 +189,4 @@ def serve_page(page: gr.Blocks, host: str, port: int, max_upload: int) -> None:
             footer_links=[],
         )
     except OSError:
-        raise UserError(f"--port {port}: cannot be listened on; choose another") from None
+        raise UserError(f"--port {port}: the server cannot listen on it; choose another") from None

@@ -1,6 +1,6 @@
 """Runs groups of photographs through the engine: reads and prepares them, computes, finishes and delivers.
 
-Threads read and write while the device computes, so that it never waits for files. One bad file costs no other its result.
+Threads read and write while the device computes, so that it never waits for files. A bad file does not affect other results.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def finish_picture(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Slot:
-    """One photograph on its way through."""
+    """One photograph while it is processed."""
 
     job: Job
     plan: SizePlan
@@ -117,7 +117,7 @@ class _Run:
 
     Attributes:
       most_writing: pictures that may wait to be written before the device is given more.
-      crowded: buckets of which only one photograph per device fits.
+      crowded: buckets of which only one photograph per device fits into memory.
     """
 
     engine: Engine
@@ -175,9 +175,9 @@ class _Run:
             return None
 
     def _batches(self, slots: list[_Slot], group: Group[Job]) -> Iterator[_Batch]:
-        """Cuts photographs into batches, without batches of which every result exists.
+        """Cuts photographs into batches, and leaves out batches whose results all exist.
 
-        The size is asked for each time: a large batch may have failed in the meantime.
+        The batch size is looked up each time, because a large batch may have failed in the meantime.
         """
         while slots:
             size = self._batch_size(group)
@@ -186,7 +186,7 @@ class _Run:
                 yield batch
 
     def _batch_size(self, group: Group[Job]) -> int:
-        """As many as the engine takes; one per device if a large batch of this bucket has failed."""
+        """As many photographs as the engine takes; one per device if a large batch of this bucket has failed."""
         if group.several and group.bucket not in self.crowded:
             return self.engine.largest_batch(group.bucket, self.settings)
         return len(self.engine.devices)
@@ -265,17 +265,18 @@ class _Run:
             self.report.failed(job.source, error)
 
     def _is_wanted(self, job: Job) -> bool:
-        """Some are computed only so that the rest of their batch comes out as in an uninterrupted run."""
+        """Whether the result is to be delivered. Others are computed only so that their batch gives the same results as in
+        an uninterrupted run."""
         return self.overwrite or not job.is_finished()
 
     def _wanted(self, slots: Sequence[_Slot]) -> list[_Slot]:
         return [slot for slot in slots if self._is_wanted(slot.job)]
 
     def _after_failure(self, batch: _Batch, error: jax.errors.JaxRuntimeError) -> list[_Slot]:
-        """The photographs to compute again, one per device: those of a large batch, whatever the error is called.
+        """Returns the photographs to compute again, one per device: those of a failed large batch, whatever the error was.
 
-        Libraries below XLA have their own words for a lack of memory. If one photograph per device fails so, it is
-        reported; any other error is a bug and is raised.
+        Libraries below XLA report a lack of memory in various ways. If one photograph per device runs out of memory, too, it
+        is reported; any other error is a bug and is raised.
         """
         one_each = len(self.engine.devices)
         if batch.size <= one_each:
@@ -285,7 +286,7 @@ class _Run:
         if bucket not in self.crowded:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self.report.note(
-                f"{batch.size} photographs of {bucket[1]}×{bucket[0]} at a time failed ({reason}); going on with "
+                f"{batch.size} photographs of {bucket[1]}×{bucket[0]} at a time failed ({reason}); continuing with "
                 f"{one_each}, as with --batch_size 1"
             )
         self.crowded.add(bucket)
@@ -298,7 +299,7 @@ class _Run:
                 self._fetch(batch, launched)
 
     def _out_of_memory(self, slots: Sequence[_Slot], error: jax.errors.JaxRuntimeError) -> None:
-        """Reports that memory ran out, which costs a batch and not the run; any other error is raised."""
+        """Reports that memory ran out, which ends a batch but not the run; any other error is raised."""
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise error
         for slot in slots:

@@ -4,7 +4,7 @@
     ẑ = z − v(z, t = 1000, prompt)
     picture = decode(ẑ / scaling_factor)
 
-`LoadedNetworks` holds the parameters, `Engine` the jitted functions; neither changes. What one call wants is an argument.
+`LoadedNetworks` holds the parameters, `Engine` the jitted functions; neither changes. The settings of a call are arguments.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Bands:
     Attributes:
       encoder: side of the area that is encoded at a time, in pixels; None: the whole image.
       decoder: side of the area that is decoded at a time, in latent pixels; None: the whole image.
-      whole_pixels: a device's images are computed whole up to this many pixels, together. None: as many as fit into
+      whole_pixels: up to this many pixels in total, a device's images are computed whole. None: as many as fit into
         the device's memory.
     """
 
@@ -92,11 +92,11 @@ class LoadedNetworks:
     """Both networks' configs and parameters, on their devices.
 
     Args:
-      transformer, vae: configs and parameters; adapters merged, in any dtype. The devices keep only what remains of the
-        transformer at t = 1000 and for this prompt (`models.folded`). Where its parameters lie on the host, the devices
-        never hold more than that and two layers.
+      transformer, vae: configs and parameters; adapters merged, in any dtype. The devices keep only the part of the
+      transformer that is needed at t = 1000 and for this prompt (`models.folded`). If the parameters are on the host, the
+      devices never hold more than that part and two layers.
       prompt: text embeddings of the widths in the transformer's config.
-      dtype: what the transformer is kept in.
+      dtype: dtype in which the transformer is kept.
       devices: photographs and tiles are spread over all of them.
       weights: keep the transformer's blocks in eight bits; None: in `dtype`.
     """
@@ -167,7 +167,7 @@ class Engine:
 
     @cached_property
     def whole_pixels(self) -> int:
-        """Pixels of a device's images, together, up to which they are computed whole instead of in bands."""
+        """The most pixels, in total, of a device's images that are computed whole instead of in bands."""
         if self.bands.whole_pixels is not None:
             return self.bands.whole_pixels
         device = self.devices[0]
@@ -175,9 +175,9 @@ class Engine:
         return max(0, int((memory_of(device) - self.networks.nbytes) / per_pixel))
 
     def largest_batch(self, bucket: Size, settings: Settings) -> int:
-        """As many photographs as the settings allow, on all devices.
+        """The number of photographs that the settings allow in a batch, on all devices together.
 
-        Where bands are allowed, no more than a device computes whole: bands compute their edges more than once.
+        If bands are allowed, a device gets no more than it computes whole, because bands compute their edges more than once.
         """
         most = settings.photos_at_a_time(bucket)
         if most > 1 and (self.bands.encoder or self.bands.decoder):
@@ -197,13 +197,13 @@ class Engine:
         """Starts a batch and returns at once.
 
         Args:
-          photos: all portraits or none; at most `batch`.
+          photos: either all portraits or none; at most `batch`.
           bucket: (height, width) with height ≤ width, no smaller than any `plan.lying`.
           settings: those that the photographs were planned with.
-          masked: compute with masks even if the batch fills its bucket. Masks make another program, so batches that share
-            a bucket should agree.
-          batch: a multiple of the number of devices, up to which photographs are repeated; each is another program.
-            Default: one photograph per device.
+          masked: compute with masks even if the batch fills its bucket. Masks make another program, so batches that share a
+            bucket should all use them or not.
+          batch: number of photographs to compute, a multiple of the number of devices; photographs are repeated up to it.
+            Each number is another program. Default: one photograph per device.
           progress: called at every stage; `launch` then waits for each instead of returning at once.
         """
         plans = [photo.plan for photo in photos]
@@ -332,7 +332,7 @@ class Engine:
         return pictures.astype(jnp.uint8), finite.all((1, 2, 3))
 
     def _band_pixels(self, band: int | None, batch: int, pixels: int) -> int | None:
-        """Area that is computed at a time of images of `pixels` in a batch; None: the whole."""
+        """The area of an image that is computed at a time, for a batch of images of `pixels`; None: the whole image."""
         if band is None or batch // len(self.devices) * pixels <= self.whole_pixels:
             return None
         return band**2
@@ -347,7 +347,7 @@ def _gather(latents: jax.Array, pixels: jax.Array) -> jax.Array:
 def _blend(sums: jax.Array, velocity: jax.Array, pixels: jax.Array, weights: jax.Array) -> jax.Array:
     """Adds weighted velocities, and the weights in the last channel, at each tile's pixels.
 
-    Tile after tile: a single scatter would add overlapping tiles in an order that GPUs do not fix.
+    It adds tile after tile, because a single scatter would add overlapping tiles in an undefined order on GPUs.
 
     Args:
       sums: (B, h, w, C + 1) float32.
@@ -386,7 +386,7 @@ def _laid(array: np.ndarray, plan: SizePlan) -> np.ndarray:
 
 
 def _corner(array: np.ndarray, size: Size) -> np.ndarray:
-    """Zeros of this size with the array in the top left corner."""
+    """Pads the array to this size with zeros at the bottom and on the right."""
     result = np.zeros((*size, *array.shape[2:]), array.dtype)
     result[: array.shape[0], : array.shape[1]] = array
     return result

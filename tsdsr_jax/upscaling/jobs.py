@@ -1,4 +1,4 @@
-"""What there is to do: photographs, where their results go, and a report of what became of them."""
+"""The jobs of a run: photographs, where their results go, and a report of the outcomes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Job(Protocol):
         ...
 
     def size(self, max_pixels: int) -> Size:
-        """Upright (height, width). Raises UserError if it cannot be read or has more pixels."""
+        """Upright (height, width). Raises UserError if it cannot be read or has too many pixels."""
         ...
 
     def check_output(self, size: Size) -> None:
@@ -35,7 +35,7 @@ class Job(Protocol):
         ...
 
     def read(self, max_pixels: int) -> tuple[bytes, Photo]:
-        """The content that its noise depends on, and the photograph. Raises UserError as `size`."""
+        """The content that its noise depends on, and the photograph. Raises UserError like `size`."""
         ...
 
     def is_finished(self) -> bool:
@@ -43,7 +43,7 @@ class Job(Protocol):
         ...
 
     def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None) -> str | None:
-        """Takes the result; returns a remark if there is one. Raises UserError if it cannot be written."""
+        """Delivers the result; returns a remark, if any. Raises UserError if it cannot be written."""
         ...
 
 
@@ -110,15 +110,15 @@ class Report:
 def find_jobs(source: Path, output: Path, format: str, *, overwrite: bool = False) -> list[FileJob]:
     """The photographs of a file or folder (`find_photographs`), each with its target in `output`.
 
-    The tree below a folder is kept. Photographs whose targets would coincide (a.jpg, a.png) get their own suffix into
-    the name (a_jpg.png).
+    The tree below a folder is kept. If targets would coincide (a.jpg, a.png), the photographs' own suffixes become
+    part of the names (a_jpg.png).
 
     Args:
       format: suffix of the targets, without the dot.
       overwrite: whether results that exist will be replaced.
 
     Raises:
-      UserError: there is nothing, there are no images in it, or results would land among the photographs.
+      UserError: the path does not exist, holds no images, or results would be written among the photographs.
     """
     if source.is_file():
         files, root = [source], source.parent

@@ -66,7 +66,7 @@ def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = p
 
 
 def _load_prompt(options: UpscaleOptions, config: MMDiTConfig) -> PromptEmbeds:
-    """The prompt's embeddings; UserError if there are none or they do not fit."""
+    """Loads the prompt's embedding; UserError if it is missing or does not fit."""
     folder = filled_in(options.embedding_dir)
     try:
         prompt = load_prompt_embeds(folder)
@@ -83,11 +83,12 @@ def load_loras(
     merged: Sequence[str],
     say: Say = print,
 ) -> tuple[Tree | None, Tree | None]:
-    """The LoRAs in --lora_dir, for the transformer and the autoencoder; `merged` names those that the model contains."""
+    """Loads the LoRAs in --lora_dir for the transformer and the autoencoder; `merged` names those that the model already
+    contains."""
     lora_dir = filled_in(options.lora_dir)
     if lora_dir.lower() in ("none", ""):
         if not merged:
-            say("no LoRA: plain SD3 is no upscaler, unless TSD-SR's LoRAs are merged into these weights")
+            say("no LoRA: SD3 does not upscale unless TSD-SR's LoRAs are merged into its weights")
         return None, None
     if merged:
         say(
@@ -95,7 +96,7 @@ def load_loras(
         )
     if Path(lora_dir).is_file():
         raise UserError(
-            f"{lora_dir}: is a file; --lora_dir is the folder of transformer.safetensors and vae.safetensors"
+            f"{lora_dir}: is a file; --lora_dir must be the folder with transformer.safetensors and vae.safetensors"
         )
     loras = []
     for network, rank, flag in ((transformer, options.rank, "--rank"), (vae, options.rank_vae, "--rank_vae")):

@@ -24,16 +24,16 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
-    """The model, and how photographs go through it."""
+    """The model, and how it processes photographs."""
 
     pretrained_model_name_or_path: cli.PathOrName | None = None
     """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py. Default: the small bundled model."""
     lora_dir: cli.PathOrName | None = None
     """Folder with the LoRAs transformer.safetensors and vae.safetensors, in PEFT's layout or ours; "none" for no LoRA.
-    Default: checkpoint/tsdsr; for the bundled model none, because its LoRAs are merged in."""
+    Default: checkpoint/tsdsr; for the bundled model, none, because its LoRAs are merged in."""
     embedding_dir: Path | None = None
-    """Folder with the prompt's embeddings: prompt_embeds.pt and pool_embeds.pt, or prompt.safetensors. Default:
-    dataset/default; for the bundled model its own."""
+    """Folder with the prompt's embedding: prompt_embeds.pt and pool_embeds.pt, or prompt.safetensors. Default:
+    dataset/default; for the bundled model, its own."""
     rank: int | None = 64
     """Expected rank of the transformer's LoRA; None accepts any."""
     rank_vae: int | None = 64
@@ -41,12 +41,13 @@ class UpscaleOptions:
     lora_scale: float = 1.0
     """Factor on both LoRAs; below 1 the result stays closer to plain SD3."""
     upscale: float = 4.0
-    """Side of the result over side of the photograph, 1 to 64."""
+    """Factor by which both sides are enlarged, 1 to 64."""
     process_size: int = 512
-    """Smallest side, in pixels of the result, that is processed as it is. A photograph that would come out smaller is
-    processed at this size, and the result is shrunk."""
+    """Shortest side, in pixels, that the network processes. If a result would be smaller, its photograph is processed at
+    this size and the result is shrunk."""
     align_method: Literal["wavelet", "adain", "nofix"] = "wavelet"
-    """Color fix: take the low frequencies (wavelet) or the mean and contrast (adain) from the photograph; nofix: none."""
+    """Color correction: take the low frequencies (wavelet) or the mean and contrast (adain) from the photograph; nofix:
+    none."""
     seed: int = 42
     """Seed of the latent noise, which depends only on the seed and the file's content."""
     latent: Literal["sample", "mode"] = "sample"
@@ -57,9 +58,9 @@ class UpscaleOptions:
     latent_tiled_overlap: int | None = None
     """Overlap of neighboring tiles, in latent pixels. Default: 8, or half of a smaller tile."""
     tile_batch_size: int | None = None
-    """Tiles per device and call of the transformer. Default: 8, on a CPU 1."""
+    """Tiles that a device computes together. Default: 8; on a CPU, 1."""
     is_use_tile: bool | None = None
-    """Run the autoencoder in bands: the same picture with less memory. Default: where the whole image does not fit."""
+    """Run the autoencoder in bands: the same picture with less memory. Default: only if the whole image does not fit."""
     vae_decoder_tiled_size: int = 64
     """Side of the area that is decoded at a time in bands, in latent pixels. Changes memory and speed, not the result."""
     vae_encoder_tiled_size: int = 512
@@ -75,7 +76,7 @@ class UpscaleOptions:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
-    """Variant in the weights' file names, such as fp16."""
+    """Variant of the weight files to read, such as fp16."""
 
     def settings(self, platform: str) -> Settings:
         """The flags that every call may change, on devices of this kind."""
@@ -93,7 +94,7 @@ class UpscaleOptions:
 
     @property
     def bands(self) -> Bands:
-        """The flags that are compiled into the autoencoder."""
+        """The flags that set the autoencoder's bands, which are compiled into its programs."""
         if self.is_use_tile is False:
             return Bands(None, None, whole_pixels=None)
         whole_pixels = 0 if self.is_use_tile else None

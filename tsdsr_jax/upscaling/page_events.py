@@ -31,7 +31,7 @@ from tsdsr_jax.upscaling.page_pictures import (
 from tsdsr_jax.upscaling.upscaler import PictureArguments, UpscaleError, Upscaler
 
 _MESSAGE_SECONDS = 20
-_UNKNOWN = "Something went wrong; the server's terminal says what."
+_UNKNOWN = "Something went wrong; the server's terminal shows the error."
 # Seconds between two looks at whether a photograph that waits for the device is still wanted.
 _CHECK_EVERY = 0.5
 # Photographs that are prepared for display at a time; each is held in memory.
@@ -49,7 +49,7 @@ _STAGES = {
 
 @dataclasses.dataclass
 class Choice:
-    """The photograph that a visitor has chosen; one object per visit.
+    """The photograph that a visitor has chosen; each visit has its own object.
 
     Attributes:
       made: whether the page has reported a choice at all; programs that call the API do not.
@@ -99,19 +99,19 @@ class Handlers:
     def __init__(self, upscaler: Upscaler, root: Path):
         self.upscaler, self.root = upscaler, root
         self.shapes = SeenShapes()
-        # A cancelled photograph leaves Gradio's queue at once, but the device only at its next step.
+        # A canceled photograph leaves Gradio's queue at once, but the device only at its next step.
         self.device = threading.Lock()
         self._previews = threading.Semaphore(_PREVIEWS)
 
     def choose(self, source: str | None, choice: Choice) -> tuple[None, None, str, str]:
-        """A new photograph, or none: empties slider, file, summary and the words about the photograph."""
+        """Handles a new photograph, or its removal: empties slider, file, summary and the photograph's description."""
         choice.made, choice.path = True, source
         return None, None, "", ""
 
     def show(self, source: str | None, choice: Choice) -> tuple[Any, Any]:
-        """The photograph for both sides of the slider, and its name and size, or why it cannot be used.
+        """Returns the photograph for both sides of the slider, and its name and size, or the reason why it cannot be used.
 
-        Nothing is raised: outside the queue, an error would be a failed request to the browser.
+        It raises nothing: outside the queue, the browser would see a failed request.
         """
         if source is None:
             return None, ""
@@ -160,7 +160,7 @@ class Handlers:
     def _upscale(
         self, arguments: PictureArguments, format: str, photo: str, choice: Choice, progress: gr.Progress
     ) -> PageResult:
-        """Upscales a photograph when its turn has come, and as long as it is the one that is wanted."""
+        """Upscales a photograph when its turn comes, unless another one has been chosen since."""
 
         def check() -> None:
             choice.check(photo)
@@ -175,7 +175,8 @@ class Handlers:
 
     @contextlib.contextmanager
     def _turn(self, check: Callable[[], object]) -> Iterator[None]:
-        """Holds the device. `check` may raise while waiting, so that no thread waits for what nobody wants."""
+        """Waits for the device and holds it. `check` may raise while waiting, so that no thread waits for an abandoned
+        request."""
         while not self.device.acquire(timeout=_CHECK_EVERY):
             check()
         try:
@@ -185,10 +186,10 @@ class Handlers:
             self.device.release()
 
     def _arguments(self, scale: object, colors: object, tile: object, seed: object) -> PictureArguments:
-        """What was sent, as the upscaler's arguments.
+        """Converts what was sent to the upscaler's arguments.
 
         Raises:
-          UserError: a value is of the wrong type or out of range; named by the page's label.
+          UserError: a value is of the wrong type or out of range. The message names it by the page's label.
         """
         arguments = PictureArguments(
             scale=_number("Scale", scale),
@@ -204,14 +205,15 @@ class Handlers:
         return arguments
 
     def _new_folder(self) -> Path:
-        """One that nobody can guess: Gradio serves any file below the root to whoever asks."""
+        """Makes a folder with a name that nobody can guess, because Gradio serves any file below the root to whoever
+        asks."""
         path = self.root / secrets.token_hex(16)
         path.mkdir()
         return path
 
 
 def _number(label: str, value: object) -> float:
-    """What was sent for a number, which may be anything that JSON holds."""
+    """Reads a number from what was sent, which may be any JSON value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{label}: enter a number")
     try:
@@ -221,25 +223,25 @@ def _number(label: str, value: object) -> float:
 
 
 def _whole(label: str, value: object) -> int:
-    """The same for a whole number."""
+    """Reads a whole number, like `_number`."""
     number = _number(label, value)
     if not number.is_integer():  # NaN and infinities are none
         raise UserError(f"{label} {number:g}: expected a whole number")
     assert isinstance(value, int | float)
     if abs(value) > LARGEST_WHOLE:
-        raise UserError(f"{label} {number:g}: expected at most 2**53, up or down; browsers round beyond it")
+        raise UserError(f"{label} {number:g}: expected -2**53 to 2**53; browsers round larger numbers")
     return int(value)
 
 
 def _choice(label: str, value: object, choices: Collection[str]) -> Any:
-    """What was sent for one of several words."""
+    """Reads one of several words from what was sent."""
     if not isinstance(value, str) or value not in choices:
         raise UserError(f"{label}: expected one of {', '.join(choices)}")
     return value
 
 
 def _html(words: str) -> str:
-    """Words as HTML; they may contain a file's name, which may be anything."""
+    """Escapes text for HTML; it may contain a file's name, which may be anything."""
     return html.escape(printable(words), quote=False)
 
 

@@ -28,11 +28,11 @@ _MOST_SHAPES = 16
 
 @dataclasses.dataclass(frozen=True)
 class PageResult:
-    """What a photograph has become.
+    """The outcome for one photograph.
 
     Attributes:
       file: the result, as infer/upscale.py writes it.
-      before, after: photograph and result for the browser, of the same size.
+      before, after: previews of the photograph and the result, of the same size.
       summary: sizes and time, in words.
       notes: remarks that infer/upscale.py would have printed.
     """
@@ -48,7 +48,8 @@ class SeenShapes:
     """Remembers which shapes (padded size, tile) have compiled programs.
 
     Args:
-      most: before one more than these, all programs are dropped: JAX keeps them forever and cannot drop a few.
+      most: the most shapes to keep. Before one more is added, all programs are dropped: JAX keeps them forever and cannot
+        drop single ones.
     """
 
     def __init__(self, most: int = _MOST_SHAPES):
@@ -137,7 +138,7 @@ def _summary(name: str, photo: Photo, size: Size, seconds: float) -> str:
     summary = f"{name}: {in_words(photo.rgb.shape)} → {in_words(size)} pixels in {seconds:.1f} s."
     summary += " Left: the photo, enlarged bicubically; right: the result."
     if preview_size(size) != size:
-        summary += f" Shown at {in_words(preview_size(size))}; the file below has all of them."
+        summary += f" Shown at {in_words(preview_size(size))}; the file below has all pixels."
     return summary
 
 
@@ -150,7 +151,7 @@ def read_for_page(path: Path, max_pixels: int) -> Photo:
 
 
 def _for_page(message: str, path: Path) -> str:
-    """A message with the file's name instead of its path, and with the limit's flag."""
+    """Rewrites a message: the file's name instead of its path, and the flag of the limit."""
     message = message.replace(str(path), path.name)
     return message.replace("raise the limit", "raise --max_pixels").replace(
         "more than max_pixels", "more than --max_pixels"
@@ -163,13 +164,13 @@ def in_words(size: tuple[int, ...]) -> str:
 
 
 def preview_size(size: Size) -> Size:
-    """The (height, width) that the browser is given: the same, or as much as it can well hold."""
+    """The (height, width) of a picture's preview: the same, or the largest size that browsers handle well."""
     scale = min(1, (PREVIEW_PIXELS / (size[0] * size[1])) ** 0.5, PREVIEW_SIDE / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def write_preview(path: Path, photo: Photo, size: Size) -> None:
-    """Writes a photograph for the browser, lossless: resized bicubically to `size`, or to that size's preview."""
+    """Writes a lossless preview of a photograph: resized bicubically to `size`, or to the preview of that size."""
     size = preview_size(size)
     alpha = None if photo.alpha is None else pillow_bicubic(photo.alpha, *size)
     write_photo(path, pillow_bicubic(photo.rgb, *size), dataclasses.replace(photo, exif=None), alpha, "webp")

@@ -81,17 +81,17 @@ def plan_size(source: Size, upscale: float, process_size: int, latent_tile: int)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What one call wants. The defaults are the original's flags.
+    """The settings of one call. The defaults are the original's flags.
 
     Attributes:
       upscale: output size over input size, at least 1.
-      process_size: photographs whose short side would come out smaller are processed at this size, in pixels.
+      process_size: photographs whose result would have a shorter side are processed at this size, in pixels.
       latent_tile, latent_overlap: transformer tiles, in latent pixels.
       tile_batch: tiles per device and transformer call.
       photo_batch: photographs of 512×512 output pixels per device and call; fewer where they are larger.
       sample: draw the latent from the encoder's posterior; otherwise take its mean.
       seed: seed of the latent noise.
-      align: color fix.
+      align: color correction.
       max_pixels: photographs with more pixels, in or out, are refused.
     """
 
@@ -111,7 +111,7 @@ class Settings:
         return plan_size(source, self.upscale, self.process_size, self.latent_tile)
 
     def photos_at_a_time(self, size: Size) -> int:
-        """How many photographs of (height, width) `size` a device takes at most; never more than of 512×512."""
+        """The most photographs of (height, width) `size` per device and call; at most as many as of 512×512."""
         return max(1, min(self.photo_batch, self.photo_batch * _PHOTO_PIXELS // (size[0] * size[1])))
 
 
@@ -181,7 +181,7 @@ def plan_groups(
 def _measured(
     jobs: Sequence[AnyJob], settings: Settings, report: Report, part: Share
 ) -> list[tuple[AnyJob, SizePlan]]:
-    """The jobs that can be done, with their sizes."""
+    """The jobs whose photographs can be processed, with their sizes."""
 
     def measure(number: int, job: AnyJob) -> SizePlan | None:
         try:
@@ -204,7 +204,8 @@ def _measured(
 
 
 def _dealt(by_shape: _JobsByShape[AnyJob], part: Share) -> _JobsByShape[AnyJob]:
-    """One machine's part, dealt out across shapes, so that a few photographs of many shapes are shared out, too."""
+    """One machine's part. Photographs are dealt out across shapes, so that many shapes with few photographs are also shared
+    evenly."""
     dealt = 0
     mine: _JobsByShape[AnyJob] = {}
     for shape, members in sorted(by_shape.items(), key=lambda item: item[0]):
@@ -214,7 +215,7 @@ def _dealt(by_shape: _JobsByShape[AnyJob], part: Share) -> _JobsByShape[AnyJob]:
 
 
 def unfinished(groups: Sequence[Group[FileJob]], report: Report) -> list[Group[FileJob]]:
-    """The groups with a result missing; counts the results that exist.
+    """The groups in which results are missing; counts the results that exist.
 
     A group with only some of its results stays whole: all are computed, so that each comes out as in an uninterrupted
     run, and only the missing ones are written.
@@ -230,7 +231,8 @@ def unfinished(groups: Sequence[Group[FileJob]], report: Report) -> list[Group[F
 
 
 def batch_size(items: int, small: int, large: int) -> int:
-    """The large batch size if this many items fill at least half of it, else the small one. Each is a program."""
+    """The large batch size if this many items fill at least half of it, otherwise the small one. Each size is a compiled
+    program."""
     return large if items > large // 2 else small
 
 

@@ -1,6 +1,6 @@
 """Latent tiles: where they lie, how they overlap, and how they are packed into tokens.
 
-The transformer was trained on one latent size. Larger latents go through it as overlapping tiles, which are blended with
+The transformer was trained on one latent size. It processes larger latents as overlapping tiles, which are blended with
 Gaussian weights. Offsets and weights are the original's; docs/differences.md lists the deviations.
 """
 
@@ -88,7 +88,7 @@ class TokenBatch:
       weights: (n, T, p·p) float32, 0 for padding.
       positions: (n, T) int32, rows of the position table.
       lengths: (n,) int32 valid tokens.
-      needs_lengths: whether the transformer is to be told the lengths.
+      needs_lengths: whether the transformer needs the lengths.
     """
 
     tiles: int
@@ -102,7 +102,7 @@ class TokenBatch:
 def pack_batches(
     tiles: Sequence[Tile], settings: Settings, devices: int, latent_size: Size, config: MMDiTConfig
 ) -> Iterator[TokenBatch]:
-    """Packs tiles into calls of the transformer, of few shapes, because each is a compiled program.
+    """Packs tiles into calls of the transformer. The calls have few shapes, because each is a compiled program.
 
     There are at most two token counts, and two numbers of rows: `devices`, and `settings.tile_batch` times as many.
 

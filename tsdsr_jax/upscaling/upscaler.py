@@ -1,6 +1,6 @@
 """Upscaling from Python: `Upscaler.from_pretrained()`, called with pictures.
 
-Pictures take the same way through the networks as in infer/upscale.py, in memory instead of in files.
+Pictures are processed as in infer/upscale.py, but in memory instead of in files.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class PictureArguments(TypedDict, total=False):
 
 
 class CallArguments(PictureArguments, total=False):
-    """All of its arguments besides the pictures."""
+    """All arguments of `Upscaler.__call__` except the pictures."""
 
     progress: Callable[[int, int], object] | None
     on_stage: Progress | None
@@ -116,15 +116,15 @@ class Upscaler:
         Args:
           model: SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py. Default: the small bundled model.
           lora: folder with TSD-SR's transformer.safetensors and vae.safetensors; "none" for no LoRA. Default:
-            checkpoint/tsdsr; for the bundled model none, because its LoRAs are merged in.
-          prompt: folder with the prompt's embeddings. Default: dataset/default; for the bundled model its own.
+            checkpoint/tsdsr; for the bundled model, none, because its LoRAs are merged in.
+          prompt: folder with the prompt's embedding. Default: dataset/default; for the bundled model, its own.
           lora_scale: factor on the LoRAs; below 1 the result stays closer to plain SD3.
           device: "cuda", "cuda:N", "cpu" or "tpu". Default: all devices of the best kind.
           dtype: precision of the computation. Default: "fp16" on a GPU, "bf16" on a TPU, "fp32" on a CPU.
           weights: "int8" and "fp8" keep the transformer's blocks in eight bits, to fit small GPUs.
           max_pixels: pictures with more pixels, before or after upscaling, are refused.
           revision: branch, tag or commit of a hub id.
-          variant: variant in the weights' file names, such as "fp16".
+          variant: variant of the weight files to read, such as "fp16".
 
         Raises:
           ValueError: an argument is wrong, or files are missing or do not fit. The message names which.
@@ -180,8 +180,8 @@ class Upscaler:
 
         Args:
           pictures: a PIL image, an array (H, W, 3) of uint8 in RGB, or an image file's path; or a list or tuple of them.
-          scale: side of the result over side of the picture, 1 to 64.
-          color: color fix: take the low frequencies ("wavelet") or the mean and contrast ("adain") from the picture;
+          scale: factor by which both sides are enlarged, 1 to 64.
+          color: color correction: take the low frequencies ("wavelet") or the mean and contrast ("adain") from the picture;
             "nofix": none.
           seed: seed of the latent noise, which depends only on the seed and the picture.
           latent: draw the latent from the encoder's posterior ("sample"), or take its mean ("mode").
@@ -193,7 +193,7 @@ class Upscaler:
 
         Returns:
           A PIL image for an image or a path, with its transparency and color profile; an array (H, W, 3) of uint8 for an
-          array; a list for a list or tuple. A file's result has the pixels that infer/upscale.py writes.
+          array; a list for a list or tuple. The result of a file has the same pixels that infer/upscale.py writes.
 
         Raises:
           ValueError: an argument is wrong, or a picture cannot be read or upscaled. The message names them all.
@@ -227,7 +227,7 @@ class Upscaler:
         latent: Latent = "sample",
         tile: int | None = None,
     ) -> Settings:
-        """Checks the arguments of a call; returns how pictures are cut up and processed with them.
+        """Checks the arguments of a call; returns the settings that they make.
 
         Raises:
           ValueError: an argument is of a wrong type or out of range.
@@ -239,7 +239,7 @@ class Upscaler:
             overlap = filled_in(self.options.latent_tiled_overlap)
             tile = filled_in(self.options.latent_tiled_size) if tile is None else _whole("tile", tile)
             if tile <= overlap:
-                raise UserError(f"tile {tile}: expected larger than {overlap}, by which tiles overlap")
+                raise UserError(f"tile {tile}: expected more than {overlap}, the overlap of tiles")
             options = dataclasses.replace(
                 self.options,
                 upscale=float(scale),
@@ -315,7 +315,8 @@ def _memory_job(picture: Any, name: str, max_pixels: int) -> MemoryJob:
 
 
 def _content(image: Image.Image, photo: Photo) -> bytes:
-    """The file's bytes if the image is as it was opened from one, so that the noise is the same; else its pixels."""
+    """The file's bytes if the image is unchanged since it was opened from a file, for the same noise; otherwise its
+    pixels."""
     file = Path(getattr(image, "filename", "") or "")
     if file.is_file():
         with contextlib.suppress(UserError):

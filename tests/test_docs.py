@@ -17,11 +17,12 @@ import pytest
 from test_architecture import MAY_IMPORT
 
 import docs_clone
-import tiny_checkpoint as tiny
 from commands import Command
 from docs_pages import PAGES, Snippet, anchors, links, prose, quoted, read, snippets
 from tsdsr_jax.places import CHECKOUT
 from tsdsr_jax.training import session
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 INSTALLED = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["scripts"]
 
@@ -78,12 +79,6 @@ def outputs(page: str) -> set[str]:
         if snippet.language == "bash" and not not_run(snippet):
             found |= set(re.findall(r"(?:--output|--output_dir|-o) ([^\s/]+)(?=\s|$)", snippet.text))
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ from tsdsr_jax.training.log import read_rows
 from tsdsr_jax.weights.sd3_folder import NetworkFiles, torch_config
 from tsdsr_jax.weights.torch_names import write_base
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 pytest_plugins = "parity"
 
 
@@ -131,12 +133,6 @@ def test_a_perceptual_distance_is_added():
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 class Autoencoder(Command):

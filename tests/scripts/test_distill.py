@@ -36,14 +36,9 @@ from tsdsr_jax.weights.torch_pickle import write_tensor
 RANK = tiny_training.RANK
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "compiled"
-
-
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(cache: Path) -> Iterator[None]:
-    """Lets runs with equal settings share their compiled programs."""
+def shared_programs(quick_compilation: None) -> Iterator[None]:
+    """Lets runs with equal settings share their traced programs, too."""
     steps, restores = {}, {}
     jit_step, restore = step.jit_step, validation.jit_restore
 
@@ -57,7 +52,7 @@ def quick_compilation(cache: Path) -> Iterator[None]:
         )
         return steps.setdefault(settings, jit_step(trainer, mesh, shardings))
 
-    with tiny.compiled_once(cache), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "jit_step", shared_step)
         patch.setattr(validation, "jit_restore", lambda *key: restores.setdefault(key, restore(*key)))
         yield

@@ -24,13 +24,9 @@ from tsdsr_jax.weights.lora_files import load_lora
 from tsdsr_jax.weights.sd3_folder import open_checkpoint
 from tsdsr_jax.weights.torch_pickle import write_tensor
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RANK = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,8 @@ from tsdsr_jax.upscaling.jobs import find_jobs
 from tsdsr_jax.upscaling.options import complete_options
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "infer/upscale.py"
 RANK = 2
@@ -40,12 +41,6 @@ SQUARE, WIDE, TALL = (32, 32), (33, 52), (52, 33)
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "compiled"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(cache: Path) -> Iterator[None]:
-    with tiny.compiled_once(cache):
-        yield
 
 
 @pytest.fixture(scope="module")

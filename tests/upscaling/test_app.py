@@ -37,6 +37,8 @@ gr = pytest.importorskip("gradio")
 from tsdsr_jax.upscaling import app as page_lib  # noqa: E402 (needs Gradio)
 from tsdsr_jax.upscaling import page_events, page_pictures  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RANK, WAITING = 2, 3
 SMALL = [
@@ -51,12 +53,6 @@ SMALL = [
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "compiled"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(cache: Path) -> Iterator[None]:
-    with tiny.compiled_once(cache):
-        yield
 
 
 @pytest.fixture(scope="module")

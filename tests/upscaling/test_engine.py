@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 from PIL import Image
 
 from tiny_checkpoint import (
-    compiled_once,
     random_params,
     random_prompt,
     synthetic_photo,
@@ -31,6 +29,8 @@ from tsdsr_jax.upscaling.engine import Bands, Engine, LoadedNetworks, Prepared
 from tsdsr_jax.upscaling.jobs import Report, find_jobs
 from tsdsr_jax.upscaling.planning import Settings, SizePlan, plan_groups, unfinished
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Small pictures: 64 pixels are processed as they are, tiles span 64 pixels.
 SMALL = Settings(upscale=2, process_size=64, latent_tile=8, latent_overlap=2, align="nofix", max_pixels=10**7)
 WHOLE = Bands()
@@ -44,12 +44,6 @@ def make_params(networks: tuple) -> tuple:
 
 
 PARAMS, BARE_PARAMS = make_params(NETWORKS), make_params(BARE_NETWORKS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 def make_engine(

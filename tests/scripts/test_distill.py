@@ -493,7 +493,7 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         ),
         (("--checkpoint_path", "/nowhere"), "--checkpoint_path /nowhere: no such folder"),
         (("--null_embedding_dir", "/nowhere"), "/nowhere: no such folder of prompt embeddings"),
-        (("--data_dir", "/nowhere"), "/nowhere: no such folder; expected a prepared training set"),
+        (("--data_dir", "/nowhere"), "/nowhere: no such folder; expected a prepared set"),
         (("--pretrained_model_name_or_path", "/nowhere"), "/nowhere: no such folder"),
         (("--resume_from_checkpoint", "/nowhere"), "--resume_from_checkpoint /nowhere: no such checkpoint"),
         (("--fsdp", "2"), "--fsdp 2: 1 devices cannot be split into groups of 2"),

@@ -50,7 +50,7 @@ class Options(UpscaleOptions):
     shard: str = "0/1"
     """i/n: do only the i-th of n parts of the folder, so that n processes can share it; i counts from 0."""
     report: Path | None = None
-    """Write an .html file that compares each photograph with its result under a movable divider."""
+    """Write an .html file that compares each photograph with its result under a slider."""
 
     def settings(self, platform: str) -> Settings:
         photos = self.batch_size or several_on(platform)
@@ -115,7 +115,7 @@ def _write_page(options: Options, page: Path, jobs: Sequence[FileJob], failures:
 
 
 def _sizes(job: FileJob, max_pixels: int) -> dict[str, str]:
-    """The sizes of the files themselves: a result may come from an earlier run with other flags."""
+    """The sizes are read from the files, because a result may come from an earlier run with other flags."""
     try:
         sizes = [read_size(path, max_pixels) for path in (job.source, job.target)]
     except UserError:  # the report says it in the picture's place

@@ -181,7 +181,7 @@ class OptimizerOptions:
                 raise UserError(f"--{name} {value:.12g}: expected at least 0 and less than 1")
 
     def kept(self) -> dict[str, Any]:
-        """Returns what must not change when a run is resumed."""
+        """Returns the settings that must not change when a run is resumed."""
         return {"optimizer": self.optimizer.lower(), "ema": self.ema_decay is not None}
 
     def optimizer_config(self, steps: int) -> OptimizerConfig:

@@ -49,7 +49,7 @@ def find_start(options: RunOptions) -> Path | None:
     """Finds the checkpoint to resume, if any. It is cheap enough to call before anything is loaded.
 
     Raises:
-      UserError: there is no such checkpoint, or the run would overwrite, delete or mix with those of another run.
+      UserError: there is no such checkpoint, or the run would overwrite, delete or mix with another run's checkpoints.
     """
     folder, wanted = options.output_dir, options.resume_from_checkpoint
     path = checkpoint.find(folder, wanted) if wanted else None

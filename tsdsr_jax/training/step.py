@@ -78,11 +78,11 @@ class TrainState(NamedTuple):
     loss_scale: LossScale
 
     def averaged(self, part: str = NETWORK) -> Any:
-        """Returns a part's moving average, or the part itself if there is none: what is validated."""
+        """Returns a part's moving average, or the part itself if there is none. This is what validation uses."""
         return self.ema.get(part, self.trained[part])
 
     def exported(self, part: str = NETWORK) -> dict[str, Any]:
-        """Returns folder prefix -> parameters, for a part and for its moving average, if there is one."""
+        """Returns folder prefix -> parameters, for a part and, if there is one, its moving average."""
         return {"": self.trained[part]} | ({"ema/": self.ema[part]} if part in self.ema else {})
 
 
@@ -180,7 +180,7 @@ class Trainer:
     ) -> tuple[Parts, Parts, Parts, Metrics]:
         """Updates the parts, or leaves them as they are unless everything is finite; see `_update`.
 
-        Without the branch `_update` is guard enough: a non-finite gradient makes the update non-finite.
+        Without `branch`, `_update` is a sufficient guard: a non-finite gradient makes the update non-finite.
         """
         if self.branch:
             return jax.lax.cond(finite, self._update, _unchanged, state, gradients)
@@ -245,7 +245,7 @@ JittedStep = Callable[[TrainState, Any, Record, jax.Array], tuple[TrainState, Me
 
 
 class Beginning(NamedTuple):
-    """What a run trains from the start.
+    """What a run starts training from.
 
     Attributes:
       create: `loaded` -> the trained parts; pure.

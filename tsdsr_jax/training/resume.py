@@ -87,7 +87,7 @@ def check_rows(path: Path, before: int, now: int, by_epochs: bool) -> None:
     """Raises UserError if the images per step changed and the length of the run is given in epochs."""
     if by_epochs:
         raise UserError(
-            f"{path}: had {before} images in a step, this run has {now}, so its epochs have another number of steps; set "
+            f"{path}: had {before} images per step, this run has {now}, so its epochs have a different number of steps; set "
             "the total with --max_train_steps, or keep devices × --train_batch_size × --gradient_accumulation_steps the same"
         )
 

@@ -444,7 +444,7 @@ def test_existing_weights_are_replaced_only_when_asked(
     target = tmp_path / "ours" / "vae" / PARAMS_FILE
     target.parent.mkdir(parents=True)
     target.write_text("mine")
-    with pytest.raises(UserError, match=r"vae/params\.safetensors: exists already; pass --overwrite"):
+    with pytest.raises(UserError, match=r"vae/params\.safetensors: already exists; pass --overwrite"):
         sd3("--input", source, "--output", tmp_path / "ours")
     assert target.read_text() == "mine" and not (tmp_path / "ours" / "transformer").exists()
     sd3("--input", source, "--output", tmp_path / "ours", "--overwrite")
@@ -738,7 +738,7 @@ def test_mistakes_with_adapters(
     with pytest.raises(UserError, match=r"has none of transformer\.safetensors"):
         convert_lora("-i", tmp_path / "empty", "-o", tmp_path / "ours", *base)
     convert_lora("-i", peft_folder, "-o", tmp_path / "ours", *base)
-    with pytest.raises(UserError, match="exists already; pass --overwrite"):
+    with pytest.raises(UserError, match="already exists; pass --overwrite"):
         convert_lora("-i", peft_folder, "-o", tmp_path / "ours", *base)
     convert_lora("-i", peft_folder, "-o", tmp_path / "ours", *base, "--overwrite")
 

@@ -36,7 +36,7 @@ _LOGS = ("txt", "csv", "json")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     inp_imgs: tuple[Path, ...]
-    """Folders of results, searched with their subfolders."""
+    """Folders of results, including their subfolders."""
     gt_imgs: tuple[Path, ...] = ()
     """Folders of references: one for all results, or one for each. Files are paired by name."""
     names: tuple[str, ...] = ()

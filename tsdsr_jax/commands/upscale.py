@@ -48,7 +48,7 @@ class Options(UpscaleOptions):
     overwrite: bool = False
     """Replace results that exist; otherwise their photographs are skipped."""
     shard: str = "0/1"
-    """i/n: do only the i-th of n parts of the folder, so that n processes can share it; i counts from 0."""
+    """Share the folder between processes: i/n does the i-th of n parts, counted from 0."""
     report: Path | None = None
     """Write an .html file that compares each photograph with its result under a slider."""
 

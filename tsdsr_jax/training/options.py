@@ -40,13 +40,13 @@ class RunOptions:
     """Fetch losses from the devices every N steps. Every step is logged either way."""
 
     train_batch_size: int = 4
-    """Images per device and batch."""
+    """Images per device in a batch."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step."""
     num_train_epochs: int = 1
     """Passes over the data; ignored if --max_train_steps is given."""
     max_train_steps: int | None = None
-    """Total number of optimizer steps."""
+    """Total number of optimizer steps. Default: as --num_train_epochs says."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses much less memory, but is slower."""
     dataloader_num_workers: int = 0

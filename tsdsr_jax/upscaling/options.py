@@ -46,8 +46,8 @@ class UpscaleOptions:
     """Shortest side, in pixels, that the network processes. If a result would be smaller, its photograph is processed at
     this size and the result is shrunk."""
     align_method: Literal["wavelet", "adain", "nofix"] = "wavelet"
-    """Color correction: take the low frequencies (wavelet) or the mean and contrast (adain) from the photograph; nofix:
-    none."""
+    """Color correction: take the low frequencies (wavelet) or the mean and contrast (adain) from the photograph; nofix: no
+    correction."""
     seed: int = 42
     """Seed of the latent noise, which depends only on the seed and the file's content."""
     latent: Literal["sample", "mode"] = "sample"

@@ -301,7 +301,7 @@ def _encode_clip(
 
 
 def _encode_t5(folder: Path, texts: Sequence[str], options: EncoderOptions) -> np.ndarray:
-    """T5's last states (N, max_sequence_length, D), without an attention mask because SD3 was trained so."""
+    """T5's last states (N, max_sequence_length, D), without an attention mask, because SD3 was trained that way."""
     from transformers import T5EncoderModel, T5TokenizerFast
 
     tokenizer_name, encoder_name = _T5

@@ -218,7 +218,7 @@ def unfinished(groups: Sequence[Group[FileJob]], report: Report) -> list[Group[F
     """The groups in which results are missing; counts the results that exist.
 
     A group with only some of its results stays whole: all are computed, so that each result is the same as in an
-      uninterrupted run, and only the missing ones are written.
+    uninterrupted run, and only the missing ones are written.
     """
     incomplete = []
     for group in groups:

@@ -318,7 +318,7 @@ def test_results_of_another_process_are_kept_and_counted(command, tmp_path, monk
     monkeypatch.setattr(upscale, "load_engine", while_another_finishes)
     done = command(source, output)
     assert done.status == 0
-    assert done.out.splitlines()[-1] == f"1 upscaled into {output}, 1 came from another process meanwhile"
+    assert done.out.splitlines()[-1] == f"1 upscaled into {output}, 1 written by another process meanwhile"
     assert (output / "a.png").read_bytes() == b"theirs"
 
 

@@ -94,7 +94,7 @@ def _summary(options: Options, report: Report, from_others: int) -> str:
     older = f", {report.outdated} of them older than their photographs" if report.outdated else ""
     again = "--overwrite computes them again"
     skipped = f", {report.skipped} already existed{older} ({again})" if report.skipped else ""
-    meanwhile = f", {from_others} came from another process meanwhile" if from_others else ""
+    meanwhile = f", {from_others} written by another process meanwhile" if from_others else ""
     failed = f", {len(report.failures)} failed" if report.failures else ""
     return f"{report.written} upscaled into {options.output_dir}{skipped}{meanwhile}{failed}"
 

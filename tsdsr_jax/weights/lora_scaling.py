@@ -66,7 +66,7 @@ def _refuse_contradiction(source: object, first: Told, second: Told) -> None:
     for module, factor in first.factors.items():
         if not math.isclose(factor, second.factors[module], rel_tol=1e-6):
             raise UserError(
-                f"{source}: two factors for {module}: {factor:g} by {first.where}, {second.factors[module]:g} by "
+                f"{source}: two factors for {module}: {factor:g} from {first.where}, {second.factors[module]:g} from "
                 f"{second.where}; remove the wrong one"
             )
 

@@ -133,7 +133,7 @@ def pairs_of(options: Options) -> tuple[Path, Path]:
     lr, hr = options.output_dir / "lr", options.output_dir / "hr"
     for folder in (lr, hr):
         if folder.exists():
-            raise UserError(f"{folder}: exists already; choose another --output_dir, or remove it")
+            raise UserError(f"{folder}: already exists; choose another --output_dir, or remove it")
     config = light(DegradationConfig(sharpen=False))
     for index, (name, path) in enumerate(
         tqdm(by_name(options.hr_dir)[0].items(), desc="degraded", disable=None)

@@ -133,7 +133,7 @@ def finite(options: Any) -> None:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT32:
-            raise UserError(f"--{field.name} {value:g}: expected a finite float32 number")
+            raise UserError(f"--{field.name} {value:g}: expected a finite number in float32")
 
 
 def script_name() -> str:

@@ -33,7 +33,7 @@ def help_text(program: str, options_class: type, description: str, groups: Group
     Args:
       program: the command's name as the user typed it.
       options_class: the dataclass of its flags; the docstring below a field is the flag's explanation.
-      description: what the command does. Command lines in it stay as they are, other paragraphs are filled.
+      description: what the command does. Command lines in it are kept unchanged; other paragraphs are filled.
       groups: titles and flags of the groups. Required flags come first, those in no group last.
     """
     width = min(_WIDEST, shutil.get_terminal_size().columns)

@@ -29,7 +29,7 @@ DTYPES = {"fp16": jnp.float16, "bf16": jnp.bfloat16, "fp32": jnp.float32}
 def select_devices(name: str | None) -> list[jax.Device]:
     """The local devices that `--device` names: None (all of the best kind), "cuda", "cuda:1", "cpu" or "tpu".
 
-    From then on compiled programs are kept on disk, see `keep_programs`.
+    It also starts to keep compiled programs on disk; see `keep_programs`.
 
     Raises:
       UserError: the name is none of these, or there is no such device.
@@ -58,14 +58,14 @@ def select_devices(name: str | None) -> list[jax.Device]:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def memory_of(device: jax.Device) -> int:
-    """Bytes that may be used on a device; for CPUs, half of the machine's or the container's memory."""
+    """The number of bytes that may be used on a device; for CPUs, half of the machine's or the container's memory."""
     told = (device.memory_stats() or {}).get("bytes_limit")
     if told:
         return told
@@ -102,7 +102,7 @@ def keep_programs() -> None:
 
 
 def _processor() -> str:
-    """A name for this kind of processor: a program compiled for one may crash another that shares the folder."""
+    """A name for this kind of processor. A program compiled for one kind may crash another that shares the folder."""
     told = [platform.machine(), platform.processor()]
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -24,6 +24,7 @@ def listed(names: Sequence[str], most: int = 8) -> str:
 
 
 def printable(text: str) -> str:
-    """Escapes what cannot be printed or stored: odd bytes in file names, line breaks and other control characters."""
+    """Escapes characters that cannot be printed or stored: odd bytes in file names, line breaks and other control
+    characters."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

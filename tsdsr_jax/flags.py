@@ -1,4 +1,4 @@
-"""What a flag is: read off a field of a dataclass, and described in words."""
+"""Reads flags from the fields of a dataclass and describes them in words."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Flag:
 
     @property
     def is_switch(self) -> bool:
-        """Whether tyro makes `--x` and `--no_x` of it; it wants a value for other booleans."""
+        """Whether tyro makes `--x` and `--no_x` of it; other booleans need a value."""
         return self.kind is bool and not self.required
 
     @property
@@ -49,7 +49,7 @@ class Flag:
 
     @property
     def arity(self) -> tuple[int, bool]:
-        """How many values the flag takes at least, and whether more may follow."""
+        """The least number of values that the flag takes, and whether more may follow."""
         arguments = typing.get_args(self.kind)
         if _is_list(self.kind):
             return 1, True
@@ -61,7 +61,7 @@ class Flag:
 
 
 def flags_of(options_class: type) -> list[Flag]:
-    """The flags that a dataclass stands for, in the order of its fields."""
+    """The flags that a dataclass describes, in the order of its fields."""
     hints = typing.get_type_hints(options_class, include_extras=True)
     flags = []
     for field in dataclasses.fields(options_class):
@@ -77,7 +77,7 @@ def flags_of(options_class: type) -> list[Flag]:
 
 
 def members(kind: Any) -> list[Any]:
-    """The types of a union; of any other type that one."""
+    """The types of a union; for any other type, only that type."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return list(typing.get_args(kind))
     return [kind]
@@ -101,7 +101,7 @@ def expected(kind: Any) -> str:
 
 
 def metavar(hint: Any) -> str:
-    """What stands for a flag's value in `--help`: `PATH`, `INT`, `{png,jpg}`; `PATH ...` for several."""
+    """The placeholder of a flag's value in `--help`: `PATH`, `INT`, `{png,jpg}`; `PATH ...` for several."""
     (kind,) = (member for member in members(_bare(hint)) if member is not type(None))
     arguments = typing.get_args(kind)
     if _is_list(kind):

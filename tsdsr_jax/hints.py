@@ -50,7 +50,7 @@ def installed_name(script: str) -> str:
 
 
 def interpreter() -> str:
-    """This Python interpreter as the user can type it."""
+    """The command that starts this Python interpreter."""
     found = shutil.which("python")
     # Not `samefile`: an environment's interpreter is a link to one outside, which lacks the environment's packages.
     if found and _place(found) == _place(sys.executable):

@@ -10,6 +10,6 @@ _INSTALLED = _PACKAGE / "bundled"
 
 
 def shipped(installed: str, checkout: str) -> Path:
-    """A folder shipped with the package: its path below `bundled/` once installed, or below the checkout."""
+    """Returns a folder shipped with the package: below `bundled/` if installed, otherwise below the checkout."""
     folder = _INSTALLED / installed
     return folder if folder.is_dir() else CHECKOUT / checkout

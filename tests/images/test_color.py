@@ -98,7 +98,7 @@ def test_each_method_reads_its_own_source() -> None:
 def test_align_clamps_and_truncates_as_torch_does(method: str) -> None:
     torch = pytest.importorskip("torch")
     result, lr, upscaled = _bytes(40, 40), _bytes(10, 10, seed=1), _bytes(40, 40, seed=2)
-    # Black and white halves push the wavelet fix out of range on both sides.
+    # Black and white halves push the wavelet correction out of range on both sides.
     upscaled[:, :20], upscaled[:, 20:] = 0, 255
     unit = [image.astype(np.float32) / np.float32(255) for image in (result, lr, upscaled)]
     fixed = torch.from_numpy(wavelet(unit[0], unit[2]) if method == "wavelet" else adain(unit[0], unit[1]))

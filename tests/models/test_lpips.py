@@ -367,7 +367,7 @@ def test_the_script_needs_no_torch_for_safetensors_and_overwrites_when_told(
     )
 
     target.write_bytes(b"mine")
-    fails(run_script(*arguments), "exists already", "--overwrite")
+    fails(run_script(*arguments), "already exists", "--overwrite")
     assert target.read_bytes() == b"mine"
     assert run_script(*arguments, "--overwrite").returncode == 0
     assert load_lpips(target)[0] == "alex"

@@ -212,7 +212,7 @@ def test_merged_weights_keep_their_mark_where_they_could_not_be_replaced(
     file = tmp_path / "diffusers" / "transformer" / f"{TORCH_STEM}.safetensors"
     reader = open_tensors(file)
     save_tensors(file, {name: reader.read(name) + np.float32(7e4) for name in reader.specs})
-    with pytest.raises(UserError, match="out of the range of float16"):
+    with pytest.raises(UserError, match="outside the range of float16"):
         sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "ours", "--overwrite", "--dtype", "float16")
     assert open_checkpoint(tmp_path / "ours").merged == ("a",)
     sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "ours", "--overwrite")
@@ -225,7 +225,7 @@ def test_sums_beyond_float16_are_refused(tmp_path: Path, sd3: Callable[..., None
         adapter = random_lora(CONFIGS[part], targets, 2)
         large = jax.tree.map(lambda leaf: 1e4 * leaf, adapter)
         save_lora(tmp_path / "lora" / f"{part}.safetensors", large, part)
-    with pytest.raises(UserError, match="out of the range of float16"):
+    with pytest.raises(UserError, match="outside the range of float16"):
         sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "merged", "--lora_dir", tmp_path / "lora")
 
 
@@ -234,7 +234,7 @@ def test_sums_beyond_float32_are_refused(tmp_path: Path, sd3: Callable[..., None
     for part, targets in (("transformer", lora.STUDENT_TARGETS), ("vae", lora.VAE_ENCODER_TARGETS)):
         large = jax.tree.map(lambda leaf: leaf * 1e25, random_lora(CONFIGS[part], targets, 2))
         save_lora(tmp_path / "lora" / f"{part}.safetensors", large, part)
-    with pytest.raises(UserError, match="exceeds float32 after the LoRA is merged"):
+    with pytest.raises(UserError, match="exceeds float32's range after the LoRA is merged"):
         sd3("-i", tmp_path / "diffusers", "-o", tmp_path / "merged", "--lora_dir", tmp_path / "lora")
     assert not list((tmp_path / "merged").rglob(PARAMS_FILE))
 
@@ -255,7 +255,7 @@ def test_values_beyond_float16_are_refused(tmp_path: Path, sd3: Callable[..., No
     tensors = {name: reader.read(name) for name in reader.specs}
     tensors["decoder.conv_in.bias"][3] = 7e4
     save_tensors(file, tensors)
-    with pytest.raises(UserError, match=r"decoder/conv_in/bias: .*out of the range of float16.*bfloat16"):
+    with pytest.raises(UserError, match=r"decoder/conv_in/bias: .*outside the range of float16.*bfloat16"):
         sd3("--input", tmp_path / "diffusers", "--output", tmp_path / "ours", "--dtype", "float16")
     assert not (tmp_path / "ours" / "vae" / PARAMS_FILE).exists()
 
@@ -444,7 +444,7 @@ def test_existing_weights_are_replaced_only_when_asked(
     target = tmp_path / "ours" / "vae" / PARAMS_FILE
     target.parent.mkdir(parents=True)
     target.write_text("mine")
-    with pytest.raises(UserError, match=r"vae/params\.safetensors: exists already; pass --overwrite"):
+    with pytest.raises(UserError, match=r"vae/params\.safetensors: already exists; pass --overwrite"):
         sd3("--input", source, "--output", tmp_path / "ours")
     assert target.read_text() == "mine" and not (tmp_path / "ours" / "transformer").exists()
     sd3("--input", source, "--output", tmp_path / "ours", "--overwrite")
@@ -738,7 +738,7 @@ def test_mistakes_with_adapters(
     with pytest.raises(UserError, match=r"has none of transformer\.safetensors"):
         convert_lora("-i", tmp_path / "empty", "-o", tmp_path / "ours", *base)
     convert_lora("-i", peft_folder, "-o", tmp_path / "ours", *base)
-    with pytest.raises(UserError, match="exists already; pass --overwrite"):
+    with pytest.raises(UserError, match="already exists; pass --overwrite"):
         convert_lora("-i", peft_folder, "-o", tmp_path / "ours", *base)
     convert_lora("-i", peft_folder, "-o", tmp_path / "ours", *base, "--overwrite")
 

@@ -246,14 +246,14 @@ def test_other_settings_or_another_base_do_not_go_into_the_same_set(command, roo
         (("--default_embedding_dir", str(root / "null")), "default prompt: "),
     ):
         said = command.refused(output, *flags)
-        assert "holds a training set made with other settings" in said and words in said
+        assert "holds a prepared set made with other settings" in said and words in said
     other = tmp_path / "sd3"
     tiny.save_checkpoint(other, tiny.tiny_mmdit_config(), tiny.tiny_vae_config())
     tiny.save_network(other / "vae", tiny.tiny_vae_config(), tiny.random_params(tiny.tiny_vae_config(), 77))
     assert "autoencoder: " in command.refused(output, "--pretrained_model_name_or_path", str(other))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("all of it")
-    assert "is not empty and holds no training set" in command.refused(tmp_path / "other")
+    assert "is not empty and holds no prepared set" in command.refused(tmp_path / "other")
 
 
 # --- bad photographs ------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def test_a_manifest_of_somebody_else_stays(command, tmp_path):
     own = tmp_path / "set" / "manifest.json"
     own.parent.mkdir()
     own.write_text('{"my": "precious"}')
-    assert "holds no training set of train/prepare.py" in command.refused(tmp_path / "set")
+    assert "holds no prepared set of train/prepare.py" in command.refused(tmp_path / "set")
     assert own.read_text() == '{"my": "precious"}'
     # It does not matter in a set of the original's.
     command.done(tmp_path / "made", "--layout", "folders")

@@ -80,7 +80,7 @@ def test_photographs_without_pairs_are_degraded_alike_each_time(tmp_path):
         )
         lr, hr = tiny_model.pairs_of(options)
         made.append([np.asarray(Image.open(folder / "a.png")) for folder in (lr, hr)])
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="already exists"):
             tiny_model.pairs_of(options)
     assert made[0][0].shape == (16, 24, 3) and made[0][1].shape == (64, 96, 3)
     assert all(np.array_equal(*each) for each in zip(*made, strict=True))

@@ -294,7 +294,7 @@ def test_finished_files_are_skipped(command, tmp_path):
     (output / "a.png").write_bytes(b"mine")
     again = command(source, output)
     assert again.status == 0
-    assert "0 upscaled" in again.out and "2 existed already (--overwrite" in again.out
+    assert "0 upscaled" in again.out and "2 already existed (--overwrite" in again.out
     assert (output / "a.png").read_bytes() == b"mine"
     replaced = command(source, output, "--overwrite")
     assert replaced.status == 0 and "2 upscaled" in replaced.out
@@ -313,7 +313,7 @@ def test_results_of_another_process_are_kept_and_counted(command, tmp_path, monk
     monkeypatch.setattr(upscale, "load_engine", while_another_finishes)
     done = command(source, output)
     assert done.status == 0
-    assert done.out.splitlines()[-1] == f"1 upscaled into {output}, 1 came from another process meanwhile"
+    assert done.out.splitlines()[-1] == f"1 upscaled into {output}, 1 written by another process meanwhile"
     assert (output / "a.png").read_bytes() == b"theirs"
 
 
@@ -323,7 +323,7 @@ def test_a_result_older_than_its_photograph_is_pointed_out(command, tmp_path):
     assert "of them older" not in command(source, output).out
     later = (output / "a.png").stat().st_mtime + 60
     os.utime(source / "a.png", (later, later))
-    assert "2 existed already, 1 of them older than their photographs (--over" in command(source, output).out
+    assert "2 already existed, 1 of them older than their photographs (--over" in command(source, output).out
 
 
 def test_lost_transparency_is_pointed_out(command, tmp_path):
@@ -349,7 +349,7 @@ def test_a_resumed_run_writes_what_was_missing(command, mixed, tmp_path, devices
     for name in whole.keys() - kept.keys():
         (output / name).unlink()
     resumed = command(mixed, output, "--device", devices)
-    assert resumed.status == 0 and "3 upscaled" in resumed.out and "3 existed already" in resumed.out
+    assert resumed.status == 0 and "3 upscaled" in resumed.out and "3 already existed" in resumed.out
     assert contents(output) == whole
     assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
 

@@ -190,7 +190,7 @@ def resize_input(picture: Tensor, size: tuple[int, int]) -> Tensor:
 def align_colour(restored: Tensor, source: Image.Image, method: str) -> Tensor:
     """`restored` (1, 3, H, W) with the colours of the low-resolution `source`, clamped to [0, 1].
 
-    AdaIN takes its statistics from the source as it is, the wavelet fix from the source resized by Pillow.
+    AdaIN takes its statistics from the source as it is, the wavelet correction from the source resized by Pillow.
     """
     if method == "nofix":
         return restored

@@ -364,7 +364,9 @@ def test_alpha_tensors_for_a_part_or_for_nothing() -> None:
 
 
 def test_places_that_contradict_each_other() -> None:
-    with pytest.raises(UserError, match=r"two factors for .*: 2 by .*metadata, 0\.5 by its \.alpha tensors"):
+    with pytest.raises(
+        UserError, match=r"two factors for .*: 2 from .*metadata, 0\.5 from its \.alpha tensors"
+    ):
         read(tensors() | alphas(tensors(), 2), config(lora_alpha=8))
 
 

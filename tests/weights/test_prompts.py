@@ -577,8 +577,8 @@ def test_without_torch_or_transformers_the_extra_is_named(tmp_path, monkeypatch,
         (["model.fp16.safetensors"], None, "fp16"),
         (["model.safetensors.index.fp16.json", "model.fp16-00001-of-00002.safetensors"], None, "fp16"),
         (["model.safetensors.index.json", "model-00001-of-00002.safetensors", "config.json"], None, None),
-        (["model.safetensors"], "fp16", "there are: only the plain ones"),
-        (["model.bf16.safetensors", "model.fp16.safetensors"], None, "there are: bf16, fp16"),
+        (["model.safetensors"], "fp16", "available: only the plain ones"),
+        (["model.bf16.safetensors", "model.fp16.safetensors"], None, "available: bf16, fp16"),
         (["pytorch_model.bin"], None, "holds no model.safetensors"),
     ],
 )
@@ -866,7 +866,7 @@ def test_encoders_that_lack_tensors_or_know_fewer_tokens_are_refused(sd3_folder,
     for file in encoder.iterdir():
         file.unlink()
     save_clip(encoder, vocab_size=100, width=8, projection=6)
-    with pytest.raises(UserError, match="text_encoder knows only 100"):
+    with pytest.raises(UserError, match="text_encoder has only 100"):
         encode_prompts(folder, ["a"], EncoderOptions(dtype="fp32"))
 
 

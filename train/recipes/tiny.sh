@@ -54,7 +54,7 @@ case "$budget" in
   *) fail "--budget $budget: expected cpu, gpu or minimal" ;;
 esac
 # With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
-# (docs/tiny.md), so the student's average is used.
+# (docs/tiny.md), so the moving average of the student is used.
 tsd=(--lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 case "$student" in
   mse)  losses=(--lambda_tsd 0 --lambda_mse 1) ;;
@@ -120,7 +120,7 @@ say "training set: $crops crops of each photograph, degraded and encoded"
   --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$crops" \
   --degradation_strength light "${crop[@]}"
 
-say "teacher, from nothing: ${base[0]} steps of ${base[1]}"
+say "teacher, from scratch: ${base[0]} steps of ${base[1]}"
 model=$output/base/checkpoint_$(steps "${base[0]}")/model/ema
 [[ -d $model ]] || train teacher "${base[@]}" --train base --from_scratch --pretrained_model_name_or_path "$output/new" \
   --data_dir "$output/pairs" "${prompts[@]}" --optimizer muon --learning_rate 4e-3 --lr_scheduler cosine \

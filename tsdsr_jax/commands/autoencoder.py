@@ -69,7 +69,7 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
     hr_dir: tuple[Path, ...]
     """Folder of photographs, including its subfolders; repeat the flag for several folders."""
     vae_dir: Path
-    """The autoencoder: a checkpoint's vae folder, with config.json and weights. The scaling factor is measured anew."""
+    """The autoencoder: a checkpoint's vae folder, with config.json and weights. A new scaling factor is measured."""
     from_scratch: bool = False
     """Start from new weights; only config.json of the folder is read."""
     validation_dir: Path | None = None
@@ -79,7 +79,7 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
     lambda_kl: float = 1e-6
     """Weight of the KL divergence of the latents from the standard normal distribution."""
     lambda_lpips: float = 0.0
-    """Weight of LPIPS; above 0, --lpips_path is needed."""
+    """Weight of LPIPS; if it is above 0, --lpips_path is needed."""
     lpips_path: Path = hints.LPIPS_FILE
     """LPIPS weights written by convert/lpips.py."""
     learning_rate: float = 1e-4

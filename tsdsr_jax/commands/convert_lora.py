@@ -55,7 +55,7 @@ def main() -> None:
         if target.resolve() == source.resolve():
             raise UserError(f"{target}: input and output are the same file; choose another --output")
         if target.exists() and not options.overwrite:
-            raise UserError(f"{target}: exists already; pass --overwrite to replace it")
+            raise UserError(f"{target}: already exists; pass --overwrite to replace it")
         print(_convert(source, target, options.base))
 
 

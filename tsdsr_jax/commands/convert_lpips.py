@@ -42,7 +42,7 @@ def main() -> None:
     if target.resolve() in [path.resolve() for path in (options.backbone, options.lin) if path]:
         raise UserError(f"{target}: input and output are the same file; choose another --output")
     if target.exists() and not options.overwrite:
-        raise UserError(f"{target}: exists already; pass --overwrite to replace it")
+        raise UserError(f"{target}: already exists; pass --overwrite to replace it")
     params = read_torch_lpips(options.network, options.backbone, options.lin)
     save_lpips(target, options.network, params)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -81,7 +81,7 @@ def main() -> None:
     for network in networks:
         target = options.output / network.part / name
         if target.exists() and not options.overwrite:
-            raise UserError(f"{target}: exists already; pass --overwrite to replace it")
+            raise UserError(f"{target}: already exists; pass --overwrite to replace it")
         if options.to_diffusers and not network.is_converted:
             raise UserError(
                 f"{network.folder}: not written by this command; there is nothing to convert back"

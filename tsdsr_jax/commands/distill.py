@@ -114,13 +114,13 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     lambda_vsd: float = 0.7
     """The paper's lambda: the share of variational score distillation in TSD. The rest is target score matching."""
     dasm_points: int = 4
-    """Points per trajectory, with --use_dasm."""
+    """Number of points per trajectory, with --use_dasm."""
     dasm_gamma: float = 0.3
     """The paper's gamma: the weight of every point after the first."""
     dasm_stride: int = 50
     """Schedule steps between points."""
     first_index: int = 50
-    """Lowest schedule index to draw (0 is pure noise, 999 almost none)."""
+    """Lowest schedule index to draw (0 is pure noise, 999 is almost no noise)."""
     last_index: int = 949
     """Highest schedule index to draw."""
     weighting_scheme: Weighting = "logit_normal"

@@ -36,7 +36,7 @@ _LOGS = ("txt", "csv", "json")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     inp_imgs: tuple[Path, ...]
-    """Folders of results, searched with their subfolders."""
+    """Folders of results, including their subfolders."""
     gt_imgs: tuple[Path, ...] = ()
     """Folders of references: one for all results, or one for each. Files are paired by name."""
     names: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Options:
     niqe_params: Path | None = None
     """NIQE's parameters: niqe_pris_params.npz or niqe_modelparameters.mat."""
     lpips_weights: Path | None = None
-    """LPIPS's weights, made by convert/lpips.py."""
+    """LPIPS weights, written by convert/lpips.py."""
     compare: bool = False
     """Also compare each folder with the first, picture by picture."""
     log: Path | None = None
@@ -61,7 +61,7 @@ class Options:
     lr_imgs: Path | None = None
     """Folder of the low-resolution inputs, for the report."""
     device: str | None = None
-    """Where JAX computes: cuda, cuda:N, cpu or tpu. Default: the best device available."""
+    """Where to compute: cuda, cuda:N, cpu or tpu. Default: the best device available."""
     max_pixels: int = 100_000_000
     """Leave out pictures with more pixels."""
 

@@ -48,9 +48,9 @@ class Options(UpscaleOptions):
     overwrite: bool = False
     """Replace results that exist; otherwise their photographs are skipped."""
     shard: str = "0/1"
-    """i/n: do only the i-th of n parts of the folder, so that n processes can share it; i counts from 0."""
+    """Share the folder between processes: i/n does the i-th of n parts, counted from 0."""
     report: Path | None = None
-    """Write an .html file that compares each photograph with its result under a movable divider."""
+    """Write an .html file that compares each photograph with its result under a slider."""
 
     def settings(self, platform: str) -> Settings:
         photos = self.batch_size or several_on(platform)
@@ -93,8 +93,8 @@ def main() -> None:
 def _summary(options: Options, report: Report, from_others: int) -> str:
     older = f", {report.outdated} of them older than their photographs" if report.outdated else ""
     again = "--overwrite computes them again"
-    skipped = f", {report.skipped} existed already{older} ({again})" if report.skipped else ""
-    meanwhile = f", {from_others} came from another process meanwhile" if from_others else ""
+    skipped = f", {report.skipped} already existed{older} ({again})" if report.skipped else ""
+    meanwhile = f", {from_others} written by another process meanwhile" if from_others else ""
     failed = f", {len(report.failures)} failed" if report.failures else ""
     return f"{report.written} upscaled into {options.output_dir}{skipped}{meanwhile}{failed}"
 
@@ -115,7 +115,7 @@ def _write_page(options: Options, page: Path, jobs: Sequence[FileJob], failures:
 
 
 def _sizes(job: FileJob, max_pixels: int) -> dict[str, str]:
-    """The sizes of the files themselves: a result may come from an earlier run with other flags."""
+    """The sizes are read from the files, because a result may come from an earlier run with other flags."""
     try:
         sizes = [read_size(path, max_pixels) for path in (job.source, job.target)]
     except UserError:  # the report says it in the picture's place

@@ -1,7 +1,7 @@
-"""The order in which a run sees its samples, and reading them ahead with Grain.
+"""The order in which a run sees its samples, and how Grain reads them ahead.
 
 The order is a pure function: position -> epoch and place -> sample, with a new permutation each epoch. So one number, the
-position, tells where a run is in its data, and the number of workers, devices or hosts may change when it resumes. Row r of
+position, says where a run is in its data, and the number of workers, devices or hosts may change when it resumes. Row r of
 part a of step s always has position ((s·A) + a)·B + r; each host reads adjacent rows.
 
 No jax here: Grain's workers import this.
@@ -250,7 +250,7 @@ def _begin_worker(_worker: int, _workers: int) -> None:
 
 
 def _mark_flags_parsed() -> None:
-    """Satisfies absl, which starts Grain's workers only in a process that has parsed its flags with absl."""
+    """Marks absl's flags as parsed, because absl starts Grain's workers only in a process that has parsed them."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -258,7 +258,7 @@ def _mark_flags_parsed() -> None:
 
 
 class BadSamples:
-    """Counts the samples that this process has left out since it started, and stops the run if there are too many.
+    """Counts the samples that this process has left out since it started, and stops the run if they are too many.
 
     Args:
       total: number of samples in the set.

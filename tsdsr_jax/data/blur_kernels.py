@@ -1,4 +1,4 @@
-"""Blur kernels of the two-order degradation (Real-ESRGAN, Wang et al. 2021, §3; constants as SeeSR's script has them).
+"""Blur kernels of the second-order degradation (Real-ESRGAN, Wang et al. 2021, §3; constants from SeeSR's script).
 
 A kernel of odd side k is a function on the integer grid v = (x, y) centered at 0, of the squared Mahalanobis distance
 m = vᵀ Σ⁻¹ v with Σ = U diag(σx², σy²) Uᵀ, divided by its sum:
@@ -42,7 +42,7 @@ def blur_kernel(
     Args:
       shape: which of the three functions.
       size: side, odd.
-      sigma_x, sigma_y: deviations along the axes turned by `angle`; σy of None means isotropic.
+      sigma_x, sigma_y: deviations along the axes turned by `angle`; sigma_y None means isotropic.
       angle: in radians.
       beta: exponent of the generalized Gaussian and the plateau.
     """

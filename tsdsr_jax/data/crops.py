@@ -1,4 +1,4 @@
-"""Chooses the crops of a training set that is being prepared, and makes pairs of them in Grain's workers. No jax here."""
+"""Chooses the crops of a prepared set, and makes pairs from them in Grain's workers, which must not import jax."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LONGEST_WEBP = 16383
 
 
 class Planned(NamedTuple):
-    """A sample to make.
+    """A planned sample.
 
     Attributes:
       photograph: index of the photograph.
       number: which of its crops.
-      box: where the crop lies; None: at random.
+      box: where the crop lies; None: at a random place.
     """
 
     photograph: int
@@ -75,12 +75,12 @@ def _grid(photograph: Photograph, config: CropConfig) -> list[Box]:
 
 
 class EncodedPair(NamedTuple):
-    """What a worker makes of a planned sample.
+    """What a worker makes from a planned sample.
 
     Attributes:
       lr, hr: (bytes,) uint8, compressed without loss.
       image: hr again, (H, W, 3) uint8.
-      problem: why the sample cannot be made; then the others are empty.
+      problem: why the sample cannot be made; then the other fields are empty.
     """
 
     lr: np.ndarray

@@ -2,7 +2,7 @@
 al. 2021).
 
 Order and constants are those of SeeSR's `make_paired_data.py`, which TSD-SR names as its source. Here every sample has its
-own draws; the script shares some within a batch, from the same distribution.
+own draws; the script shares some of them within a batch, from the same distributions.
 
 Images are (H, W, 3) float32 RGB in [0, 1]; random numbers come from a NumPy generator. No jax: Grain's workers run this.
 """
@@ -29,7 +29,7 @@ MODES: tuple[Mode, ...] = ("area", "bilinear", "bicubic")
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """One round of blur, resize, noise and JPEG. The manifests of training sets store the fields by name.
+    """One round of blur, resize, noise and JPEG. The manifests of prepared sets store the fields by name.
 
     Attributes:
       blur: probability of blurring; the first round always blurs.
@@ -98,7 +98,7 @@ class DegradationConfig:
 def light(config: DegradationConfig) -> DegradationConfig:
     """The same steps with weaker values, chosen by this project.
 
-    The published values leave little of a small crop (128×128 pixels, degraded to 32×32).
+    The published values leave little detail in a small crop (128×128 pixels, degraded to 32×32).
     """
     return dataclasses.replace(
         config,
@@ -125,7 +125,7 @@ def degrade(
     Args:
       photo: (H, W, 3) float32 in [0, 1], sides multiples of the scale.
       generator: source of all randomness.
-      config: the degradation; None: as published.
+      config: the degradation; None: the published one.
 
     Returns:
       The pair, rounded half to even, as in the script's files.
@@ -143,7 +143,7 @@ def degrade(
 
 
 def target(photo: np.ndarray, config: DegradationConfig) -> np.ndarray:
-    """Only the target of a pair, (H, W, 3) uint8."""
+    """Makes only the target of a pair, (H, W, 3) uint8."""
     return to_bytes(sharpened(photo, config))
 
 

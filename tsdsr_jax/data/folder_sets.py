@@ -1,4 +1,4 @@
-"""Training sets in the original's folder layout, with one file per sample and kind.
+"""Prepared sets in the original's folder layout, with one file per sample and kind.
 
     ROOT/lr_bicubic/NAME.png         degraded, enlarged to the original size      (H, W, 3)
     ROOT/gt/NAME.png                 the photograph                               (H, W, 3)
@@ -6,8 +6,8 @@
     ROOT/prompt_embeds/NAME.pt       its prompt                                   ([1,] S, D)
     ROOT/pool_embeds/NAME.pt         its pooled prompt                            ([1,] P)
 
-`prompt_embeds/NAME.safetensors`, which `convert/prompts.py` writes, can replace the last two. Names are free, and images may
-have any format that `images.files` reads. The files in `lr_bicubic` decide which samples there are.
+`prompt_embeds/NAME.safetensors`, which `convert/prompts.py` writes, can replace the last two. Any names are allowed, and
+images may have any format that `images.files` reads. The files in `lr_bicubic` determine the samples.
 
 No jax here: Grain's workers import this.
 """
@@ -111,7 +111,7 @@ def _sample_files(root: Path) -> list[SampleFiles]:
       UserError: the folder or its parts are missing, or samples are incomplete.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; expected a prepared training set")
+        raise UserError(f"{root}: no such folder; expected a prepared set")
     made = read_manifest(root) if has_manifest(root) else None
     if made:
         check_complete(root, made)

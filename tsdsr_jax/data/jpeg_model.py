@@ -68,7 +68,7 @@ def _quantized(plane: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def jpeg_codec(image: np.ndarray, quality: float) -> np.ndarray:
-    """The same with libjpeg: 8 bits in and out, rounded quality, 4:2:0, the untransposed table, smoothed chroma."""
+    """Like `jpeg`, but with libjpeg: 8 bits in and out, rounded quality, 4:2:0, the untransposed table, smoothed chroma."""
     pixels = cv2.cvtColor(np.round(255 * np.clip(image, 0, 1)).astype(np.uint8), cv2.COLOR_RGB2BGR)
     _, file = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, max(1, min(100, round(quality)))])
     decoded = cv2.imdecode(file, cv2.IMREAD_COLOR)

@@ -1,4 +1,4 @@
-"""The manifest that `train/prepare.py` leaves in a training set of either layout.
+"""The manifest that `train/prepare.py` writes into a prepared set of either layout.
 
 No jax here: Grain's workers import this.
 """
@@ -17,7 +17,7 @@ SET_FORMAT = "tsdsr_jax training set 1"
 
 
 def has_manifest(root: Path) -> bool:
-    """Whether `train/prepare.py` made this set; a file of the same name may have another origin."""
+    """Whether `train/prepare.py` made this set; a file with the manifest's name may have another origin."""
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         return str(manifest.get("format")).startswith("tsdsr_jax")
@@ -36,7 +36,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest["format"] == SET_FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a training set's manifest ({error})") from None
+        raise UserError(f"{path}: cannot be read as a prepared set's manifest ({error})") from None
     if not known:
         raise UserError(f"{path}: has the format {manifest['format']!r}; this version reads {SET_FORMAT!r}")
     return manifest

@@ -1,4 +1,4 @@
-"""Writing a training set's manifest, which several machines may share."""
+"""Writes a prepared set's manifest, which several machines may share."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ManifestWriter:
             self._check(read_manifest(self.root))
         elif any(not name.startswith(".") for name in names):
             raise UserError(
-                f"{self.root}: is not empty and holds no training set of train/prepare.py; choose another --output_dir"
+                f"{self.root}: is not empty and holds no prepared set of train/prepare.py; choose another --output_dir"
             )
 
     def begin(self) -> None:
@@ -63,7 +63,7 @@ class ManifestWriter:
         if differing:
             listed = "".join(f"\n  {line}" for line in differing)
             raise UserError(
-                f"{self.root}: holds a training set made with other settings; choose another --output_dir, or give the "
+                f"{self.root}: holds a prepared set made with other settings; choose another --output_dir, or give the "
                 f"flags that it was made with. What differs:{listed}"
             )
 
@@ -90,7 +90,7 @@ class ManifestWriter:
             own.unlink(missing_ok=True)
 
     def note_problem(self, position: int, message: str) -> None:
-        """Notes that a sample cannot be made; an empty message means that now it can."""
+        """Notes that a sample cannot be made. An empty message means that it now can."""
         # Starts with a newline because a killed run may have left its last line unfinished.
         line = "\n" + json.dumps({"sample": position, "problem": message})
         try:
@@ -100,7 +100,7 @@ class ManifestWriter:
             raise UserError(f"{self.root}: cannot be written ({error.strerror})") from None
 
     def problems(self) -> dict[int, str]:
-        """Position -> message, of all machines."""
+        """Position -> message, from all machines."""
         found: dict[int, str] = {}
         for path in sorted(self.root.glob("problems-*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
             for line in path.read_bytes().split(b"\n"):
@@ -112,14 +112,14 @@ class ManifestWriter:
         return {position: message for position, message in found.items() if message}
 
     def _sweep(self) -> None:
-        """Removes what killed runs have left. Files younger than a day may be another machine's work."""
+        """Removes files that killed runs have left. Files younger than a day stay: another machine may still write them."""
         for path in self.root.rglob(".*.part"):
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
 
     def finish(self, writer: SetWriter, more: Mapping[str, Any]) -> int:
-        """Marks the set as complete if nothing is missing; returns how many pieces are."""
+        """Marks the set as complete if nothing is missing; returns how many pieces are missing."""
         self.begin()
         problems = self.problems()
         missing = writer.missing(problems)

@@ -133,7 +133,7 @@ def _has_text_name(path: Path) -> bool:
 
 
 def left_out(found: Survey, minimum: int) -> list[str]:
-    """Messages that tell how many photographs are left out, which, and why."""
+    """Messages that say how many photographs are left out, which ones, and why."""
     lines = []
     if found.small:
         names = ", ".join(found.small[:5]) + (", ..." if len(found.small) > 5 else "")
@@ -149,7 +149,7 @@ def left_out(found: Survey, minimum: int) -> list[str]:
 
 
 def random_crop(image: np.ndarray, config: CropConfig, generator: np.random.Generator) -> np.ndarray:
-    """A random crop, mirrored at random; too small images are extended by reflection. (H, W, 3) -> (height, width, 3)."""
+    """A random crop, mirrored at random; small images are extended by reflection. (H, W, 3) -> (height, width, 3)."""
     if generator.random() < config.flip:
         image = image[:, ::-1]
     image = _extended(image, config.height, config.width)
@@ -179,7 +179,7 @@ class Photographs:
       crop: how to crop them.
       degradation: how to degrade them.
       seed: seed of all draws.
-      default: prompt for photographs without one of their own, if others have one.
+      default: prompt for photographs without their own, used if others have one.
       with_lr: whether records have `lr`; if not, nothing is degraded.
       own_prompts: whether to use embeddings beside the photographs.
     """
@@ -214,18 +214,18 @@ class Photographs:
         return Record(None, target(crop, self.degradation), None, *texts)
 
     def pair(self, index: int, draw: int, box: Box | None = None) -> DegradedPair:
-        """A pair made of one photograph.
+        """A pair made from one photograph.
 
         Args:
           index: which photograph.
-          draw: number of the random draw; each gives another degradation.
+          draw: number of the random draw; each gives a different degradation.
           box: the crop; None: a random one, the same as in epoch `draw`.
         """
         crop, generator = self._crop(index, draw, box)
         return degrade(crop, generator, self.degradation)
 
     def _crop(self, index: int, draw: int, box: Box | None) -> tuple[np.ndarray, np.random.Generator]:
-        """A crop, float32 in [0, 1], and the generator for what follows."""
+        """A crop, float32 in [0, 1], and the generator for all further draws."""
         photo = read_photo(self.photographs[index].path, MAX_PHOTOGRAPH_PIXELS).rgb
         generator = np.random.default_rng([_STREAM, self.seed, draw, index])
         crop = random_crop(photo, self.crop, generator) if box is None else cut_out(photo, box)
@@ -236,7 +236,7 @@ class Photographs:
         return self.default if path is None else load_prompt_embeds(path)
 
     def fingerprint(self) -> str:
-        """A hash of all names and sizes, of which have prompts, and of the content of 16 evenly spaced photographs."""
+        """A hash of all names and sizes, of which photographs have prompts, and of the content of 16 evenly spaced ones."""
         digest = hashlib.sha256()
         for photo, prompt in zip(self.photographs, self.prompts, strict=True):
             digest.update(f"{photo.name} {photo.height} {photo.width} {prompt is not None}\n".encode())

@@ -1,4 +1,4 @@
-"""Preparing a training set: encodes pairs to latents and hands everything to the set's writer."""
+"""Makes a prepared set: encodes pairs to latents and passes everything to the set's writer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ImageEncoder(Protocol):
 
 
 class PlannedPairs(NamedTuple):
-    """Everything that pairs are made from.
+    """Everything needed to make pairs.
 
     Attributes:
       photographs: the source of the pairs.

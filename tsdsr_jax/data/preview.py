@@ -1,4 +1,4 @@
-"""A sheet of degraded samples, to look at before a training set is prepared."""
+"""A sheet of degraded samples, to look at before a set is prepared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARK = ("Comment", "degraded samples by tsdsr_jax")
 
 
 def check_preview_path(path: Path) -> None:
-    """Refuses to overwrite anything but an earlier sheet."""
+    """Refuses to overwrite anything except an earlier sheet."""
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path}: expected a name that ends in .png")
     if path.exists():
@@ -50,11 +50,11 @@ def write_preview_sheet(
 
     Args:
       path: the PNG file.
-      photographs: all there are.
+      photographs: all photographs.
       count: how many of them to show.
       crop, degradation: how samples are made.
       seed: seed of crops and degradations.
-      note: told which photographs cannot be read.
+      note: called with a message for each photograph that cannot be read.
 
     Returns:
       How many photographs the sheet shows.

@@ -1,4 +1,4 @@
-"""A training sample on the host, whatever source it is read from. No jax here: Grain's workers import this."""
+"""A training sample on the host, whatever its source. No jax here: Grain's workers import this."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Source(Protocol):
     def name(self, index: int) -> str: ...
 
     def fingerprint(self) -> str:
-        """A hash that identifies the set, wherever its files are."""
+        """A hash that identifies the data set, wherever its files are."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The prompts of a training set that is being prepared: one text per photograph, each embedded once."""
+"""The prompts of a prepared set: one text per photograph, each distinct text embedded once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prompts(NamedTuple):
 
     Attributes:
       texts: the distinct texts, in the order in which the photographs first use them.
-      of: for each photograph, the index of its text.
+      of: the index of each photograph's text.
     """
 
     texts: list[str]

@@ -1,11 +1,11 @@
-"""Training sets in Grain's ArrayRecord files: a few large files with random access, each prompt stored once.
+"""Prepared sets in Grain's ArrayRecord files: a few large files with random access, each prompt stored once.
 
     ROOT/manifest.json                          counts, settings, versions
     ROOT/samples-00000-of-00012.arrayrecord     lr and hr as lossless WebP, latent_hr, the number of the prompt, the name
     ROOT/prompts-00000-of-00001.arrayrecord     prompt and pooled embeddings in 16 bits, the text
 
-Each record is a safetensors file of its own. Images are lossless WebP: on eight photographs of 512×512 and their degraded
-versions it took 212 kB each and 0.7 of the decoding time, against 268 kB as PNG of level 3.
+Each record is a safetensors file. Images are lossless WebP: for eight photographs of 512×512 and their degraded versions, it
+took 212 kB each instead of 268 kB (PNG of level 3), and 0.7 of PNG's decoding time.
 
 No jax here: Grain's workers import this.
 """

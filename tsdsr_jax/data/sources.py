@@ -1,4 +1,4 @@
-"""Opens a run's samples as its flags say: prepared sets, or photographs that are degraded during training."""
+"""Opens the samples that a run's flags name: prepared sets, or photographs that are degraded during training."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def open_data(
       options: the flags.
       seed: seed of crops and degradations.
       parts: `pairs`: images and their degraded versions; `latents`: only what latents need.
-      note: told which photographs are left out.
-      output: the run's own folder; pictures in it are ignored.
+      note: called with messages about photographs that are left out.
+      output: the run's output folder; images in it are ignored.
 
     Raises:
       UserError: there are no samples that can be used.
@@ -150,7 +150,8 @@ class Joined:
 def look_at(
     roots: Sequence[Path], minimum: int, note: Callable[[str], object], output: Path | None = None
 ) -> Survey:
-    """Finds and surveys photographs, with a progress bar; tells `note` which are left out. Ignores images below `output`."""
+    """Finds and surveys photographs, with a progress bar. Calls `note` about those that are left out, and ignores images
+    below `output`."""
     found_below = [(path, root) for root in roots for path in find_photographs(root, output)]
     # A folder may be given twice, or be part of another.
     files = list({os.path.realpath(path): (path, root) for path, root in reversed(found_below)}.values())[
@@ -187,7 +188,7 @@ def _open_photographs(
 
 
 def _how_to_prepare(options: DataOptions, output: Path | None, whole: bool) -> str:
-    """The command that prepares a set with these texts, if the model can encode them."""
+    """Returns the command that prepares a set with these texts, if the model can encode them."""
     flags = hints.given(options, *hints.MODEL, "hr_dir", *hints.CROPS)
     if output is None or not has_encoders(flags.get("pretrained_model_name_or_path", "")):
         return ", by train/prepare.py --prompts txt with a model that has text encoders"

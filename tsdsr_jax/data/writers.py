@@ -1,7 +1,7 @@
-"""Writes a training set in either layout, so that preparing it can be interrupted and shared between machines.
+"""Writes a prepared set in either layout, so that the work can be interrupted and shared between machines.
 
-Whatever is written is complete or absent, and is not made again: a whole file in `shards`, a single sample in `folders`.
-Machines share an output folder and need not know of each other.
+What is written is complete or absent and is never made again: a whole file in `shards`, a single sample in `folders`.
+Machines that share an output folder need not know of each other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FinishedSample(NamedTuple):
       position: its place in the plan.
       lr, hr: compressed images.
       latent_hr: (h, w, C) float32.
-      problem: why it cannot be made; then the others are empty.
+      problem: why it cannot be made; then the other fields are empty.
     """
 
     position: int
@@ -67,7 +67,7 @@ class SetWriter(Protocol):
     def pending(self, problems: Mapping[int, str]) -> list[int]:
         """Positions of the samples that this part still has to make, in the order in which `add` expects them.
 
-        Includes samples that could not be made before.
+        They include samples that could not be made before.
         """
         ...
 
@@ -82,7 +82,7 @@ class SetWriter(Protocol):
         ...
 
     def missing(self, problems: Mapping[int, str]) -> int:
-        """How many samples or files any part still has to write, apart from samples with problems."""
+        """The number of samples or files that are still to be written, by any part, not counting samples with problems."""
         ...
 
     def counts(self) -> dict[str, Any]:

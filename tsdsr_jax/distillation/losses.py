@@ -2,7 +2,7 @@
 
 All networks share one frozen base. The student (transformer and VAE-encoder LoRAs) turns a low-resolution photograph into ẑ
 in one step. The teacher (the base, or the base with its own LoRA) and the auxiliary network (another LoRA, trained to follow
-the student's distribution) tell where ẑ should move.
+the student's distribution) show where ẑ should move.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LossConfig:
       tsd: constants of Target Score Distillation.
       weight_tsd, weight_mse, weight_lpips: weights of the student's three losses; 0 leaves a loss out.
       guidance_scale: guidance of the teacher and the auxiliary network inside TSD.
-      split_guidance: evaluate the empty prompt and the prompt one after the other, in half the memory.
+      split_guidance: evaluate the empty and the real prompt one after the other, which halves the memory for guidance.
       bias_range: half-open range of the trajectory's random bias; None for no bias.
       weighting: sample weights of the auxiliary loss.
       logit_mean, logit_std, mode_scale: parameters of the weightings "logit_normal" and "mode".
@@ -76,7 +76,7 @@ class Base(NamedTuple):
       transformer, vae: parameters of SD3's two networks.
       teacher: the teacher's adapter; {} if SD3 itself is the teacher.
       null: text of the empty prompt, (1, S, D) and (1, P).
-      default: text for the student; None to use each image's own.
+      default: text for the student; None: each image's own text.
       perceptual: parameters of the perceptual distance; {} without one.
     """
 
@@ -211,8 +211,8 @@ class Losses:
     def batch(self, base: Base, record: Record, key: jax.Array | None) -> Batch:
         """Converts a batch to the form that the losses take.
 
-        Photographs without latents are encoded: to a sample from each posterior, as in prepared sets, or without a key to
-        its mean.
+        Photographs without latents are encoded: with a key, to a sample from each posterior, as in prepared sets; without
+        one, to its mean.
         """
         text = text_of(record, base.default)
         student_text = text if base.default is None else repeated(base.default, text.states.shape[0])

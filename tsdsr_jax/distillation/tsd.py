@@ -33,7 +33,7 @@ class TSDConfig:
 
     Attributes:
       balance: λ, the share of variational score distillation; the rest is target score matching.
-      point_weights: γ of each trajectory point; a single point means no DASM.
+      point_weights: γ of each trajectory point; with a single point there is no DASM.
       stride: schedule steps between points.
       first_index, last_index: range of the drawn schedule index, inclusive.
     """
@@ -125,7 +125,7 @@ def tsd_gradient(
 
 
 def _bounded(term: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A term of the gradient within ±`LARGEST_TERM`, NaN as 0; and how many of its values that changed."""
+    """Limits a term of the gradient to ±`LARGEST_TERM`, with NaN as 0; also returns how many values this changed."""
     # Clipped after NaN is gone, because a clip passes NaN on.
     bounded = jnp.clip(jnp.nan_to_num(term), -LARGEST_TERM, LARGEST_TERM)
     return bounded, jnp.sum(~(jnp.abs(term) <= LARGEST_TERM))

@@ -11,7 +11,7 @@ from tsdsr_jax.evaluation.pictures import StoredEntry, StoredPicture
 
 
 def to_unicode(text: str) -> str:
-    """Replaces the bytes of file names that are not UTF-8, which Python represents as single surrogates."""
+    """Replaces bytes of file names that are not UTF-8; Python represents them as single surrogates."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -1,4 +1,4 @@
-"""What a report shows: pictures to compare, with their numbers."""
+"""What a report shows: pictures to compare, with their values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Column:
 
     Attributes:
       name: its key in `Comparison.values`. In "method · PSNR", the part before the dot becomes a column of the card's table.
-      better: which values are better; None: neither.
+      better: which values are better; None: unknown.
       decimals: number of decimals shown.
     """
 
@@ -40,7 +40,7 @@ class Comparison:
       name: unique, because links to an open image contain it.
       layers: the viewer starts with the first on the left and the second on the right, scaled to one size.
       values: column's name -> value; None or NaN if there is none.
-      facts: more facts to show, such as {"size": "128×128 → 512×512"}.
+      facts: other facts to show, such as {"size": "128×128 → 512×512"}.
     """
 
     name: str

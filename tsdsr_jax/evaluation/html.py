@@ -1,8 +1,8 @@
-"""Writes a report as one HTML file: thumbnails, numbers, and a viewer that compares pictures with a movable divider.
+"""Writes a report as one HTML file: thumbnails, values, and a viewer that compares pictures under a slider.
 
-The page needs no network and allows no access to it. Thumbnails come first, so that even a file of many megabytes shows at
-once. The full pictures follow as inert text, which a browser decodes only when a picture is opened. The page's HTML, CSS and
-JavaScript are in `report_page/`.
+The page needs no network, and its policy forbids any access to it. Thumbnails come first, so that even a file of many
+megabytes shows at once. The full pictures follow as inert text, which a browser decodes only when a picture is opened. The
+page's HTML, CSS and JavaScript are in `report_page/`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def check_report_path(path: Path) -> None:
         raise UserError(f"{path}: a report is a web page; give it a name that ends in .html")
     if os.path.lexists(path) and not _is_ours(path):
         raise UserError(
-            f"{path}: exists and is not a report of this program; remove it, or name another file"
+            f"{path}: exists and is not a report of this program; remove it, or choose another file"
         )
     folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
-            f"{path}: cannot be written, because {folder} is not a writable folder; name another place"
+            f"{path}: cannot be written, because {folder} is not a writable folder; choose another place"
         )
 
 
@@ -64,7 +64,8 @@ def write_report(
 ) -> None:
     """Writes the page, complete or not at all.
 
-    A few pictures are in memory at a time, besides all thumbnails. If a picture cannot be read, the page shows the reason.
+    Only a few pictures are in memory at a time, besides all thumbnails. If a picture cannot be read, the page shows the
+    reason.
 
     Args:
       path: the file; see `check_report_path`.
@@ -102,7 +103,7 @@ def _is_ours(path: Path) -> bool:
             return _MARK.encode() in file.read(1000)
     except OSError as error:
         raise UserError(
-            f"{path}: exists and cannot be read ({error.strerror}); remove it, or name another file"
+            f"{path}: exists and cannot be read ({error.strerror}); remove it, or choose another file"
         ) from error
 
 

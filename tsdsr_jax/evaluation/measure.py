@@ -171,7 +171,7 @@ def measure(
 
 
 def _size(pair: FilePair, max_pixels: int) -> Size | str:
-    """The pair's common size, or a line that tells why there is none."""
+    """The size that both pictures of a pair have, or a line with the reason why there is none."""
     try:
         result = read_size(pair.result, max_pixels)
         reference = read_size(pair.reference, max_pixels) if pair.reference else result
@@ -217,7 +217,7 @@ def _batches(
 
 
 def _pixels(pair: FilePair, max_pixels: int) -> _Pixels | str:
-    """A pair's result and reference, or a line that tells why they cannot be read."""
+    """A pair's result and reference, or a line with the reason why they cannot be read."""
     try:
         result = read_photo(pair.result, max_pixels).rgb
         return result, read_photo(pair.reference, max_pixels).rgb if pair.reference else None
@@ -249,7 +249,7 @@ def _stack(
 
 
 def _start(metric: Metric, batch: PictureBatch) -> Values:
-    """Starts a metric on a batch. Running out of memory becomes the reason why the pictures have no value."""
+    """Starts a metric on a batch. If memory runs out, that is the reason why the pictures have no value."""
     assert metric.start, "metrics of folders are computed elsewhere"
     if not any(metric.fits(*size) for size in batch.sizes[: batch.count].tolist()):
         return lambda: [""] * batch.count
@@ -268,7 +268,7 @@ def _start(metric: Metric, batch: PictureBatch) -> Values:
 
 
 def _no_memory(error: Exception, count: int) -> list[str]:
-    """Turns running out of memory into a reason for each picture; re-raises any other error, which is a bug."""
+    """Turns an out-of-memory error into a reason for each picture; re-raises any other error, which is a bug."""
     exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     if not exhausted and not isinstance(error, MemoryError):
         raise error

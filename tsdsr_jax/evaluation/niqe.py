@@ -79,7 +79,7 @@ def _distance(features: np.ndarray, model: PristineModel) -> float:
 def block_moments(images: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Moments of the normalized luma and of its four products with shifted copies, per block, at both scales.
 
-    A chain of small programs, because in a single one XLA would recompute each filter for every tap of the next.
+    This is a chain of small programs, because in a single one XLA would recompute each filter for every tap of the next.
 
     Args:
       images: (B, H, W, 3) uint8.

@@ -46,7 +46,7 @@ _MAX_PIXELS = 2**31
 ENCODINGS = (
     f"Pictures of up to {_LOSSLESS_PIXELS / 1e6:.1f} megapixels, and those with transparency, are stored without loss at 8 "
     f"bits per channel; larger ones as JPEG of quality {_LOSSY.settings['quality']}. Pictures above "
-    f"{_SHOWN_PIXELS / 1e6:.1f} megapixels are scaled down. The viewer tells which for each picture. This file is "
+    f"{_SHOWN_PIXELS / 1e6:.1f} megapixels are scaled down. The viewer says for each picture how it is stored. This file is "
     "self-contained and loads nothing from elsewhere."
 )
 

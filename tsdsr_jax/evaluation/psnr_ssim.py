@@ -86,7 +86,7 @@ def _similarity(moments: tuple[jax.Array, ...], sizes: jax.Array) -> jax.Array:
 def detail_correlation(result: jax.Array, reference: jax.Array, sizes: jax.Array) -> jax.Array:
     """How much of the fine detail agrees with the reference: correlation of the luma's two finest Haar levels.
 
-    Invented detail improves NIQE, and so does noise; this metric tells both from detail that is right. Both levels count
+    Invented detail improves NIQE, and so does noise; this metric rises only with correct detail. Both levels count
     equally; within a level, horizontal, vertical and diagonal coefficients are correlated together.
 
     Args:

@@ -1,4 +1,4 @@
-"""Metrics from pyiqa (IQA-PyTorch), the package that the paper used. It is optional and needs PyTorch.
+"""Metrics from pyiqa (IQA-PyTorch), the package that the paper used. The package is optional and needs PyTorch.
 
 pyiqa downloads weights from the Hugging Face Hub when a metric is first used.
 """
@@ -27,7 +27,7 @@ def is_installed() -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PyIQA:
-    """One of pyiqa's metrics, loaded."""
+    """A metric of pyiqa, loaded."""
 
     model: Any
 

@@ -1,4 +1,4 @@
-"""The metrics an evaluation computes: our own in JAX, all others with pyiqa.
+"""The metrics that an evaluation computes: our own in JAX, all others with pyiqa.
 
 If a metric cannot be computed because a file of weights or a package is missing, the reason is returned for the tables.
 """
@@ -64,7 +64,7 @@ class PictureBatch:
 
 
 Values = Callable[[], Sequence[float | str]]
-"""Waits for a batch's values; returns for each picture a number, or the reason why there is none."""
+"""Waits for a batch's values; returns a number for each picture, or the reason why there is none."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class Metric:
       source: what computes it, for the log.
       start: for metrics of pictures: starts a batch and returns at once.
       over_folders: for metrics of whole folders: (results, references) -> value.
-      smallest: the least height and width of a picture, in either order.
+      smallest: the smallest height and width that a picture may have, in either order.
     """
 
     name: str

@@ -27,7 +27,7 @@ def write_evaluation_report(
     Args:
       path: the HTML file.
       methods, metrics: what was measured.
-      inputs: name of a result -> its low-resolution input, to be shown first.
+      inputs: name of a result -> its low-resolution input, which is shown first.
       together: whether all methods share their references. If so, they share one entry per picture; otherwise each method
         has its own entries.
       notes: lines at the top.

@@ -63,7 +63,7 @@ def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Second minus first method, on the pictures that both have.
+    """The second method minus the first, on the pictures that both have.
 
     Attributes:
       change: mean and interval of the differences.

@@ -58,7 +58,7 @@ def _mean_cell(method: MeasuredMethod, metric: Metric, count: int) -> str:
 def compare(
     first: MeasuredMethod, second: MeasuredMethod, metrics: Sequence[Metric]
 ) -> dict[str, tuple[Difference, list[str]]]:
-    """Metric's name -> differences, second minus first, and the names of the pictures that both have."""
+    """Metric's name -> the second method's differences from the first, and the names of the pictures that both have."""
     result = {}
     for metric in metrics:
         names = [

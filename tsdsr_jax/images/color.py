@@ -1,8 +1,8 @@
-"""The two color fixes that follow the network, on the host.
+"""The two color corrections that follow the network, on the host.
 
 Both give a super-resolved photograph the colors of its source, as the original's inference script does. AdaIN matches
-the statistics of each channel over the whole image; the wavelet fix replaces the low frequencies of the result by those
-of the source. Axes: H height, W width, three channels in RGB order.
+the statistics of each channel over the whole image; the wavelet correction replaces the low frequencies of the result by
+those of the source. Axes: H height, W width, three channels in RGB order.
 """
 
 from typing import Literal
@@ -52,7 +52,9 @@ def wavelet(result: np.ndarray, upscaled: np.ndarray) -> np.ndarray:
         ValueError: the two sizes differ.
     """
     if result.shape != upscaled.shape:
-        raise ValueError(f"the wavelet fix needs images of one size, got {result.shape} and {upscaled.shape}")
+        raise ValueError(
+            f"the wavelet correction needs images of one size, got {result.shape} and {upscaled.shape}"
+        )
     return result - _low_frequencies(result - upscaled)
 
 
@@ -77,7 +79,7 @@ def align(method: AlignMethod, result: np.ndarray, lr: np.ndarray, upscaled: np.
         return _to_bytes(wavelet(_to_unit(result), _to_unit(upscaled)))
     if method == "adain":
         return _to_bytes(adain(_to_unit(result), _to_unit(lr)))
-    raise ValueError(f"unknown color fix {method!r}, expected one of {', '.join(METHODS)}")
+    raise ValueError(f"unknown color correction {method!r}, expected one of {', '.join(METHODS)}")
 
 
 def _statistics(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """Reads photographs from image files.
 
-The network knows 8-bit RGB and nothing else. Reading brings every kind of image file to that form, and keeps what belongs to
-the photograph (transparency, color profile, EXIF), so that `writing` can put it around the result. All sizes are
-(height, width) in pixels as the viewer sees them, after the EXIF orientation.
+The network takes only 8-bit RGB. Reading converts every kind of image file to that form, and keeps what belongs to the
+photograph (transparency, color profile, EXIF), so that `writing` can put it around the result. All sizes are (height, width)
+in pixels as the viewer sees them, after the EXIF orientation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """A photograph as the network wants it, and what is put back around the result.
+    """A photograph as the network takes it, and the metadata for its result.
 
     Attributes:
         rgb: (H, W, 3) uint8, upright.
@@ -76,7 +76,7 @@ def read_photo(path: str | Path, max_pixels: int) -> Photo:
 
 
 def read_content(path: Path) -> bytes:
-    """A file's bytes, for `decode_photo`; UserError as `read_photo`."""
+    """A file's bytes, for `decode_photo`; raises UserError like `read_photo`."""
     with _opened_file(path) as file:
         return file.read()
 
@@ -110,7 +110,7 @@ def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
     Pixels are decoded only for a PNG that has metadata behind them, where the orientation may be.
 
     Raises:
-        UserError: as `read_photo`, apart from damaged pixels.
+        UserError: like `read_photo`, except for damaged pixels.
     """
     path = Path(path)
     with _opened_file(path) as file, _opened_image(file, str(path), max_pixels) as image:
@@ -129,7 +129,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Photo:
 
 
 def _opened_file(path: Path) -> BinaryIO:
-    """Opens the file; tells plain mistakes apart, for which Pillow has only error numbers."""
+    """Opens the file; names common mistakes, for which Pillow gives only error numbers."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder, expected an image file; name a file in it")
@@ -187,8 +187,8 @@ _limits_before: tuple[int | None, bool] = (None, False)
 def _pillow_limits_lifted() -> Iterator[None]:
     """Suspends two settings that Pillow keeps for the whole process, until the last thread here is done.
 
-    Pillow's own pixel limit would warn or refuse below a larger `max_pixels`. Its leniency about truncated files, if some
-    other library has asked for it, would turn them into half-gray photographs.
+    Pillow's own pixel limit would warn or refuse below a larger `max_pixels`. Its leniency about truncated files, if another
+    library has turned it on, would read them as half-gray photographs.
     """
     global _limits_users, _limits_before
     with _limits_lock:
@@ -216,6 +216,6 @@ def _load(image: Image.Image, name: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, for use inside ours."""
+    """The first line of an error, for use in our messages."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (text or type(error).__name__).strip().splitlines()[0]

@@ -114,7 +114,7 @@ def orientation_of(exif: Image.Exif) -> int:
 
 
 def carried_exif(exif: Image.Exif, is_tiff: bool) -> bytes | None:
-    """The part of the EXIF that is also true of the result, as bytes; a thumbnail is not. May change `exif`."""
+    """The part of the EXIF that also applies to the result, as bytes; a thumbnail does not. May change `exif`."""
     try:
         if is_tiff:
             keep_descriptive(exif)
@@ -131,7 +131,7 @@ def carried_exif(exif: Image.Exif, is_tiff: bool) -> bytes | None:
 
 
 def keep_descriptive(exif: Image.Exif) -> None:
-    """Removes every tag that could lay out pixels."""
+    """Removes every tag that describes the layout of pixels."""
     for tag in list(exif):
         if tag not in _DESCRIPTIVE_TIFF_TAGS:
             del exif[tag]

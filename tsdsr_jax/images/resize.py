@@ -1,4 +1,4 @@
-"""Changes of size on the host: torch's and Pillow's bicubic interpolation, and padding by reflection."""
+"""Resizing on the host: torch's and Pillow's bicubic interpolation, and padding by reflection."""
 
 import cv2
 import numpy as np

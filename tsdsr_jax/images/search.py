@@ -14,11 +14,11 @@ def find_photographs(root: Path, output: Path | None = None) -> list[Path]:
     """The image files in a folder and its subfolders, sorted, without hidden ones.
 
     Links to files and folders are followed. Each file is found once: under its own path if that lies below `root`,
-    otherwise under the first link to it. A broken link is found, too, so that reading it reports it.
+    otherwise under the first link to it. Broken links are also returned, so that they are reported when they are read.
 
     Args:
       root: the folder.
-      output: a folder that may lie below `root`; what is in it are results, not photographs.
+      output: a folder that may lie below `root`; images in it are results, not photographs.
 
     Raises:
       UserError: there is no such folder, it is the output folder, it cannot be read, or there are no images in it.
@@ -78,12 +78,12 @@ class _Search:
                 self.found.setdefault(os.path.join(real, entry.name), path)
 
     def _is_result(self, link: Path) -> bool:
-        """Whether it links to a file in the output folder, unless that folder also holds the photographs."""
+        """Whether the path links to a file in the output folder, unless that folder also holds the photographs."""
         if self._output is None or self._output in self._root.resolve().parents:
             return False
         return self._output in link.resolve().parents
 
 
 def _is_image(path: Path) -> bool:
-    """Whether it is called like an image and is a file or a broken link; a pipe or device would be waited for."""
+    """Whether the path has an image's suffix and is a file or a broken link. Reading a pipe or a device could block."""
     return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists())

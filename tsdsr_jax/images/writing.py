@@ -46,14 +46,14 @@ def write_photo(
 ) -> None:
     """Writes a result with the metadata of the photograph that it was made from.
 
-    The file is complete or absent, even if it replaces an older one. Gray photographs are written gray, by the ITU-R 601
-    luma of the result. WebP has no gray: it gets three equal channels, and no profile for gray. jpg and bmp have no
+    The file is complete or absent, even if it replaces an older one. Gray photographs are written as gray, the ITU-R 601
+    luma of the result. WebP has no gray: it gets three equal channels, without a gray profile. jpg and bmp have no
     transparency: the colors are written as if opaque. bmp holds no metadata either.
 
     Args:
-        path: the file; missing folders are made. Its suffix is not looked at.
+        path: the file; missing folders are made. Its suffix is ignored.
         rgb: (H, W, 3) uint8, the result.
-        like: the photograph whose `gray`, `icc` and `exif` apply; its pixels are not looked at.
+        like: the photograph whose `gray`, `icc` and `exif` apply; its pixels are ignored.
         alpha: (H, W) uint8, the transparency in the result's size, or None.
         format: one of `FORMATS`. Lossless, apart from jpg (quality 95, full color resolution).
 
@@ -106,7 +106,7 @@ def check_format(path: str | Path, format: str, height: int, width: int) -> None
 
 
 def lost_transparency(name: str, alpha: np.ndarray | None, format: str) -> str | None:
-    """A remark if a format cannot hold a picture's transparency; `name` is what it calls the file."""
+    """A remark if a format cannot hold a picture's transparency; the remark calls the file `name`."""
     if alpha is None or format in _WITH_ALPHA:
         return None
     return f"{name}: {format} holds no transparency; it is left out"

@@ -74,7 +74,7 @@ def _dot_product(
     lengths: jax.Array | None,
     implementation: _JaxImplementation,
 ) -> jax.Array:
-    """JAX's own attention; arguments as of `attention`."""
+    """JAX's own attention; arguments as in `attention`."""
     if lengths is None:
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
     # cuDNN wants both lengths or none, so all queries count, padded or not. On a mesh each device may see this whole array

@@ -30,7 +30,7 @@ def add_noise(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array
 
 
 def to_clean(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The x₀ that a velocity at x_σ points to."""
+    """The x₀ that follows from a velocity at x_σ."""
     return noisy - per_sample(sigma, noisy) * velocity
 
 

@@ -60,7 +60,8 @@ class FoldedAttention(nn.Module):
     def __call__(
         self, image: jax.Array, text: jax.Array | None, lengths: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Normalized image (B, T, D) and text (B, S, D) -> what to add to each stream; None for a text without queries.
+        """Normalized image (B, T, D) and text (B, S, D) -> what to add to each stream; None for the text if it has no
+        queries.
 
         Keys are ordered [text, image], so that the valid keys of a packed batch, which has its padding at the end, are a
         prefix.
@@ -297,7 +298,8 @@ def _fold_block(
     block: ParamTree,
     text: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Folds one block, in float32. With a text (S, D) it is the first block, whose projections of the text are constants."""
+    """Folds one block, in float32. If a text (S, D) is given, it is the first block, whose projections of the text are
+    constants."""
     block = _float32(block)
 
     def vectors(name: str) -> list[jax.Array]:

@@ -21,7 +21,7 @@ class Text(NamedTuple):
 def interleave(first: jax.Array, second: jax.Array) -> jax.Array:
     """Two (B, ...) arrays -> (2B, ...), with each sample's two values side by side.
 
-    Concatenation would put the two on different devices and so move every activation.
+    Concatenation would put the two on different devices, so every activation would have to move.
     """
     return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
 

@@ -31,10 +31,10 @@ Prepare = Callable[[jax.Array, jax.Array | int], jax.Array]
 
 
 class Placement(NamedTuple):
-    """Where arrays are while a network computes whose parameters are sharded.
+    """Where arrays are while a network with sharded parameters computes.
 
-    Left alone, XLA moves activations to wherever the shards of a weight are. With these constraints it gathers each
-    block's weights when the block runs, and moves nothing else.
+    Without constraints, XLA moves activations to the shards of each weight. With these, it gathers each block's weights when
+    the block runs, and moves nothing else.
 
     Attributes:
       activations: sharding of a block's inputs; the batch axis is split over all devices.
@@ -207,7 +207,7 @@ class GroupNorm(nn.Module):
     def _moments_in_bands(
         self, x: RowsOnDemand, mask: jax.Array | None, band_pixels: int | None
     ) -> tuple[jax.Array, jax.Array]:
-        """The same, band by band; merging the bands' moments (Chan et al. 1979) is as exact as two passes."""
+        """Like `_moments`, band by band; merging the bands' moments (Chan et al. 1979) is as exact as two passes."""
         batch, height, width, channels = x.shape
         count = -(-height // rows_of_band(height, width, band_pixels))
         rows = -(-height // count)

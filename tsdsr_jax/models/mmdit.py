@@ -52,7 +52,7 @@ class MMDiTConfig:
 
     def __post_init__(self) -> None:
         if self.qk_norm not in (None, "rms_norm"):
-            raise ValueError(f'qk_norm is {self.qk_norm!r}; this transformer knows null and "rms_norm"')
+            raise ValueError(f'qk_norm is {self.qk_norm!r}; this transformer supports null and "rms_norm"')
         if self.caption_projection_dim != self.width:
             raise ValueError(
                 f"caption_projection_dim is {self.caption_projection_dim}, but joint attention needs the width of the "

@@ -1,4 +1,4 @@
-"""What both networks have in common: trees of parameters, their shapes, and SD3's sizes."""
+"""Shared by both networks: trees of parameters, their shapes, and SD3's sizes."""
 
 from __future__ import annotations
 

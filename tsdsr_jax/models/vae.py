@@ -77,7 +77,7 @@ def whole_image_bytes(config: VAEConfig, dtype: DTypeLike, platform: str) -> flo
     """A generous estimate of the peak memory per image pixel when encoding or decoding without bands.
 
     XLA plans 2570 bytes for SD3's decoder in float32, ten times its second width (3600 on CPUs with jax 0.10), and 1570 for
-    its encoder. On CPUs half precision takes more, because it is computed in float32. The estimate adds a half for what
+    its encoder. On CPUs half precision takes more, because it is computed in float32. The estimate adds one half for what
     libraries need.
     """
     widest = max(2 * config.block_out_channels[0], *config.block_out_channels[1:2])
@@ -106,7 +106,7 @@ def valid_mask(valid: jax.Array, shape: Sequence[int], first_row: jax.Array | in
 
 
 def normalize(affine: tuple[jax.Array, jax.Array] | None, valid: jax.Array | None) -> Prepare:
-    """What precedes a convolution: group norm and SiLU if there is a norm, then zeros in the padding."""
+    """Prepares the input of a convolution: group norm and SiLU if a norm is given, then zeros in the padding."""
 
     def prepare(rows: jax.Array, first_row: jax.Array | int) -> jax.Array:
         if affine is not None:
@@ -119,7 +119,7 @@ def normalize(affine: tuple[jax.Array, jax.Array] | None, valid: jax.Array | Non
 
 
 class NormSiluConv(NamedTuple):
-    """Group norm, SiLU and a 3×3 convolution: what most of the network is made of."""
+    """Group norm, SiLU and a 3×3 convolution, from which most of the network is built."""
 
     norm: GroupNorm
     conv: Conv
@@ -345,7 +345,7 @@ class AutoencoderKL(nn.Module):
 
         Args:
           image: (B, H, W, 3) in [-1, 1], H and W multiples of 8.
-          valid: (B, 2) int valid (height, width) in pixels, multiples of 8; outside, the image counts as absent.
+          valid: (B, 2) int valid (height, width) in pixels, multiples of 8; pixels outside count as absent.
           band_pixels: compute convolutions on bands of about this many image pixels; None: whole.
 
         Returns:

@@ -41,7 +41,7 @@ class AutoencoderConfig:
 
 
 def new_autoencoder_params(config: VAEConfig, key: jax.Array) -> Tree:
-    """Initializes an autoencoder's parameters, as its layers do except for two things.
+    """Initializes an autoencoder's parameters. Two things differ from its layers' own initialization.
 
     Every residual branch starts at zero, so that deep networks train well (Goyal et al. 2017, §5.1). Posteriors start
     narrow, because a standard deviation of 1 would drown the little information that the decoder can use at first.
@@ -82,7 +82,7 @@ class AutoencoderLoss:
     def of_batch(
         self, params: Tree, frozen: Frozen, record: Record, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Computes the loss of a batch of photographs, with one sample from each posterior, and what to log."""
+        """Computes the loss of a batch of photographs, with one sample from each posterior, and the values to log."""
         return self(params, frozen, to_unit(record.hr), key)
 
     def __call__(

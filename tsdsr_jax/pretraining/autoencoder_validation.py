@@ -28,8 +28,8 @@ class AutoencoderValidation:
     Args:
       loss: provides the networks.
       mesh: the devices; each takes a share of the samples.
-      records: samples with `hr`; all are measured.
-      shown: how many of them, from the first, are shown on the sheet.
+      records: samples with `hr`; all of them are measured.
+      shown: how many of the first samples the sheet shows.
     """
 
     def __init__(self, loss: AutoencoderLoss, mesh: Mesh, records: Sequence[Record], shown: int):

@@ -1,6 +1,6 @@
 """The flow-matching loss on photographs' latents, to train the teacher's LoRA or all weights of a transformer.
 
-TSD-SR's teacher is SD3 with a LoRA that was fine-tuned on high-resolution photographs with this loss only. Its authors have
+TSD-SR's teacher is SD3 with a LoRA that was fine-tuned on high-resolution photographs with this loss only. The authors have
 not released that training code. Noise levels follow SD3 (Esser et al. 2024, §3.1): logit-normal in the schedule's index.
 """
 
@@ -123,7 +123,7 @@ class FlowLoss:
     def of_batch(
         self, trained: Tree, base: FlowBase, record: Record, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Computes the loss of a batch at random noise levels, and what to log."""
+        """Computes the loss of a batch at random noise levels, and the values to log."""
         keys = jax.random.split(key)
         latents = latents_of(self.vae, base.vae, record, keys[0])
         draws = FlowDraws.from_key(keys[1], latents.shape, self.config)
@@ -135,7 +135,7 @@ class FlowLoss:
 
 
 def new_adapter(shapes: Tree, rank: int, key: jax.Array) -> Tree:
-    """Creates the teacher's adapter, on the same modules as the student's; at first it changes nothing."""
+    """Creates the teacher's adapter, for the same modules as the student's; at first it changes nothing."""
     return lora.init(key, shapes, lora.STUDENT_TARGETS, rank)
 
 

@@ -109,7 +109,8 @@ def teacher_files(networks: Networks, state: TrainState) -> Files:
 
 
 def model_files(networks: Networks, shift: float, fixed: Tree, state: TrainState) -> Files:
-    """Exports a checkpoint folder in diffusers' layout, with the unchanged autoencoder, and another for the moving average.
+    """Exports a checkpoint folder in diffusers' layout, with the unchanged autoencoder, and a second one for the moving
+    average.
 
     Args:
       shift: shift of the noise schedule.

@@ -1,4 +1,4 @@
-"""Reads a batch the way every loss needs it: as images in [−1, 1], latents and texts.
+"""Converts a batch to what every loss needs: images in [−1, 1], latents and texts.
 
 A batch is a `Record` whose parts are arrays on the devices, with a leading axis B.
 """
@@ -47,7 +47,8 @@ def decode(vae: AutoencoderKL, params: Tree, latents: jax.Array) -> jax.Array:
 
 
 def latents_of(vae: AutoencoderKL, params: Tree, batch: Record, key: jax.Array | None) -> jax.Array:
-    """Returns the batch's latents (B, h, w, C) float32, encoding the photographs where there are none; see `encode`."""
+    """Returns the batch's latents (B, h, w, C) float32, encoding the photographs if the batch has no latents; see
+    `encode`."""
     if batch.latent_hr is not None:
         return jnp.asarray(batch.latent_hr, jnp.float32)
     return encode(vae, params, to_unit(batch.hr), key)
@@ -57,7 +58,7 @@ def text_of(batch: Record, default: Text | None) -> Text:
     """Returns the images' own prompts, (B, S, D) and (B, P), or the default prompt for each image.
 
     Raises:
-      ValueError: there is neither.
+      ValueError: there are neither own prompts nor a default.
     """
     if batch.prompt is not None and batch.pooled is not None:
         return Text(jnp.asarray(batch.prompt), jnp.asarray(batch.pooled))

@@ -5,7 +5,7 @@
     OUTPUT/checkpoint_0005000/lora       the adapters in PEFT's layout, for PyTorch users
     OUTPUT/checkpoint_0005000/model      instead of `lora` where whole networks are trained: a folder in diffusers' layout
 
-Of the frozen base, only a hash is saved.
+The frozen base is saved only as a hash.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Checkpoints:
         return self.folder / f"{PREFIX}_{step:0{DIGITS}d}"
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], files: Files) -> bool:
-        """Starts to save a checkpoint. Returns once `files` are written; `state` is copied and written in the background.
+        """Starts to save a checkpoint. Returns when `files` are written; `state` is copied and written in the background.
 
         A failure of this save or the previous one does not end the run: it is noted, and existing checkpoints stay.
         `failed` holds the reason until a later save succeeds.
@@ -197,7 +197,8 @@ def is_here(leaf: jax.Array) -> bool:
 
 
 def on_host(leaf: jax.Array) -> np.ndarray:
-    """Copies an array to the host, gathering it if processes hold parts of it. Then every process must call this."""
+    """Copies an array to the host. If several processes hold parts of it, it is gathered, and every process must call
+    this."""
     return np.array(leaf if is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True), copy=True)
 
 
@@ -307,7 +308,7 @@ _EARLIER_NAMES = (
 
 
 def _stored_names(names: Sequence[str], stored: Mapping[str, Any]) -> list[str]:
-    """Returns the names of a state's leaves in a checkpoint: today's, or those of an earlier version."""
+    """Returns the names of a state's leaves in a checkpoint: the current names, or those of an earlier version."""
     earlier = list(names)
     for pattern, replacement in _EARLIER_NAMES:
         earlier = [re.sub(f"^{pattern}", replacement, name) for name in earlier]

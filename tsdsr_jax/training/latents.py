@@ -41,7 +41,8 @@ class LatentEncoder:
         self._encode = encode
 
     def noise(self, position: int, height: int, width: int) -> np.ndarray:
-        """Draws the noise (h, w, C) of the sample at a position of the plan; it does not depend on the rest of the batch."""
+        """Draws the noise (h, w, C) of the sample at a position of the plan; it does not depend on the other samples of the
+        batch."""
         factor, channels = self.networks.vae_config.factor, self.networks.vae_config.latent_channels
         generator = np.random.default_rng([_NOISE_STREAM, self.seed, position])
         return generator.standard_normal((height // factor, width // factor, channels), np.float32)

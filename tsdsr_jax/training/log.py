@@ -41,7 +41,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
 
     def _check(self) -> None:
-        """Raises OSError if the writer thread has died (of a full disk); adding to its queue would then block forever."""
+        """Raises OSError if the writer thread has died, for example because the disk is full; adding to its queue would then
+        block."""
         events = getattr(getattr(self._writer, "file_writer", None), "event_writer", None)
         thread = getattr(events, "_worker", None)
         if thread is not None and not thread.is_alive():
@@ -113,8 +114,8 @@ class RunLog:
 
     Args:
       folder: the run's output folder.
-      step: the step that the run continues from; later lines in the log are dropped. None: a new run, all are dropped.
-      trackers: services that get the same values. Training continues without one that fails.
+      step: the step that the run continues from; later lines in the log are dropped. None: a new run; all lines are dropped.
+      trackers: services that get the same values. If one fails, training continues without it.
       source: the output folder whose log is continued; default: `folder`.
     """
 

@@ -31,7 +31,7 @@ _LINE_EVERY = 30.0  # seconds between progress lines, if there is no terminal fo
 
 @dataclasses.dataclass(frozen=True)
 class LoopSchedule:
-    """When things happen, in steps.
+    """At which steps the loop logs, validates, saves and stops.
 
     Attributes:
       start, end: the step to start from, and the last one.
@@ -70,8 +70,8 @@ class Hooks:
 class StopSignal:
     """Catches SIGTERM and the first Ctrl-C, so that a run can save before it stops; a second Ctrl-C stops it at once.
 
-    Several processes that train together must stop at the same step. JAX's coordination service notices a SIGTERM of any
-    of them and chooses the step. It does not handle Ctrl-C, which then stops its process at once.
+    Several processes that train together must stop at the same step. JAX's coordination service notices a SIGTERM to any of
+    them and chooses the step. It does not handle Ctrl-C, so Ctrl-C then stops its process at once.
     """
 
     def __init__(self) -> None:
@@ -217,7 +217,7 @@ class _Watch:
             )
 
     def paused(self) -> None:
-        """Leaves the time since the last fetch out of the rate."""
+        """Excludes the time since the last fetch from the rate."""
         self.since = time.perf_counter()
 
     def close(self) -> None:

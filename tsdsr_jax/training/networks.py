@@ -157,7 +157,7 @@ def check_shapes(
     what: str = "training images",
     prepared: bool = True,
 ) -> None:
-    """Checks that a data set fits the networks; `prepared`, or cropped from photographs during training.
+    """Checks that samples fit the networks. `prepared`: they come from a prepared set, not from photographs during training.
 
     Raises:
       UserError: sizes, channels or widths differ; the message names both.
@@ -201,7 +201,7 @@ def _chw(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_tokens(tokens: int, source: str, embeds: PromptEmbeds) -> None:
-    """Raises UserError if a prompt has another length than the images' prompts: one batch could not hold both."""
+    """Raises UserError if a prompt has another length than the images' prompts: one batch cannot hold both."""
     if embeds.prompt.shape[0] != tokens:
         raise UserError(
             f"{source}: its embedding has {embeds.prompt.shape[0]} tokens, the images' have {tokens}; encode both the "
@@ -230,7 +230,7 @@ def check_latents(name: str, record: Record, networks: Networks, vae: Tree) -> N
 
     @jax.jit
     def distance(vae: Tree, hr: jax.Array, latent: jax.Array) -> jax.Array:
-        """RMS error in standard deviations of the latents, beyond what sampling from the posterior explains."""
+        """RMS error in standard deviations of the latents, beyond the error that sampling from the posterior explains."""
         posterior: Any = network.apply({"params": vae}, to_unit(hr[None]), method="encode")
         scale = networks.vae_config.scaling_factor
         error = jnp.square(latent - posterior.mean[0] * scale)

@@ -1,4 +1,4 @@
-"""The pieces of a training step: optimizers, float16's loss scale, gradient accumulation and the moving average."""
+"""The parts of a training step: optimizers, float16's loss scale, gradient accumulation and the moving average."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class OptimizerConfig:
 
 
 def matrices(params: Tree) -> Tree:
-    """Tells Muon which axes of each kernel form a matrix; None, for AdamW, for biases, scales and tables.
+    """Tells Muon which axes of each kernel form a matrix; None for biases, scales and tables, which AdamW trains.
 
     A dense kernel is (in, out), stacked layers' are (layers, in, out), a convolution's is (h, w, in, out), with h and w
     counted as inputs. An adapter's two halves are shaped like the kernels they adapt.
@@ -127,7 +127,7 @@ def accumulated(of_batch: Callable[[jax.Array], Any], count: int) -> Any:
 
 
 def updates_done(optimizer_state: Any) -> jax.Array:
-    """Returns Adam's own step count, which leaves out skipped steps."""
+    """Returns Adam's own step count, which does not count skipped steps."""
     return optax.tree_utils.tree_get(optimizer_state, "ScaleByAdamState").count
 
 

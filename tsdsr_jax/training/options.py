@@ -40,13 +40,13 @@ class RunOptions:
     """Fetch losses from the devices every N steps. Every step is logged either way."""
 
     train_batch_size: int = 4
-    """Images per device and batch."""
+    """Images per device in a batch."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step."""
     num_train_epochs: int = 1
     """Passes over the data; ignored if --max_train_steps is given."""
     max_train_steps: int | None = None
-    """Total number of optimizer steps."""
+    """Total number of optimizer steps. Default: as --num_train_epochs says."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses much less memory, but is slower."""
     dataloader_num_workers: int = 0
@@ -181,7 +181,7 @@ class OptimizerOptions:
                 raise UserError(f"--{name} {value:.12g}: expected at least 0 and less than 1")
 
     def kept(self) -> dict[str, Any]:
-        """Returns what must not change when a run is resumed."""
+        """Returns the settings that must not change when a run is resumed."""
         return {"optimizer": self.optimizer.lower(), "ema": self.ema_decay is not None}
 
     def optimizer_config(self, steps: int) -> OptimizerConfig:

@@ -49,7 +49,7 @@ def find_start(options: RunOptions) -> Path | None:
     """Finds the checkpoint to resume, if any. It is cheap enough to call before anything is loaded.
 
     Raises:
-      UserError: there is no such checkpoint, or the run would overwrite, delete or mix with those of another run.
+      UserError: there is no such checkpoint, or the run would overwrite, delete or mix with another run's checkpoints.
     """
     folder, wanted = options.output_dir, options.resume_from_checkpoint
     path = checkpoint.find(folder, wanted) if wanted else None
@@ -87,7 +87,7 @@ def check_rows(path: Path, before: int, now: int, by_epochs: bool) -> None:
     """Raises UserError if the images per step changed and the length of the run is given in epochs."""
     if by_epochs:
         raise UserError(
-            f"{path}: had {before} images in a step, this run has {now}, so its epochs have another number of steps; set "
+            f"{path}: had {before} images per step, this run has {now}, so its epochs have a different number of steps; set "
             "the total with --max_train_steps, or keep devices × --train_batch_size × --gradient_accumulation_steps the same"
         )
 

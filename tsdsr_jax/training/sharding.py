@@ -46,7 +46,7 @@ def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def placement(mesh: Mesh) -> Placement:
-    """Returns what the networks need to know to run with `base_shardings`."""
+    """Returns the placement with which the networks run under `base_shardings`."""
     return Placement(activations=batch_sharding(mesh), weights=replicated(mesh))
 
 

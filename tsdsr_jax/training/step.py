@@ -78,11 +78,11 @@ class TrainState(NamedTuple):
     loss_scale: LossScale
 
     def averaged(self, part: str = NETWORK) -> Any:
-        """Returns a part's moving average, or the part itself if there is none: what is validated."""
+        """Returns a part's moving average, or the part itself if there is none. This is what validation uses."""
         return self.ema.get(part, self.trained[part])
 
     def exported(self, part: str = NETWORK) -> dict[str, Any]:
-        """Returns folder prefix -> parameters, for a part and for its moving average, if there is one."""
+        """Returns folder prefix -> parameters, for a part and, if there is one, its moving average."""
         return {"": self.trained[part]} | ({"ema/": self.ema[part]} if part in self.ema else {})
 
 
@@ -248,7 +248,7 @@ JittedStep = Callable[[TrainState, Any, Record, jax.Array], tuple[TrainState, Me
 
 
 class Beginning(NamedTuple):
-    """What a run trains from the start.
+    """What a run starts training from.
 
     Attributes:
       create: `loaded` -> the trained parts; pure.

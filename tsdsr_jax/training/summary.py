@@ -22,7 +22,7 @@ class Curve:
 
 
 def plot_curves(rows: Sequence[Row], curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Plots the curves that have values to a PNG: the values faint, their running mean on top."""
+    """Plots the curves that have values to a PNG: the values in a faint color, their running mean on top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What all validations share: choosing samples, placing them on the devices, and PSNR."""
+"""Shared by all validations: choosing samples, placing them on the devices, and PSNR."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tsdsr_jax.training.sharding import batch_sharding, global_array
 
 
 def place_samples(records: Sequence[Record], mesh: Mesh) -> list[Record]:
-    """Puts the records on the devices in batches of one per device; the first ones fill up the last batch."""
+    """Puts the records on the devices in batches of one per device; the first records are repeated to fill the last
+    batch."""
     batches = []
     for first in range(0, len(records), mesh.size):
         filled = [records[index % len(records)] for index in range(first, first + mesh.size)]

@@ -35,9 +35,9 @@ class UpscaleOptions:
     """Folder with the prompt's embedding: prompt_embeds.pt and pool_embeds.pt, or prompt.safetensors. Default:
     dataset/default; for the bundled model, its own."""
     rank: int | None = 64
-    """Expected rank of the transformer's LoRA; None accepts any."""
+    """Expected rank of the transformer's LoRA. Default: any."""
     rank_vae: int | None = 64
-    """Expected rank of the autoencoder's LoRA; None accepts any."""
+    """Expected rank of the autoencoder's LoRA. Default: any."""
     lora_scale: float = 1.0
     """Factor on both LoRAs; below 1 the result stays closer to plain SD3."""
     upscale: float = 4.0
@@ -46,8 +46,8 @@ class UpscaleOptions:
     """Shortest side, in pixels, that the network processes. If a result would be smaller, its photograph is processed at
     this size and the result is shrunk."""
     align_method: Literal["wavelet", "adain", "nofix"] = "wavelet"
-    """Color correction: take the low frequencies (wavelet) or the mean and contrast (adain) from the photograph; nofix:
-    none."""
+    """Color correction: take the low frequencies (wavelet) or the mean and contrast (adain) from the photograph; nofix: no
+    correction."""
     seed: int = 42
     """Seed of the latent noise, which depends only on the seed and the file's content."""
     latent: Literal["sample", "mode"] = "sample"
@@ -70,7 +70,7 @@ class UpscaleOptions:
     weights: Literal["full", "int8", "fp8"] = "full"
     """Keep the transformer's blocks in eight bits (int8, fp8), to fit small GPUs; full: in the computation's precision."""
     device: str | None = None
-    """cuda, cuda:N, cpu or tpu. Default: all devices of the best kind."""
+    """Where to compute: cuda, cuda:N, cpu or tpu. Default: all devices of the best kind."""
     max_pixels: int = 100_000_000
     """Refuse photographs that have more pixels, before or after upscaling."""
     revision: str | None = None

@@ -56,10 +56,10 @@ class SizePlan:
 def plan_size(source: Size, upscale: float, process_size: int, latent_tile: int) -> SizePlan:
     """Plans the sizes of one photograph.
 
-    A photograph whose short side would come out below `process_size` is first enlarged to the size that the original
-    gives it: multiplied in floating point, then truncated. Sides are padded to multiples of 8 for the autoencoder.
-    Where the latent is not longer than a tile, they are padded to multiples of 16, because the tile must hold whole
-    patches; longer sides are covered by overlapping tiles and need no more padding.
+    A photograph whose result would have a short side below `process_size` is first enlarged to the size that the original
+    gives it: multiplied in floating point, then truncated. Sides are padded to multiples of 8 for the autoencoder. Where the
+    latent is not longer than a tile, they are padded to multiples of 16, because the tile must hold whole patches; longer
+    sides are covered by overlapping tiles and need no more padding.
     """
     minimum = max(1, int(process_size // upscale))
     height, width = source
@@ -111,7 +111,7 @@ class Settings:
         return plan_size(source, self.upscale, self.process_size, self.latent_tile)
 
     def photos_at_a_time(self, size: Size) -> int:
-        """The most photographs of (height, width) `size` per device and call; at most as many as of 512×512."""
+        """The most photographs of (height, width) `size` that a device computes together; small ones count as 512×512."""
         return max(1, min(self.photo_batch, self.photo_batch * _PHOTO_PIXELS // (size[0] * size[1])))
 
 
@@ -217,8 +217,8 @@ def _dealt(by_shape: _JobsByShape[AnyJob], part: Share) -> _JobsByShape[AnyJob]:
 def unfinished(groups: Sequence[Group[FileJob]], report: Report) -> list[Group[FileJob]]:
     """The groups in which results are missing; counts the results that exist.
 
-    A group with only some of its results stays whole: all are computed, so that each comes out as in an uninterrupted
-    run, and only the missing ones are written.
+    A group with only some of its results stays whole: all are computed, so that each result is the same as in an
+    uninterrupted run, and only the missing ones are written.
     """
     incomplete = []
     for group in groups:

@@ -182,7 +182,7 @@ class Upscaler:
           pictures: a PIL image, an array (H, W, 3) of uint8 in RGB, or an image file's path; or a list or tuple of them.
           scale: factor by which both sides are enlarged, 1 to 64.
           color: color correction: take the low frequencies ("wavelet") or the mean and contrast ("adain") from the picture;
-            "nofix": none.
+            "nofix": no correction.
           seed: seed of the latent noise, which depends only on the seed and the picture.
           latent: draw the latent from the encoder's posterior ("sample"), or take its mean ("mode").
           tile: side of the transformer's tiles, in latent pixels (8 pixels of the result each); even. Default: the model's.

@@ -20,7 +20,7 @@ _EXPONENTS = {
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Whether all values are finite."""
     if np.issubdtype(array.dtype, np.integer):
         return True
     values, exponent = array.reshape(-1), _EXPONENTS.get(array.dtype)

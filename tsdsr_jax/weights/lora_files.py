@@ -1,4 +1,4 @@
-"""LoRA files: reads PEFT's, diffusers' and our own, and writes our own.
+"""LoRA files: reads PEFT's, diffusers' and our own layout, and writes our own.
 
 Reading translates a file's tensor names (`lora_names.py`), compares them with the network's modules, and makes pairs
 (`models/lora.py`). The strength (`lora_scaling.py`) is folded into the pairs, so no other code needs to know about alpha.
@@ -46,7 +46,7 @@ def load_lora(path: str | Path, config: Config, model: str = DESCRIBED) -> Tree:
 
 
 def open_lora(path: Path, config: Config, model: str = DESCRIBED) -> Adapter:
-    """Reads a LoRA, PEFT's or ours, for the network that `config` describes; messages call the network `model`.
+    """Reads a LoRA in PEFT's layout or ours for the network that `config` describes; messages call the network `model`.
 
     Raises:
       UserError: the file is missing, damaged, made for another network, not finite, or more than a LoRA.
@@ -86,7 +86,7 @@ def read_lora(reader: TensorReader, config: Config, model: str = DESCRIBED) -> A
     """Reads an adapter with names like PEFT's.
 
     Raises:
-      UserError: as `open_lora`; the message names all missing, extra and misshapen tensors.
+      UserError: like `open_lora`; the message names all missing, extra and misshapen tensors.
     """
     names = understand(reader.specs, reader.source)
     specs = {name: reader.specs[stored] for name, stored in names.tensors.items()}
@@ -116,7 +116,7 @@ def _adapted_runs(specs: dict[str, TensorSpec], config: Config) -> list[Run]:
 
 
 def _rank_of(specs: dict[str, TensorSpec], module: str) -> int:
-    """A torch module's rank, by either half of its pair; 0 if the file has neither."""
+    """A torch module's rank, from either half of its pair; 0 if the file has neither."""
     for half, axis in (("A", 0), ("B", 1)):
         spec = specs.get(f"{module}.lora_{half}.weight")
         if spec is not None and len(spec.shape) > axis:
@@ -205,7 +205,7 @@ def save_lora(path: Path, lora: Tree, part: Part) -> None:
 
 
 def check_rank(lora: Tree, rank: int, path: Path, flag: str) -> None:
-    """Compares a flag with the adapter's rank, the largest one if modules differ.
+    """Compares a flag with the adapter's rank, or with the largest one if modules differ.
 
     Raises:
       UserError: they differ; the message names a module of that rank and the value to pass.

@@ -25,7 +25,7 @@ _AUTOENCODER = re.compile(_PREFIXES + r"(encoder|decoder)[./]")
 _OTHERS = (
     (r"lora_(unet|transformer)_.*", "is a LoRA with kohya's names, whose underscores hide where modules end"),
     (r"(text_encoder|lora_te|te\d).*", "adapts text encoders, too"),
-    (r".*(lora_magnitude_vector|dora_scale).*", "is a DoRA, which is no product A·B"),
+    (r".*(lora_magnitude_vector|dora_scale).*", "is a DoRA, which is more than a product A·B"),
     (r".*\.lora_B(\.\w+)?\.bias", "is a LoRA with biases (lora_bias)"),
     (r".*\.lokr_.*", "is a LoKr"),
     (r".*\.(hada_|loha_).*", "is a LoHa"),
@@ -35,7 +35,7 @@ _OTHERS = (
 
 
 class Names(NamedTuple):
-    """What a file's names stand for.
+    """The meaning of a file's names.
 
     Attributes:
       tensors: `proj_out.lora_A.weight` -> the name in the file.
@@ -49,7 +49,7 @@ class Names(NamedTuple):
 
 
 def part_of(names: Iterable[str]) -> Literal["transformer", "vae"]:
-    """Which network a LoRA file belongs to, judging by its module names, PEFT's or ours."""
+    """The network that a LoRA file belongs to, judging by its module names, in PEFT's layout or ours."""
     return "vae" if any(_AUTOENCODER.match(name) for name in names) else "transformer"
 
 

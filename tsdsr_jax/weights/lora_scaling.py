@@ -37,7 +37,7 @@ _INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 
 class Told(NamedTuple):
-    """The factors by module that one place gives, and the name of that place for messages."""
+    """The factors that one source gives, by module, and the name of the source for messages."""
 
     where: str
     factors: dict[str, float]
@@ -47,7 +47,7 @@ def scalings(reader: TensorReader, names: Names, ranks: Mapping[str, int]) -> di
     """The factor of every module in `ranks`, which maps modules to their ranks.
 
     Raises:
-      UserError: a description is damaged, does not fit the tensors, is of more than A·B, or contradicts another one.
+      UserError: a description is damaged, does not fit the tensors, describes more than A·B, or contradicts another one.
     """
     told = [
         Told(where, _peft_factors(where, values, names.keys, ranks))
@@ -66,7 +66,7 @@ def _refuse_contradiction(source: object, first: Told, second: Told) -> None:
     for module, factor in first.factors.items():
         if not math.isclose(factor, second.factors[module], rel_tol=1e-6):
             raise UserError(
-                f"{source}: two factors for {module}: {factor:g} by {first.where}, {second.factors[module]:g} by "
+                f"{source}: two factors for {module}: {factor:g} from {first.where}, {second.factors[module]:g} from "
                 f"{second.where}; remove the wrong one"
             )
 
@@ -150,7 +150,7 @@ def _peft_factors(
 
 
 def _setting(where: str, values: Mapping[str, Any], name: str, patterns_name: str, key: str) -> float:
-    """A module's value: that of the first pattern that matches its name, or else the general one."""
+    """A module's value: that of the first pattern that matches its name, otherwise the general one."""
     patterns = values.get(patterns_name) or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{where}: {patterns_name} is {patterns!r}; expected an object of names and numbers")

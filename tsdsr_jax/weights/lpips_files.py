@@ -148,8 +148,8 @@ def read_torch_lpips(network: Network, backbone: Path, lin: Path | None = None) 
       lin: the package's file of lin layers; None if `backbone` is the whole module.
 
     Raises:
-      UserError: a file is missing, damaged or does not fit, torch is needed but not installed, or `lin` is missing or
-        superfluous.
+      UserError: a file is missing, damaged or does not fit, torch is needed but not installed, or `lin` is missing or not
+        needed.
     """
     opened = _open_torch_file(backbone, network)
     if any(name.startswith("net.slice") for name in opened.specs):
@@ -166,7 +166,7 @@ def read_torch_lpips(network: Network, backbone: Path, lin: Path | None = None) 
 
 
 def _open_torch_file(path: Path, network: Network) -> Tensors:
-    """Opens a safetensors file, or by means of torch a `.pth` file in its zip or its old format.
+    """Opens a safetensors file, or, with torch, a `.pth` file in its zip or old format.
 
     Raises:
       UserError: the file is missing or damaged, holds anything but named tensors, or torch is needed but not installed.
@@ -222,7 +222,7 @@ def load_lpips(path: Path) -> tuple[Network, Tree]:
       (network, params): "alex" or "vgg", and float32 host arrays.
 
     Raises:
-      UserError: the file is missing (the message says how to get it), damaged, or another kind of file.
+      UserError: the file is missing (the message says how to get it), damaged, or of another kind.
     """
     guess: Network = "vgg" if "vgg" in path.name.lower() else "alex"
     if not path.is_file():

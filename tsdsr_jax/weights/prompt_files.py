@@ -137,7 +137,7 @@ def convert_torch_embeds(
         The written files, in order.
 
     Raises:
-        UserError: a file is missing, lacks its partner, is unreadable or exists already.
+        UserError: a file is missing, lacks its partner, is unreadable or already exists.
     """
     source, output = Path(source), Path(output)
     if not source.is_dir():

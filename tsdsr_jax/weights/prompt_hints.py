@@ -14,7 +14,7 @@ PROMPT_ENCODERS = ("prompt_dtype", "prompt_device")
 
 
 def encoding(options: Any, prompt: Literal["default", "null"], folder: Path) -> str | None:
-    """The command that makes a prompt's embedding with the options' settings; None if there are no text encoders."""
+    """Returns the command that makes a prompt's embedding with the options' settings; None without text encoders."""
     flags = given(options, *MODEL, *ENCODERS)
     # train/prepare.py has other names for these.
     flags |= {name.removeprefix("prompt_"): value for name, value in given(options, *PROMPT_ENCODERS).items()}

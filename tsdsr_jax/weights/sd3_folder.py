@@ -204,7 +204,7 @@ class Checkpoint:
 
     @property
     def merged(self) -> tuple[str, ...]:
-        """Files of the LoRAs merged into these weights, which make the model a finished upscaler; a base has none.
+        """Files of the LoRAs that are merged into these weights. They make the model a finished upscaler; a base has none.
 
         Raises:
           UserError: the file that names them is damaged.
@@ -284,7 +284,7 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
     )
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise UserError(f"{repo_id}: no such folder (nor is it a hub id, which reads owner/name)")
+        raise UserError(f"{repo_id}: no such folder, and not a hub id (owner/name)")
     infix = f".{variant}" if variant else ""
     small = [f"{part}/*.json" for part in PARTS] + ["scheduler/*", "model_index.json", MERGED_FILE]
     weights = [
@@ -316,7 +316,7 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises UserError if the file is missing or holds something else."""
+    """Reads a JSON object; raises UserError if the file is missing or holds anything else."""
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:

@@ -88,7 +88,7 @@ class TensorReader:
         return self._owners[name].get_tensor(name)
 
     def view(self, name: str) -> np.ndarray:
-        """Maps the tensor from its file, read-only; to look at every value this is several times as fast as `read`."""
+        """Maps the tensor from its file, read-only. To look at every value, this is several times as fast as `read`."""
         path, spec = self._paths[name], self.specs[name]
         if path not in self._starts:
             self._starts[path] = _data_starts(path)
@@ -132,11 +132,11 @@ def open_tensors(path: Path) -> TensorReader:
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     """Finds the weights file, or the index of shards, in a model's folder.
 
-    Looks for `stem.safetensors` or an index, with the variant in the name if one is given. Without a given variant, the
-    only variant in the folder will do.
+    Looks for `stem.safetensors` or an index, with the variant in the name if one is given. Without a given variant, the only
+    variant in the folder is used.
 
     Raises:
-      UserError: there is none, only pickled weights, or a choice of several variants.
+      UserError: there are no weights, only pickled ones, or several variants to choose from.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a diffusers checkpoint has transformer/ and vae/ in it")

@@ -1,4 +1,4 @@
-"""Encodes texts with SD3's three text encoders, in PyTorch: the only step that JAX does not do here.
+"""Encodes texts with SD3's three text encoders, in PyTorch: the only step of the pipeline that JAX does not do.
 
 Axes: N texts, S tokens, W1 and W2 the hidden widths of the two CLIP encoders, D T5's width.
 
@@ -94,7 +94,7 @@ def encode_prompts(
         folder: holds `tokenizer`, `tokenizer_2`, `tokenizer_3`, `text_encoder`, `text_encoder_2` and
             `text_encoder_3`. If `model_index.json` says that there is no `text_encoder_3`, or with `use_t5=False`, the
             two T5 folders are not needed, but `transformer/config.json` is, because it has the width of the zeros.
-        texts: any number; the empty string is SD3's null prompt.
+        texts: any number; "" is the empty prompt.
         options: see `EncoderOptions`.
 
     Returns:
@@ -301,7 +301,7 @@ def _encode_clip(
 
 
 def _encode_t5(folder: Path, texts: Sequence[str], options: EncoderOptions) -> np.ndarray:
-    """T5's last states (N, max_sequence_length, D), without an attention mask because SD3 was trained so."""
+    """T5's last states (N, max_sequence_length, D), without an attention mask, because SD3 was trained that way."""
     from transformers import T5EncoderModel, T5TokenizerFast
 
     tokenizer_name, encoder_name = _T5
@@ -399,7 +399,7 @@ def _find_variant(folder: Path, wanted: str | None) -> str | None:
         )
     names = ", ".join(sorted(str(name) for name in found if name)) or "only the plain ones"
     raise UserError(
-        f"{folder} has no weights of --variant {wanted}; there are: {names}. Pass one of them, or none."
+        f"{folder} has no weights of --variant {wanted}; available: {names}. Pass one of these, or none."
     )
 
 
@@ -414,7 +414,7 @@ def _run(
 
     if int(ids.max()) >= encoder.config.vocab_size:
         raise UserError(
-            f"the tokenizer gives token {int(ids.max())}, but {encoder.name_or_path} knows only"
+            f"the tokenizer gives token {int(ids.max())}, but {encoder.name_or_path} has only"
             f" {encoder.config.vocab_size}: they do not belong together; check the folder."
         )
     rows = []

@@ -157,7 +157,7 @@ class Entry(NamedTuple):
             yield name, made
 
     def broken(self, leaf: np.ndarray) -> list[str]:
-        """The torch names of the layers with a NaN or an infinity."""
+        """The torch names of the layers that have a NaN or an infinity."""
         if is_finite(leaf):
             return []
         layers = leaf if self.stacked else [leaf]

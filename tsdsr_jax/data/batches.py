@@ -1,8 +1,8 @@
 """The order in which a run sees its samples, and how Grain reads them ahead.
 
 The order is a pure function: position -> epoch and place -> sample, with a new permutation each epoch. So one number, the
-position, says where a run is in its data, and the number of workers, devices or hosts may change when it resumes. Row r of
-part a of step s always has position ((s·A) + a)·B + r; each host reads adjacent rows.
+position, says where a run is in its data, and the number of workers, devices or hosts may change when it resumes. Counted
+from where the run began, row r of part a of step s has position ((s·A) + a)·B + r; each host reads adjacent rows.
 
 No jax here: Grain's workers import this.
 """

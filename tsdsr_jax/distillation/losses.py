@@ -258,7 +258,7 @@ class Losses:
     def tsd_gradient(
         self, fake: jax.Array, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
     ) -> tuple[jax.Array, jax.Array]:
-        """Computes the gradient g of the TSD loss, and how many of its terms were not finite."""
+        """Computes the gradient g of the TSD loss, and how many of its terms were replaced."""
 
         def predict(adapter: Tree) -> Predict:
             network = partial(self.velocity, base, adapter)

@@ -20,8 +20,8 @@ from tsdsr_jax.models.flow import STEPS, add_noise, euler_step, per_sample, time
 from tsdsr_jax.models.guidance import Predict, interleave, separate
 
 # Terms of the gradient are clipped to this value. Real ones are far smaller: velocities are of size 1 to 10, and guidance
-# multiplies their differences by 7.5. The original clips to float16's maximum, 65504. In float16 training, that times the
-# loss scale overflows in the backward pass, so one bad value costs the whole step.
+# multiplies their differences by 7.5. The original clips to float16's maximum, 65504. Multiplied by
+# the loss scale, that would overflow float16's backward pass, and one bad value would cost the whole step.
 LARGEST_TERM = 1024.0
 
 Weighting = Literal["logit_normal", "sigma_sqrt", "mode"]

@@ -84,7 +84,7 @@ def check_identity(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def check_rows(path: Path, before: int, now: int, by_epochs: bool) -> None:
-    """Raises UserError if the images per step changed and the length of the run is given in epochs."""
+    """Called if the images per step changed: raises UserError if the run's length is given in epochs."""
     if by_epochs:
         raise UserError(
             f"{path}: had {before} images per step, this run has {now}, so its epochs have a different number of steps; set "

@@ -38,8 +38,8 @@ class Bands:
     """How much of an image the autoencoder's convolutions compute at a time.
 
     Attributes:
-      encoder: side of the area that is encoded at a time, in pixels; None: the whole image.
-      decoder: side of the area that is decoded at a time, in latent pixels; None: the whole image.
+      encoder: a band of rows has about this number of pixels, squared; None: the whole image.
+      decoder: the same for decoding, in latent pixels.
       whole_pixels: up to this many pixels in total, a device's images are computed whole. None: as many as fit into
         the device's memory.
     """
@@ -332,7 +332,7 @@ class Engine:
         return pictures.astype(jnp.uint8), finite.all((1, 2, 3))
 
     def _band_pixels(self, band: int | None, batch: int, pixels: int) -> int | None:
-        """The area of an image that is computed at a time, for a batch of images of `pixels`; None: the whole image."""
+        """Pixels of a band, for a batch of images with `pixels` each; None if a device's images are computed whole."""
         if band is None or batch // len(self.devices) * pixels <= self.whole_pixels:
             return None
         return band**2

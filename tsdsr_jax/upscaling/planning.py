@@ -117,14 +117,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Group(Generic[GroupedJob]):
-    """Jobs that run as one batch.
+    """Jobs of one shape, planned together; the run cuts them into smaller batches if memory is short.
 
     Attributes:
       jobs: each job with its planned sizes.
       bucket: the padded (height, width) that they share, height ≤ width.
-      masked: whether a photograph in this or another group does not fill the bucket.
-      several: compute the jobs in the largest batch, even if they are fewer, because every batch size is a compiled
-        program; otherwise one photograph per device.
+      masked: whether any photograph of this bucket, in any group, is smaller than it.
+      several: use the large batch size, filled up with repeats if the jobs are fewer, because every batch size is a
+        compiled program; if False, one photograph per device.
     """
 
     jobs: tuple[tuple[GroupedJob, SizePlan], ...]

@@ -311,7 +311,7 @@ def test_state_dict_of_the_whole_package_gives_the_same(oracle: Any, tmp_path: P
     assert leaves(one).keys() == leaves(two).keys()
     for name, leaf in leaves(two).items():
         np.testing.assert_array_equal(leaves(one)[name], leaf)
-    with pytest.raises(UserError, match="leave --lin"):
+    with pytest.raises(UserError, match="leave out --lin"):
         read_torch_lpips(network, whole, tmp_path / "lin.pth")
 
 

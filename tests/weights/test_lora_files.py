@@ -24,12 +24,13 @@ from flax.traverse_util import flatten_dict
 
 from parity import MemoryReader, error, leaves, random_lora
 from tiny_checkpoint import random_params, save_network, save_peft, tiny_mmdit_config, tiny_vae_config
-from tsdsr_jax.commands import convert_lora, convert_sd3, teacher
+from tsdsr_jax.commands import convert_lora, convert_sd3
 from tsdsr_jax.distillation import adapters
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.pretraining.teacher_weights import load_starting_lora
 from tsdsr_jax.upscaling.loading import load_loras
 from tsdsr_jax.weights.lora_files import (
     LORA_FORMAT,
@@ -647,9 +648,7 @@ def test_upscaling_and_both_trainings_read_the_strength(both: SimpleNamespace) -
         assert_merged(both.networks[part], adapter, both.expected[part])
         assert_merged(both.networks[part], starts[part], both.expected[part])
     assert auxiliary is None
-    start = teacher._starting_adapter(
-        SimpleNamespace(rank=4, seed=1), both.lora / "transformer.safetensors", networks
-    )
+    start = load_starting_lora(both.lora / "transformer.safetensors", networks, rank=4)
     assert_merged(both.networks["transformer"], start, both.expected["transformer"])
 
 

@@ -1,4 +1,4 @@
-"""One rule for links: they are followed, each file is found once, and circles end."""
+"""One rule for links: they are followed, files keep all their names, folders have one, and circles end."""
 
 from pathlib import Path
 
@@ -32,24 +32,40 @@ def test_a_linked_folder_is_followed(tmp_path):
     assert found(root) == ["link/deep/y.png", "link/x.png", "z.png"]
 
 
-def test_a_linked_file_is_followed_unless_it_is_found_itself(tmp_path):
+def test_linked_files_are_found_under_each_name(tmp_path):
+    """Two equal files of a store that keeps contents once are two pictures."""
     elsewhere, root = touch(tmp_path / "elsewhere", "x.png"), touch(tmp_path / "in", "z.png", "notes.txt")
     (root / "a.png").symlink_to(root / "z.png")
     (root / "from.png").symlink_to(elsewhere / "x.png")
+    (root / "again.png").symlink_to(elsewhere / "x.png")
     (root / "notes.png").symlink_to(root / "notes.txt")  # its name says that it is an image
-    assert found(root) == ["from.png", "notes.png", "z.png"]
+    assert found(root) == ["a.png", "again.png", "from.png", "notes.png", "z.png"]
 
 
-def test_circles_end_and_each_file_is_found_once(tmp_path):
+def test_circles_end_and_each_folder_is_found_once(tmp_path):
     root = touch(tmp_path / "in", "a/x.png", "b/y.png")
     (root / "a" / "up").symlink_to(root)
     (root / "b" / "self").symlink_to(root / "b")
-    (root / "0 link to b").symlink_to(root / "b")
+    (root / "c, which is b").symlink_to(root / "b")
     (root / "loop").symlink_to(root / "loop")
+    (root / "loop.png").symlink_to(root / "loop.png")
     (root / "link to the root").symlink_to(root)
-    assert found(root) == ["a/x.png", "b/y.png"]
+    assert found(root) == ["a/x.png", "b/y.png", "loop.png"]
     (tmp_path / "alias").symlink_to(root)
-    assert found(tmp_path / "alias") == ["a/x.png", "b/y.png"]
+    assert found(tmp_path / "alias") == ["a/x.png", "b/y.png", "loop.png"]
+
+
+def test_the_first_name_of_a_folder_counts(tmp_path):
+    """Training sets are known by the names of their photographs: this order must stay."""
+    root = touch(tmp_path / "in", "z/0.png", "z/1.png", "m.png")
+    (root / "a").symlink_to(root / "z")
+    (root / "b.png").symlink_to(root / "m.png")
+    assert found(root) == ["a/0.png", "a/1.png", "b.png", "m.png"]
+
+
+def test_a_deep_tree(tmp_path):
+    deep = "/".join(["d"] * 400)
+    assert found(touch(tmp_path / "in", f"{deep}/x.png")) == [f"{deep}/x.png"]
 
 
 def test_a_broken_link_is_found_so_that_reading_reports_it(tmp_path):
@@ -63,10 +79,12 @@ def test_results_are_no_photographs(tmp_path):
     root = touch(tmp_path / "in", "a.png", "out/a.png", "out/deep/b.png")
     (root / "latest.png").symlink_to(root / "out" / "a.png")
     (root / "results").symlink_to(root / "out")
+    (root / "deep results").symlink_to(root / "out" / "deep")
     assert found(root, root / "out") == ["a.png"]
     # An output folder around the photographs changes nothing.
     (root / "link.png").symlink_to(touch(tmp_path, "other.png") / "other.png")
-    assert found(root, tmp_path) == ["a.png", "link.png", "out/a.png", "out/deep/b.png"]
+    names = ["a.png", "deep results/b.png", "latest.png", "link.png", "out/a.png"]
+    assert found(root, tmp_path) == names
 
 
 def test_folders_without_photographs_are_refused(tmp_path):

@@ -105,6 +105,21 @@ def test_progress_is_told(small):
     assert sorted(told) == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_an_exception_of_progress_ends_the_call(small):
+    def cancel(done: int, total: int) -> None:
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        small([tiny.synthetic_photo(16, 16, 0)], progress=cancel)
+
+
+def test_a_tile_has_the_command_lines_overlap(upscale):
+    """As the command's default: half of a small tile, at most 8. An overlap that was asked for stays."""
+    assert [upscale.settings(tile=tile).latent_overlap for tile in (8, 12, 16)] == [4, 6, 8]
+    asked = Upscaler(upscale.engine, dataclasses.replace(upscale.options, latent_tiled_overlap=2))
+    assert asked.settings(tile=12).latent_overlap == 2
+
+
 def test_stages_are_told_and_may_end_the_call(small):
     told = []
     small(tiny.synthetic_photo(16, 16, 0), on_stage=lambda *stage: told.append(stage))
@@ -158,6 +173,8 @@ def test_an_empty_list_is_refused(small):
         ([PICTURE, None], {}, r"^pictures\[1\]: is a NoneType; expected a PIL image"),
         ([[PICTURE]], {}, r"^pictures\[0\]: is a list; expected a PIL image"),
         ("nowhere.png", {}, "^nowhere.png: does not exist"),
+        ("~no such user.png", {}, "^~no such user.png: does not exist"),
+        ("a\0.png", {}, r"^pictures 'a\\x00.png': holds a null character"),
         (PICTURE, dict(scale="4"), "^scale '4': expected a number"),
         (PICTURE, dict(scale=True), "^scale True: expected a number"),
         (PICTURE, dict(scale=float("nan")), "^scale nan: expected 1 to 64"),
@@ -165,9 +182,10 @@ def test_an_empty_list_is_refused(small):
         (PICTURE, dict(color=None), "^color None: expected one of wavelet"),
         (PICTURE, dict(color=["adain"]), r"^color \['adain'\]: expected one of wavelet"),
         (PICTURE, dict(tile=9), r"^tile 9: expected an even number"),
-        (PICTURE, dict(tile=8), "^tile 8: expected more than 8, the overlap of tiles"),
+        (PICTURE, dict(tile=0), "^tile 0: expected more than 0, the overlap of tiles"),
         (PICTURE, dict(tile=10**6), "^tile 1000000: this transformer's position table ends at"),
         (PICTURE, dict(scale=0.5), "^scale 0.5: expected 1 to 64"),
+        (PICTURE, dict(scale=10**400), "^scale 10+: expected 1 to 64"),
         (PICTURE, dict(color="wavelets"), "^color 'wavelets': expected one of wavelet"),
         (PICTURE, dict(latent="mean"), "^latent 'mean': expected one of sample, mode"),
         (PICTURE, dict(seed=2**200), "^seed .*: expected at most 127 bits"),
@@ -191,6 +209,9 @@ def test_mistakes_are_value_errors_that_name_the_argument(small, picture: Pictur
         (dict(max_pixels=0), "max_pixels 0: expected at least 1"),
         (dict(max_pixels=1e8), "max_pixels 100000000.0: expected a whole number"),
         (dict(model=3), "model: is a int; expected a path or a name"),
+        (dict(model="~no such user/sd3"), "~no such user/sd3: no such folder"),
+        (dict(device=0), "device: is a int; expected a path or a name"),
+        (dict(revision=3), "revision: is a int; expected a path or a name"),
     ],
 )
 def test_mistakes_while_loading_name_the_argument(arguments, words):

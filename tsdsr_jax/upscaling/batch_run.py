@@ -260,9 +260,10 @@ class _Run:
             alpha = None if photo.alpha is None else pillow_bicubic(photo.alpha, *plan.output)
             if remark := job.deliver(rgb, photo, alpha):
                 self.report.note(remark)
-            self.report.wrote()
         except Exception as error:  # whatever is wrong with one file, the others go on
             self.report.failed(job.source, error)
+        else:
+            self.report.wrote()
 
     def _is_wanted(self, job: Job) -> bool:
         """Whether the result is to be delivered. Others are computed only so that their batch gives the same results as in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,13 +129,16 @@ def find_jobs(source: Path, output: Path, format: str, *, overwrite: bool = Fals
         raise UserError(f"{source}: no such file or folder")
     plain = [(output / file.relative_to(root)).with_suffix(f".{format}") for file in files]
     targets = _distinct_targets(files, plain)
-    photographs = {file.resolve() for file in files}
+    photographs = {os.path.realpath(file) for file in files}
     for target in targets:
         # Beside a single photograph, a file with the result's name may be another photograph.
         beside = (
-            overwrite and source.is_file() and target.parent.resolve() == root.resolve() and target.exists()
+            overwrite
+            and source.is_file()
+            and os.path.realpath(target.parent) == os.path.realpath(root)
+            and target.exists()
         )
-        if beside or target.resolve() in photographs:
+        if beside or os.path.realpath(target) in photographs:
             raise UserError(
                 f"{target}: lies among the photographs, and the result would replace it; choose another --output_dir"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -140,13 +141,18 @@ def complete_options(options: GivenOptions, say: Say = print) -> GivenOptions:
         lora_dir="checkpoint/tsdsr" if lora_dir is None else lora_dir,
         embedding_dir=options.embedding_dir or prompt_folder(model, "default"),
         latent_tiled_size=tile,
-        latent_tiled_overlap=min(8, tile // 2) if overlap is None else overlap,
+        latent_tiled_overlap=default_overlap(tile) if overlap is None else overlap,
     )
+
+
+def default_overlap(tile: int) -> int:
+    """The overlap of tiles of this side, in latent pixels."""
+    return min(8, tile // 2)
 
 
 def _default_tile(model: str) -> int:
     """SD3's tile, or as much of it as a model in a local folder has positions for."""
-    files = NetworkFiles(Path(model).expanduser() / "transformer", "transformer")
+    files = NetworkFiles(Path(os.path.expanduser(model)) / "transformer", "transformer")
     if not (files.folder / "config.json").is_file():  # a hub id, or a mistake that loading will report
         return LARGEST_TILE
     config = files.config

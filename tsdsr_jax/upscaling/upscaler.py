@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import numbers
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
@@ -32,6 +33,7 @@ from tsdsr_jax.upscaling.options import (
     check_tile,
     check_upscale_options,
     complete_options,
+    default_overlap,
     filled_in,
     several_on,
 )
@@ -56,6 +58,10 @@ _ARGUMENTS = {
     "--seed": "seed",
     "--latent_tiled_size": "tile",
     "--max_pixels": "max_pixels",
+    # There are no arguments for these.
+    "--is_use_tile (with a smaller --vae_decoder_tiled_size) or a smaller --tile_batch_size lowers the peak": (
+        'a smaller scale or weights="int8" needs less'
+    ),
 }
 
 
@@ -133,6 +139,8 @@ class Upscaler:
             _check_number("lora_scale", lora_scale)
             _check_choice("dtype", dtype, (None, *DTYPES))
             _check_choice("weights", weights, ("full", *get_args(EightBits)))
+            for argument, value in (("device", device), ("revision", revision), ("variant", variant)):
+                _path(argument, value)
             given = UpscaleOptions(
                 pretrained_model_name_or_path=_path("model", model),
                 lora_dir=_path("lora", lora),
@@ -186,7 +194,8 @@ class Upscaler:
           seed: seed of the latent noise, which depends only on the seed and the picture.
           latent: draw the latent from the encoder's posterior ("sample"), or take its mean ("mode").
           tile: side of the transformer's tiles, in latent pixels (8 pixels of the result each); even. Default: the model's.
-          progress: called with the number of pictures done and their total, from worker threads.
+          progress: called with the number of pictures done and their total, from worker threads. An exception that it
+            raises ends the call.
           on_stage: called with the stage of a batch ("encode", "tiles", "decode"), the steps done, and their number. The
             device then waits for it. An exception that it raises ends the call.
           on_note: called with remarks, such as that a result is computed again in float32. Default: they are logged.
@@ -234,11 +243,16 @@ class Upscaler:
         """
         with _in_arguments():
             _check_number("scale", scale)
+            if not 1 <= scale <= 64:
+                raise UserError(f"scale {scale!r}: expected 1 to 64")
             _check_choice("color", color, get_args(AlignMethod))
             _check_choice("latent", latent, get_args(Latent))
             overlap = filled_in(self.options.latent_tiled_overlap)
-            tile = filled_in(self.options.latent_tiled_size) if tile is None else _whole("tile", tile)
-            if tile <= overlap:
+            if tile is None:
+                tile = filled_in(self.options.latent_tiled_size)
+            elif overlap == default_overlap(filled_in(self.options.latent_tiled_size)):
+                overlap = default_overlap(_whole("tile", tile))
+            if _whole("tile", tile) <= overlap:
                 raise UserError(f"tile {tile}: expected more than {overlap}, the overlap of tiles")
             options = dataclasses.replace(
                 self.options,
@@ -246,7 +260,8 @@ class Upscaler:
                 align_method=color,
                 seed=_whole("seed", seed),
                 latent=latent,
-                latent_tiled_size=tile,
+                latent_tiled_size=int(tile),
+                latent_tiled_overlap=overlap,
             )
             check_upscale_options(options)
             check_tile(tile, self.engine.largest_tile)
@@ -297,7 +312,7 @@ class MemoryJob:
 
 def _memory_job(picture: Any, name: str, max_pixels: int) -> MemoryJob:
     if isinstance(picture, str | Path):
-        path = Path(picture).expanduser()
+        path = Path(os.path.expanduser(_path(name, picture) or ""))
         content = read_content(path)
         return MemoryJob(path, content, decode_photo(content, str(path), max_pixels), as_array=False)
     if isinstance(picture, Image.Image):
@@ -317,7 +332,8 @@ def _memory_job(picture: Any, name: str, max_pixels: int) -> MemoryJob:
 def _content(image: Image.Image, photo: Photo) -> bytes:
     """The file's bytes if the image is unchanged since it was opened from a file, for the same noise; otherwise its
     pixels."""
-    file = Path(getattr(image, "filename", "") or "")
+    named = getattr(image, "filename", "")
+    file = Path(os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else "")
     if file.is_file():
         with contextlib.suppress(UserError):
             content, pixels = read_content(file), photo.rgb.shape[0] * photo.rgb.shape[1]
@@ -333,6 +349,8 @@ def _pixel_bytes(photo: Photo) -> bytes:
 def _path(argument: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str | Path):
         raise UserError(f"{argument}: is a {type(value).__name__}; expected a path or a name")
+    if "\0" in str(value):
+        raise UserError(f"{argument} {str(value)!r}: holds a null character; expected a path or a name")
     return None if value is None else str(value)
 
 

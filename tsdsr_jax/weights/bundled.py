@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,11 @@ PROMPT = FOLDER / "prompt" / "default"
 
 def is_bundled(model: str | None) -> bool:
     """Whether `model` is the bundled one, however its path is spelled."""
-    return model not in (None, "") and Path(model).expanduser().resolve() == FOLDER.resolve()
+    return (
+        model is not None
+        and model != ""
+        and os.path.realpath(os.path.expanduser(model)) == os.path.realpath(FOLDER)
+    )
 
 
 def prompt_folder(model: str | None, prompt: Literal["default", "null"]) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -258,7 +259,7 @@ def open_checkpoint(name: str | Path, revision: str | None = None, variant: str 
     Raises:
       UserError: there is no such folder and no such hub id, or the folder lacks transformer/ or vae/.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # Path.expanduser raises for a user that does not exist
     if not folder.exists():
         folder = _download(str(name), revision, variant)
     if folder.name in PARTS and (folder.parent / PARTS[0]).is_dir() and not (folder / PARTS[0]).is_dir():

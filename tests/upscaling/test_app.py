@@ -349,7 +349,9 @@ def test_no_photo_and_failures_of_the_device(handlers, tmp_path, monkeypatch):
         monkeypatch.setattr(Engine, "launch", launch)
 
     fail(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"))
-    assert refused(handlers, source).startswith("a.png: out of device memory at 104×72; --is_use_tile")
+    assert refused(handlers, source).endswith(
+        "a.png: out of device memory at 104×72; a smaller scale needs less"
+    )
     fail(RuntimeError(f"a bug in {handlers.root}"))
     assert refused(handlers, source) == "Something went wrong; the server's terminal shows the error."
     monkeypatch.undo()

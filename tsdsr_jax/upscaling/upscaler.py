@@ -60,7 +60,7 @@ _ARGUMENTS = {
     "--max_pixels": "max_pixels",
     # There are no arguments for these.
     "--is_use_tile (with a smaller --vae_decoder_tiled_size) or a smaller --tile_batch_size lowers the peak": (
-        'a smaller scale or weights="int8" needs less'
+        "a smaller scale needs less"
     ),
 }
 
@@ -244,7 +244,8 @@ class Upscaler:
         with _in_arguments():
             _check_number("scale", scale)
             if not 1 <= scale <= 64:
-                raise UserError(f"scale {scale!r}: expected 1 to 64")
+                text = f"{scale:g}" if isinstance(scale, float) else str(scale)
+                raise UserError(f"scale {text}: expected 1 to 64")
             _check_choice("color", color, get_args(AlignMethod))
             _check_choice("latent", latent, get_args(Latent))
             overlap = filled_in(self.options.latent_tiled_overlap)

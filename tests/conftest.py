@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -58,11 +59,17 @@ def light_collections() -> None:
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of compiled programs, for `quick_compilation` and for processes that a test starts."""
+    return tmp_path_factory.getbasetemp() / "compiled"
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(cache: Path) -> Iterator[None]:
     """Keeps compiled programs, so that equal networks of a process's tests are compiled once."""
     from tiny_checkpoint import compiled_once
 
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+    with compiled_once(cache):
         yield
 
 

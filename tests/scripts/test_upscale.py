@@ -39,11 +39,6 @@ SQUARE, WIDE, TALL = (32, 32), (33, 52), (52, 33)
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "compiled"
-
-
-@pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders sd3, lora and prompt that belong together. Not to be changed: copy them."""
     folder = tmp_path_factory.mktemp("models")

@@ -249,11 +249,11 @@ class Upscaler:
             _check_choice("color", color, get_args(AlignMethod))
             _check_choice("latent", latent, get_args(Latent))
             overlap = filled_in(self.options.latent_tiled_overlap)
-            if tile is None:
-                tile = filled_in(self.options.latent_tiled_size)
-            elif overlap == default_overlap(filled_in(self.options.latent_tiled_size)):
-                overlap = default_overlap(_whole("tile", tile))
-            if _whole("tile", tile) <= overlap:
+            loaded = filled_in(self.options.latent_tiled_size)
+            tile = loaded if tile is None else _whole("tile", tile)
+            if overlap == default_overlap(loaded):  # nobody asked for another: it follows the tile
+                overlap = default_overlap(tile)
+            if tile <= overlap:
                 raise UserError(f"tile {tile}: expected more than {overlap}, the overlap of tiles")
             options = dataclasses.replace(
                 self.options,
@@ -261,7 +261,7 @@ class Upscaler:
                 align_method=color,
                 seed=_whole("seed", seed),
                 latent=latent,
-                latent_tiled_size=int(tile),
+                latent_tiled_size=tile,
                 latent_tiled_overlap=overlap,
             )
             check_upscale_options(options)

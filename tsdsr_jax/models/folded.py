@@ -15,7 +15,7 @@ Axes as in `mmdit.py`: B batch, T image tokens, S text tokens, N heads, H head d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -118,7 +118,7 @@ class FoldedBlock(nn.Module):
     implementation: Implementation
 
     @nn.compact
-    def __call__(self, streams: Streams, lengths: jax.Array | None) -> tuple[Streams, None]:
+    def __call__(self, streams: Streams, lengths: jax.Array | None) -> Streams:
         config, dtype = self.config, self.dtype
         image, text = streams
         normed = layer_norm(image)
@@ -134,7 +134,7 @@ class FoldedBlock(nn.Module):
         if from_text is not None:
             text = text + from_text
             text += FeedForward(config.width, dtype, name="ff_context")(layer_norm(text))
-        return Streams(image, text), None
+        return Streams(image, text)
 
 
 class FoldedMMDiT(nn.Module):
@@ -153,17 +153,9 @@ class FoldedMMDiT(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.pos_embed = PatchEmbedding(config, self.dtype)
-        (_, _, kind), *_ = config.runs()
-        self.first = FoldedBlock(config, kind, True, self.dtype, self.implementation)
-        self.blocks = [
-            nn.scan(
-                FoldedBlock,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast,),
-                length=length,
-            )(config, kind, False, self.dtype, self.implementation)
-            for length, kind in _remaining_runs(config)
+        self.layers = [
+            FoldedBlock(config, kind, layer == 0, self.dtype, self.implementation)
+            for layer, kind in enumerate(config.kinds())
         ]
         self.proj_out = Dense(config.patch_size**2 * config.out_channels, self.dtype)
 
@@ -174,16 +166,9 @@ class FoldedMMDiT(nn.Module):
         image = self.pos_embed(patches, positions)
         text: jax.Array = self.get_variable("params", "text").astype(self.dtype)
         streams = Streams(image, jnp.broadcast_to(text, (image.shape[0], *text.shape)))
-        streams, _ = self.first(streams, lengths)
-        for run in self.blocks:
-            streams, _ = run(streams, lengths)
+        for block in self.layers:
+            streams = block(streams, lengths)
         return self.proj_out(layer_norm(streams.image))
-
-
-def _remaining_runs(config: MMDiTConfig) -> list[tuple[int, BlockKind]]:
-    """Length and kind of the runs of identical blocks that follow the first block."""
-    lengths = [(length - (first == 0), kind) for first, length, kind in config.runs()]
-    return [(length, kind) for length, kind in lengths if length]
 
 
 # --- folding --------------------------------------------------------------------------------------
@@ -216,35 +201,19 @@ def fold(
     put = partial(jax.device_put, device=sharding)
     ends = {name: part for name, part in params.items() if not name.startswith("blocks_")}
     made, conditioning, text = _fold_ends(put(ends), put(context), put(pooled), timestep, dtype=dtype)
-    stacks = []
-    for run, (begin, length, kind) in enumerate(config.runs()):
-        store = partial(_stored_block, config=config, kind=kind, dtype=dtype, eight_bits=eight_bits)
-        layers = (
-            put(jax.tree.map(lambda leaf, layer=layer: leaf[layer], params[f"blocks_{run}"]))
-            for layer in range(length)
-        )
-        if begin == 0:
-            made["first"] = store(next(layers), conditioning, text)
-        if rest := length - (begin == 0):
-            stacks.append(_stacked((store(layer, conditioning) for layer in layers), rest, sharding))
-    return made | {f"blocks_{index}": stack for index, stack in enumerate(stacks)}
-
-
-def _stacked(layers: Iterable[ParamTree], length: int, sharding: Sharding | None) -> ParamTree:
-    """Stacks the arrays of trees on a leading axis, without ever holding all of them twice."""
-    for index, layer in enumerate(layers):
-        if index == 0:
-            stack = jax.tree.map(
-                lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype, device=sharding), layer
+    for run, (first, length, kind) in enumerate(config.runs()):
+        for layer in range(first, first + length):
+            block = put(jax.tree.map(lambda leaf, index=layer - first: leaf[index], params[f"blocks_{run}"]))
+            stored = _stored_block(
+                *(block, conditioning, text if layer == 0 else None),
+                config=config,
+                kind=kind,
+                dtype=dtype,
+                eight_bits=eight_bits,
             )
-        # Without waiting, the next layers would be copied to the device while this one still takes memory there.
-        stack = jax.block_until_ready(_with_layer(stack, layer, index))
-    return stack
-
-
-@partial(jax.jit, donate_argnums=0)
-def _with_layer(stack: ParamTree, layer: ParamTree, index: int) -> ParamTree:
-    return jax.tree.map(lambda all_layers, one: all_layers.at[index].set(one), stack, layer)
+            # Without waiting, the next layers would be copied to the device while this one still takes memory there.
+            made[f"layers_{layer}"] = jax.block_until_ready(stored)
+    return made
 
 
 @partial(jax.jit, static_argnames="dtype")

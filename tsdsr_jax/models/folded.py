@@ -8,7 +8,7 @@ layers can absorb:
 
 The text stream, too, begins as a constant, and so do the first block's queries, keys and values of the text. 1.33 of
 SD3-medium's 2.03 billion parameters remain (without the position table). The only elementwise passes left are norms, GELU
-and residuals, and a single product yields queries, keys and values.
+and residuals, and a single product yields keys and values.
 
 Axes as in `mmdit.py`: B batch, T image tokens, S text tokens, N heads, H head dim, D width.
 """
@@ -67,28 +67,36 @@ class FoldedAttention(nn.Module):
         prefix.
         """
         batch = image.shape[0]
-        q, k, v = self._projected("qkv", image, ("norm_q", "norm_k", None))
-        text_tokens = text_queries = 0
+        (q,) = self._projected("q", image, ("norm_q",))
+        k, v = self._projected("kv", image, ("norm_k", None))
+        q_text, text_tokens = None, 0
         if self.text != "none":
-            *q_text, k_text, v_text = self._text(text, batch)
-            text_tokens, text_queries = k_text.shape[1], k_text.shape[1] if q_text else 0
-            q = jnp.concatenate([*q_text, q], axis=1)
+            *queries, k_text, v_text = self._text(text, batch)
+            q_text = queries[0] if queries else None
+            text_tokens = k_text.shape[1]
             k, v = jnp.concatenate([k_text, k], axis=1), jnp.concatenate([v_text, v], axis=1)
-        lengths = None if lengths is None else lengths + text_tokens
-        out = attention(q, k, v, lengths=lengths, implementation=self.implementation)
-        out = out.reshape(batch, -1, self.config.width)
-        image_out = Dense(self.config.width, self.dtype, name="to_out")(out[:, text_queries:])
-        if not text_queries:
-            return image_out, None
-        return image_out, Dense(self.config.width, self.dtype, name="to_add_out")(out[:, :text_queries])
+        attend = partial(
+            attention,
+            key=k,
+            value=v,
+            lengths=None if lengths is None else lengths + text_tokens,
+            implementation=self.implementation,
+        )
+
+        # Queries of image and text come in two calls, so that neither they nor their results are copied.
+        def out(queries: jax.Array, name: str) -> jax.Array:
+            tokens = attend(queries).reshape(*queries.shape[:2], self.config.width)
+            return Dense(self.config.width, self.dtype, name=name)(tokens)
+
+        return out(q, "to_out"), None if q_text is None else out(q_text, "to_add_out")
 
     def _text(self, text: jax.Array | None, batch: int) -> list[jax.Array]:
         """The text's keys and values, (B, S, N, H) each; its queries before them, if it has any."""
         wanted = ("q", "k", "v") if self.text == "queries" else ("k", "v")
         if not self.constant:
             assert text is not None
-            norms = {"q": "norm_added_q", "k": "norm_added_k", "v": None}
-            return self._projected("add_" + "".join(wanted), text, [norms[part] for part in wanted])
+            queries = self._projected("add_q", text, ("norm_added_q",)) if "q" in wanted else []
+            return queries + self._projected("add_kv", text, ("norm_added_k", None))
         shape = (self.config.num_attention_heads, self.config.attention_head_dim)
         # Not `self.param`: the parameters decide on the number of tokens, not the module.
         parts: list[jax.Array] = [
@@ -286,7 +294,9 @@ def _fold_block(
     added = {part: _before(attn[f"add_{part}_proj"], text_shift, text_scale) for part in parts}
     folded_attn = _image_attention(attn, shift, scale, gate)
     if text is None:
-        folded_attn["add_" + "".join(parts)] = _joined(*added.values())
+        folded_attn["add_kv"] = _joined(added["k"], added["v"])
+        if "q" in added:
+            folded_attn["add_q"] = added["q"]
         folded_attn |= {name: attn[name] for name in ("norm_added_q", "norm_added_k") if name in attn}
         if kind.context_pre_only:
             folded_attn.pop("norm_added_q", None)
@@ -306,9 +316,9 @@ def _fold_block(
 
 
 def _image_attention(attn: ParamTree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> dict[str, Any]:
-    projections = (_before(attn[name], shift, scale) for name in ("to_q", "to_k", "to_v"))
+    q, k, v = (_before(attn[name], shift, scale) for name in ("to_q", "to_k", "to_v"))
     norms = {name: attn[name] for name in ("norm_q", "norm_k") if name in attn}
-    return {"qkv": _joined(*projections), "to_out": _after(attn["to_out_0"], gate)} | norms
+    return {"q": q, "kv": _joined(k, v), "to_out": _after(attn["to_out_0"], gate)} | norms
 
 
 def _feed_forward(ff: ParamTree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> ParamTree:

@@ -4,6 +4,7 @@ python bench/gpu_plan.py                                  # upscaling: encoder, 
 python bench/gpu_plan.py --batch 1 --weights fp8 --card A100
 python bench/gpu_plan.py --programs step --batch 2        # a training step; some minutes
 python bench/gpu_plan.py --programs step --fsdp 8         # on eight GPUs that share one base
+python bench/gpu_plan.py --programs student_gradient --layers 3   # the transformer's part of it alone
 python bench/gpu_plan.py --programs transformer --by kind # where the time goes
 
 XLA compiles for the description of an H200 (`make cuda-compiler` installs what it needs). Each kernel then takes the longer
@@ -31,7 +32,7 @@ from training_program import StepOptions
 
 from tsdsr_jax import cli
 
-Name = Literal["encode", "transformer", "decode", "step"]
+Name = Literal["encode", "transformer", "decode", "step", "student_gradient", "auxiliary_gradient"]
 INFERENCE: tuple[Name, ...] = ("encode", "transformer", "decode")
 HEAD = f"{'':12} {'kernels':>8} {'TFLOP/im':>9} {'GB/im':>8} {'ms/im':>8} {'at peak':>8} {'arguments':>10} {'temporary':>10}"
 
@@ -60,10 +61,14 @@ class Options:
     """Weight of LPIPS; 0 omits LPIPS and the decoder."""
     split_guidance: bool = False
     """Evaluate the empty and the real prompt one after the other."""
+    merge_teacher_lora: bool = False
+    """Merge the teacher's LoRA into a second copy of the transformer."""
     rank: int = 64
     """Rank of all LoRAs."""
     layers: int = 24
     """Layers of the transformer in a training step."""
+    scan_layers: bool = False
+    """Run the transformer's layers as a loop in a training step."""
     fsdp: int = 1
     """Described GPUs that share one base in a training step."""
     by: Literal["kind", "source", "kernel"] | None = None
@@ -91,7 +96,7 @@ def main() -> None:
             options.hlo.mkdir(parents=True, exist_ok=True)
             (options.hlo / f"{name}.hlo").write_text(text)
         found = kernels.kernels(Program(text))
-        images = options.batch or (2 if name == "step" else 8)
+        images = options.batch or (8 if name in INFERENCE else 2)
         row = {"program": name} | facts(found, card, images) | memory(compiled)
         rows.append(row | {"compile_s": round(time.perf_counter() - began, 1)})
         print(line(name, row), flush=True)
@@ -109,19 +114,10 @@ def lowered(name: Name, options: Options, devices: list[jax.Device]) -> jax.stag
     """Traces a program for described devices."""
     whole = described_gpu.everywhere(devices, options.fsdp)
     if name == "step":
-        precision = options.precision or "bf16"
-        chosen = StepOptions(
-            batch=options.batch or 2,
-            size=options.size,
-            rank=options.rank,
-            precision="no" if precision == "fp32" else precision,
-            checkpointing=options.gradient_checkpointing,
-            points=4 if options.use_dasm else 1,
-            split_guidance=options.split_guidance,
-            lpips=options.lambda_lpips > 0,
-            layers=options.layers,
-        )
-        return training_program.lower(chosen, whole.mesh)
+        return training_program.lower(step_options(options), whole.mesh)
+    if name == "student_gradient" or name == "auxiliary_gradient":
+        adapter = "student" if name == "student_gradient" else "auxiliary"
+        return training_program.lower_gradient(step_options(options), adapter, whole.mesh)
     inference = InferenceOptions(
         batch=options.batch or 8,
         size=options.size,
@@ -131,6 +127,23 @@ def lowered(name: Name, options: Options, devices: list[jax.Device]) -> jax.stag
     )
     engine = inference_programs.planned_engine(inference, devices[0], whole)
     return inference_programs.lower(name, inference, engine)
+
+
+def step_options(options: Options) -> StepOptions:
+    precision = options.precision or "bf16"
+    return StepOptions(
+        batch=options.batch or 2,
+        size=options.size,
+        rank=options.rank,
+        precision="no" if precision == "fp32" else precision,
+        checkpointing=options.gradient_checkpointing,
+        points=4 if options.use_dasm else 1,
+        split_guidance=options.split_guidance,
+        lpips=options.lambda_lpips > 0,
+        teacher="merged" if options.merge_teacher_lora else "beside",
+        layers=options.layers,
+        scanned=options.scan_layers,
+    )
 
 
 def facts(found: list[Kernel], card: Card, images: int) -> dict[str, Any]:

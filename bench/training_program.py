@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tsdsr_jax.data.record import Record
+from tsdsr_jax.devices import compiler_options
 from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student
 from tsdsr_jax.distillation.tsd import TSDConfig
 from tsdsr_jax.models import lora
@@ -18,6 +19,7 @@ from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree, abstract_params
+from tsdsr_jax.models.stacks import by_layer, variables
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.options import PRECISIONS
@@ -25,6 +27,8 @@ from tsdsr_jax.training.sharding import base_shardings, batch_sharding, placemen
 from tsdsr_jax.training.step import Trainer, jit_step
 
 TOKENS = 333
+Adapter = Literal["student", "auxiliary"]
+TARGETS = {"student": lora.STUDENT_TARGETS, "auxiliary": lora.AUXILIARY_TARGETS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +44,9 @@ class StepOptions:
       points: of DASM's trajectory; 1 is without DASM.
       split_guidance: evaluate the empty and the real prompt one after the other.
       lpips: with LPIPS and the decoder.
-      teacher: whether the teacher has a LoRA.
+      teacher: where the teacher's LoRA is; None: it has none.
       layers: of the transformer.
+      scanned: whether the transformer's layers are a loop.
     """
 
     batch: int = 2
@@ -52,20 +57,26 @@ class StepOptions:
     points: int = 4
     split_guidance: bool = False
     lpips: bool = True
-    teacher: bool = True
+    teacher: Literal["beside", "merged"] | None = "beside"
     layers: int = 24
+    scanned: bool = True
 
 
 def lower(options: StepOptions, mesh: Mesh) -> jax.stages.Lowered:
     """Traces a step for the devices of a mesh."""
     dtype = PRECISIONS[options.precision]
-    configs = dataclasses.replace(MMDiTConfig.sd3_medium(), num_layers=options.layers), VAEConfig.sd3()
+    configs = _transformer(options), VAEConfig.sd3()
     whole = replicated(mesh)
     trainer = _trainer(options, configs, mesh)
     networks = tuple(map(abstract_params, configs))
     placed = partial(_placed, whole=whole)
     adapter = partial(_adapter, rank=options.rank)
-    transformer, vae = placed(networks, dtype, base_shardings(networks, mesh))
+    stored = (
+        networks
+        if options.scanned
+        else (jax.eval_shape(partial(by_layer, configs[0]), networks[0]), networks[1])
+    )
+    transformer, vae = placed(stored, dtype, base_shardings(stored, mesh))
     teacher = adapter(networks[0], lora.STUDENT_TARGETS)
     widths = configs[0].joint_attention_dim, configs[0].pooled_projection_dim
     shape = partial(jax.ShapeDtypeStruct, sharding=whole)
@@ -75,7 +86,13 @@ def lower(options: StepOptions, mesh: Mesh) -> jax.stages.Lowered:
         jax.eval_shape(LPIPS().init, jax.random.key(0), image, image)["params"] if options.lpips else {}
     )
     base = Base(
-        transformer, vae, placed(teacher, dtype) if options.teacher else {}, text, text, placed(perceptual)
+        transformer,
+        vae,
+        placed(teacher, dtype) if options.teacher == "beside" else {},
+        text,
+        text,
+        placed(perceptual),
+        transformer if options.teacher == "merged" else {},
     )
     student = Student(teacher, adapter(networks[1], lora.VAE_ENCODER_TARGETS))
     parts = {"student": student, "auxiliary": adapter(networks[0], lora.AUXILIARY_TARGETS)}
@@ -87,12 +104,41 @@ def lower(options: StepOptions, mesh: Mesh) -> jax.stages.Lowered:
     return step.lower(state, base, samples, shape(key.shape, key.dtype))
 
 
+def lower_gradient(options: StepOptions, adapter: Adapter, mesh: Mesh) -> jax.stages.Lowered:
+    """Traces the gradient of the transformer's mean squared velocity for an adapter."""
+    dtype, config = PRECISIONS[options.precision], _transformer(options)
+    shapes, shape = abstract_params(config), partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
+    lora_shapes = _adapter(shapes, TARGETS[adapter], options.rank)
+    if not options.scanned:
+        shapes = jax.eval_shape(partial(by_layer, config), shapes)
+    model = MMDiT(config, dtype=dtype, remat=options.checkpointing, scanned=options.scanned)
+
+    def loss(adapter: Tree, params: Tree, *inputs: jax.Array) -> jax.Array:
+        velocity: Any = model.apply(variables(model, params, adapter), *inputs)
+        return jnp.square(velocity.astype(jnp.float32)).mean()
+
+    latent = options.size // 8
+    inputs = (
+        shape((options.batch, latent, latent, config.in_channels), jnp.float32),
+        shape((options.batch,), jnp.float32),
+        shape((options.batch, TOKENS, config.joint_attention_dim), dtype),
+        shape((options.batch, config.pooled_projection_dim), dtype),
+    )
+    place = partial(_placed, whole=replicated(mesh))
+    gradient = jax.jit(jax.grad(loss), compiler_options=compiler_options(mesh.devices.flat[0]))
+    return gradient.lower(place(lora_shapes), place(shapes, dtype), *inputs)
+
+
+def _transformer(options: StepOptions) -> MMDiTConfig:
+    return dataclasses.replace(MMDiTConfig.sd3_medium(), num_layers=options.layers)
+
+
 def _trainer(options: StepOptions, configs: tuple[MMDiTConfig, VAEConfig], mesh: Mesh) -> Trainer:
     dtype, remat = PRECISIONS[options.precision], options.checkpointing
     pinned = placement(mesh) if mesh.size > 1 else None
     tsd = TSDConfig()
     losses = Losses(
-        MMDiT(configs[0], dtype=dtype, remat=remat, placement=pinned),
+        MMDiT(configs[0], dtype=dtype, remat=remat, placement=pinned, scanned=options.scanned),
         AutoencoderKL(configs[1], dtype=dtype, remat=remat, placement=pinned),
         LossConfig(
             tsd=dataclasses.replace(tsd, point_weights=tsd.point_weights[: options.points]),

@@ -443,6 +443,28 @@ def test_other_precisions_average_accumulation_teacher_and_start(finished, root,
         )
 
 
+def test_layers_of_their_own_and_a_merged_teacher_give_the_same_losses(command, models, tmp_path):
+    """In float32, where merging rounds nothing away; the state is in stacks either way, so either resumes the other."""
+    _, transformer, _ = models
+    adapter = tiny.random_lora(transformer, lora_lib.STUDENT_TARGETS, 3, 8)
+    tiny.save_peft(tmp_path / "teacher.safetensors", adapter, tiny.tiny_mmdit_config())
+    teacher = "--use_teacher_lora", "--teacher_lora_path", str(tmp_path), "--max_train_steps", "2"
+    for output, more in (("loop", ()), ("apart", ("--no_scan_layers", "--merge_teacher_lora"))):
+        outcome = command(tmp_path / output, *teacher, *more)
+        assert outcome.status == 0, outcome.err
+        assert ("100.0% of its change is left in float32" in outcome.out) == bool(more)
+    for made, wanted in zip(steps_of(tmp_path / "apart"), steps_of(tmp_path / "loop"), strict=True):
+        assert made.keys() == wanted.keys()
+        for name in ("student", "tsd", "auxiliary", "student_gradient_norm", "auxiliary_gradient_norm"):
+            assert made[name] == pytest.approx(wanted[name], rel=1e-4), name
+    made, wanted = state_of(tmp_path / "apart"), state_of(tmp_path / "loop")
+    assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, wanted)
+    resumed = command(
+        tmp_path / "apart", *teacher, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"
+    )
+    assert resumed.status == 0 and "2 steps done" in resumed.out
+
+
 def test_lpips_is_needed_unless_left_out(command, tmp_path):
     said = command.refused(
         tmp_path / "run", "--lambda_lpips", "1", "--lpips_path", str(tmp_path / "vgg.safetensors")

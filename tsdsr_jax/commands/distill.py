@@ -33,8 +33,10 @@ from tsdsr_jax.distillation.losses import AUXILIARY, STUDENT, Base, LossConfig, 
 from tsdsr_jax.distillation.tsd import TSDConfig, Weighting
 from tsdsr_jax.distillation.validation import Validation
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.models import lora
 from tsdsr_jax.models.lpips import LPIPS, Network
 from tsdsr_jax.models.params import Tree
+from tsdsr_jax.models.stacks import by_layer
 from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import LORA
 from tsdsr_jax.training.loop import explained_memory
@@ -46,7 +48,7 @@ from tsdsr_jax.training.networks import (
     place_text,
     text_hash,
 )
-from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.options import LayerOptions, OptimizerOptions, RunOptions
 from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, replicated
@@ -79,7 +81,7 @@ MEMORY_REMEDIES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RunOptions, OptimizerOptions, DataOptions):
+class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
     pretrained_model_name_or_path: cli.PathOrName
     """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
     revision: str | None = None
@@ -99,6 +101,9 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
     """Use distribution-aware sampling: TSD at several points of a trajectory instead of one."""
     use_teacher_lora: bool = False
     """Use SD3 with the LoRA of --teacher_lora_path as the teacher, instead of SD3 itself."""
+    merge_teacher_lora: bool = False
+    """Merge the teacher's LoRA into a second copy of the transformer: faster, for 4 GB more with SD3. In bf16 a part of a
+    small LoRA is rounded away; the run says how much is left."""
     use_random_bias: bool = False
     """Vary the length of trajectories by -25 to 24 schedule steps; needs --use_dasm."""
     guidance_scale: float = 1.0
@@ -210,6 +215,8 @@ class Options(RunOptions, OptimizerOptions, DataOptions):
             )
         if self.use_random_bias and not self.use_dasm:
             found.append("--use_random_bias has no effect without --use_dasm")
+        if self.merge_teacher_lora and not self.use_teacher_lora:
+            found.append("--merge_teacher_lora has no effect without --use_teacher_lora")
         if self.teacher_lora_path and not self.use_teacher_lora:
             found.append("--teacher_lora_path has no effect without --use_teacher_lora")
         return found + self.warmup_notes(steps)
@@ -231,7 +238,9 @@ def main() -> None:
 
 def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Checks everything by file headers, then loads the frozen base and describes the training."""
-    networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
+    networks = Networks(
+        model.network("transformer"), model.network("vae"), mesh, options.dtype, options.scans(mesh)
+    )
     check_fit(networks.transformer, networks.vae)
     lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
     perceptual = LPIPS(lpips[0]) if lpips else None
@@ -309,6 +318,18 @@ def _starting_adapters(options: Options, networks: Networks) -> tuple[Student | 
     return student, auxiliary
 
 
+def _merged_teacher(networks: Networks, transformer: Tree, teacher: Tree) -> Tree:
+    """Merges the teacher's LoRA; says how much of it is left after rounding."""
+    if not networks.scan_layers:
+        teacher = by_layer(networks.mmdit_config, teacher)
+    merged = lora.merge(transformer, teacher)
+    share = lora.merged_share(transformer, merged, teacher)
+    kind = np.dtype(networks.dtype)
+    lost = "" if share > 0.9 else "; without --merge_teacher_lora nothing of it is lost"
+    say(f"the teacher's LoRA is merged: {share:.1%} of its change is left in {kind}{lost}")
+    return merged
+
+
 def _load_base(
     options: Options, networks: Networks, null: PromptEmbeds, default: PromptEmbeds | None, lpips: Tree
 ) -> tuple[Base, dict[str, Any]]:
@@ -320,6 +341,10 @@ def _load_base(
         teacher, teacher_hash = load_teacher(
             path / "teacher.safetensors" if path.is_dir() else path, networks
         )
+    merged: Tree = {}
+    if options.merge_teacher_lora and teacher:
+        merged = _merged_teacher(networks, transformer, teacher)
+        teacher = {}
     whole = replicated(networks.mesh)
     base = Base(
         transformer,
@@ -328,6 +353,7 @@ def _load_base(
         place_text(null, networks),
         place_text(default, networks) if default else None,
         jax.tree.map(lambda leaf: global_array(np.asarray(leaf), whole), lpips),
+        merged,
     )
     return base, {
         "transformer": transformer_hash,

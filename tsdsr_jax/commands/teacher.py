@@ -50,7 +50,7 @@ from tsdsr_jax.training.networks import (
     place_text,
     text_hash,
 )
-from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.options import LayerOptions, OptimizerOptions, RunOptions
 from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.step import NETWORK, Step, Trainer, objective_of
@@ -72,7 +72,7 @@ MEMORY_REMEDIES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RunOptions, OptimizerOptions, DataOptions):
+class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
     pretrained_model_name_or_path: cli.PathOrName
     """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
     revision: str | None = None
@@ -151,7 +151,13 @@ def _check_base(options: Options, model: Checkpoint) -> None:
 
 def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Checks everything by file headers, then loads the networks and describes the training."""
-    networks = Networks(model.network("transformer"), model.network("vae"), mesh, options.dtype)
+    networks = Networks(
+        model.network("transformer"),
+        model.network("vae"),
+        mesh,
+        options.dtype,
+        options.scans(mesh) or not options.adapter,
+    )
     check_fit(networks.transformer, networks.vae)
     check_shapes(data.shapes, networks, prepared=bool(options.data_dir))
     null, default = load_texts(options, networks, data.shapes, with_default=False)

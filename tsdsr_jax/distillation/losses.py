@@ -28,6 +28,7 @@ from tsdsr_jax.models import flow
 from tsdsr_jax.models.guidance import Predict, Text, guided
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree
+from tsdsr_jax.models.stacks import variables
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.training.batch import Metrics, decode, latents_of, repeated, text_of, to_unit
 from tsdsr_jax.training.step import Parts
@@ -74,10 +75,11 @@ class Base(NamedTuple):
 
     Attributes:
       transformer, vae: parameters of SD3's two networks.
-      teacher: the teacher's adapter; {} if SD3 itself is the teacher.
+      teacher: the teacher's adapter; {} if SD3 itself is the teacher, or with `merged`.
       null: text of the empty prompt, (1, S, D) and (1, P).
       default: text for the student; None: each image's own text.
       perceptual: parameters of the perceptual distance; {} without one.
+      merged: the transformer with the teacher's adapter merged in; {} if it stays beside the weights.
     """
 
     transformer: Tree
@@ -86,6 +88,7 @@ class Base(NamedTuple):
     null: Text
     default: Text | None = None
     perceptual: Tree = {}  # noqa: RUF012 (a NamedTuple's default, which nobody changes)
+    merged: Tree = {}  # noqa: RUF012
 
 
 class Student(NamedTuple):
@@ -204,8 +207,9 @@ class Losses:
         self, base: Base, adapter: Tree, latents: jax.Array, timestep: jax.Array, text: Text
     ) -> jax.Array:
         """Evaluates the transformer with an adapter; returns float32."""
-        variables = {"params": base.transformer, "lora": adapter}
-        velocity: Any = self.mmdit.apply(variables, latents, timestep, *text)
+        velocity: Any = self.mmdit.apply(
+            variables(self.mmdit, base.transformer, adapter), latents, timestep, *text
+        )
         return velocity.astype(jnp.float32)
 
     def batch(self, base: Base, record: Record, key: jax.Array | None) -> Batch:
@@ -225,8 +229,7 @@ class Losses:
 
     def student_latent(self, base: Base, student: Student, batch: Batch, posterior: jax.Array) -> jax.Array:
         """Computes ẑ = z − v(z, t = 1000): (B, h, w, C) float32, times the scaling factor."""
-        variables = {"params": base.vae, "lora": student.vae}
-        moments: Any = self.vae.apply(variables, batch.lr, method="encode")
+        moments: Any = self.vae.apply({"params": base.vae, "lora": student.vae}, batch.lr, method="encode")
         latent = moments.sample(posterior) * self.vae.config.scaling_factor
         timestep = jnp.full(latent.shape[:1], STUDENT_TIMESTEP)
         return latent - self.velocity(base, student.transformer, latent, timestep, batch.student_text)
@@ -260,7 +263,7 @@ class Losses:
     ) -> tuple[jax.Array, jax.Array]:
         """Computes the gradient g of the TSD loss, and how many of its terms were replaced."""
 
-        def predict(adapter: Tree) -> Predict:
+        def predict(adapter: Tree, base: Base = base) -> Predict:
             network = partial(self.velocity, base, adapter)
             return guided(
                 network, batch.text, base.null, self.config.guidance_scale, self.config.split_guidance
@@ -272,7 +275,7 @@ class Losses:
             draws.noise,
             draws.index,
             draws.bias,
-            predict(base.teacher),
+            predict(base.teacher, base._replace(transformer=base.merged) if base.merged else base),
             predict(auxiliary),
             self.schedule(),
             self.config.tsd,

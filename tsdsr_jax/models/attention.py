@@ -11,13 +11,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tsdsr_jax.devices import cores
 
 Implementation = Literal["auto", "cudnn", "cpu", "xla"]
 _JaxImplementation = Literal["cudnn", "xla"]  # of `jax.nn.dot_product_attention`
 
-_CUDNN_DTYPES = (jnp.float16, jnp.bfloat16)
+_CUDNN_DTYPES = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
 _CUDNN_MAX_HEAD_DIM = 128
 # Above this many scores, a few heads at a time are faster: their scores fit in a core's cache.
 _LOOP_SCORES = 2**22
@@ -49,7 +50,7 @@ def attention(
       (B, Q, N, H) in the query's dtype. The softmax runs in float32.
     """
     if implementation == "auto":
-        implementation = _first_that_applies(query)
+        implementation = _first_that_applies(query.dtype, query.shape[-1])
     if implementation == "cpu":
         return _on_cpus(query, key, value, lengths)
     if query.dtype == jnp.float16 and jax.default_backend() != "gpu":
@@ -61,8 +62,14 @@ def attention(
     return _dot_product(query, key, value, lengths, implementation)
 
 
-def _first_that_applies(query: jax.Array) -> Literal["cudnn", "cpu", "xla"]:
-    if query.dtype in _CUDNN_DTYPES and query.shape[-1] <= _CUDNN_MAX_HEAD_DIM and _has_flash_attention():
+def is_flash(dtype: DTypeLike, head_dim: int, implementation: Implementation) -> bool:
+    """Whether `attention` would take cuDNN's."""
+    chosen = _first_that_applies(dtype, head_dim) if implementation == "auto" else implementation
+    return chosen == "cudnn"
+
+
+def _first_that_applies(dtype: DTypeLike, head_dim: int) -> Literal["cudnn", "cpu", "xla"]:
+    if jnp.dtype(dtype) in _CUDNN_DTYPES and head_dim <= _CUDNN_MAX_HEAD_DIM and _has_flash_attention():
         return "cudnn"
     return "cpu" if jax.default_backend() == "cpu" else "xla"
 

@@ -26,7 +26,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from jax.typing import ArrayLike, DTypeLike
 
-from tsdsr_jax.models.attention import Implementation, attention
+from tsdsr_jax.models.attention import Implementation, attention, is_flash
+from tsdsr_jax.models.conditioning import TimeTextEmbedding
 from tsdsr_jax.models.layers import Dense, RMSNorm, layer_norm
 from tsdsr_jax.models.mmdit import (
     BlockKind,
@@ -34,7 +35,9 @@ from tsdsr_jax.models.mmdit import (
     MMDiTConfig,
     PatchEmbedding,
     Streams,
-    TimeTextEmbedding,
+    Valid,
+    joined_keys,
+    padded_text,
 )
 
 ParamTree = Mapping[str, Any]
@@ -47,7 +50,7 @@ class FoldedAttention(nn.Module):
     Attributes:
       text: what the text contributes: queries, keys and values ("queries"), keys and values only ("keys", in the last
         block), or nothing ("none").
-      constant: the text's queries, keys and values are parameters, (S, N, H) each.
+      constant: the text's queries, keys and values are parameters, (S, N, H) each; `text` only tells how far to pad them.
     """
 
     config: MMDiTConfig
@@ -58,30 +61,20 @@ class FoldedAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, text: jax.Array | None, lengths: jax.Array | None
+        self, image: jax.Array, text: jax.Array | None, valid: Valid
     ) -> tuple[jax.Array, jax.Array | None]:
         """Normalized image (B, T, D) and text (B, S, D) -> what to add to each stream; None for the text if it has no
-        queries.
-
-        Keys are ordered [text, image], so that the valid keys of a packed batch, which has its padding at the end, are a
-        prefix.
-        """
+        queries."""
         batch = image.shape[0]
         (q,) = self._projected("q", image, ("norm_q",))
         k, v = self._projected("kv", image, ("norm_k", None))
-        q_text, text_tokens = None, 0
-        if self.text != "none":
+        q_text, lengths = None, valid.image
+        if text is not None:
             *queries, k_text, v_text = self._text(text, batch)
             q_text = queries[0] if queries else None
-            text_tokens = k_text.shape[1]
-            k, v = jnp.concatenate([k_text, k], axis=1), jnp.concatenate([v_text, v], axis=1)
-        attend = partial(
-            attention,
-            key=k,
-            value=v,
-            lengths=None if lengths is None else lengths + text_tokens,
-            implementation=self.implementation,
-        )
+            k, lengths = joined_keys(k_text, k, valid)
+            v, _ = joined_keys(v_text, v, valid)
+        attend = partial(attention, key=k, value=v, lengths=lengths, implementation=self.implementation)
 
         # Queries of image and text come in two calls, so that neither they nor their results are copied.
         def out(queries: jax.Array, name: str) -> jax.Array:
@@ -90,11 +83,10 @@ class FoldedAttention(nn.Module):
 
         return out(q, "to_out"), None if q_text is None else out(q_text, "to_add_out")
 
-    def _text(self, text: jax.Array | None, batch: int) -> list[jax.Array]:
+    def _text(self, text: jax.Array, batch: int) -> list[jax.Array]:
         """The text's keys and values, (B, S, N, H) each; its queries before them, if it has any."""
         wanted = ("q", "k", "v") if self.text == "queries" else ("k", "v")
         if not self.constant:
-            assert text is not None
             queries = self._projected("add_q", text, ("norm_added_q",)) if "q" in wanted else []
             return queries + self._projected("add_kv", text, ("norm_added_k", None))
         shape = (self.config.num_attention_heads, self.config.attention_head_dim)
@@ -102,7 +94,9 @@ class FoldedAttention(nn.Module):
         parts: list[jax.Array] = [
             self.get_variable("params", f"text_{part}").astype(self.dtype) for part in wanted
         ]
-        return [jnp.broadcast_to(part, (batch, part.shape[0], *shape)) for part in parts]
+        padding = text.shape[1] - parts[0].shape[0]
+        padded = (jnp.pad(part, ((0, padding), (0, 0), (0, 0))) for part in parts)
+        return [jnp.broadcast_to(part, (batch, text.shape[1], *shape)) for part in padded]
 
     def _projected(self, name: str, x: jax.Array, norms: Sequence[str | None]) -> list[jax.Array]:
         """Several projections in one product; normalizes queries and keys if the checkpoint does."""
@@ -126,18 +120,18 @@ class FoldedBlock(nn.Module):
     implementation: Implementation
 
     @nn.compact
-    def __call__(self, streams: Streams, lengths: jax.Array | None) -> Streams:
+    def __call__(self, streams: Streams, valid: Valid) -> Streams:
         config, dtype = self.config, self.dtype
         image, text = streams
         normed = layer_norm(image)
         attend = partial(FoldedAttention, config, dtype=dtype, implementation=self.implementation)
         kind: Literal["keys", "queries"] = "keys" if self.kind.context_pre_only else "queries"
         from_image, from_text = attend(text=kind, constant=self.first, name="attn")(
-            normed, None if self.first else layer_norm(text), lengths
+            normed, text if self.first else layer_norm(text), valid
         )
         image = image + from_image
         if self.kind.dual_attention:
-            image += attend(text="none", constant=False, name="attn2")(normed, None, lengths)[0]
+            image += attend(text="none", constant=False, name="attn2")(normed, None, valid)[0]
         image += FeedForward(config.width, dtype, name="ff")(layer_norm(image))
         if from_text is not None:
             text = text + from_text
@@ -173,9 +167,12 @@ class FoldedMMDiT(nn.Module):
         """(B, T, p·p·C) -> (B, T, p·p·out_channels) velocity patches; arguments as of `MMDiT.tokens`."""
         image = self.pos_embed(patches, positions)
         text: jax.Array = self.get_variable("params", "text").astype(self.dtype)
-        streams = Streams(image, jnp.broadcast_to(text, (image.shape[0], *text.shape)))
+        text, valid = jnp.broadcast_to(text, (image.shape[0], *text.shape)), Valid(image=lengths)
+        if lengths is None and is_flash(self.dtype, self.config.attention_head_dim, self.implementation):
+            text, valid = padded_text(text)
+        streams = Streams(image, text)
         for block in self.layers:
-            streams = block(streams, lengths)
+            streams = block(streams, valid)
         return self.proj_out(layer_norm(streams.image))
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
@@ -25,6 +26,9 @@ from tsdsr_jax.models.banding import (
     upsampled_rows,
 )
 from tsdsr_jax.models.convolution import convolution, upsampling_convolution
+
+# The name of what a backward pass should rather keep than recompute, for `jax.checkpoint_policies`.
+KEPT = "kept"
 
 # An elementwise function: (rows (B, h, W, C), index of the first row) -> rows of the same shape.
 Prepare = Callable[[jax.Array, jax.Array | int], jax.Array]
@@ -77,8 +81,8 @@ class Dense(nn.Module):
         if self.has_variable("lora", "a"):
             a: jax.Array = self.get_variable("lora", "a").astype(self.dtype)
             b: jax.Array = self.get_variable("lora", "b").astype(self.dtype)
-            y = y + (x @ a) @ b
-        return y + bias.astype(self.dtype)
+            y = y + checkpoint_name(x @ a, KEPT) @ b
+        return checkpoint_name(y + bias.astype(self.dtype), KEPT)
 
 
 class Conv(nn.Module):

@@ -94,6 +94,32 @@ def merge(params: Tree, lora: Tree, factor: float = 1.0) -> Tree:
     return unflatten_dict(merged)
 
 
+def merged_share(params: Tree, merged: Tree, lora: Tree) -> float:
+    """How much of an adapter's ΔW is in merged kernels: 1 if nothing was lost when they were rounded to their dtype.
+
+    It is the projection of what merging changed on A B, over all kernels. Steps of bfloat16 are 2⁻⁸ of a weight, so that
+    much of a small ΔW is rounded away.
+    """
+    before, after, pairs = flatten_dict(params), flatten_dict(merged), flatten_dict(lora)
+    found = [
+        _projection(
+            before[(*path, "kernel")], after[(*path, "kernel")], pairs[(*path, "a")], pairs[(*path, "b")]
+        )
+        for path in {path[:-1] for path in pairs}
+    ]
+    kept, wanted = (sum(float(value) for value in values) for values in zip(*found, strict=True))
+    return kept / wanted if wanted else 1.0
+
+
+@jax.jit
+def _projection(
+    before: jax.Array, after: jax.Array, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    change = after.astype(jnp.float32) - before.astype(jnp.float32)
+    return (change * delta).sum(), jnp.square(delta).sum()
+
+
 @partial(jax.jit, static_argnames=("factor", "dtype"))
 def merge_kernel(
     kernel: jax.Array, a: jax.Array, b: jax.Array, factor: float = 1.0, dtype: DTypeLike | None = None

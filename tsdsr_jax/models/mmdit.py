@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from tsdsr_jax.models.attention import Implementation, attention
-from tsdsr_jax.models.layers import Dense, Placement, RMSNorm, gathered, layer_norm
+from tsdsr_jax.models.attention import Implementation, attention, is_flash
+from tsdsr_jax.models.conditioning import AdaLayerNorm, AdaLayerNormContinuous, TimeTextEmbedding
+from tsdsr_jax.models.layers import KEPT, Dense, Placement, RMSNorm, gathered
 
 
 class BlockKind(NamedTuple):
@@ -105,17 +106,6 @@ class MMDiTConfig:
         return runs
 
 
-class Modulation(NamedTuple):
-    """An AdaLN-Zero modulation, each (B, 1, D); `gate` multiplies what is added to the stream."""
-
-    shift: jax.Array
-    scale: jax.Array
-    gate: jax.Array
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x) * (1 + self.scale) + self.shift
-
-
 class Streams(NamedTuple):
     """The two token streams: image (B, T, D), text (B, S, D)."""
 
@@ -123,33 +113,14 @@ class Streams(NamedTuple):
     text: jax.Array
 
 
-class AdaLayerNorm(nn.Module):
-    """AdaLN-Zero: `count` modulations of width D from the conditioning vector."""
+class Valid(NamedTuple):
+    """How many tokens at the start of each row count, (B,) int; None: all.
 
-    count: int
-    width: int
-    dtype: DTypeLike
+    At most one is given: the keys of that stream come last, so that the valid keys are a prefix.
+    """
 
-    @nn.compact
-    def __call__(self, conditioning: jax.Array) -> list[Modulation]:
-        """(B, D), after SiLU, -> modulations of (B, 1, D)."""
-        vectors = Dense(3 * self.count * self.width, self.dtype, name="linear")(conditioning)[:, None]
-        parts = jnp.split(vectors, 3 * self.count, axis=-1)
-        return [Modulation(*parts[3 * i : 3 * i + 3]) for i in range(self.count)]
-
-
-class AdaLayerNormContinuous(nn.Module):
-    """AdaLN without a gate; the checkpoint stores scale before shift."""
-
-    width: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array, conditioning: jax.Array) -> jax.Array:
-        """Modulates (B, T, D) by (B, D), after SiLU."""
-        vectors = Dense(2 * self.width, self.dtype, name="linear")(conditioning)[:, None]
-        scale, shift = jnp.split(vectors, 2, axis=-1)
-        return layer_norm(x) * (1 + scale) + shift
+    image: jax.Array | None = None
+    text: jax.Array | None = None
 
 
 class FeedForward(nn.Module):
@@ -185,33 +156,31 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, text: jax.Array | None, lengths: jax.Array | None
+        self, image: jax.Array, text: jax.Array | None, valid: Valid
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the outputs of the image stream, (B, T, D), and of the text stream, (B, S, D) or None.
-
-        Keys are ordered [text, image]. Attention does not depend on the order; this one makes the valid keys of a packed
-        batch a prefix, because its padding follows the image tokens. `lengths` (B,) counts valid image tokens.
-        """
+        """Returns the outputs of the image stream, (B, T, D), and of the text stream, (B, S, D) or None."""
         q = self._heads("to_q", image, "norm_q")
         k = self._heads("to_k", image, "norm_k")
         v = self._heads("to_v", image)
-        text_tokens = 0
+        q_text, lengths = None, valid.image
         if text is not None:
-            text_tokens = text.shape[1]
             # The last block does not use its text queries (XLA drops them), but the checkpoint has weights for them.
             q_text = self._heads("add_q_proj", text, "norm_added_q")
-            if not self.context_pre_only:
-                q = jnp.concatenate([q_text, q], axis=1)
-            k = jnp.concatenate([self._heads("add_k_proj", text, "norm_added_k"), k], axis=1)
-            v = jnp.concatenate([self._heads("add_v_proj", text), v], axis=1)
-        lengths = None if lengths is None else lengths + text_tokens
-        out = attention(q, k, v, lengths=lengths, implementation=self.implementation)
-        out = out.reshape(*out.shape[:2], self.config.width)
-        text_queries = out.shape[1] - image.shape[1]
-        image_out = Dense(self.config.width, self.dtype, name="to_out_0")(out[:, text_queries:])
-        if not text_queries:
+            k_text = self._heads("add_k_proj", text, "norm_added_k")
+            v_text = self._heads("add_v_proj", text)
+            k, lengths = joined_keys(k_text, k, valid)
+            v, _ = joined_keys(v_text, v, valid)
+
+        # Queries of image and text come in two calls, so that neither they nor their results are copied.
+        def out(queries: jax.Array, name: str) -> jax.Array:
+            tokens = attention(queries, k, v, lengths=lengths, implementation=self.implementation)
+            tokens = tokens.reshape(*queries.shape[:2], self.config.width)
+            return Dense(self.config.width, self.dtype, name=name)(tokens)
+
+        image_out = out(q, "to_out_0")
+        if q_text is None or self.context_pre_only:
             return image_out, None
-        return image_out, Dense(self.config.width, self.dtype, name="to_add_out")(out[:, :text_queries])
+        return image_out, out(q_text, "to_add_out")
 
     def _heads(self, name: str, x: jax.Array, norm: str | None = None) -> jax.Array:
         """Projects to (B, tokens, N, H) and normalizes queries and keys if the checkpoint does."""
@@ -219,6 +188,26 @@ class Attention(nn.Module):
         y = Dense(config.width, self.dtype, name=name)(x)
         y = y.reshape(*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
         return RMSNorm(name=norm)(y) if norm and config.qk_norm else y
+
+
+def joined_keys(text: jax.Array, image: jax.Array, valid: Valid) -> tuple[jax.Array, jax.Array | None]:
+    """Joins keys or values of both streams, (B, S, N, H) and (B, T, N, H); also returns how many count, if not all."""
+    if valid.text is not None:
+        return jnp.concatenate([image, text], axis=1), image.shape[1] + valid.text
+    lengths = None if valid.image is None else text.shape[1] + valid.image
+    return jnp.concatenate([text, image], axis=1), lengths
+
+
+def padded_text(text: jax.Array) -> tuple[jax.Array, Valid]:
+    """Pads text (B, S, ...) to a multiple of 16 tokens for a GPU, so SD3's 333 become 336; also returns which are valid.
+
+    Otherwise every product and every attention would pad its own operands.
+    """
+    batch, tokens = text.shape[:2]
+    if tokens % 16 == 0:
+        return text, Valid()
+    padded = jnp.pad(text, ((0, 0), (0, -tokens % 16), (0, 0)))
+    return padded, Valid(text=jnp.full((batch,), tokens, jnp.int32))
 
 
 class Block(nn.Module):
@@ -231,9 +220,7 @@ class Block(nn.Module):
     placement: Placement | None = None
 
     @nn.compact
-    def __call__(
-        self, streams: Streams, conditioning: jax.Array, lengths: jax.Array | None
-    ) -> tuple[Streams, None]:
+    def __call__(self, streams: Streams, conditioning: jax.Array, valid: Valid) -> tuple[Streams, None]:
         width, dtype = self.config.width, self.dtype
         if self.placement is not None:
             streams = jax.lax.with_sharding_constraint(streams, self.placement.activations)
@@ -249,41 +236,15 @@ class Block(nn.Module):
             text_in = attend_text(text)
 
         settings = (self.config, self.kind.context_pre_only, dtype, self.implementation)
-        from_image, from_text = Attention(*settings, name="attn")(attend(image), text_in, lengths)
+        from_image, from_text = Attention(*settings, name="attn")(attend(image), text_in, valid)
         attended = image + attend.gate * from_image
         if second:
-            attended += (
-                second[0].gate * Attention(*settings, name="attn2")(second[0](image), None, lengths)[0]
-            )
+            attended += second[0].gate * Attention(*settings, name="attn2")(second[0](image), None, valid)[0]
         image = attended + mlp.gate * FeedForward(width, dtype, name="ff")(mlp(attended))
         if from_text is not None:
             text = text + attend_text.gate * from_text
             text = text + mlp_text.gate * FeedForward(width, dtype, name="ff_context")(mlp_text(text))
         return Streams(image, text), None
-
-
-class ConditioningMLP(nn.Module):
-    """Linear, SiLU, linear."""
-
-    width: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.silu(Dense(self.width, self.dtype, name="linear_1")(x))
-        return Dense(self.width, self.dtype, name="linear_2")(x)
-
-
-class TimeTextEmbedding(nn.Module):
-    """The conditioning vector (B, D): timestep (B,) in 0...1000 plus pooled text (B, pooled)."""
-
-    width: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:
-        time = ConditioningMLP(self.width, self.dtype, name="timestep_embedder")(timestep_embedding(timestep))
-        return time + ConditioningMLP(self.width, self.dtype, name="text_embedder")(pooled)
 
 
 class PatchEmbedding(nn.Module):
@@ -305,6 +266,14 @@ class PatchEmbedding(nn.Module):
         return tokens + jnp.take(table.reshape(side * side, width), positions, axis=0).astype(self.dtype)
 
 
+def _kept(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """What the backward pass keeps unless it recomputes whole blocks: results of linear layers and of flash attention."""
+    by_name = jax.checkpoint_policies.save_only_these_names(KEPT)
+    return primitive.name.startswith("dot_product_attention_fwd") or by_name(
+        primitive, *arguments, **parameters
+    )
+
+
 class MMDiT(nn.Module):
     """The velocity network v(z, t, text).
 
@@ -315,6 +284,8 @@ class MMDiT(nn.Module):
         the rest, including attention.
       implementation: see `attention`.
       placement: for sharded parameters; None: XLA decides.
+      scanned: loop over runs of identical blocks, whose parameters are stacked. Otherwise every block has its own, see
+        `stacks.by_layer`: slower to compile, but on a GPU a loop copies each block's parameters before it uses them.
     """
 
     config: MMDiTConfig
@@ -322,6 +293,7 @@ class MMDiT(nn.Module):
     remat: bool = False
     implementation: Implementation = "auto"
     placement: Placement | None = None
+    scanned: bool = True
 
     def setup(self) -> None:
         config = self.config
@@ -329,18 +301,22 @@ class MMDiT(nn.Module):
         self.pos_embed = whole(PatchEmbedding)(config, self.dtype)
         self.time_text_embed = whole(TimeTextEmbedding)(config.width, self.dtype)
         self.context_embedder = whole(Dense)(config.width, self.dtype)
-        kept = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = nn.remat(whole(Block), prevent_cse=False, policy=kept)
-        self.blocks = [
-            nn.scan(
-                block,
-                variable_axes={"params": 0, "lora": 0, "intermediates": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast),
-                length=length,
-            )(config, kind, self.dtype, self.implementation, self.placement)
-            for _, length, kind in config.runs()
-        ]
+        # In a loop, XLA cannot take the backward pass's copy of a block for the forward pass's.
+        block = nn.remat(whole(Block), prevent_cse=not self.scanned, policy=None if self.remat else _kept)
+        settings = (self.dtype, self.implementation, self.placement)
+        if self.scanned:
+            self.blocks = [
+                nn.scan(
+                    block,
+                    variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+                    split_rngs={"params": True},
+                    in_axes=(nn.broadcast, nn.broadcast),
+                    length=length,
+                )(config, kind, *settings)
+                for _, length, kind in config.runs()
+            ]
+        else:
+            self.layers = [block(config, kind, *settings) for kind in config.kinds()]
         self.norm_out = whole(AdaLayerNormContinuous)(config.width, self.dtype)
         self.proj_out = whole(Dense)(config.patch_size**2 * config.out_channels, self.dtype)
 
@@ -387,9 +363,12 @@ class MMDiT(nn.Module):
           (B, T, p·p·out_channels) velocity patches.
         """
         conditioning = nn.silu(self.time_text_embed(timestep, pooled))
+        valid = Valid(image=lengths)
+        if lengths is None and is_flash(self.dtype, self.config.attention_head_dim, self.implementation):
+            context, valid = padded_text(context)
         streams = Streams(self.pos_embed(patches, positions), self.context_embedder(context))
-        for run in self.blocks:
-            streams, _ = run(streams, conditioning, lengths)
+        for block in self.blocks if self.scanned else self.layers:
+            streams, _ = block(streams, conditioning, valid)
         return self.proj_out(self.norm_out(streams.image, conditioning))
 
 
@@ -423,14 +402,6 @@ def grid_positions(config: MMDiTConfig, height: int, width: int) -> np.ndarray:
     top, left = (side - rows) // 2, (side - columns) // 2
     grid = (top + np.arange(rows))[:, None] * side + left + np.arange(columns)[None]
     return grid.reshape(-1).astype(np.int32)
-
-
-def timestep_embedding(timestep: jax.Array, dim: int = 256, max_period: float = 10000.0) -> jax.Array:
-    """(B,) -> (B, dim) float32: cosines, then sines, of the timestep at geometric frequencies."""
-    half = dim // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = timestep.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def sincos_table(config: MMDiTConfig) -> np.ndarray:

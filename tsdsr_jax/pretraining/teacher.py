@@ -18,6 +18,7 @@ from tsdsr_jax.models import flow, lora
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig, sincos_table
 from tsdsr_jax.models.params import Tree, init_params
+from tsdsr_jax.models.stacks import variables
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.training.batch import Metrics, latents_of, text_of
 
@@ -101,10 +102,10 @@ class FlowLoss:
     ) -> jax.Array:
         """Evaluates the transformer with the trained parameters; returns float32."""
         if self.adapter:
-            variables = {"params": base.transformer, "lora": trained}
+            given = variables(self.mmdit, base.transformer, trained)
         else:
-            variables = {"params": joined(trained, base.transformer)}
-        velocity: Any = self.mmdit.apply(variables, latents, timestep, *text)
+            given = {"params": joined(trained, base.transformer)}
+        velocity: Any = self.mmdit.apply(given, latents, timestep, *text)
         return velocity.astype(jnp.float32)
 
     def __call__(

@@ -23,6 +23,7 @@ from tsdsr_jax.models.layers import Placement
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree, abstract_params
+from tsdsr_jax.models.stacks import take_apart
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.training.batch import to_unit
 from tsdsr_jax.training.checkpoint import Hash
@@ -40,12 +41,14 @@ class Networks:
       transformer, vae: the networks' files.
       mesh: the devices.
       dtype: dtype of the frozen parameters and of computation.
+      scan_layers: whether the transformer loops over stacks of layers; otherwise each layer has its own arrays.
     """
 
     transformer: NetworkFiles
     vae: NetworkFiles
     mesh: Mesh
     dtype: DTypeLike
+    scan_layers: bool = True
 
     @property
     def mmdit_config(self) -> MMDiTConfig:
@@ -65,14 +68,27 @@ class Networks:
         return placement(self.mesh) if self.mesh.shape["fsdp"] > 1 else None
 
     def mmdit(self, remat: bool = False) -> MMDiT:
-        return MMDiT(self.mmdit_config, dtype=self.dtype, remat=remat, placement=self.placement)
+        return MMDiT(
+            self.mmdit_config,
+            dtype=self.dtype,
+            remat=remat,
+            placement=self.placement,
+            scanned=self.scan_layers,
+        )
 
     def autoencoder(self, remat: bool = False) -> AutoencoderKL:
         return AutoencoderKL(self.vae_config, dtype=self.dtype, remat=remat, placement=self.placement)
 
     def load(self, parts: Iterable[NetworkFiles]) -> list[tuple[Tree, str]]:
         """Loads networks' parameters onto the mesh and hashes the stored values of each, whatever the file layout."""
-        return load_networks(parts, self.mesh, self.dtype)
+        parts = list(parts)
+        loaded = load_networks(parts, self.mesh, self.dtype)
+        if self.scan_layers:
+            return loaded
+        return [
+            (take_apart(self.mmdit_config, params) if part is self.transformer else params, digest)
+            for part, (params, digest) in zip(parts, loaded, strict=True)
+        ]
 
 
 def load_networks(parts: Iterable[NetworkFiles], mesh: Mesh, dtype: DTypeLike) -> list[tuple[Tree, str]]:

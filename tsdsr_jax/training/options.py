@@ -142,6 +142,21 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """How a frozen transformer is laid out."""
+
+    scan_layers: bool | None = None
+    """Compute the transformer's layers in a loop, which compiles sooner. On a GPU it is slower, because the loop copies each
+    layer's weights. Default: no on GPUs, but yes with --fsdp, where a loop gathers one layer's weights at a time."""
+
+    def scans(self, mesh: Mesh) -> bool:
+        """Whether to loop over layers on these devices."""
+        if self.scan_layers is not None:
+            return self.scan_layers
+        return mesh.devices.flat[0].platform != "gpu" or mesh.shape["fsdp"] > 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """The flags of the optimizer and the learning-rate schedule; defaults are the original's."""
 

@@ -2,7 +2,7 @@
 
     python bench/host.py --photos drealsr/test_LR          # images per second and core; cores that keep one GPU busy
 
-It runs on one core, where threads only take turns, so that CPU time and wall time are about the same.
+It runs on one core and counts CPU time, so that other work on the machine matters little.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def measured(options: Options, name: str) -> dict[str, float | str]:
         for index in range(options.repeat + 1):
             jobs = find_jobs(options.photos, Path(made) / str(index), name)
             report = Report(problems.append)
-            start = time.perf_counter()
+            start = time.process_time()
             groups = plan_groups(jobs, settings, 1, report)
             upscale_groups(device, groups, settings, report)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
     if problems:
         raise UserError(problems[0])
     rate = len(jobs) / min(seconds[1:])

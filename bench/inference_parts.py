@@ -118,11 +118,13 @@ class Parts:
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device, dtype).permute(0, 3, 1, 2)
 
-        arrays = self.inputs(batch)
-        images, latents, noise = map(tensor, arrays)
+        photos = self._photos(batch)
+        images, latents, noise = map(tensor, self.inputs(batch))
 
         def whole() -> torch.Tensor:
-            found = networks.encode(tensor(arrays[0]), torch.zeros_like(noise))
+            small = tensor(photos).div(255)
+            enlarged = torch.nn.functional.interpolate(small, (self.side, self.side), mode="bicubic")
+            found = networks.encode((enlarged * 2 - 1).clamp(-1, 1), torch.zeros_like(noise))
             return networks.decode(found - networks.velocity(found)).cpu()
 
         run = {

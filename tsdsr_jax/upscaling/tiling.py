@@ -1,4 +1,4 @@
-"""Latent tiles: where they lie, how they overlap, and how they are packed into tokens.
+"""Latent tiles: where they lie, how they overlap, how they are packed into tokens, and how results are blended.
 
 The transformer was trained on one latent size. It processes larger latents as overlapping tiles, which are blended with
 Gaussian weights. Offsets and weights are the original's; docs/differences.md lists the deviations.

@@ -94,7 +94,7 @@ def _in_ci() -> bool:
 # processes would wait for them.
 FIRST = (
     "test_distill_processes.py",
-    "test_gpu_programs.py",
+    "test_training_scripts.py",
     "test_parity.py",
     "test_sharding.py",
     "test_losses.py",

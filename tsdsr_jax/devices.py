@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from contextlib import AbstractContextManager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -22,6 +23,10 @@ _INSTALL = {
 }
 
 PROGRAMS_BYTES = 8 * 10**9
+
+# How XLA compiles for GPUs. cuBLASLt's products add biases, GELU and residuals themselves; Triton's leave them to other
+# kernels. And products of the same input are not merged into one, because XLA would copy their weights side by side.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 DTYPES = {"fp16": jnp.float16, "bf16": jnp.bfloat16, "fp32": jnp.float32}
 
@@ -143,6 +148,23 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
 def matmul_precision(dtype: DTypeLike) -> AbstractContextManager[None]:
     """A context in which float32 products are exact; by default GPUs round their factors to TF32."""
     return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+
+
+def compiler_options(device: jax.Device) -> dict[str, bool | int] | None:
+    """XLA's options for programs on a kind of device, for `jax.jit`; None: its defaults."""
+    if device.platform != "gpu":
+        return None
+    return {name: value for name, value in _GPU_OPTIONS.items() if _is_option(name, value)}
+
+
+@lru_cache
+def _is_option(name: str, value: bool | int) -> bool:
+    """Whether this version of XLA knows an option; it refuses to compile with others."""
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def select_dtype(name: str | None, devices: list[jax.Device]) -> DTypeLike:

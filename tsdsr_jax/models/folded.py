@@ -8,14 +8,14 @@ layers can absorb:
 
 The text stream, too, begins as a constant, and so do the first block's queries, keys and values of the text. 1.33 of
 SD3-medium's 2.03 billion parameters remain (without the position table). The only elementwise passes left are norms, GELU
-and residuals, and a single product yields queries, keys and values.
+and residuals, and a single product yields keys and values.
 
 Axes as in `mmdit.py`: B batch, T image tokens, S text tokens, N heads, H head dim, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -67,28 +67,36 @@ class FoldedAttention(nn.Module):
         prefix.
         """
         batch = image.shape[0]
-        q, k, v = self._projected("qkv", image, ("norm_q", "norm_k", None))
-        text_tokens = text_queries = 0
+        (q,) = self._projected("q", image, ("norm_q",))
+        k, v = self._projected("kv", image, ("norm_k", None))
+        q_text, text_tokens = None, 0
         if self.text != "none":
-            *q_text, k_text, v_text = self._text(text, batch)
-            text_tokens, text_queries = k_text.shape[1], k_text.shape[1] if q_text else 0
-            q = jnp.concatenate([*q_text, q], axis=1)
+            *queries, k_text, v_text = self._text(text, batch)
+            q_text = queries[0] if queries else None
+            text_tokens = k_text.shape[1]
             k, v = jnp.concatenate([k_text, k], axis=1), jnp.concatenate([v_text, v], axis=1)
-        lengths = None if lengths is None else lengths + text_tokens
-        out = attention(q, k, v, lengths=lengths, implementation=self.implementation)
-        out = out.reshape(batch, -1, self.config.width)
-        image_out = Dense(self.config.width, self.dtype, name="to_out")(out[:, text_queries:])
-        if not text_queries:
-            return image_out, None
-        return image_out, Dense(self.config.width, self.dtype, name="to_add_out")(out[:, :text_queries])
+        attend = partial(
+            attention,
+            key=k,
+            value=v,
+            lengths=None if lengths is None else lengths + text_tokens,
+            implementation=self.implementation,
+        )
+
+        # Queries of image and text come in two calls, so that neither they nor their results are copied.
+        def out(queries: jax.Array, name: str) -> jax.Array:
+            tokens = attend(queries).reshape(*queries.shape[:2], self.config.width)
+            return Dense(self.config.width, self.dtype, name=name)(tokens)
+
+        return out(q, "to_out"), None if q_text is None else out(q_text, "to_add_out")
 
     def _text(self, text: jax.Array | None, batch: int) -> list[jax.Array]:
         """The text's keys and values, (B, S, N, H) each; its queries before them, if it has any."""
         wanted = ("q", "k", "v") if self.text == "queries" else ("k", "v")
         if not self.constant:
             assert text is not None
-            norms = {"q": "norm_added_q", "k": "norm_added_k", "v": None}
-            return self._projected("add_" + "".join(wanted), text, [norms[part] for part in wanted])
+            queries = self._projected("add_q", text, ("norm_added_q",)) if "q" in wanted else []
+            return queries + self._projected("add_kv", text, ("norm_added_k", None))
         shape = (self.config.num_attention_heads, self.config.attention_head_dim)
         # Not `self.param`: the parameters decide on the number of tokens, not the module.
         parts: list[jax.Array] = [
@@ -118,7 +126,7 @@ class FoldedBlock(nn.Module):
     implementation: Implementation
 
     @nn.compact
-    def __call__(self, streams: Streams, lengths: jax.Array | None) -> tuple[Streams, None]:
+    def __call__(self, streams: Streams, lengths: jax.Array | None) -> Streams:
         config, dtype = self.config, self.dtype
         image, text = streams
         normed = layer_norm(image)
@@ -134,7 +142,7 @@ class FoldedBlock(nn.Module):
         if from_text is not None:
             text = text + from_text
             text += FeedForward(config.width, dtype, name="ff_context")(layer_norm(text))
-        return Streams(image, text), None
+        return Streams(image, text)
 
 
 class FoldedMMDiT(nn.Module):
@@ -153,17 +161,9 @@ class FoldedMMDiT(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.pos_embed = PatchEmbedding(config, self.dtype)
-        (_, _, kind), *_ = config.runs()
-        self.first = FoldedBlock(config, kind, True, self.dtype, self.implementation)
-        self.blocks = [
-            nn.scan(
-                FoldedBlock,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast,),
-                length=length,
-            )(config, kind, False, self.dtype, self.implementation)
-            for length, kind in _remaining_runs(config)
+        self.layers = [
+            FoldedBlock(config, kind, layer == 0, self.dtype, self.implementation)
+            for layer, kind in enumerate(config.kinds())
         ]
         self.proj_out = Dense(config.patch_size**2 * config.out_channels, self.dtype)
 
@@ -174,16 +174,9 @@ class FoldedMMDiT(nn.Module):
         image = self.pos_embed(patches, positions)
         text: jax.Array = self.get_variable("params", "text").astype(self.dtype)
         streams = Streams(image, jnp.broadcast_to(text, (image.shape[0], *text.shape)))
-        streams, _ = self.first(streams, lengths)
-        for run in self.blocks:
-            streams, _ = run(streams, lengths)
+        for block in self.layers:
+            streams = block(streams, lengths)
         return self.proj_out(layer_norm(streams.image))
-
-
-def _remaining_runs(config: MMDiTConfig) -> list[tuple[int, BlockKind]]:
-    """Length and kind of the runs of identical blocks that follow the first block."""
-    lengths = [(length - (first == 0), kind) for first, length, kind in config.runs()]
-    return [(length, kind) for length, kind in lengths if length]
 
 
 # --- folding --------------------------------------------------------------------------------------
@@ -216,35 +209,19 @@ def fold(
     put = partial(jax.device_put, device=sharding)
     ends = {name: part for name, part in params.items() if not name.startswith("blocks_")}
     made, conditioning, text = _fold_ends(put(ends), put(context), put(pooled), timestep, dtype=dtype)
-    stacks = []
-    for run, (begin, length, kind) in enumerate(config.runs()):
-        store = partial(_stored_block, config=config, kind=kind, dtype=dtype, eight_bits=eight_bits)
-        layers = (
-            put(jax.tree.map(lambda leaf, layer=layer: leaf[layer], params[f"blocks_{run}"]))
-            for layer in range(length)
-        )
-        if begin == 0:
-            made["first"] = store(next(layers), conditioning, text)
-        if rest := length - (begin == 0):
-            stacks.append(_stacked((store(layer, conditioning) for layer in layers), rest, sharding))
-    return made | {f"blocks_{index}": stack for index, stack in enumerate(stacks)}
-
-
-def _stacked(layers: Iterable[ParamTree], length: int, sharding: Sharding | None) -> ParamTree:
-    """Stacks the arrays of trees on a leading axis, without ever holding all of them twice."""
-    for index, layer in enumerate(layers):
-        if index == 0:
-            stack = jax.tree.map(
-                lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype, device=sharding), layer
+    for run, (first, length, kind) in enumerate(config.runs()):
+        for layer in range(first, first + length):
+            block = put(jax.tree.map(lambda leaf, index=layer - first: leaf[index], params[f"blocks_{run}"]))
+            stored = _stored_block(
+                *(block, conditioning, text if layer == 0 else None),
+                config=config,
+                kind=kind,
+                dtype=dtype,
+                eight_bits=eight_bits,
             )
-        # Without waiting, the next layers would be copied to the device while this one still takes memory there.
-        stack = jax.block_until_ready(_with_layer(stack, layer, index))
-    return stack
-
-
-@partial(jax.jit, donate_argnums=0)
-def _with_layer(stack: ParamTree, layer: ParamTree, index: int) -> ParamTree:
-    return jax.tree.map(lambda all_layers, one: all_layers.at[index].set(one), stack, layer)
+            # Without waiting, the next layers would be copied to the device while this one still takes memory there.
+            made[f"layers_{layer}"] = jax.block_until_ready(stored)
+    return made
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -317,7 +294,9 @@ def _fold_block(
     added = {part: _before(attn[f"add_{part}_proj"], text_shift, text_scale) for part in parts}
     folded_attn = _image_attention(attn, shift, scale, gate)
     if text is None:
-        folded_attn["add_" + "".join(parts)] = _joined(*added.values())
+        folded_attn["add_kv"] = _joined(added["k"], added["v"])
+        if "q" in added:
+            folded_attn["add_q"] = added["q"]
         folded_attn |= {name: attn[name] for name in ("norm_added_q", "norm_added_k") if name in attn}
         if kind.context_pre_only:
             folded_attn.pop("norm_added_q", None)
@@ -337,9 +316,9 @@ def _fold_block(
 
 
 def _image_attention(attn: ParamTree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> dict[str, Any]:
-    projections = (_before(attn[name], shift, scale) for name in ("to_q", "to_k", "to_v"))
+    q, k, v = (_before(attn[name], shift, scale) for name in ("to_q", "to_k", "to_v"))
     norms = {name: attn[name] for name in ("norm_q", "norm_k") if name in attn}
-    return {"qkv": _joined(*projections), "to_out": _after(attn["to_out_0"], gate)} | norms
+    return {"q": q, "kv": _joined(k, v), "to_out": _after(attn["to_out_0"], gate)} | norms
 
 
 def _feed_forward(ff: ParamTree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> ParamTree:

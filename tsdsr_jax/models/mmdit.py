@@ -88,14 +88,17 @@ class MMDiTConfig:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
-    def runs(self) -> list[tuple[int, int, BlockKind]]:
-        """(first layer, number of layers, kind) of each run of identical blocks, in order."""
-        kinds = [
+    def kinds(self) -> list[BlockKind]:
+        """The kind of each block, in order."""
+        return [
             BlockKind(layer in self.dual_attention_layers, layer == self.num_layers - 1)
             for layer in range(self.num_layers)
         ]
+
+    def runs(self) -> list[tuple[int, int, BlockKind]]:
+        """(first layer, number of layers, kind) of each run of identical blocks, in order."""
         runs, first = list[tuple[int, int, BlockKind]](), 0
-        for kind, members in groupby(kinds):
+        for kind, members in groupby(self.kinds()):
             length = len(list(members))
             runs.append((first, length, kind))
             first += length

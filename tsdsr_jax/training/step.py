@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from tsdsr_jax.data.batches import LocalBatch
 from tsdsr_jax.data.record import Record
+from tsdsr_jax.devices import compiler_options
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.training.batch import Metrics
 from tsdsr_jax.training.optimizer import (
@@ -313,4 +314,9 @@ class Step:
 
 def jit_step(trainer: Trainer, mesh: Mesh, shardings: Any) -> JittedStep:
     """Jits `trainer.step`; the state is donated and keeps its shardings."""
-    return jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    return jax.jit(
+        trainer.step,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+        compiler_options=compiler_options(mesh.devices.flat[0]),
+    )

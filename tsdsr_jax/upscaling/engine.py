@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from tsdsr_jax.devices import matmul_precision, memory_of
+from tsdsr_jax.devices import compiler_options, matmul_precision, memory_of
 from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.models.folded import EightBits, FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
@@ -304,13 +304,16 @@ class Engine:
 
     # ---- the programs ------------------------------------------------------------------------
 
+    def _jit(self, function: Callable[..., Any], sharding: NamedSharding) -> Callable[..., Any]:
+        return jax.jit(function, out_shardings=sharding, compiler_options=compiler_options(self.devices[0]))
+
     @cached_property
     def enlarge(self) -> Callable[[jax.Array, Enlargement], jax.Array]:
         return jax.jit(enlarge, out_shardings=self.networks.split)
 
     @cached_property
     def encode(self) -> Callable[..., jax.Array]:
-        return jax.jit(self._encode, out_shardings=self.networks.shared)
+        return self._jit(self._encode, self.networks.shared)
 
     @cached_property
     def empty_sums(self) -> Callable[[jax.Array], jax.Array]:
@@ -322,7 +325,7 @@ class Engine:
 
     @cached_property
     def velocity(self) -> Callable[..., jax.Array]:
-        return jax.jit(self._velocity, out_shardings=self.networks.split)
+        return self._jit(self._velocity, self.networks.split)
 
     @cached_property
     def blend(self) -> Callable[..., jax.Array]:
@@ -330,7 +333,7 @@ class Engine:
 
     @cached_property
     def decode(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        return jax.jit(self._decode, out_shardings=self.networks.split)
+        return self._jit(self._decode, self.networks.split)
 
     @cached_property
     def _autoencoder(self) -> AutoencoderKL:

@@ -1,7 +1,7 @@
 """Training's programs compile for an NVIDIA GPU, with cuDNN's attention forward and backward. No GPU is needed.
 
 With JAX's CUDA plugin (`make cuda-compiler`), XLA compiles for the description of an H200. This happens in a separate
-process, because that of the tests has eight CPUs. See gpu_programs/dry_run.py.
+process, because that of the tests has eight CPUs. See support/dry_run.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gpu_programs import sd3
+import planned_sd3
 from tsdsr_jax.models.vae import VAEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers of SD3-medium, a small autoencoder, and photographs of 512×512."""
     folder = tmp_path_factory.mktemp("described")
     small = VAEConfig.tiny(block_out_channels=(32, 32, 64, 64))
-    sd3.save(folder, sd3.layers(3), small)
+    planned_sd3.save(folder, planned_sd3.layers(3), small)
     (folder / "photos").mkdir()
     for seed in range(2):
         pixels = np.random.default_rng(seed).integers(0, 256, (512, 512, 3), np.uint8)
@@ -45,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def programs(root: Path, script: str, *flags: str, **environment: str) -> list[dict[str, Any]]:
     """Returns the programs that a script compiles in a dry run."""
     command = [
-        sys.executable, str(ROOT / "tests" / "support" / "gpu_programs" / "dry_run.py"), script,
+        sys.executable, str(ROOT / "tests" / "support" / "dry_run.py"), script,
         "--pretrained_model_name_or_path", "sd3", "--default_embedding_dir", "default", "--null_embedding_dir", "null",
         "--hr_dir", "photos", "--max_train_steps", "2", "--train_batch_size", "2", "--output_dir", "run", *flags,
     ]  # fmt: skip

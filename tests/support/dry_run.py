@@ -1,7 +1,7 @@
 """Runs a training script for a GPU that is only described: its programs are compiled, and none is executed.
 
-    python tests/support/gpu_programs/dry_run.py train/distill.py FLAGS...   # a line of JSON for each program
-    STEP_ONLY=1 python tests/support/gpu_programs/dry_run.py train/distill.py FLAGS...   # without validation's programs
+    python tests/support/dry_run.py train/distill.py FLAGS...   # a line of JSON for each program
+    STEP_ONLY=1 python tests/support/dry_run.py train/distill.py FLAGS...   # without validation's programs
 
 XLA compiles for an NVIDIA GPU wherever JAX's CUDA plugin is installed, without CUDA's libraries and without a GPU. The
 script is the real one, from its flags to its step, pictures and exported files. Three things are replaced: arrays on the
@@ -24,21 +24,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from jax._src.cudnn import fused_attention_stablehlo  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+import described_gpu  # before JAX
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-TARGET = Path(__file__).with_name("h200.txtpb")
-CUDNN = 91000  # the version that the target describes
 ATTENTION = "__cudnn$fmhaSoftmax"
-OPTIONS = {"xla_gpu_autotune_level": 0}
 
 real_jit = jax.jit
 
@@ -106,7 +99,7 @@ class DryJit:
     def _compile(self, arguments: Any, named: Any) -> Any:
         began = time.perf_counter()
         lowered = self.jitted.lower(*arguments, **named)
-        compiled = lowered.compile(compiler_options=OPTIONS)
+        compiled = lowered.compile(compiler_options=described_gpu.OPTIONS)
         report(getattr(self.function, "__name__", "a function"), compiled, time.perf_counter() - began)
         shapes = jax.eval_shape(self.function, *arguments, **named)
         return jax.tree.map(lambda leaf: Planned(leaf.shape, leaf.dtype, self.whole), shapes)
@@ -133,12 +126,8 @@ def report(name: str, compiled: Any, seconds: float) -> None:
     print(json.dumps(found), flush=True)
 
 
-def pretend(device: jax.Device, whole: NamedSharding) -> None:
-    """Tells JAX and the project that this device is there, and plans arrays instead of making them."""
-    fused_attention_stablehlo.check_cudnn_version = lambda *_, **__: CUDNN
-    fused_attention_stablehlo.check_compute_capability = lambda *_, **__: True
-    jax.default_backend = lambda: "gpu"
-    jax.devices = lambda *_: [device]
+def plan_arrays(whole: NamedSharding) -> None:
+    """Makes JAX plan arrays and programs instead of making and running them."""
 
     def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
         return functools.partial(jit, **options) if function is None else DryJit(function, options, whole)
@@ -154,7 +143,6 @@ def pretend(device: jax.Device, whole: NamedSharding) -> None:
 
 def replace_loading_and_running() -> None:
     """Weights become planned ones, and a run one step, the pictures and the files of a checkpoint."""
-    from tsdsr_jax.models import attention
     from tsdsr_jax.models.params import abstract_params
     from tsdsr_jax.training import networks, session
     from tsdsr_jax.training.resume import Start
@@ -178,14 +166,13 @@ def replace_loading_and_running() -> None:
         state, _ = task.step(state, next(of_run.batches()))
         print(json.dumps({"files": sorted(task.files(state))}), flush=True)
 
-    attention._has_flash_attention = lambda: True
     networks._load, session.train = load, run
 
 
 def main(script: str, flags: Sequence[str]) -> None:
-    target = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
-    whole = NamedSharding(Mesh(np.asarray(target.devices).reshape(1, 1), ("data", "fsdp")), PartitionSpec())
-    pretend(target.devices[0], whole)
+    devices = described_gpu.describe()
+    described_gpu.pretend(devices)
+    plan_arrays(described_gpu.everywhere(devices))
     replace_loading_and_running()
     sys.argv = [script, *flags]
     importlib.import_module(f"tsdsr_jax.commands.{Path(script).stem}").main()

@@ -17,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "support")]
 from torch_networks import TOKENS, TorchNetworks, synchronized
 
 from tsdsr_jax import devices
+from tsdsr_jax.images.resize import bicubic
 from tsdsr_jax.models import attention
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
 from tsdsr_jax.models.params import LATENT_FACTOR
@@ -50,12 +51,21 @@ class Parts:
         self.latent = side // LATENT_FACTOR
 
     def inputs(self, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draws images (B, H, W, 3) in [−1, 1], latents and noise (B, h, w, C)."""
+        """Draws enlarged photographs (B, H, W, 3) in [−1, 1], latents and noise (B, h, w, C)."""
         random = np.random.default_rng(batch)
         shape = (batch, self.latent, self.latent, self.configs[1].latent_channels)
-        images = random.uniform(-1, 1, (batch, self.side, self.side, 3)).astype(np.float32)
+        images = np.stack([self._enlarged(photo) for photo in self._photos(batch)])
         latents, noise = (random.standard_normal(shape).astype(np.float32) for _ in range(2))
         return images, latents, noise
+
+    def _photos(self, batch: int) -> np.ndarray:
+        """Draws photographs, (B, H/4, W/4, 3) uint8."""
+        shape = (batch, self.side // 4, self.side // 4, 3)
+        return np.random.default_rng(batch + 1).integers(0, 256, shape, np.uint8)
+
+    def _enlarged(self, photo: np.ndarray) -> np.ndarray:
+        image = bicubic(photo.astype(np.float32) / 255, self.side, self.side)
+        return np.clip(image * 2 - 1, -1, 1)
 
     def ours(self, part: Part, batch: int) -> Work:
         engine = self.engine
@@ -91,9 +101,9 @@ class Parts:
     def _whole(self, batch: int) -> Callable[[], list[np.ndarray]]:
         """Host to host, in the batches that infer/upscale.py makes."""
         engine, settings, side = self.engine, self.settings, (self.side, self.side)
-        images, _, noise = self.inputs(batch)
         plan = settings.plan((self.side // 4, self.side // 4))
-        photos = [Prepared(plan, image, np.zeros_like(noise[0])) for image in images]
+        noise = np.zeros((self.latent, self.latent, engine.latent_channels), np.float32)
+        photos = [Prepared(plan, photo, noise) for photo in self._photos(batch)]
 
         def run() -> list[np.ndarray]:
             size = batch_size(len(photos), 1, engine.largest_batch(side, settings))
@@ -108,11 +118,13 @@ class Parts:
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device, dtype).permute(0, 3, 1, 2)
 
-        arrays = self.inputs(batch)
-        images, latents, noise = map(tensor, arrays)
+        photos = self._photos(batch)
+        images, latents, noise = map(tensor, self.inputs(batch))
 
         def whole() -> torch.Tensor:
-            found = networks.encode(tensor(arrays[0]), torch.zeros_like(noise))
+            small = tensor(photos).div(255)
+            enlarged = torch.nn.functional.interpolate(small, (self.side, self.side), mode="bicubic")
+            found = networks.encode((enlarged * 2 - 1).clamp(-1, 1), torch.zeros_like(noise))
             return networks.decode(found - networks.velocity(found)).cpu()
 
         run = {

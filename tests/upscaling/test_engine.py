@@ -20,11 +20,12 @@ from tiny_checkpoint import (
 )
 from tsdsr_jax.cli import Share
 from tsdsr_jax.images.buckets import plan_buckets
+from tsdsr_jax.images.resize import bicubic, reflect_pad
 from tsdsr_jax.models import layers
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.upscaling import engine as engine_module
 from tsdsr_jax.upscaling import tiling
-from tsdsr_jax.upscaling.batch_run import latent_noise, prepare_photo, upscale_groups
+from tsdsr_jax.upscaling.batch_run import latent_noise, upscale_groups
 from tsdsr_jax.upscaling.engine import Bands, Engine, LoadedNetworks, Prepared
 from tsdsr_jax.upscaling.jobs import Report, find_jobs
 from tsdsr_jax.upscaling.planning import Settings, SizePlan, plan_groups, unfinished
@@ -159,7 +160,13 @@ def test_programs_do_not_multiply_where_one_photograph_fills_its_bucket(tmp_path
 def prepared(size: tuple[int, int], seed: int, settings: Settings = SMALL) -> Prepared:
     plan = settings.plan(size)
     noise = latent_noise(bytes([seed]), 1, (*plan.latent, NETWORKS[1].latent_channels))
-    return prepare_photo(synthetic_photo(*size, seed), plan, noise)
+    return Prepared(plan, synthetic_photo(*size, seed), noise)
+
+
+def enlarged(photo: Prepared) -> np.ndarray:
+    """What the network sees of a photograph: computed on the host, (H, W, 3) float32 in [-1, 1]."""
+    image = bicubic(photo.image.astype(np.float32) / 255, *photo.plan.resized) * 2 - 1
+    return reflect_pad(np.clip(image, -1, 1), *photo.plan.padded)
 
 
 def corner(array: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -172,11 +179,10 @@ def corner(array: np.ndarray, height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(33, 52), (32, 32)])
 def test_padding_changes_nothing(engine: Engine, size):
     photo, params = prepared(size, 3), engine.networks.vae
+    image = enlarged(photo)
     shape, latent_shape = photo.plan.padded, photo.plan.latent
-    plain = np.asarray(engine.encode(params, photo.image[None], photo.noise[None], None))
-    wide = engine.encode(
-        params, corner(photo.image, *BUCKET), corner(photo.noise, 9, 14), np.asarray([shape])
-    )
+    plain = np.asarray(engine.encode(params, image[None], photo.noise[None], None))
+    wide = engine.encode(params, corner(image, *BUCKET), corner(photo.noise, 9, 14), np.asarray([shape]))
     wide = np.asarray(wide)[:, : latent_shape[0], : latent_shape[1]]
     assert np.abs(plain - wide).max() <= 1e-5 * np.abs(plain).max()
 
@@ -194,7 +200,7 @@ def test_a_picture_is_what_the_plain_networks_give(engine: Engine, size):
     encode, decode = (
         jax.jit(partial(engine._autoencoder.apply, method=name)) for name in ("encode", "decode")
     )
-    latent = encode({"params": PARAMS[1]}, photo.image[None]).sample(photo.noise) * scaling
+    latent = encode({"params": PARAMS[1]}, enlarged(photo)[None]).sample(photo.noise) * scaling
     velocity = tile_by_tile(np.asarray(latent[0]), photo.plan, SMALL)
     decoded = decode({"params": PARAMS[1]}, (latent - velocity).astype(jnp.float32) / scaling)
     levels = np.asarray((jnp.clip(decoded[0], -1, 1) * 0.5 + 0.5) * 255)
@@ -356,7 +362,10 @@ def test_bands_only_where_the_whole_does_not_fit(monkeypatch, memory, banded):
     calls, in_bands = [], layers.in_bands
     monkeypatch.setattr(layers, "in_bands", lambda *args: calls.append(1) or in_bands(*args))
     photo = prepared((33, 52), 3)
-    for method, array in (("encode", photo.image[None]), ("decode", np.zeros((1, 9, 14, 16), np.float32))):
+    for method, array in (
+        ("encode", enlarged(photo)[None]),
+        ("decode", np.zeros((1, 9, 14, 16), np.float32)),
+    ):
         calls.clear()
         run = {"encode": engine._encode, "decode": engine._decode}[method]
         more = (

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from tsdsr_jax.models.mmdit import MMDiTConfig, grid_positions, patchify
-from tsdsr_jax.upscaling.engine import _blend, _gather
-from tsdsr_jax.upscaling.tiling import Tile, TokenBatch, cut, offsets, pack, tile_weights
+from tsdsr_jax.upscaling.tiling import (
+    Tile,
+    TokenBatch,
+    blend_tiles,
+    cut,
+    gather_patches,
+    offsets,
+    pack,
+    tile_weights,
+)
 
 CONFIG = MMDiTConfig.tiny()
 
@@ -66,7 +74,7 @@ def blended(velocities: list[np.ndarray], packs: list[TokenBatch], shape: tuple[
     """The weighted mean, (B, h, w, C + 1) with the sum of weights last, of tiles of velocities (n, T, p·p·C)."""
     sums = jnp.zeros((*shape, velocities[0].shape[2] // 4 + 1), jnp.float32)
     for velocity, packed in zip(velocities, packs, strict=True):
-        sums = _blend(sums, *map(jnp.asarray, (velocity, packed.pixels, packed.weights)))
+        sums = blend_tiles(sums, *map(jnp.asarray, (velocity, packed.pixels, packed.weights)))
     sums = np.array(sums)
     sums[..., :-1] /= np.where(sums[..., -1:] > 0, sums[..., -1:], 1)
     return sums
@@ -88,7 +96,7 @@ def test_the_identity_network_gives_the_latents_back(portrait, rows):
     tokens = 25 + 4
     assert len(tiles) == 12
     packs = [pack(tiles[start : start + rows], rows, tokens, shape, CONFIG) for start in range(0, 12, rows)]
-    velocities = [_gather(jnp.asarray(latents), jnp.asarray(packed.pixels)) for packed in packs]
+    velocities = [gather_patches(jnp.asarray(latents), jnp.asarray(packed.pixels)) for packed in packs]
     result = blended(velocities, packs, latents.shape[:3])[..., :-1]
     for index, (height, width) in enumerate(sizes):
         np.testing.assert_allclose(
@@ -103,7 +111,7 @@ def test_tokens_come_in_the_transformers_order():
     tile = Tile(1, 3, 5, 8, 12)
     packed = pack([tile], 1, 24, (14, 20), CONFIG)
     window = jnp.asarray(latents[1:2, 3:11, 5:17])
-    patches = _gather(jnp.asarray(latents), jnp.asarray(packed.pixels))
+    patches = gather_patches(jnp.asarray(latents), jnp.asarray(packed.pixels))
     np.testing.assert_array_equal(patches, patchify(window, 2))
     np.testing.assert_array_equal(packed.positions[0], grid_positions(CONFIG, 8, 12))
     assert (packed.lengths == 24).all()
@@ -114,7 +122,7 @@ def test_a_portrait_is_read_upright_from_its_transposed_latent():
     lying = upright.swapaxes(1, 2)
     tile = Tile(0, 5, 3, 12, 8, portrait=True)
     packed = pack([tile], 1, 24, lying.shape[1:3], CONFIG)
-    patches = _gather(jnp.asarray(lying), jnp.asarray(packed.pixels))
+    patches = gather_patches(jnp.asarray(lying), jnp.asarray(packed.pixels))
     np.testing.assert_array_equal(patches, patchify(jnp.asarray(upright[:, 5:17, 3:11]), 2))
     np.testing.assert_array_equal(packed.positions[0], grid_positions(CONFIG, 12, 8))
     assert packed.weights[0].reshape(-1).argmax() == _flat_patches(tile_weights(12, 8)).argmax()

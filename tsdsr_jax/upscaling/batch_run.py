@@ -1,4 +1,4 @@
-"""Runs groups of photographs through the engine: reads and prepares them, computes, finishes and delivers.
+"""Runs groups of photographs through the engine: reads them, computes, finishes and delivers.
 
 Threads read and write while the device computes, so that it never waits for files. A bad file does not affect other results.
 """
@@ -19,7 +19,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.images import color
 from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.files import Photo
-from tsdsr_jax.images.resize import bicubic, pillow_bicubic, reflect_pad
+from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.upscaling.engine import Engine, Launched, Prepared, Progress
 from tsdsr_jax.upscaling.jobs import Job, Report
 from tsdsr_jax.upscaling.planning import Group, Settings, SizePlan, slices
@@ -63,12 +63,6 @@ def latent_noise(content: bytes, seed: int, shape: tuple[int, ...]) -> np.ndarra
     digest = hashlib.sha256(seed.to_bytes(16, "little", signed=True) + content).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
     return generator.standard_normal(shape, dtype=np.float32)
-
-
-def prepare_photo(rgb: np.ndarray, plan: SizePlan, noise: np.ndarray) -> Prepared:
-    """Enlarges (H, W, 3) uint8 to the planned size by bicubic interpolation (a = −0.75, in float32), and pads it."""
-    image = bicubic(rgb.astype(np.float32) / 255, *plan.resized) * 2 - 1
-    return Prepared(plan, reflect_pad(np.clip(image, -1, 1), *plan.padded), noise)
 
 
 def finish_picture(
@@ -168,7 +162,7 @@ class _Run:
             shape = (*plan.latent, self.engine.latent_channels)
             sample, seed = self.settings.sample, self.settings.seed
             noise = latent_noise(content, seed, shape) if sample else np.zeros(shape, np.float32)
-            return _Slot(job, plan, photo, prepare_photo(photo.rgb, plan, noise))
+            return _Slot(job, plan, photo, Prepared(plan, photo.rgb, noise))
         except Exception as error:  # whatever is wrong with one file, the others go on
             if self._is_wanted(job):
                 self.report.failed(job.source, error)

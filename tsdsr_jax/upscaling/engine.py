@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import LATENT_FACTOR, STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.vae import AutoencoderKL, Posterior, VAEConfig, valid_mask, whole_image_bytes
 from tsdsr_jax.upscaling import tiling
+from tsdsr_jax.upscaling.enlarging import Enlargement, enlarge, plan_enlargement, source_shape
 from tsdsr_jax.upscaling.planning import Settings, SizePlan
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
@@ -56,7 +57,7 @@ class Prepared:
 
     Attributes:
       plan: its sizes.
-      image: (H, W, 3) float32 in [−1, 1], of size `plan.padded`, upright.
+      image: (h, w, 3) uint8, the photograph itself, upright.
       noise: (H/8, W/8, latent channels) float32 for the posterior sample; zeros give the mean.
     """
 
@@ -87,6 +88,24 @@ class Launched:
             _laid(image, plan)[: plan.padded[0], : plan.padded[1]] if fine else None
             for image, fine, plan in zip(images, finite, self.plans, strict=False)
         ]
+
+
+class _SentPhotos(NamedTuple):
+    """A batch of photographs on the devices."""
+
+    pixels: jax.Array
+    noise: jax.Array
+    enlargement: Enlargement
+
+
+class _SentTiles(NamedTuple):
+    """A `tiling.TokenBatch` on the devices; without lengths where the transformer does not need them."""
+
+    tiles: int
+    pixels: jax.Array
+    weights: jax.Array
+    positions: jax.Array
+    lengths: jax.Array | None
 
 
 class LoadedNetworks:
@@ -212,22 +231,20 @@ class Engine:
         if len(photos) > batch:
             raise ValueError(f"{len(photos)} photographs of {bucket}, expected at most {batch}")
         filled = [*photos, *[photos[0]] * (batch - len(photos))]
-        latent_bucket = bucket[0] // LATENT_FACTOR, bucket[1] // LATENT_FACTOR
+        sent = self._send_photos(filled, bucket, settings)
         params = self.networks.lying_vae if plans[0].portrait else self.networks.vae
-        images = self._put(np.stack([_corner(_laid(photo.image, photo.plan), bucket) for photo in filled]))
-        noise = self._put(
-            np.stack([_corner(_laid(photo.noise, photo.plan), latent_bucket) for photo in filled])
-        )
         masked = masked or any(plan.lying != bucket for plan in plans)
-        sizes = np.asarray([photo.plan.lying for photo in filled], np.int32)
-        valid = self._put(sizes) if masked else None
+        valid = sent.enlargement.padded if masked else None
         with matmul_precision(self.dtype):
             _tell(progress, "encode", 0, 1)
-            latents = self.encode(params, images, noise, valid)
+            latents = self.encode(params, self.enlarge(sent.pixels, sent.enlargement), sent.noise, valid)
             sums = self.denoise(latents, plans, settings, progress)
             _tell(progress, "decode", 0, 1)
             pictures, finite = self.decode(params, latents, sums, valid)
             _tell(progress, "decode", 1, 1, pictures)
+        # The copies start as soon as the results are there, while the device computes the next batch.
+        pictures.copy_to_host_async()
+        finite.copy_to_host_async()
         return Launched(plans, bucket, masked, pictures, finite)
 
     def denoise(
@@ -238,22 +255,51 @@ class Engine:
         progress: Progress | None = None,
     ) -> jax.Array:
         """Runs all tiles of a batch of latents (B, h, w, C); returns the sums that `blend` accumulates."""
-        config, devices = self.networks.transformer_config, len(self.devices)
-        batch, height, width, channels = latents.shape
-        tiles = tiling.cut_batch(plans, settings)
-        sums = jnp.zeros((batch, height, width, channels + 1), jnp.float32, device=self.networks.shared)
-        done = 0
-        _tell(progress, "tiles", done, len(tiles), latents)
-        for packed in tiling.pack_batches(tiles, settings, devices, (height, width), config):
-            patches = self.gather(latents, self._put(packed.pixels))
-            lengths = self._put(packed.lengths) if packed.needs_lengths else None
-            velocity = self.velocity(self.networks.transformer, patches, self._put(packed.positions), lengths)
-            sums = self.blend(sums, velocity, packed.pixels, packed.weights)
-            done += packed.tiles
-            _tell(progress, "tiles", done, len(tiles), sums)
+        height, width = latents.shape[1:3]
+        calls = self._tiles(tuple(plans), settings, (height, width))
+        done, total = 0, sum(call.tiles for call in calls)
+        sums = self.empty_sums(latents)
+        _tell(progress, "tiles", done, total, latents)
+        for call in calls:
+            patches = self.gather(latents, call.pixels)
+            velocity = self.velocity(self.networks.transformer, patches, call.positions, call.lengths)
+            sums = self.blend(sums, velocity, call.pixels, call.weights)
+            done += call.tiles
+            _tell(progress, "tiles", done, total, sums)
         return sums
 
+    @cached_property
+    def _tiles(self) -> Callable[[tuple[SizePlan, ...], Settings, Size], list[_SentTiles]]:
+        """The tiles of a batch, on the devices. They stay there for the next batches, which often have the same."""
+        return lru_cache(maxsize=4)(self._send_tiles)
+
+    def _send_tiles(
+        self, plans: tuple[SizePlan, ...], settings: Settings, latent_size: Size
+    ) -> list[_SentTiles]:
+        tiles = tiling.cut_batch(plans, settings)
+        config = self.networks.transformer_config
+        calls = tiling.pack_batches(tiles, settings, len(self.devices), latent_size, config)
+        return [
+            _SentTiles(
+                call.tiles,
+                self._put(call.pixels),
+                self._put(call.weights),
+                self._put(call.positions),
+                self._put(call.lengths) if call.needs_lengths else None,
+            )
+            for call in calls
+        ]
+
+    def _send_photos(self, photos: Sequence[Prepared], bucket: Size, settings: Settings) -> _SentPhotos:
+        plans = [photo.plan for photo in photos]
+        latent_bucket = bucket[0] // LATENT_FACTOR, bucket[1] // LATENT_FACTOR
+        pixels = _stack([photo.image for photo in photos], plans, source_shape(bucket, settings.upscale))
+        noise = _stack([photo.noise for photo in photos], plans, latent_bucket)
+        enlargement = jax.tree.map(self._put, plan_enlargement(plans, bucket))
+        return _SentPhotos(self._put(pixels), self._put(noise), enlargement)
+
     def _put(self, array: np.ndarray) -> jax.Array:
+        """Sends an array to the devices, split over them."""
         return jax.device_put(array, self.networks.split)
 
     # ---- the programs ------------------------------------------------------------------------
@@ -262,12 +308,20 @@ class Engine:
         return jax.jit(function, out_shardings=sharding, compiler_options=compiler_options(self.devices[0]))
 
     @cached_property
+    def enlarge(self) -> Callable[[jax.Array, Enlargement], jax.Array]:
+        return jax.jit(enlarge, out_shardings=self.networks.split)
+
+    @cached_property
     def encode(self) -> Callable[..., jax.Array]:
         return self._jit(self._encode, self.networks.shared)
 
     @cached_property
+    def empty_sums(self) -> Callable[[jax.Array], jax.Array]:
+        return jax.jit(tiling.empty_sums, out_shardings=self.networks.shared)
+
+    @cached_property
     def gather(self) -> Callable[..., jax.Array]:
-        return jax.jit(_gather, out_shardings=self.networks.split)
+        return jax.jit(tiling.gather_patches, out_shardings=self.networks.split)
 
     @cached_property
     def velocity(self) -> Callable[..., jax.Array]:
@@ -275,7 +329,7 @@ class Engine:
 
     @cached_property
     def blend(self) -> Callable[..., jax.Array]:
-        return jax.jit(_blend, donate_argnums=0, out_shardings=self.networks.shared)
+        return jax.jit(tiling.blend_tiles, donate_argnums=0, out_shardings=self.networks.shared)
 
     @cached_property
     def decode(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -342,35 +396,6 @@ class Engine:
         return band**2
 
 
-def _gather(latents: jax.Array, pixels: jax.Array) -> jax.Array:
-    """(B, h, w, C) and (n, T, p·p) flat pixel indices -> (n, T, p·p·C) patches."""
-    flat = latents.reshape(-1, latents.shape[-1])
-    return flat[pixels].reshape(*pixels.shape[:2], -1)
-
-
-def _blend(sums: jax.Array, velocity: jax.Array, pixels: jax.Array, weights: jax.Array) -> jax.Array:
-    """Adds weighted velocities, and the weights in the last channel, at each tile's pixels.
-
-    It adds tile after tile, because a single scatter would add overlapping tiles in an undefined order on GPUs.
-
-    Args:
-      sums: (B, h, w, C + 1) float32.
-      velocity: (n, T, p·p·C) float32.
-      pixels, weights: (n, T, p·p).
-    """
-    tiles, channels = velocity.shape[0], sums.shape[-1] - 1
-    values = velocity.reshape(tiles, -1, channels)
-    pixels, weights = pixels.reshape(tiles, -1), weights.reshape(tiles, -1, 1)
-    # Padding tokens have weight 0; what the network returned for them must not count even if infinite.
-    values = jnp.where(weights > 0, values * weights, 0)
-
-    def add(tile: jax.Array, flat: jax.Array) -> jax.Array:
-        return flat.at[pixels[tile]].add(jnp.concatenate([values[tile], weights[tile]], axis=-1))
-
-    flat = sums.reshape(-1, channels + 1)
-    return jax.lax.fori_loop(0, tiles, add, flat).reshape(sums.shape)
-
-
 def _transpose_kernels(params: Tree) -> Tree:
     return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1) if leaf.ndim == 4 else leaf, params)
 
@@ -389,8 +414,10 @@ def _laid(array: np.ndarray, plan: SizePlan) -> np.ndarray:
     return array.swapaxes(0, 1) if plan.portrait else array
 
 
-def _corner(array: np.ndarray, size: Size) -> np.ndarray:
-    """Pads the array to this size with zeros at the bottom and on the right."""
-    result = np.zeros((*size, *array.shape[2:]), array.dtype)
-    result[: array.shape[0], : array.shape[1]] = array
+def _stack(arrays: Sequence[np.ndarray], plans: Sequence[SizePlan], size: Size) -> np.ndarray:
+    """Lays portraits on their side, pads all to this size with zeros at the bottom and on the right, and stacks them."""
+    result = np.zeros((len(arrays), *size, arrays[0].shape[2]), arrays[0].dtype)
+    for padded, array, plan in zip(result, arrays, plans, strict=True):
+        laid = _laid(array, plan)
+        padded[: laid.shape[0], : laid.shape[1]] = laid
     return result

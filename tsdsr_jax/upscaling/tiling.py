@@ -1,4 +1,4 @@
-"""Latent tiles: where they lie, how they overlap, and how they are packed into tokens.
+"""Latent tiles: where they lie, how they overlap, how they are packed into tokens, and how results are blended.
 
 The transformer was trained on one latent size. It processes larger latents as overlapping tiles, which are blended with
 Gaussian weights. Offsets and weights are the original's; docs/differences.md lists the deviations.
@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tsdsr_jax.images.buckets import Size
@@ -181,3 +183,40 @@ def _patches(values: np.ndarray, patch: int) -> np.ndarray:
     height, width = values.shape
     grid = values.reshape(height // patch, patch, width // patch, patch)
     return grid.transpose(0, 2, 1, 3).reshape(-1, patch * patch)
+
+
+# ---- on the devices ---------------------------------------------------------------------------
+
+
+def empty_sums(latents: jax.Array) -> jax.Array:
+    """(B, h, w, C) -> (B, h, w, C + 1) float32 zeros, which `blend_tiles` adds to."""
+    return jnp.zeros((*latents.shape[:3], latents.shape[3] + 1), jnp.float32)
+
+
+def gather_patches(latents: jax.Array, pixels: jax.Array) -> jax.Array:
+    """(B, h, w, C) and (n, T, p·p) flat pixel indices -> (n, T, p·p·C) patches."""
+    flat = latents.reshape(-1, latents.shape[-1])
+    return flat[pixels].reshape(*pixels.shape[:2], -1)
+
+
+def blend_tiles(sums: jax.Array, velocity: jax.Array, pixels: jax.Array, weights: jax.Array) -> jax.Array:
+    """Adds weighted velocities, and the weights in the last channel, at each tile's pixels.
+
+    It adds tile after tile, because a single scatter would add overlapping tiles in an undefined order on GPUs.
+
+    Args:
+      sums: (B, h, w, C + 1) float32.
+      velocity: (n, T, p·p·C) float32.
+      pixels, weights: (n, T, p·p).
+    """
+    tiles, channels = velocity.shape[0], sums.shape[-1] - 1
+    values = velocity.reshape(tiles, -1, channels)
+    pixels, weights = pixels.reshape(tiles, -1), weights.reshape(tiles, -1, 1)
+    # Padding tokens have weight 0; what the network returned for them must not count even if infinite.
+    values = jnp.where(weights > 0, values * weights, 0)
+
+    def add(tile: jax.Array, flat: jax.Array) -> jax.Array:
+        return flat.at[pixels[tile]].add(jnp.concatenate([values[tile], weights[tile]], axis=-1))
+
+    flat = sums.reshape(-1, channels + 1)
+    return jax.lax.fori_loop(0, tiles, add, flat).reshape(sums.shape)

@@ -1,0 +1,12 @@
+# Sourced by run.sh and cli.sh.
+case "${1:-}" in
+  full) export DEADLINE=${DEADLINE:-400} END=${END:-470} ;;
+  tiny) export DEADLINE=${DEADLINE:-1500} END=${END:-1800} ;;
+  *) echo "usage: bash $0 full|tiny" >&2; exit 2 ;;
+esac
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export OUT=${OUT:-/tmp/tsdsr-lease-results}                # figures and logs
+export WORK=${WORK:-/tmp/tsdsr-lease}                      # the random model; both scripts share it
+export PYTHONPATH=$PWD:$PWD/bench:$PWD/tests/support:${PYTHONPATH:-}
+export PYTHONUNBUFFERED=1 TQDM_DISABLE=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
+mkdir -p "$OUT" "$WORK"

@@ -18,8 +18,10 @@ from tsdsr_jax.distillation.losses import Base, Batch, Draws, LossConfig, Losses
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree
+from tsdsr_jax.models.stacks import take_apart
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tsdsr_jax.training.optimizer import OptimizerConfig
+from tsdsr_jax.training.options import LayerOptions
 from tsdsr_jax.training.sharding import make_mesh, replicated
 from tsdsr_jax.training.step import Trainer, jit_step
 from tsdsr_jax.weights.lora_files import load_lora
@@ -63,18 +65,24 @@ class OurStep:
         def on_device(tree: Tree) -> Tree:
             return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
 
+        mesh = make_mesh()
+        scanned = LayerOptions().scans(mesh)
+        transformer, vae = map(on_device, params)
+        if not scanned:
+            transformer = take_apart(configs[0], transformer)
         width, pooled = configs[0].joint_attention_dim, configs[0].pooled_projection_dim
         null = Text(jnp.zeros((1, TOKENS, width), dtype), jnp.zeros((1, pooled), dtype))
-        self.base = Base(*map(on_device, params), on_device(adapters["teacher"]), null)
+        self.base = Base(transformer, vae, on_device(adapters["teacher"]), null)
         self.student = Student(adapters["student"], adapters["encoder"])
         self.auxiliary = adapters["auxiliary"]
         self.objective = Losses(
-            MMDiT(configs[0], dtype, remat=remat), AutoencoderKL(configs[1], dtype, remat=remat), config
+            MMDiT(configs[0], dtype, remat=remat, scanned=scanned),
+            AutoencoderKL(configs[1], dtype, remat=remat),
+            config,
         )
         rates = {"student": RATE, "auxiliary": RATE_AUXILIARY}
         trainer = Trainer(self.objective, OptimizerConfig(schedule="constant"), rates, branch=False)
         self.state = jax.jit(trainer.init)({"student": self.student, "auxiliary": self.auxiliary})
-        mesh = make_mesh()
         self.run = jit_step(trainer, mesh, replicated(mesh))
 
     def losses(self, data: dict[str, np.ndarray]) -> dict[str, float]:

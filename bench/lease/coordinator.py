@@ -79,6 +79,7 @@ class Running:
             "TRITON_CACHE_DIR": WORK / "triton" / job.name,
         }
         own = {"LEASE_CONNECTION": theirs.fileno(), "LEASE_WORKER": job.name, "LEASE_SIZE": size}
+        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share the GPU
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, HERE / job.script, *job.flags],

@@ -8,5 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OUT=${OUT:-/tmp/tsdsr-lease-results}                # figures and logs
 export WORK=${WORK:-/tmp/tsdsr-lease}                      # the random model; both scripts share it
 export PYTHONPATH=$PWD:$PWD/bench:$PWD/tests/support:${PYTHONPATH:-}
-export PYTHONUNBUFFERED=1 TQDM_DISABLE=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
+export PYTHONUNBUFFERED=1 TQDM_DISABLE=1
 mkdir -p "$OUT" "$WORK"

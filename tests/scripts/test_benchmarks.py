@@ -187,7 +187,7 @@ def figures(folder: Path, name: str = "results") -> list[dict[str, Any]]:
 @slow
 @pytest.mark.usefixtures("both_sides")
 def test_lease(tmp_path: Path, lease: Callable[..., tuple[int, str]]) -> None:
-    """Ours and PyTorch's agree; only one measures at a time; a job that cannot be ready is named."""
+    """Ours and PyTorch's agree, and only one measures at a time. 2026-11-28: 12 min on a busy machine."""
     status, told = lease("run", "tiny", "ours", "eager", "fp8", "train", "torch-train")
     assert status == 0, told
     rows = figures(tmp_path)
@@ -198,7 +198,7 @@ def test_lease(tmp_path: Path, lease: Callable[..., tuple[int, str]]) -> None:
     }
     assert max(value for key, value in apart.items() if key[0] == "ours") < 1e-3
     assert 0 < apart["fp8", "transformer", 2] < 0.15
-    assert re.search(r"\| encode, 2 at a time \| [\d.]+ \| – \| [\d.]+ \(\*\*[\d.]+×\*\*\)", told)
+    assert re.search(r"\| encode, 2 at a time \| [\d.]+ \| \d+ % \| [\d.]+ \(\*\*[\d.]+×\*\*\)", told)
     losses = {row["worker"]: row["losses"] for row in rows if "losses" in row}
     assert losses["train"] == pytest.approx(losses["torch-train"], rel=1e-3)
     turns = sorted((row["second"] - row["seconds"], row["second"]) for row in rows if "turn" in row)

@@ -32,15 +32,15 @@ from typing import Any, Literal
 import jax
 import timing
 import torch
-from inference_parts import Part, Parts
+from inference_parts import Part, Parts, relative_error
 from torch_networks import TorchNetworks, configs
+from torch_parts import as_array, synchronized, torch_part
 from torch_pipeline import DTYPES
 
 from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.params import LATENT_FACTOR
 from tsdsr_jax.upscaling.engine import Bands
-from tsdsr_jax.upscaling.planning import Settings
 
 Other = Literal["eager", "compiled", "lora"]
 Rows = list[dict[str, Any]]
@@ -138,13 +138,8 @@ class Bench:
     def __init__(self, options: Options, precision: str):
         self.options, self.precision = options, precision
         self.torch = TorchNetworks.random(options.size, options.device, DTYPES[precision])
-        at_a_time = 1 if options.device == "cpu" else 8
-        tile = min(128, options.side // LATENT_FACTOR)
-        settings = Settings(
-            latent_tile=tile, process_size=64, sample=False, tile_batch=at_a_time, photo_batch=at_a_time
-        )
         self.engine = self.torch.engine(options.size, Bands(), precision, options.weights)
-        self.parts = Parts(self.engine, settings, configs(options.size), options.side)
+        self.parts = Parts(self.engine, options.side, at_a_time=1 if options.device == "cpu" else 8)
         self.weights = {
             "ours": self.engine.networks.nbytes,
             "torch": sum(
@@ -201,16 +196,17 @@ class Bench:
     def compare(self, row: dict[str, Any], part: Part, other: Other, networks: TorchNetworks) -> None:
         """Times ours and one of PyTorch's ways in turn; adds them to the part's row."""
         ours = self.parts.ours(part, row["batch"])
-        theirs = self.parts.theirs(part, row["batch"], networks)
-        self.agree(part, ours.run(), theirs.run())
-        times = timing.in_turn({"ours": ours.run, other: theirs.run}, self.options.seconds)
+        options = self.options
+        theirs = synchronized(options.device, torch_part(part, row["batch"], options.side, networks))
+        self.agree(part, ours.run(), theirs())
+        times = timing.in_turn({"ours": ours.run, other: theirs}, options.seconds)
         row["ours"] += times["ours"]
         row[other] = times[other]
         row[f"ratio_{other}"] = timing.median(times[other]) / timing.median(times["ours"])
         if "ours" not in row["memory"] and ours.planned:
             row["memory"]["ours"] = ours.planned()
-        if self.options.device == "cuda":
-            row["memory"][other] = allocated(theirs.run)
+        if options.device == "cuda":
+            row["memory"][other] = allocated(theirs)
         each = (
             timing.median(times["ours"]) / row["batch"] * 1e3,
             timing.median(times[other]) / row["batch"] * 1e3,
@@ -222,7 +218,7 @@ class Bench:
 
     def agree(self, part: Part, ours: Any, theirs: torch.Tensor) -> None:
         """Refuses to compare results that differ."""
-        apart = self.parts.apart(part, ours, theirs)
+        apart = relative_error(self.parts.as_array(part, ours), as_array(theirs))
         self.apart = max(self.apart, apart)
         most = FARTHEST[self.precision] + (0.1 if self.options.weights else 0)
         if not apart <= most:

@@ -23,7 +23,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import timing
-from torch_networks import TOKENS, Size, configs
+from inputs import TOKENS
+from torch_networks import Size, configs
 
 from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
-from safetensors.torch import load_file
-from torch_pipeline import DTYPES, PNG_LEVEL, Text, TorchPipeline
+from torch_pipeline import DTYPES, PNG_LEVEL, TorchPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import oracle_pipeline as oracle
@@ -21,13 +19,7 @@ UPSCALE = 4
 @torch.no_grad()
 def main(work: Path, target: Path, device: str, precision: str, how: str) -> None:
     dtype = DTYPES[precision]
-    transformer = SD3Transformer2DModel.from_pretrained(work / "sd3" / "transformer", torch_dtype=dtype)
-    vae = AutoencoderKL.from_pretrained(work / "sd3" / "vae", torch_dtype=dtype)
-    prompt = load_file(work / "prompt" / "prompt.safetensors")
-    text = (prompt[name][None].to(device, dtype) for name in ("prompt_embeds", "pooled_embeds"))
-    networks = TorchPipeline(
-        transformer.to(device).eval(), vae.to(device, memory_format=torch.channels_last).eval(), Text(*text)
-    )
+    networks = TorchPipeline.load(work / "sd3", work / "prompt", device, dtype)
     if how == "compiled":
         networks.compile()
     photo = Image.open(work / "photo.png")

@@ -5,7 +5,7 @@ Importing this does not start jax, so that PyTorch can allocate its memory first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
-from peft import LoraConfig
+from inputs import TOKENS
 from torch import Tensor
 from torch_pipeline import Text, TorchPipeline
 
@@ -30,11 +30,6 @@ from tsdsr_jax.weights.tensor_files import TensorSpec
 from tsdsr_jax.weights.torch_names import read_base, to_tree
 
 Size = Literal["tiny", "half", "full"]
-ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
-STUDENT = (*ADAPTED, "proj", "linear", "proj_out")
-ENCODER = r"encoder\.(conv_in|conv_out|.+\.(conv1|conv2|conv_shortcut|downsamplers\.\d+\.conv|to_q|to_k|to_v|to_out\.0))"
-# of the prompt
-TOKENS = 333
 
 
 def configs(size: Size) -> tuple[MMDiTConfig, VAEConfig]:
@@ -73,13 +68,6 @@ class TorchNetworks(TorchPipeline):
             model.eval().requires_grad_(False)
         # As PyTorch users do for fast convolutions on a GPU.
         return cls(transformer, vae.to(memory_format=torch.channels_last), text)
-
-    def add_lora(self, rank: int = 64) -> None:
-        """Adds adapters as in TSD-SR's released inference: beside the weights, not merged."""
-        for model, targets in ((self.transformer, list(STUDENT)), (self.vae, ENCODER)):
-            model.add_adapter(
-                LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
-            )
 
     def engine(self, size: Size, bands: Bands, precision: str, weights: EightBits | None = None) -> Engine:
         """Ours, with these weights, on the first device."""
@@ -137,16 +125,3 @@ def numpy_of(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()
-
-
-def synchronized(device: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    """Wraps `function` to run without gradients and to return only when its result is ready."""
-
-    def run() -> Any:
-        with torch.no_grad():
-            result = function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    return run

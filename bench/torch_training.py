@@ -1,22 +1,21 @@
-"""PyTorch's side of `training.py`: a step of student and auxiliary network with PEFT, as in TSD-SR's script."""
+"""PyTorch's side of `training.py` and `lease/`: a step of student and auxiliary network with PEFT, as in TSD-SR's script."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "support")]
-from torch_networks import ADAPTED, ENCODER, STUDENT, Size, TorchNetworks
-from torch_pipeline import DTYPES
+from torch_pipeline import ADAPTED, DTYPES, ENCODER, STUDENT, TorchPipeline
 
+import oracle_models
 import oracle_training as oracle
 from tsdsr_jax.distillation.losses import LossConfig
 from tsdsr_jax.models import flow
@@ -24,51 +23,83 @@ from tsdsr_jax.models import flow
 RATE, RATE_AUXILIARY = 5e-6, 1e-6
 
 
+class Adapter(NamedTuple):
+    """Attributes:
+    network: the network that it changes.
+    torch_name: PEFT's name of it.
+    targets: the modules that it changes, as PEFT matches them.
+    file: its name in a folder of adapters.
+    """
+
+    network: Literal["transformer", "vae"]
+    torch_name: str
+    targets: tuple[str, ...] | str
+    file: str
+
+
+ADAPTERS = {
+    "student": Adapter("transformer", "student", STUDENT, "transformer.safetensors"),
+    "encoder": Adapter("vae", "default", ENCODER, "vae.safetensors"),
+    "teacher": Adapter("transformer", "teacher", STUDENT, "teacher.safetensors"),
+    "auxiliary": Adapter("transformer", "auxiliary", ADAPTED, "transformer_reg.safetensors"),
+}
+
+
+def adapted(networks: TorchPipeline, name: str) -> tuple[Any, str]:
+    """The network that has an adapter, and PEFT's name of the adapter."""
+    adapter = ADAPTERS[name]
+    return getattr(networks, adapter.network), adapter.torch_name
+
+
+def add_random_adapters(networks: TorchPipeline, rank: int) -> None:
+    """Adds all four, whose changes are small."""
+    for name, adapter in ADAPTERS.items():
+        model, torch_name = adapted(networks, name)
+        oracle_models.inject_lora(model, adapter.targets, rank, torch_name)
+    torch.manual_seed(1)
+    for model in (networks.transformer, networks.vae):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.02 / rank)
+
+
+def save_adapters(networks: TorchPipeline, folder: Path) -> None:
+    for name, adapter in ADAPTERS.items():
+        oracle_models.save_lora(adapted(networks, name)[0], folder / adapter.file, adapter.torch_name)
+
+
+def load_adapters(networks: TorchPipeline, folder: Path) -> None:
+    """Adds all four from files."""
+    for name, adapter in ADAPTERS.items():
+        model, torch_name = adapted(networks, name)
+        oracle_models.load_lora_into(model, folder / adapter.file, adapter.targets, torch_name)
+
+
+def farthest_apart(losses: Mapping[str, float], wanted: Mapping[str, float]) -> float:
+    """The largest relative difference of a loss."""
+    return max(abs(losses[name] / value - 1) for name, value in wanted.items())
+
+
 class TorchStep:
     """Trains adapters in float32; everything else is in `precision`, computed under autocast.
 
     Args:
-      size: size of both networks.
-      device: PyTorch's name of the device.
+      networks: with all adapters.
       precision: fp32, fp16 or bf16.
       config: the losses.
-      rank: rank of all adapters.
       gradient_checkpointing: for both networks.
     """
 
     def __init__(
-        self,
-        size: Size,
-        device: str,
-        precision: str,
-        config: LossConfig,
-        rank: int,
-        gradient_checkpointing: bool,
+        self, networks: TorchPipeline, precision: str, config: LossConfig, gradient_checkpointing: bool
     ):
-        self.config, self.device = config, device
-        self.networks = TorchNetworks.random(size, device, DTYPES[precision])
-        self.dtype = DTYPES[precision]
-        transformer, vae = self.networks.transformer, self.networks.vae
-        for model, name, targets in (
-            (transformer, "student", list(STUDENT)), (transformer, "teacher", list(STUDENT)),
-            (transformer, "auxiliary", list(ADAPTED)), (vae, "default", ENCODER),
-        ):  # fmt: skip
-            model.add_adapter(
-                LoraConfig(
-                    r=rank,
-                    lora_alpha=rank,
-                    init_lora_weights="gaussian",
-                    target_modules=targets,
-                ),
-                adapter_name=name,
-            )
-        torch.manual_seed(1)
+        self.config, self.networks, self.dtype = config, networks, DTYPES[precision]
+        self.device = networks.text.pooled.device.type
+        transformer, vae = networks.transformer, networks.vae
         for model in (transformer, vae):
             for name, parameter in model.named_parameters():
                 if "lora_" in name and ".teacher." not in name:  # the teacher's is frozen, as the base is
                     parameter.data = parameter.data.float()
-                if "lora_B" in name:
-                    parameter.data.normal_(std=0.02 / rank)
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
             vae.enable_gradient_checkpointing()
@@ -149,15 +180,15 @@ class TorchStep:
         """Switching adapters resets requires_grad, but the backward pass needs the setting of the forward pass."""
         self.networks.transformer.set_adapter(adapter)
 
+    @torch.no_grad()
     def losses(self, data: dict[str, np.ndarray]) -> dict[str, float]:
         tensors = self.on_device(data)
         with self.autocast():
             fake, values = self.student_losses(tensors)
             values["auxiliary"] = self.auxiliary_loss(fake, tensors)
-        return {name: float(value.detach()) for name, value in values.items()}
+        return {name: float(value) for name, value in values.items()}
 
-    def step(self, data: dict[str, np.ndarray]) -> None:
-        tensors = self.on_device(data)
+    def step(self, tensors: dict[str, Tensor]) -> None:
         with self.autocast():
             fake, values = self.student_losses(tensors)
         (values["tsd"] + values["mse"]).backward()

@@ -18,35 +18,25 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import dataclasses
 import json
-import sys
-from functools import partial
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import torch
-from torch import Tensor
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "support")]
 import timing
-from torch_networks import TOKENS, configs, params_of
-from torch_training import RATE, RATE_AUXILIARY, TorchStep
+import torch
+from inputs import training_inputs
+from our_training import OurStep, load_adapters
+from torch import Tensor
+from torch_networks import Size, TorchNetworks, configs, params_of
+from torch_pipeline import DTYPES
+from torch_training import TorchStep, add_random_adapters, farthest_apart, save_adapters
 
-import oracle_models
-import parity
 from tsdsr_jax import cli, devices
-from tsdsr_jax.data.record import Record
-from tsdsr_jax.distillation.losses import Base, Batch, Draws, LossConfig, Losses, Student
+from tsdsr_jax.distillation.losses import LossConfig
 from tsdsr_jax.distillation.tsd import TSDConfig
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.models.guidance import Text
-from tsdsr_jax.models.mmdit import MMDiT
-from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.training.optimizer import OptimizerConfig
-from tsdsr_jax.training.sharding import make_mesh, replicated
-from tsdsr_jax.training.step import Trainer, jit_step
+from tsdsr_jax.models.params import Tree
 
 # Relative difference of each loss.
 FARTHEST = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.1}
@@ -95,17 +85,28 @@ def main() -> None:
         torch.set_num_threads(devices.cores())
     timing.check_device(options.device)
     precision = options.mixed_precision or ("fp32" if options.device == "cpu" else "bf16")
-    data = random_data(options)
-    theirs = TorchStep(
-        *(options.size, options.device, precision, options.config),
-        *(options.rank, options.gradient_checkpointing),
+    transformer, vae = configs(options.size)
+    widths = transformer.joint_attention_dim, transformer.pooled_projection_dim
+    data = training_inputs(options.batch, options.side, vae.latent_channels, *widths)
+    networks = TorchNetworks.random(options.size, options.device, DTYPES[precision])
+    add_random_adapters(networks, options.rank)
+    theirs = TorchStep(networks, precision, options.config, options.gradient_checkpointing)
+    ours = OurStep(
+        (transformer, vae),
+        (base_of(networks.transformer, transformer), base_of(networks.vae, vae)),
+        adapters_of(networks, options.size),
+        devices.DTYPES[precision],
+        options.config,
+        options.gradient_checkpointing,
     )
-    ours = OurStep(options, precision, theirs)
     losses = theirs.losses(data), ours.losses(data)
-    apart = max(abs(losses[1][name] / value - 1) for name, value in losses[0].items())
+    apart = farthest_apart(losses[1], losses[0])
     if not apart <= FARTHEST[precision]:
         raise UserError(f"losses differ by {apart:.2g}: PyTorch {losses[0]}, ours {losses[1]}")
-    steps = {"ours": partial(ours.step, data), "torch": partial(theirs.step, data)}
+    steps = {
+        "ours": lambda: ours.step(ours.samples(data)),
+        "torch": lambda: theirs.step(theirs.on_device(data)),
+    }
     times = timing.in_turn(steps, options.seconds)
     seconds = {name: timing.median(found) for name, found in times.items()}
     ratio = seconds["torch"] / seconds["ours"]
@@ -114,7 +115,7 @@ def main() -> None:
         f"{seconds['ours'] * 1e3:.0f} ms per step, PyTorch {seconds['torch'] * 1e3:.0f}, ratio {ratio:.2f}; "
         f"losses {apart:.1e} apart"
     )
-    memory = {"ours_gb": ours.memory(data) / 1e9, "torch_gb": theirs.memory() / 1e9}
+    memory = {"ours_gb": ours.memory(ours.samples(data)) / 1e9, "torch_gb": theirs.memory() / 1e9}
     if options.device == "cuda":
         print(
             f"memory: {memory['ours_gb']:.1f} GB as planned, PyTorch {memory['torch_gb']:.1f} GB at its peak"
@@ -124,96 +125,6 @@ def main() -> None:
         figures = {"options": told, "seconds": times, "ratio": ratio, "apart": apart, "memory": memory}
         figures["versions"] = timing.versions("torch", "diffusers", "peft", "optax")
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def random_data(options: Options) -> dict[str, np.ndarray]:
-    """A batch and a step's random draws, by name; images and latents are NCHW."""
-    random = np.random.default_rng(0)
-    transformer, vae = configs(options.size)
-    batch, side, latent = options.batch, options.side, options.side // vae.factor
-
-    def normal(*shape: int) -> np.ndarray:
-        return random.standard_normal(shape).astype(np.float32)
-
-    images, latents = (batch, 3, side, side), (batch, vae.latent_channels, latent, latent)
-    index = random.integers(50, 950, batch)
-    return {
-        "lr": np.tanh(normal(*images)), "hr": np.tanh(normal(*images)), "latent_hr": normal(*latents),
-        "states": normal(batch, TOKENS, transformer.joint_attention_dim),
-        "pooled": normal(batch, transformer.pooled_projection_dim),
-        "posterior": normal(*latents), "noise": normal(*latents), "auxiliary_noise": normal(*latents),
-        "index": index, "auxiliary_index": random.integers(50, 950, batch),
-        "bias": np.minimum(random.integers(-25, 25, batch), 950 - index),
-        "normal": normal(batch), "uniform": random.uniform(size=batch).astype(np.float32),
-    }  # fmt: skip
-
-
-# --- ours -------------------------------------------------------------------------------------------
-
-
-class OurStep:
-    """Our training step, which draws on the device, and its losses at given draws."""
-
-    def __init__(self, options: Options, precision: str, theirs: TorchStep):
-        self.dtype = devices.DTYPES[precision]
-        networks = configs(options.size)
-        transformer, vae = theirs.networks.transformer, theirs.networks.vae
-        params = [
-            jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), base_of(model, config))
-            for model, config in zip((transformer, vae), networks, strict=True)
-        ]
-        adapter = partial(parity.lora_of, oracle_models)
-        width, pooled = networks[0].joint_attention_dim, networks[0].pooled_projection_dim
-        null = Text(jnp.zeros((1, TOKENS, width), self.dtype), jnp.zeros((1, pooled), self.dtype))
-        teacher = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), adapter(transformer, "teacher"))
-        self.base = Base(params[0], params[1], teacher, null)
-        self.student = Student(adapter(transformer, "student"), adapter(vae))
-        self.auxiliary = adapter(transformer, "auxiliary")
-        remat = options.gradient_checkpointing
-        self.objective = Losses(
-            MMDiT(networks[0], self.dtype, remat=remat),
-            AutoencoderKL(networks[1], self.dtype, remat=remat),
-            options.config,
-        )
-        rates = {"student": RATE, "auxiliary": RATE_AUXILIARY}
-        trainer = Trainer(self.objective, OptimizerConfig(schedule="constant"), rates, branch=False)
-        self.state = jax.jit(trainer.init)({"student": self.student, "auxiliary": self.auxiliary})
-        mesh = make_mesh()
-        self.run = jit_step(trainer, mesh, replicated(mesh))
-
-    def losses(self, data: dict[str, np.ndarray]) -> dict[str, float]:
-        text = Text(data["states"], data["pooled"])
-        batch = Batch(*(parity.nhwc(data[name]) for name in ("lr", "hr", "latent_hr")), text, text)
-        draws = Draws(**{
-            name: parity.nhwc(data[name]) if data[name].ndim == 4 else jnp.asarray(data[name]) for name in Draws._fields
-        })  # fmt: skip
-
-        @jax.jit
-        def both(base: Base, student: Student, auxiliary: Any) -> dict[str, jax.Array]:
-            _, (fake, metrics) = self.objective.student(student, base, auxiliary, batch, draws)
-            return metrics | {"auxiliary": self.objective.auxiliary(auxiliary, base, fake, batch, draws)}
-
-        with devices.matmul_precision(self.dtype):
-            found = both(self.base, self.student, self.auxiliary)
-        return {name: float(value) for name, value in found.items()}
-
-    def samples(self, data: dict[str, np.ndarray]) -> Record:
-        """A batch as it comes from a training set to the device, with one accumulation part."""
-        lr, hr = (((parity.nhwc(data[name]) + 1) * 127.5).astype(np.uint8)[None] for name in ("lr", "hr"))
-        text = (data[name][None].astype(np.float16) for name in ("states", "pooled"))
-        return jax.device_put(Record(lr, hr, parity.nhwc(data["latent_hr"])[None], *text))
-
-    def step(self, data: dict[str, np.ndarray]) -> None:
-        with devices.matmul_precision(self.dtype):
-            self.state, metrics = self.run(self.state, self.base, self.samples(data), jax.random.key(0))
-        jax.block_until_ready(metrics)
-
-    def memory(self, data: dict[str, np.ndarray]) -> float:
-        """Planned bytes of the compiled step, arguments included; the state is donated."""
-        with devices.matmul_precision(self.dtype):
-            lowered = self.run.lower(self.state, self.base, self.samples(data), jax.random.key(0))
-        found = lowered.compile().memory_analysis()
-        return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
 def base_of(model: Any, config: Any) -> Any:
@@ -229,6 +140,13 @@ def base_of(model: Any, config: Any) -> Any:
             return state
 
     return params_of(Bare(), config)
+
+
+def adapters_of(networks: TorchNetworks, size: Size) -> dict[str, Tree]:
+    """Our trees of a network's adapters, through files."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapters(networks, Path(folder))
+        return load_adapters(Path(folder), *configs(size))
 
 
 if __name__ == "__main__":

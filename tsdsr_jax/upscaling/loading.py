@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,15 +13,17 @@ from tqdm import tqdm
 
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.folded import fold_parts
 from tsdsr_jax.models.mmdit import MMDiTConfig
-from tsdsr_jax.models.params import PATCH_SIZE, Tree
+from tsdsr_jax.models.params import PATCH_SIZE, STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.upscaling.engine import Engine, LoadedNetworks
+from tsdsr_jax.upscaling.engine import Engine, LoadedNetworks, shared_sharding
 from tsdsr_jax.upscaling.options import Say, UpscaleOptions, check_tile, filled_in
 from tsdsr_jax.weights.lora_files import check_rank, load_lora
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.weights.prompt_hints import how_to_encode
 from tsdsr_jax.weights.sd3_folder import NetworkFiles, check_fit, open_checkpoint
+from tsdsr_jax.weights.streaming import load_parts
 
 
 def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = print) -> Engine:
@@ -44,25 +47,31 @@ def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = p
     loras = load_loras(options, transformer, vae, checkpoint.merged, say)
     names = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
     say(f"{names}, {jnp.dtype(dtype)}")
-    params = []
-    total = sum(int(np.prod(spec.shape)) for network in (transformer, vae) for spec in network.specs.values())
-    with tqdm(total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=None) as bar:
-        for network, lora in zip((transformer, vae), loras, strict=True):
-            params.append(
-                network.load(
-                    dtype,
-                    lora,
-                    options.lora_scale,
-                    put=lambda path, array: jax.device_put(array, devices[0]),
-                    progress=bar.update,
-                    on_host=network is transformer,  # it comes to the devices layer by layer
-                )
+    shared = shared_sharding(devices)
+    put = partial(jax.device_put, device=shared)
+    scale, eight_bits = options.lora_scale, None if options.weights == "full" else options.weights
+    with _progress_bar(transformer, vae) as bar:
+        parts = load_parts(transformer, put, loras[0], scale, progress=bar.update)
+        folded = dict(
+            fold_parts(
+                transformer_config,
+                parts,
+                prompt.prompt,
+                prompt.pooled,
+                STUDENT_TIMESTEP,
+                dtype,
+                eight_bits,
+                shared,
             )
-    weights = None if options.weights == "full" else options.weights
-    networks = LoadedNetworks(
-        (transformer_config, params[0]), (vae_config, params[1]), prompt, dtype, devices, weights
-    )
+        )
+        (vae_params,) = load_parts(vae, put, loras[1], scale, dtype, bar.update)
+    networks = LoadedNetworks((transformer_config, folded), (vae_config, vae_params), devices)
     return Engine(networks, options.bands, jnp.dtype(dtype))
+
+
+def _progress_bar(*networks: NetworkFiles) -> tqdm:
+    total = sum(int(np.prod(spec.shape)) for network in networks for spec in network.specs.values())
+    return tqdm(total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=None)
 
 
 def _load_prompt(options: UpscaleOptions, config: MMDiTConfig) -> PromptEmbeds:

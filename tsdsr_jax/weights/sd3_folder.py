@@ -126,7 +126,6 @@ class NetworkFiles:
         lora_scale: float = 1.0,
         put: Callable[[str, np.ndarray], jax.Array] = lambda path, array: jnp.asarray(array),
         progress: Callable[[int], object] = lambda size: None,
-        on_host: bool = False,
     ) -> Tree:
         """Loads all parameters one leaf at a time, and merges an adapter into them.
 
@@ -136,8 +135,6 @@ class NetworkFiles:
           lora_scale: factor on the adapter.
           put: (path, host array as stored) -> device array; chooses the device.
           progress: called with each leaf's number of values after it is loaded.
-          on_host: return NumPy arrays, in the stored dtype unless an adapter is merged into them. The merging itself is
-            done on a device, layer by layer.
 
         Raises:
           UserError: the weights do not fit the config, or have NaNs or infinities. Values of a converted folder were
@@ -145,19 +142,13 @@ class NetworkFiles:
         """
         pairs = flatten_dict(lora or {}, sep="/")
 
-        def leaf_of(path: str, array: np.ndarray) -> Any:
+        def leaf_of(path: str, array: np.ndarray) -> jax.Array:
             pair = lora_lib.pair_of(pairs, path)
+            kernel = put(path, array)
             if pair is None:
-                return array if on_host else put(path, array).astype(dtype)
-            a, b = (np.asarray(half, np.float32) for half in pair)
-
-            def merged(*parts: np.ndarray) -> jax.Array:
-                kernel, *halves = (put(path, part) for part in parts)
-                return lora_lib.merge_kernel(kernel, *halves, factor=lora_scale, dtype=jnp.dtype(dtype))
-
-            if on_host and array.ndim == 3:  # a run's layers, one at a time
-                return np.stack([np.asarray(merged(*layer)) for layer in zip(array, a, b, strict=True)])
-            return np.asarray(merged(array, a, b)) if on_host else merged(array, a, b)
+                return kernel.astype(dtype)
+            a, b = (put(path, np.asarray(half)) for half in pair)
+            return lora_lib.merge_kernel(kernel, a, b, factor=lora_scale, dtype=jnp.dtype(dtype))
 
         loaded, broken = [], []
         for entry, (path, array) in zip(torch_names.base_entries(self.config), self.leaves(), strict=True):

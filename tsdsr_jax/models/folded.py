@@ -40,6 +40,9 @@ from tsdsr_jax.models.mmdit import (
     padded_text,
 )
 
+# Raise it when `fold` makes other parameters than before: files made by convert/sd3.py --fold must not be used then.
+FOLD_LAYOUT = 1
+
 ParamTree = Mapping[str, Any]
 EightBits = Literal["int8", "fp8"]
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.models.folded import fold_parts
+from tsdsr_jax.models.folded import EightBits, fold_parts
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import PATCH_SIZE, STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.upscaling.engine import Engine, LoadedNetworks, shared_sharding
 from tsdsr_jax.upscaling.options import Say, UpscaleOptions, check_tile, filled_in
+from tsdsr_jax.weights.folded_files import misfit, open_folded
 from tsdsr_jax.weights.lora_files import check_rank, load_lora
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.weights.prompt_hints import how_to_encode
-from tsdsr_jax.weights.sd3_folder import NetworkFiles, check_fit, open_checkpoint
-from tsdsr_jax.weights.streaming import load_parts
+from tsdsr_jax.weights.sd3_folder import NetworkFiles, TransformerFiles, check_fit, open_checkpoint
+from tsdsr_jax.weights.streaming import load_parts, load_tensors
+from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec
 
 
 def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = print) -> Engine:
@@ -47,30 +50,52 @@ def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = p
     loras = load_loras(options, transformer, vae, checkpoint.merged, say)
     names = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
     say(f"{names}, {jnp.dtype(dtype)}")
+    eight_bits = None if options.weights == "full" else options.weights
+    folded = _fitting(transformer, prompt, dtype, loras[0], eight_bits, say)
     shared = shared_sharding(devices)
     put = partial(jax.device_put, device=shared)
-    scale, eight_bits = options.lora_scale, None if options.weights == "full" else options.weights
-    with _progress_bar(transformer, vae) as bar:
-        parts = load_parts(transformer, put, loras[0], scale, progress=bar.update)
-        folded = dict(
-            fold_parts(
-                transformer_config,
-                parts,
-                prompt.prompt,
-                prompt.pooled,
-                STUDENT_TIMESTEP,
-                dtype,
-                eight_bits,
-                shared,
-            )
-        )
-        (vae_params,) = load_parts(vae, put, loras[1], scale, dtype, bar.update)
-    networks = LoadedNetworks((transformer_config, folded), (vae_config, vae_params), devices)
+    with _progress_bar(folded.specs if folded else transformer.specs, vae.specs) as bar:
+        if folded:
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), load_tensors(folded, put, bar.update))
+        else:
+            parts = load_parts(transformer, put, loras[0], options.lora_scale, progress=bar.update)
+            text = prompt.prompt, prompt.pooled, STUDENT_TIMESTEP
+            params = dict(fold_parts(transformer_config, parts, *text, dtype, eight_bits, shared))
+        (vae_params,) = load_parts(vae, put, loras[1], options.lora_scale, dtype, bar.update)
+    networks = LoadedNetworks((transformer_config, params), (vae_config, vae_params), devices)
     return Engine(networks, options.bands, jnp.dtype(dtype))
 
 
-def _progress_bar(*networks: NetworkFiles) -> tqdm:
-    total = sum(int(np.prod(spec.shape)) for network in networks for spec in network.specs.values())
+def _fitting(
+    transformer: TransformerFiles,
+    prompt: PromptEmbeds,
+    dtype: DTypeLike,
+    lora: Tree | None,
+    eight_bits: EightBits | None,
+    say: Say,
+) -> TensorReader | None:
+    """The folded transformer of the checkpoint, if it has one that fits what is asked for; otherwise says why it does not.
+
+    Raises:
+      UserError: it does not fit, and there are no weights to fold anew.
+    """
+    reader = open_folded(transformer)
+    if reader is None:
+        return None
+    reason = misfit(reader, transformer, prompt, dtype, lora is not None, eight_bits is not None)
+    if reason is None:
+        return reader
+    if transformer.is_only_folded:
+        raise UserError(
+            f"{reader.source}: cannot be used, because {reason}; the folder has no other weights, so pass the checkpoint "
+            "that it was made from"
+        )
+    say(f"note: {reader.source} is not used, because {reason}; folding the transformer anew")
+    return None
+
+
+def _progress_bar(*specs: Mapping[str, TensorSpec]) -> tqdm:
+    total = sum(int(np.prod(spec.shape)) for part in specs for spec in part.values())
     return tqdm(total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=None)
 
 

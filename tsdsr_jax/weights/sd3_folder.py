@@ -2,7 +2,8 @@
 
 A converted folder looks like the diffusers folder that it came from (`transformer/config.json`, `vae/config.json`, ...),
 but its weights are in `params.safetensors`, laid out and stacked as this library uses them. If LoRAs were merged into the
-weights, `merged.json` names their files.
+weights, `merged.json` names their files. `transformer/folded.safetensors` may hold the transformer folded for a prompt,
+beside its weights or instead of them (`folded_files.py`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ConfigClass = TypeVar("ConfigClass", MMDiTConfig, VAEConfig)
 
 TORCH_STEM = "diffusion_pytorch_model"
 PARAMS_FILE = "params.safetensors"
+FOLDED_FILE = "folded.safetensors"
 MERGED_FILE = "merged.json"
 _TORCH_CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
 
@@ -80,10 +82,21 @@ class NetworkFiles:
     def is_converted(self) -> bool:
         return (self.folder / PARAMS_FILE).is_file()
 
+    @property
+    def is_only_folded(self) -> bool:
+        """Whether the folder has the network folded for a prompt, and not its weights."""
+        folded = self.folder / FOLDED_FILE
+        return folded.is_file() and not self.is_converted and not any(self.folder.glob(f"{TORCH_STEM}*"))
+
     @cached_property
     def reader(self) -> TensorReader:
         if self.is_converted:
             return open_tensors(self.folder / PARAMS_FILE)
+        if self.is_only_folded:
+            raise UserError(
+                f"{self.folder}: has the transformer only as folded for one prompt ({FOLDED_FILE}), which is all that "
+                "upscaling with this prompt needs; everything else needs the checkpoint that it was made from"
+            )
         return open_tensors(find_weights(self.folder, TORCH_STEM, self.variant))
 
     @cached_property
@@ -281,7 +294,7 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
     small = [f"{part}/*.json" for part in PARTS] + ["scheduler/*", "model_index.json", MERGED_FILE]
     weights = [
         *(f"{TORCH_STEM}{infix}.safetensors", f"{TORCH_STEM}{infix}-*-of-*.safetensors"),
-        *(f"{TORCH_STEM}-*-of-?????{infix}.safetensors", PARAMS_FILE),
+        *(f"{TORCH_STEM}-*-of-?????{infix}.safetensors", PARAMS_FILE, FOLDED_FILE),
     ]
 
     def fetch(names: list[str]) -> Path:

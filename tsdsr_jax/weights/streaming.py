@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.weights.finite import is_finite
 from tsdsr_jax.weights.sd3_folder import NetworkFiles
+from tsdsr_jax.weights.tensor_files import TensorReader
 from tsdsr_jax.weights.torch_names import THREADS, Entry, base_entries, to_tree
 
 # Parts that are read while the device works on another one.
@@ -97,6 +99,27 @@ def load_parts(
     except _Broken:
         files.check_finite()
         raise AssertionError("a value that was not finite has become finite") from None
+
+
+def load_tensors(
+    reader: TensorReader, put: Put, progress: Callable[[int], object] = lambda size: None
+) -> Tree:
+    """Loads a file whose tensors are named by their paths in a parameter tree, in the stored dtypes."""
+    parts = [
+        [
+            _Leaf(name, partial(reader.read, name), None, int(np.prod(reader.specs[name].shape)))
+            for name in names
+        ]
+        for _, names in groupby(reader.specs, key=lambda name: name.split("/")[0])
+    ]
+    loaded: dict[str, jax.Array] = {}
+    for part, leaves in zip(
+        parts, _read_ahead(parts, partial(_load_leaf, put=put, check=False)), strict=True
+    ):
+        # Without waiting, the copies on the host would pile up.
+        loaded |= {path: jax.block_until_ready(leaf) for path, (leaf, _) in leaves.items()}
+        progress(sum(leaf.size for leaf in part))
+    return to_tree(loaded.items())
 
 
 def _parts(files: NetworkFiles, pairs: Mapping[str, Any]) -> list[_Part]:

@@ -22,6 +22,7 @@ CONFIGS = {
     "uneven autoencoder": VAEConfig.tiny(
         block_out_channels=(8, 16, 16, 32, 64), layers_per_block=1, latent_channels=4
     ),
+    "no layers": VAEConfig.tiny(block_out_channels=(4, 4, 4, 4), layers_per_block=0, norm_num_groups=2),
     "one level": VAEConfig.tiny(block_out_channels=(16,), layers_per_block=3, in_channels=4, out_channels=5),
 }
 

@@ -96,7 +96,8 @@ def _levels(direction: str, sampler: str, widths: tuple[int, ...], layers: int) 
         level = {f"resnets_{layer}": _resnet(width if layer else before, width) for layer in range(layers)}
         if index < len(widths) - 1:
             level[sampler] = {"conv": _conv(width, width)}
-        shapes[f"{direction}_blocks_{index}"] = level
+        if level:  # Flax has no entry for a module without parameters
+            shapes[f"{direction}_blocks_{index}"] = level
         before = width
     return shapes
 

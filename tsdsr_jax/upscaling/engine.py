@@ -131,19 +131,38 @@ class LoadedNetworks:
         self.shared = shared_sharding(devices)
         self.split = NamedSharding(self.shared.mesh, PartitionSpec("data"))
         self.transformer_config, self.vae_config = transformer[0], vae[0]
-        self.transformer: ParamTree = jax.device_put(transformer[1], self.shared)
-        self.vae: Tree = jax.device_put(vae[1], self.shared)
+        self.receive(transformer[1], vae[1])
+
+    def receive(self, transformer: ParamTree, vae: Tree) -> None:
+        """Takes other parameters, or their shapes: with these, programs can be compiled but not run."""
+        self.transformer: ParamTree = _placed(transformer, self.shared)
+        self.vae: Tree = _placed(vae, self.shared)
+        self.__dict__.pop("lying_vae", None)
 
     @cached_property
     def lying_vae(self) -> Tree:
         """The autoencoder's parameters for transposed images."""
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.vae)):
+            return _placed(jax.eval_shape(_transpose_kernels, self.vae), self.shared)
         transposed: Tree = jax.jit(_transpose_kernels, out_shardings=self.shared)(self.vae)
         return transposed
 
     @property
     def nbytes(self) -> int:
         """Memory of the parameters on each device, in bytes."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.transformer, self.vae)))
+        leaves = jax.tree.leaves((self.transformer, self.vae))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts arrays on their devices, and tells shapes where their arrays will be."""
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(place, tree)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -14,26 +15,34 @@ from tqdm import tqdm
 
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.models.folded import EightBits, fold_parts
+from tsdsr_jax.models.folded import EightBits, ParamTree, fold_parts
 from tsdsr_jax.models.mmdit import MMDiTConfig
-from tsdsr_jax.models.params import PATCH_SIZE, STUDENT_TIMESTEP, Tree
+from tsdsr_jax.models.params import PATCH_SIZE, STUDENT_TIMESTEP, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
-from tsdsr_jax.upscaling.engine import Engine, LoadedNetworks, shared_sharding
+from tsdsr_jax.upscaling.engine import Engine, LoadedNetworks
 from tsdsr_jax.upscaling.options import Say, UpscaleOptions, check_tile, filled_in
-from tsdsr_jax.weights.folded_files import misfit, open_folded
+from tsdsr_jax.weights.folded_files import folded_shapes, misfit, open_folded
 from tsdsr_jax.weights.lora_files import check_rank, load_lora
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.weights.prompt_hints import how_to_encode
 from tsdsr_jax.weights.sd3_folder import NetworkFiles, TransformerFiles, check_fit, open_checkpoint
 from tsdsr_jax.weights.streaming import load_parts, load_tensors
 from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec
+from tsdsr_jax.weights.torch_names import to_tree
 
 
-def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = print) -> Engine:
+def load_engine(
+    options: UpscaleOptions,
+    devices: list[jax.Device],
+    say: Say = print,
+    meanwhile: Callable[[Engine], object] | None = None,
+) -> Engine:
     """Checks every file by its header, then loads both networks with their LoRAs merged.
 
     Args:
       options: complete and checked, see `options`.
+      meanwhile: called with the engine, whose parameters are only shapes until then, in another thread while they are
+        loaded. If it fails, nothing happens.
 
     Raises:
       UserError: files are missing, damaged or do not fit together.
@@ -52,18 +61,41 @@ def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = p
     say(f"{names}, {jnp.dtype(dtype)}")
     eight_bits = None if options.weights == "full" else options.weights
     folded = _fitting(transformer, prompt, dtype, loras[0], eight_bits, say)
-    shared = shared_sharding(devices)
-    put = partial(jax.device_put, device=shared)
-    with _progress_bar(folded.specs if folded else transformer.specs, vae.specs) as bar:
+    shapes = _shapes(transformer_config, prompt, dtype, eight_bits, folded), _abstract(vae_config, dtype)
+    networks = LoadedNetworks((transformer_config, shapes[0]), (vae_config, shapes[1]), devices)
+    engine = Engine(networks, options.bands, jnp.dtype(dtype))
+    put = partial(jax.device_put, device=networks.shared)
+    specs = folded.specs if folded else transformer.specs, vae.specs
+    with ThreadPoolExecutor(1) as other, _progress_bar(*specs) as bar:
+        if meanwhile is not None:
+            other.submit(meanwhile, engine)
         if folded:
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), load_tensors(folded, put, bar.update))
         else:
             parts = load_parts(transformer, put, loras[0], options.lora_scale, progress=bar.update)
             text = prompt.prompt, prompt.pooled, STUDENT_TIMESTEP
-            params = dict(fold_parts(transformer_config, parts, *text, dtype, eight_bits, shared))
+            params = dict(fold_parts(transformer_config, parts, *text, dtype, eight_bits, networks.shared))
         (vae_params,) = load_parts(vae, put, loras[1], options.lora_scale, dtype, bar.update)
-    networks = LoadedNetworks((transformer_config, params), (vae_config, vae_params), devices)
-    return Engine(networks, options.bands, jnp.dtype(dtype))
+    networks.receive(params, vae_params)
+    return engine
+
+
+def _shapes(
+    config: MMDiTConfig,
+    prompt: PromptEmbeds,
+    dtype: DTypeLike,
+    eight_bits: EightBits | None,
+    folded: TensorReader | None,
+) -> ParamTree:
+    """Shapes of the folded transformer's parameters."""
+    if folded:
+        leaves = ((path, jax.ShapeDtypeStruct(spec.shape, dtype)) for path, spec in folded.specs.items())
+        return to_tree(leaves)
+    return folded_shapes(config, prompt, dtype, eight_bits)
+
+
+def _abstract(config: VAEConfig, dtype: DTypeLike) -> Tree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(config))
 
 
 def _fitting(

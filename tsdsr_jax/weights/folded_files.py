@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.models.folded import FOLD_LAYOUT, fold, fold_parts
+from tsdsr_jax.models.folded import FOLD_LAYOUT, EightBits, ParamTree, fold, fold_parts
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree, abstract_params
 from tsdsr_jax.weights.finite import is_finite
@@ -130,14 +130,22 @@ def write_folded(
     write_tensors(path, _specs(config, prompt, dtype), _leaves(folded, dtype), header)
 
 
-def _specs(config: MMDiTConfig, prompt: PromptEmbeds, dtype: DTypeLike) -> dict[str, TensorSpec]:
-    """Shapes and dtypes of a folded transformer, in the order in which `fold_parts` yields it."""
-    made = jax.eval_shape(
-        partial(fold, config, timestep=STUDENT_TIMESTEP, dtype=dtype),
+def folded_shapes(
+    config: MMDiTConfig, prompt: PromptEmbeds, dtype: DTypeLike, eight_bits: EightBits | None = None
+) -> ParamTree:
+    """Shapes and dtypes of a folded transformer's parameters, without computing any."""
+    made: ParamTree = jax.eval_shape(
+        partial(fold, config, timestep=STUDENT_TIMESTEP, dtype=dtype, eight_bits=eight_bits),
         abstract_params(config),
         prompt.prompt,
         prompt.pooled,
     )
+    return made
+
+
+def _specs(config: MMDiTConfig, prompt: PromptEmbeds, dtype: DTypeLike) -> dict[str, TensorSpec]:
+    """Shapes and dtypes of a folded transformer, in the order in which `fold_parts` yields it."""
+    made = folded_shapes(config, prompt, dtype)
     blocks = [f"layers_{layer}" for layer in range(config.num_layers)]
     order = [*(name for name in made if name not in blocks), *blocks]
     return {

@@ -287,4 +287,4 @@ def test_a_change_of_the_folded_layout_raises_its_number() -> None:
     names = "".join(sorted(f"{path} {leaf.shape};" for path, leaf in made.items()))
     values = sum(float(np.abs(leaf).mean()) for leaf in made.values())
     assert (FOLD_LAYOUT, hashlib.sha256(names.encode()).hexdigest()[:12]) == (1, "86764f4f3465")
-    assert values == pytest.approx(31.0, abs=0.05)
+    assert values == pytest.approx(34.74, abs=0.05)

@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tsdsr_jax.upscaling.batch_run import prepare_photo
-from tsdsr_jax.upscaling.engine import Engine
+from tsdsr_jax.upscaling.engine import Engine, Prepared
 from tsdsr_jax.upscaling.jobs import Job
 from tsdsr_jax.upscaling.planning import Group, Settings
 
@@ -42,10 +41,14 @@ def compile_ahead(engine: Engine, groups: Sequence[Group[Job]], settings: Settin
     """
     group = groups[0]
     batch = engine.largest_batch(group.bucket, settings) if group.several else len(engine.devices)
-    photos = []
-    for _, plan in group.jobs[:batch]:
-        rgb, noise = np.zeros((*plan.source, 3), np.uint8), np.zeros((*plan.latent, engine.latent_channels))
-        photos.append(prepare_photo(rgb, plan, noise.astype(np.float32)))
+    photos = [
+        Prepared(
+            plan,
+            np.zeros((*plan.source, 3), np.uint8),
+            np.zeros((*plan.latent, engine.latent_channels), np.float32),
+        )
+        for _, plan in group.jobs[:batch]
+    ]
     with ThreadPoolExecutor(THREADS) as pool:
         rehearsal = _rehearsal(engine, pool)
         rehearsal.launch(photos, group.bucket, settings, masked=group.masked, batch=batch)

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch_pipeline import Text, TorchPipeline
 
 from tsdsr_jax import devices
-from tsdsr_jax.models.folded import EightBits
+from tsdsr_jax.models.folded import EightBits, fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
-from tsdsr_jax.models.params import Config, Tree
+from tsdsr_jax.models.params import STUDENT_TIMESTEP, Config, Tree
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.upscaling.engine import Bands, Engine, LoadedNetworks
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
@@ -73,14 +73,9 @@ class TorchNetworks(TorchPipeline):
         """Ours, with these weights, on the first device."""
         (transformer, vae), dtype = configs(size), devices.DTYPES[precision]
         prompt = PromptEmbeds(*(numpy_of(part[0]) for part in self.text))
-        networks = LoadedNetworks(
-            (transformer, params_of(self.transformer, transformer)),
-            (vae, params_of(self.vae, vae)),
-            prompt,
-            dtype,
-            jax.devices()[:1],
-            weights,
-        )
+        params = params_of(self.transformer, transformer)
+        folded = fold(transformer, params, prompt.prompt, prompt.pooled, STUDENT_TIMESTEP, dtype, weights)
+        networks = LoadedNetworks((transformer, folded), (vae, params_of(self.vae, vae)), jax.devices()[:1])
         return Engine(networks, bands, jnp.dtype(dtype))
 
 

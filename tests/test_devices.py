@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -21,12 +22,12 @@ print(json.dumps(jax.config.jax_compilation_cache_dir))
 """
 
 
-def told(home: Path | str, before: str = "", **variables: str) -> str | None:
-    """The folder that a fresh process keeps its programs in."""
+def told(home: Path | str, before: str = "", code: str = CODE, **variables: str) -> Any:
+    """The folder that a fresh process keeps its programs in, or what other code prints."""
     kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment = kept | {"XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu"} | variables
     done = subprocess.run(
-        [sys.executable, "-c", before + CODE], env=environment, text=True, capture_output=True
+        [sys.executable, "-c", before + code], env=environment, text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -58,6 +59,25 @@ def test_what_compiles_in_a_tenth_of_a_second_is_kept_too(monkeypatch):
         assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+OPTIONS = """
+import json
+from jax._src.compiler import get_compile_options
+from tsdsr_jax.devices import keep_programs
+keep_programs()
+made = get_compile_options(1, 1)  # owns what follows
+options = made.executable_build_options.debug_options
+print(json.dumps([options.xla_gpu_per_fusion_autotune_cache_dir, options.xla_gpu_kernel_cache_file]))
+"""
+
+
+def test_a_gpus_measurements_are_kept_beside_the_programs(tmp_path):
+    folder = told(tmp_path)
+    assert sorted(path.name for path in Path(folder).iterdir() if path.is_dir()) == []  # none on a CPU
+    assert told(tmp_path, code=OPTIONS) == [f"{folder}/xla_gpu_per_fusion_autotune_cache_dir", ""]
+    mine = {"JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
+    assert told(tmp_path, code=OPTIONS, **mine) == ["", ""]
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path):

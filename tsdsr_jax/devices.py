@@ -86,13 +86,17 @@ def keep_programs() -> None:
 
     They are kept in ~/.cache/tsdsr_jax, up to 8 GB; without a writable home nothing is kept. JAX's own variables take
     precedence: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Programs
-    that compile in less than 0.1 s, or JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, are not kept.
+    that compile in less than 0.1 s, or JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, are not kept. Beside the programs, XLA
+    keeps what it measured on a GPU to choose kernels: a changed program does not measure its unchanged parts again.
     """
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]  # JAX defines flags at run time
         return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # JAX's default of 1 s would leave out half of what the small model compiles at its start.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
+        # JAX's default so far. The kernels themselves, its other cache, are in the programs already.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     try:

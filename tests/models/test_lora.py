@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,13 +12,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from parity import config_of, leaves, random_lora, random_params, uniform
-from tiny_checkpoint import save_network
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.weights import torch_names
-from tsdsr_jax.weights.sd3_folder import NetworkFiles
 
 pytest_plugins = "parity"
 
@@ -193,29 +190,6 @@ def test_merging_leaves_its_arguments_alone() -> None:
     params = {"a": {"kernel": jnp.ones((2, 3))}}
     lora.merge(params, {"a": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 3))}})
     np.testing.assert_array_equal(params["a"]["kernel"], 1)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
-def test_merging_while_loading_to_the_host(tmp_path: Path, dtype: Any) -> None:
-    """The same values as on a device, where one layer's kernel is the largest that ever comes."""
-    config = MMDiTConfig.tiny()
-    adapter = random_lora(config, lora.STUDENT_TARGETS, rank=8)
-    save_network(tmp_path / "transformer", config, random_params(config))
-    files = NetworkFiles(tmp_path / "transformer", "transformer")
-    largest = 0
-
-    def put(path: str, array: np.ndarray) -> jax.Array:
-        nonlocal largest
-        largest = max(largest, array.size)
-        return jnp.asarray(array)
-
-    held = leaves(files.load(dtype, adapter, 0.7, put, on_host=True))
-    assert largest == max(leaf[0].size for path, leaf in held.items() if path.startswith("blocks_"))
-    merged = {f"{module}/kernel" for module in lora.modules(adapter)}
-    for path, leaf in leaves(files.load(dtype, adapter, 0.7)).items():
-        assert type(held[path]) is np.ndarray
-        assert held[path].dtype == (leaf.dtype if path in merged else np.float32)
-        np.testing.assert_array_equal(held[path].astype(leaf.dtype), leaf)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -107,6 +107,24 @@ def test_results_that_differ_are_not_compared() -> None:
     assert "ratio" not in done.stdout
 
 
+def test_start_up(tmp_path: Path, photos: Path) -> None:
+    status, told = bench(
+        "start_up", "-i", photos, "-o", tmp_path / "out", "--device", "cpu", "--process_size", "64"
+    )
+    assert status == 0 and "3 upscaled" in told
+    rows = dict(re.findall(r"^ *(\S.*?) +[\d.]+ +([\d.]+)", told, re.MULTILINE))
+    assert {
+        "importing",
+        "loading",
+        "compiling beside the loading",
+        "the first batch",
+        "in all",
+    } <= rows.keys()
+    assert sum(float(rows[name]) for name in ("importing", "loading", "the first batch")) <= float(
+        rows["in all"]
+    )
+
+
 @slow
 @pytest.mark.usefixtures("both_sides")
 def test_first_image() -> None:

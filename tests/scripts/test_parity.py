@@ -49,7 +49,7 @@ load_engine = upscale.load_engine
 _kept: dict[object, Engine] = {}
 
 
-def load_once(options: upscale.Options, devices: list) -> Engine:
+def load_once(options: upscale.Options, devices: list, **_: object) -> Engine:
     key = dataclasses.replace(options, input_dir=Path(), output_dir=Path(), align_method="nofix")
     if key not in _kept:
         _kept[key] = load_engine(options, devices)

@@ -67,7 +67,7 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     defaults = {field.name: field.default for field in dataclasses.fields(upscale.Options)}
 
-    def load_once(options: upscale.Options, devices: list) -> Engine:
+    def load_once(options: upscale.Options, devices: list, **_) -> Engine:
         key = dataclasses.replace(
             options, **{name: defaults[name] for name in on_the_host if name != "input_dir"}
         )
@@ -301,9 +301,9 @@ def test_results_of_another_process_are_kept_and_counted(command, tmp_path, monk
     output.mkdir()
     load = upscale.load_engine
 
-    def while_another_finishes(*arguments):
+    def while_another_finishes(*arguments, **more):
         (output / "a.png").write_bytes(b"theirs")
-        return load(*arguments)
+        return load(*arguments, **more)
 
     monkeypatch.setattr(upscale, "load_engine", while_another_finishes)
     done = command(source, output)

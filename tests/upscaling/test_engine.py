@@ -22,7 +22,9 @@ from tsdsr_jax.cli import Share
 from tsdsr_jax.images.buckets import plan_buckets
 from tsdsr_jax.images.resize import bicubic, reflect_pad
 from tsdsr_jax.models import layers
+from tsdsr_jax.models.folded import fold
 from tsdsr_jax.models.mmdit import MMDiT
+from tsdsr_jax.models.params import STUDENT_TIMESTEP
 from tsdsr_jax.upscaling import engine as engine_module
 from tsdsr_jax.upscaling import tiling
 from tsdsr_jax.upscaling.batch_run import latent_noise, upscale_groups
@@ -54,11 +56,11 @@ def make_engine(
     params: tuple = PARAMS,
     configs: tuple = NETWORKS,
 ) -> Engine:
-    networks = zip(configs, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params), strict=True)
+    transformer, vae = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
     prompt = random_prompt(NETWORKS[0])
-    return Engine(
-        LoadedNetworks(*networks, prompt, dtype, jax.local_devices()[:devices]), bands, jnp.dtype(dtype)
-    )
+    folded = fold(configs[0], transformer, prompt.prompt, prompt.pooled, STUDENT_TIMESTEP, dtype)
+    networks = LoadedNetworks((configs[0], folded), (configs[1], vae), jax.local_devices()[:devices])
+    return Engine(networks, bands, jnp.dtype(dtype))
 
 
 @pytest.fixture(scope="module")

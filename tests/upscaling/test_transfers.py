@@ -10,7 +10,6 @@ from PIL import Image
 
 from tiny_checkpoint import (
     random_params,
-    random_prompt,
     synthetic_photo,
     tiny_mmdit_config,
     tiny_vae_config,
@@ -58,7 +57,7 @@ def engine() -> Engine:
     """An engine whose networks compute nothing."""
     configs = tiny_mmdit_config(num_layers=1), tiny_vae_config()
     networks = [(config, random_params(config, 0)) for config in configs]
-    loaded = LoadedNetworks(*networks, random_prompt(configs[0]), jnp.float32, jax.local_devices()[:1])
+    loaded = LoadedNetworks(*networks, jax.local_devices()[:1])
     engine = Engine(loaded, Bands(), jnp.float32)
     engine.__dict__.update(encode=encode, velocity=velocity, decode=decode)
     return engine

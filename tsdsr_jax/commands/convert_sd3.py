@@ -3,7 +3,8 @@
     python convert/sd3.py --input stable-diffusion-3-medium-diffusers --output sd3
 
 Tensors are streamed, so it needs much less memory than the checkpoint's size. --lora_dir merges TSD-SR's LoRAs into the
-weights, in float32; use the result with infer/upscale.py --lora_dir none.
+weights, in float32; use the result with infer/upscale.py --lora_dir none. --fold also stores what upscaling makes of the
+transformer and a prompt at every start, so that it starts faster.
 """
 
 from __future__ import annotations
@@ -24,18 +25,24 @@ from tqdm import tqdm
 import tsdsr_jax
 from tsdsr_jax import cli
 from tsdsr_jax.atomic import replacing
+from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.lora import pair_of
 from tsdsr_jax.models.params import Tree
+from tsdsr_jax.weights.bundled import prompt_folder
 from tsdsr_jax.weights.finite import is_finite
+from tsdsr_jax.weights.folded_files import write_folded
 from tsdsr_jax.weights.lora_files import load_lora
+from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.weights.sd3_folder import (
+    FOLDED_FILE,
     MERGED_FILE,
     PARAMS_FILE,
     PARTS,
     TORCH_STEM,
     Checkpoint,
     NetworkFiles,
+    TransformerFiles,
     open_checkpoint,
     read_json,
 )
@@ -65,6 +72,11 @@ class Options:
     """Data type to store tensors in; keep does not change it."""
     to_diffusers: bool = False
     """Write diffusers' layout instead of ours."""
+    fold: Literal["no", "beside", "only"] = "no"
+    """Fold the transformer for one prompt, so that infer/upscale.py starts faster with it: beside the weights, or only the
+    folded transformer, a third smaller, which serves nothing but upscaling with this prompt and without another LoRA."""
+    embedding_dir: Path | None = None
+    """Folder with the embedding of the prompt to fold for. Default: as in infer/upscale.py."""
     overwrite: bool = False
     """Replace existing weights in the output folder."""
 
@@ -77,30 +89,81 @@ def main() -> None:
     if options.output.resolve() == checkpoint.folder.resolve():
         raise UserError(f"{options.output}: --output is the input checkpoint; choose another folder")
     networks = [checkpoint.network(part) for part in PARTS]
-    name = f"{TORCH_STEM}.safetensors" if options.to_diffusers else PARAMS_FILE
     for network in networks:
-        target = options.output / network.part / name
-        if target.exists() and not options.overwrite:
-            raise UserError(f"{target}: already exists; pass --overwrite to replace it")
-        if options.to_diffusers and not network.is_converted:
-            raise UserError(
-                f"{network.folder}: not written by this command; there is nothing to convert back"
-            )
-        if network.is_converted and not options.to_diffusers and not options.lora_dir:
-            raise UserError(f"{network.folder}: already converted; --to_diffusers converts it back")
+        _check(network, options)
         network.specs  # noqa: B018 (checks names and shapes before anything is written)
+    prompt = _load_prompt(options, checkpoint)
     loras = [_load_part(options.lora_dir, network) for network in networks]
     for network in networks:
         network.check_finite()
     _mark(options, checkpoint)
+    (options.output / "transformer" / FOLDED_FILE).unlink(missing_ok=True)
     for network, lora in zip(networks, loras, strict=True):
-        _convert(network, lora, options.output / network.part / name, options)
+        if network.part == "transformer" and options.fold == "only":
+            (options.output / network.part / PARAMS_FILE).unlink(missing_ok=True)
+            _copy_config(network, options.output)
+        else:
+            _convert(network, lora, options.output / network.part / _weights_name(options), options)
+    if prompt:
+        _fold(checkpoint.network("transformer"), loras[0], prompt, options)
     _copy_small_files(checkpoint.folder, options.output)
     if not _merged_files(options, checkpoint):  # last: until now, the folder may hold older, merged weights
         (options.output / MERGED_FILE).unlink(missing_ok=True)
     print(
         f"wrote {options.output}: {', '.join(f'{n.part} {_count_values(n) / 1e6:,.1f} M' for n in networks)} parameters"
     )
+
+
+def _weights_name(options: Options) -> str:
+    return f"{TORCH_STEM}.safetensors" if options.to_diffusers else PARAMS_FILE
+
+
+def _check(network: NetworkFiles, options: Options) -> None:
+    """Raises UserError if files would be replaced without --overwrite, or if there is nothing to do."""
+    for name in (_weights_name(options), FOLDED_FILE):
+        target = options.output / network.part / name
+        if target.exists() and not options.overwrite:
+            raise UserError(f"{target}: already exists; pass --overwrite to replace it")
+    if options.to_diffusers and options.fold != "no":
+        raise UserError("--fold: diffusers has no such layout; leave out --to_diffusers or --fold")
+    if options.to_diffusers and not network.is_converted:
+        raise UserError(f"{network.folder}: not written by this command; there is nothing to convert back")
+    if network.is_converted and not options.to_diffusers and not options.lora_dir and options.fold == "no":
+        raise UserError(f"{network.folder}: already converted; --to_diffusers converts it back")
+
+
+def _load_prompt(options: Options, checkpoint: Checkpoint) -> PromptEmbeds | None:
+    """Loads the prompt to fold for; None without --fold.
+
+    Raises:
+      UserError: it is missing, does not fit the transformer, or is given without --fold.
+    """
+    if options.fold == "no":
+        if options.embedding_dir:
+            raise UserError("--embedding_dir: only --fold needs a prompt")
+        return None
+    folder, config = (
+        options.embedding_dir or prompt_folder(str(options.input), "default"),
+        checkpoint.network("transformer").config,
+    )
+    prompt = load_prompt_embeds(folder)
+    check_widths(prompt, config.joint_attention_dim, config.pooled_projection_dim, folder)
+    return prompt
+
+
+def _fold(source: TransformerFiles, lora: Tree, prompt: PromptEmbeds, options: Options) -> None:
+    """Writes the folded transformer: of the weights that were just written, or else of the source and its LoRA."""
+    select_devices("cpu")  # a GPU's memory may be in use
+    target = options.output / "transformer" / FOLDED_FILE
+    stored = {spec.dtype for spec in source.specs.values()}
+    kept = stored.pop() if len(stored) == 1 else DTYPES["float32"]
+    dtype = kept if options.dtype == "keep" else DTYPES[options.dtype]
+    print(f"folding the transformer for this prompt, in {dtype.name}")
+    if options.fold == "only":
+        write_folded(target, source, prompt, dtype, lora)
+    else:
+        written = Checkpoint(options.output).network("transformer")
+        write_folded(target, written, prompt, dtype, beside=written.reader)
 
 
 def _load_part(lora_dir: Path | None, network: NetworkFiles) -> Tree:
@@ -122,7 +185,11 @@ def _convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) 
     )
     with tqdm(total=_count_values(network), desc=network.part, unit=" values", unit_scale=True) as bar:
         write_tensors(target, specs, _counted(_cast(tensors, specs), bar), metadata)
-    with replacing(target.parent / "config.json") as temporary:
+    _copy_config(network, options.output)
+
+
+def _copy_config(network: NetworkFiles, output: Path) -> None:
+    with replacing(output / network.part / "config.json") as temporary:
         shutil.copyfile(network.folder / "config.json", temporary)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,6 +33,7 @@ from tsdsr_jax.upscaling.options import (
     several_on,
 )
 from tsdsr_jax.upscaling.planning import Settings, plan_groups, unfinished
+from tsdsr_jax.upscaling.rehearsal import compile_ahead
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,8 @@ def main() -> None:
         groups = unfinished(groups, report)
     from_others = 0
     if groups:
-        engine = load_engine(options, devices)
+        compile_first = partial(compile_ahead, groups=groups, settings=settings)
+        engine = load_engine(options, devices, meanwhile=compile_first)
         unreadable, left = len(report.failures), len(jobs) - report.skipped
         with tqdm(total=left, unit=" images", disable=None) as bar:
             report.on_done = bar.update

@@ -15,7 +15,7 @@ Axes as in `mmdit.py`: B batch, T image tokens, S text tokens, N heads, H head d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -39,6 +39,9 @@ from tsdsr_jax.models.mmdit import (
     joined_keys,
     padded_text,
 )
+
+# Raise it when `fold` makes other parameters than before: files made by convert/sd3.py --fold must not be used then.
+FOLD_LAYOUT = 1
 
 ParamTree = Mapping[str, Any]
 EightBits = Literal["int8", "fp8"]
@@ -189,36 +192,58 @@ def fold(
     eight_bits: EightBits | None = None,
     sharding: Sharding | None = None,
 ) -> ParamTree:
-    """Computes the parameters of `FoldedMMDiT` from those of `MMDiT` with its LoRA merged, in float32.
+    """Computes the parameters of `FoldedMMDiT` from those of `MMDiT` with its LoRA merged; see `fold_parts`."""
+    return dict(
+        fold_parts(config, parts_of(config, params), context, pooled, timestep, dtype, eight_bits, sharding)
+    )
 
-    It works layer by layer: if `params` are on the host, the devices hold the result and two layers of `params`.
+
+def parts_of(config: MMDiTConfig, params: ParamTree) -> Iterator[ParamTree]:
+    """`MMDiT`'s parameters outside of its blocks, and then those of each block."""
+    yield {name: part for name, part in params.items() if not name.startswith("blocks_")}
+    for run, (_, length, _) in enumerate(config.runs()):
+        for index in range(length):
+            yield jax.tree.map(lambda leaf, index=index: leaf[index], params[f"blocks_{run}"])
+
+
+def fold_parts(
+    config: MMDiTConfig,
+    parts: Iterable[ParamTree],
+    context: ArrayLike,
+    pooled: ArrayLike,
+    timestep: float,
+    dtype: DTypeLike,
+    eight_bits: EightBits | None = None,
+    sharding: Sharding | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Yields the entries of `FoldedMMDiT`'s parameter tree, computed in float32, each when the part that it needs arrives.
 
     Args:
       config: sizes.
-      params: of `MMDiT`, in any dtype.
+      parts: as `parts_of` yields them, on the host or on the devices, in any dtype.
       context, pooled: the prompt, (S, joint_attention_dim) and (pooled_projection_dim,).
       timestep: in 0...1000.
       dtype: of the result.
       eight_bits: store the blocks' kernels in eight bits instead, see `quantized`. The first and the last layer, which
         are small and see the latents themselves, stay in `dtype`.
-      sharding: of every leaf of the result; None: JAX's default device, or where `params` are.
+      sharding: of every leaf of the result; None: JAX's default device, or where the parts are.
     """
     put = partial(jax.device_put, device=sharding)
-    ends = {name: part for name, part in params.items() if not name.startswith("blocks_")}
-    made, conditioning, text = _fold_ends(put(ends), put(context), put(pooled), timestep, dtype=dtype)
-    for run, (first, length, kind) in enumerate(config.runs()):
-        for layer in range(first, first + length):
-            block = put(jax.tree.map(lambda leaf, index=layer - first: leaf[index], params[f"blocks_{run}"]))
-            stored = _stored_block(
-                *(block, conditioning, text if layer == 0 else None),
-                config=config,
-                kind=kind,
-                dtype=dtype,
-                eight_bits=eight_bits,
-            )
-            # Without waiting, the next layers would be copied to the device while this one still takes memory there.
-            made[f"layers_{layer}"] = jax.block_until_ready(stored)
-    return made
+    remaining = iter(parts)
+    made, conditioning, text = _fold_ends(
+        put(next(remaining)), put(context), put(pooled), timestep, dtype=dtype
+    )
+    yield from made.items()
+    for layer, (kind, block) in enumerate(zip(config.kinds(), remaining, strict=True)):
+        stored = _stored_block(
+            *(put(block), conditioning, text if layer == 0 else None),
+            config=config,
+            kind=kind,
+            dtype=dtype,
+            eight_bits=eight_bits,
+        )
+        # Without waiting, the next parts would be copied to the device while this one still takes memory there.
+        yield f"layers_{layer}", jax.block_until_ready(stored)
 
 
 @partial(jax.jit, static_argnames="dtype")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
+from tsdsr_jax.models.shapes import autoencoder_shapes, transformer_shapes
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
 
 LATENT_FACTOR, PATCH_SIZE = 8, 2  # SD3's pixels per latent pixel, and latent pixels per token, on each axis
@@ -39,12 +39,11 @@ def init_params(config: Config, key: jax.Array) -> Tree:
     return network(config).init(key, *inputs)["params"]
 
 
-@lru_cache(maxsize=16)
-def _abstract_params(config: Config) -> Tree:
-    return jax.eval_shape(partial(init_params, config), jax.random.key(0))
-
-
 def abstract_params(config: Config) -> Tree:
-    """Shapes and dtypes (float32) of a network's parameters, without computing any."""
-    # A copy, because callers may change the tree they get.
-    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
+    """Shapes and dtypes (float32) of a network's parameters, without computing or tracing anything."""
+    shapes = transformer_shapes(config) if isinstance(config, MMDiTConfig) else autoencoder_shapes(config)
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda part: isinstance(part, tuple),
+    )

@@ -22,14 +22,13 @@ from jax.typing import DTypeLike
 
 from tsdsr_jax.devices import compiler_options, matmul_precision, memory_of
 from tsdsr_jax.images.buckets import Size
-from tsdsr_jax.models.folded import EightBits, FoldedMMDiT, fold
+from tsdsr_jax.models.folded import FoldedMMDiT, ParamTree
 from tsdsr_jax.models.mmdit import MMDiTConfig
-from tsdsr_jax.models.params import LATENT_FACTOR, STUDENT_TIMESTEP, Tree
+from tsdsr_jax.models.params import LATENT_FACTOR, Tree
 from tsdsr_jax.models.vae import AutoencoderKL, Posterior, VAEConfig, valid_mask, whole_image_bytes
 from tsdsr_jax.upscaling import tiling
 from tsdsr_jax.upscaling.enlarging import Enlargement, enlarge, plan_enlargement, source_shape
 from tsdsr_jax.upscaling.planning import Settings, SizePlan
-from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 Progress = Callable[[str, int, int], object]
 """Called with each stage of a batch ("encode", "tiles", "decode"), the steps done, and their number."""
@@ -108,48 +107,62 @@ class _SentTiles(NamedTuple):
     lengths: jax.Array | None
 
 
+def shared_sharding(devices: Sequence[jax.Device]) -> NamedSharding:
+    """Each device has the whole array."""
+    return NamedSharding(jax.sharding.Mesh(np.asarray(devices), ("data",)), PartitionSpec())
+
+
 class LoadedNetworks:
     """Both networks' configs and parameters, on their devices.
 
     Args:
-      transformer, vae: configs and parameters; adapters merged, in any dtype. The devices keep only the part of the
-      transformer that is needed at t = 1000 and for this prompt (`models.folded`). If the parameters are on the host, the
-      devices never hold more than that part and two layers.
-      prompt: text embeddings of the widths in the transformer's config.
-      dtype: dtype in which the transformer is kept.
+      transformer: config, and parameters as `models.folded` makes them for t = 1000 and a prompt.
+      vae: config and parameters, with adapters merged.
       devices: photographs and tiles are spread over all of them.
-      weights: keep the transformer's blocks in eight bits; None: in `dtype`.
     """
 
     def __init__(
         self,
-        transformer: tuple[MMDiTConfig, Tree],
+        transformer: tuple[MMDiTConfig, ParamTree],
         vae: tuple[VAEConfig, Tree],
-        prompt: PromptEmbeds,
-        dtype: DTypeLike,
         devices: Sequence[jax.Device],
-        weights: EightBits | None = None,
     ):
-        mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
         self.devices = list(devices)
-        self.shared = NamedSharding(mesh, PartitionSpec())
-        self.split = NamedSharding(mesh, PartitionSpec("data"))
+        self.shared = shared_sharding(devices)
+        self.split = NamedSharding(self.shared.mesh, PartitionSpec("data"))
         self.transformer_config, self.vae_config = transformer[0], vae[0]
-        self.transformer = fold(
-            *transformer, prompt.prompt, prompt.pooled, STUDENT_TIMESTEP, dtype, weights, self.shared
-        )
-        self.vae: Tree = jax.device_put(vae[1], self.shared)
+        self.receive(transformer[1], vae[1])
+
+    def receive(self, transformer: ParamTree, vae: Tree) -> None:
+        """Takes other parameters, or their shapes: with these, programs can be compiled but not run."""
+        self.transformer: ParamTree = _placed(transformer, self.shared)
+        self.vae: Tree = _placed(vae, self.shared)
+        self.__dict__.pop("lying_vae", None)
 
     @cached_property
     def lying_vae(self) -> Tree:
         """The autoencoder's parameters for transposed images."""
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.vae)):
+            return _placed(jax.eval_shape(_transpose_kernels, self.vae), self.shared)
         transposed: Tree = jax.jit(_transpose_kernels, out_shardings=self.shared)(self.vae)
         return transposed
 
     @property
     def nbytes(self) -> int:
         """Memory of the parameters on each device, in bytes."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.transformer, self.vae)))
+        leaves = jax.tree.leaves((self.transformer, self.vae))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts arrays on their devices, and tells shapes where their arrays will be."""
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(place, tree)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

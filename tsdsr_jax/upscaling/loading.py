@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.folded import EightBits, ParamTree, fold_parts
 from tsdsr_jax.models.mmdit import MMDiTConfig
-from tsdsr_jax.models.params import PATCH_SIZE, Tree
+from tsdsr_jax.models.params import PATCH_SIZE, STUDENT_TIMESTEP, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
 from tsdsr_jax.upscaling.engine import Engine, LoadedNetworks
 from tsdsr_jax.upscaling.options import Say, UpscaleOptions, check_tile, filled_in
+from tsdsr_jax.weights.folded_files import folded_shapes, misfit, open_folded
 from tsdsr_jax.weights.lora_files import check_rank, load_lora
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
 from tsdsr_jax.weights.prompt_hints import how_to_encode
-from tsdsr_jax.weights.sd3_folder import NetworkFiles, check_fit, open_checkpoint
+from tsdsr_jax.weights.sd3_folder import NetworkFiles, TransformerFiles, check_fit, open_checkpoint
+from tsdsr_jax.weights.streaming import load_parts, load_tensors
+from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec
+from tsdsr_jax.weights.torch_names import to_tree
 
 
-def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = print) -> Engine:
+def load_engine(
+    options: UpscaleOptions,
+    devices: list[jax.Device],
+    say: Say = print,
+    meanwhile: Callable[[Engine], object] | None = None,
+) -> Engine:
     """Checks every file by its header, then loads both networks with their LoRAs merged.
 
     Args:
       options: complete and checked, see `options`.
+      meanwhile: called with the engine, whose parameters are only shapes until then, in another thread while they are
+        loaded. If it fails, nothing happens.
 
     Raises:
       UserError: files are missing, damaged or do not fit together.
@@ -44,25 +59,76 @@ def load_engine(options: UpscaleOptions, devices: list[jax.Device], say: Say = p
     loras = load_loras(options, transformer, vae, checkpoint.merged, say)
     names = f"{len(devices)} × {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
     say(f"{names}, {jnp.dtype(dtype)}")
-    params = []
-    total = sum(int(np.prod(spec.shape)) for network in (transformer, vae) for spec in network.specs.values())
-    with tqdm(total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=None) as bar:
-        for network, lora in zip((transformer, vae), loras, strict=True):
-            params.append(
-                network.load(
-                    dtype,
-                    lora,
-                    options.lora_scale,
-                    put=lambda path, array: jax.device_put(array, devices[0]),
-                    progress=bar.update,
-                    on_host=network is transformer,  # it comes to the devices layer by layer
-                )
-            )
-    weights = None if options.weights == "full" else options.weights
-    networks = LoadedNetworks(
-        (transformer_config, params[0]), (vae_config, params[1]), prompt, dtype, devices, weights
-    )
-    return Engine(networks, options.bands, jnp.dtype(dtype))
+    eight_bits = None if options.weights == "full" else options.weights
+    folded = _fitting(transformer, prompt, dtype, loras[0], eight_bits, say)
+    shapes = _shapes(transformer_config, prompt, dtype, eight_bits, folded), _abstract(vae_config, dtype)
+    networks = LoadedNetworks((transformer_config, shapes[0]), (vae_config, shapes[1]), devices)
+    engine = Engine(networks, options.bands, jnp.dtype(dtype))
+    put = partial(jax.device_put, device=networks.shared)
+    specs = folded.specs if folded else transformer.specs, vae.specs
+    with ThreadPoolExecutor(1) as other, _progress_bar(*specs) as bar:
+        if meanwhile is not None:
+            other.submit(meanwhile, engine)
+        if folded:
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), load_tensors(folded, put, bar.update))
+        else:
+            parts = load_parts(transformer, put, loras[0], options.lora_scale, progress=bar.update)
+            text = prompt.prompt, prompt.pooled, STUDENT_TIMESTEP
+            params = dict(fold_parts(transformer_config, parts, *text, dtype, eight_bits, networks.shared))
+        (vae_params,) = load_parts(vae, put, loras[1], options.lora_scale, dtype, bar.update)
+    networks.receive(params, vae_params)
+    return engine
+
+
+def _shapes(
+    config: MMDiTConfig,
+    prompt: PromptEmbeds,
+    dtype: DTypeLike,
+    eight_bits: EightBits | None,
+    folded: TensorReader | None,
+) -> ParamTree:
+    """Shapes of the folded transformer's parameters."""
+    if folded:
+        leaves = ((path, jax.ShapeDtypeStruct(spec.shape, dtype)) for path, spec in folded.specs.items())
+        return to_tree(leaves)
+    return folded_shapes(config, prompt, dtype, eight_bits)
+
+
+def _abstract(config: VAEConfig, dtype: DTypeLike) -> Tree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(config))
+
+
+def _fitting(
+    transformer: TransformerFiles,
+    prompt: PromptEmbeds,
+    dtype: DTypeLike,
+    lora: Tree | None,
+    eight_bits: EightBits | None,
+    say: Say,
+) -> TensorReader | None:
+    """The folded transformer of the checkpoint, if it has one that fits what is asked for; otherwise says why it does not.
+
+    Raises:
+      UserError: it does not fit, and there are no weights to fold anew.
+    """
+    reader = open_folded(transformer)
+    if reader is None:
+        return None
+    reason = misfit(reader, transformer, prompt, dtype, lora is not None, eight_bits is not None)
+    if reason is None:
+        return reader
+    if transformer.is_only_folded:
+        raise UserError(
+            f"{reader.source}: cannot be used, because {reason}; the folder has no other weights, so pass the checkpoint "
+            "that it was made from"
+        )
+    say(f"note: {reader.source} is not used, because {reason}; folding the transformer anew")
+    return None
+
+
+def _progress_bar(*specs: Mapping[str, TensorSpec]) -> tqdm:
+    total = sum(int(np.prod(spec.shape)) for part in specs for spec in part.values())
+    return tqdm(total=total, desc="loading", unit=" values", unit_scale=True, leave=False, disable=None)
 
 
 def _load_prompt(options: UpscaleOptions, config: MMDiTConfig) -> PromptEmbeds:

@@ -2,7 +2,8 @@
 
 A converted folder looks like the diffusers folder that it came from (`transformer/config.json`, `vae/config.json`, ...),
 but its weights are in `params.safetensors`, laid out and stacked as this library uses them. If LoRAs were merged into the
-weights, `merged.json` names their files.
+weights, `merged.json` names their files. `transformer/folded.safetensors` may hold the transformer folded for a prompt,
+beside its weights or instead of them (`folded_files.py`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ConfigClass = TypeVar("ConfigClass", MMDiTConfig, VAEConfig)
 
 TORCH_STEM = "diffusion_pytorch_model"
 PARAMS_FILE = "params.safetensors"
+FOLDED_FILE = "folded.safetensors"
 MERGED_FILE = "merged.json"
 _TORCH_CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
 
@@ -80,10 +82,21 @@ class NetworkFiles:
     def is_converted(self) -> bool:
         return (self.folder / PARAMS_FILE).is_file()
 
+    @property
+    def is_only_folded(self) -> bool:
+        """Whether the folder has the network folded for a prompt, and not its weights."""
+        folded = self.folder / FOLDED_FILE
+        return folded.is_file() and not self.is_converted and not any(self.folder.glob(f"{TORCH_STEM}*"))
+
     @cached_property
     def reader(self) -> TensorReader:
         if self.is_converted:
             return open_tensors(self.folder / PARAMS_FILE)
+        if self.is_only_folded:
+            raise UserError(
+                f"{self.folder}: has the transformer only as folded for one prompt ({FOLDED_FILE}), which is all that "
+                "upscaling with this prompt needs; everything else needs the checkpoint that it was made from"
+            )
         return open_tensors(find_weights(self.folder, TORCH_STEM, self.variant))
 
     @cached_property
@@ -126,7 +139,6 @@ class NetworkFiles:
         lora_scale: float = 1.0,
         put: Callable[[str, np.ndarray], jax.Array] = lambda path, array: jnp.asarray(array),
         progress: Callable[[int], object] = lambda size: None,
-        on_host: bool = False,
     ) -> Tree:
         """Loads all parameters one leaf at a time, and merges an adapter into them.
 
@@ -136,8 +148,6 @@ class NetworkFiles:
           lora_scale: factor on the adapter.
           put: (path, host array as stored) -> device array; chooses the device.
           progress: called with each leaf's number of values after it is loaded.
-          on_host: return NumPy arrays, in the stored dtype unless an adapter is merged into them. The merging itself is
-            done on a device, layer by layer.
 
         Raises:
           UserError: the weights do not fit the config, or have NaNs or infinities. Values of a converted folder were
@@ -145,19 +155,13 @@ class NetworkFiles:
         """
         pairs = flatten_dict(lora or {}, sep="/")
 
-        def leaf_of(path: str, array: np.ndarray) -> Any:
+        def leaf_of(path: str, array: np.ndarray) -> jax.Array:
             pair = lora_lib.pair_of(pairs, path)
+            kernel = put(path, array)
             if pair is None:
-                return array if on_host else put(path, array).astype(dtype)
-            a, b = (np.asarray(half, np.float32) for half in pair)
-
-            def merged(*parts: np.ndarray) -> jax.Array:
-                kernel, *halves = (put(path, part) for part in parts)
-                return lora_lib.merge_kernel(kernel, *halves, factor=lora_scale, dtype=jnp.dtype(dtype))
-
-            if on_host and array.ndim == 3:  # a run's layers, one at a time
-                return np.stack([np.asarray(merged(*layer)) for layer in zip(array, a, b, strict=True)])
-            return np.asarray(merged(array, a, b)) if on_host else merged(array, a, b)
+                return kernel.astype(dtype)
+            a, b = (put(path, np.asarray(half)) for half in pair)
+            return lora_lib.merge_kernel(kernel, a, b, factor=lora_scale, dtype=jnp.dtype(dtype))
 
         loaded, broken = [], []
         for entry, (path, array) in zip(torch_names.base_entries(self.config), self.leaves(), strict=True):
@@ -290,7 +294,7 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
     small = [f"{part}/*.json" for part in PARTS] + ["scheduler/*", "model_index.json", MERGED_FILE]
     weights = [
         *(f"{TORCH_STEM}{infix}.safetensors", f"{TORCH_STEM}{infix}-*-of-*.safetensors"),
-        *(f"{TORCH_STEM}-*-of-?????{infix}.safetensors", PARAMS_FILE),
+        *(f"{TORCH_STEM}-*-of-?????{infix}.safetensors", PARAMS_FILE, FOLDED_FILE),
     ]
 
     def fetch(names: list[str]) -> Path:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +26,8 @@ _DTYPE_CODES = {
     "I32": np.dtype(np.int32),
     "U8": np.dtype(np.uint8),
 }
+# Bytes of a sample, and samples of a tensor, in a fingerprint.
+SAMPLE, SAMPLES = 4096, 32
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 _CODES = {dtype: code for code, dtype in _DTYPE_CODES.items()}
 
@@ -32,6 +37,18 @@ class TensorSpec(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+
+class _Place(NamedTuple):
+    """Where a tensor is: its file, also as an open descriptor, and its first byte there."""
+
+    path: Path
+    file: int
+    start: int
+
+
+def _bytes(spec: TensorSpec) -> int:
+    return int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
 
 
 class TensorReader:
@@ -52,9 +69,7 @@ class TensorReader:
         self.source = source
         self.metadata: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
-        self._owners: dict[str, safe_open] = {}
-        self._paths: dict[str, Path] = {}
-        self._starts: dict[Path, dict[str, int]] = {}
+        self._places: dict[str, _Place] = {}
         for path in files:
             self._add(path)
 
@@ -63,6 +78,7 @@ class TensorReader:
             raise UserError(f"{self.source}: {path.name} is missing; download the checkpoint again")
         try:
             handle = safe_open(path, framework="np")
+            file = os.open(path, os.O_RDONLY)
         except (SafetensorError, OSError) as error:
             if _is_lfs_pointer(path):
                 raise UserError(
@@ -71,6 +87,8 @@ class TensorReader:
             raise UserError(
                 f"{path}: not a readable safetensors file ({error}); it may be truncated"
             ) from None
+        weakref.finalize(self, os.close, file)
+        starts = _data_starts(path)
         self.metadata = self.metadata or dict(handle.metadata() or {})
         for name in handle.keys():  # noqa: SIM118 (a safe_open is no mapping)
             view = handle.get_slice(name)
@@ -81,22 +99,51 @@ class TensorReader:
             if name in self.specs:
                 raise UserError(f"{path}: {name} is also in another shard of {self.source}")
             self.specs[name] = TensorSpec(tuple(view.get_shape()), _DTYPE_CODES[view.get_dtype()])
-            self._owners[name], self._paths[name] = handle, path
+            self._places[name] = _Place(path, file, starts[name])
 
     def read(self, name: str) -> np.ndarray:
-        """Reads the tensor in its stored dtype."""
-        return self._owners[name].get_tensor(name)
+        """Reads the tensor in its stored dtype. Several threads may read at once.
+
+        Raises:
+          UserError: the file has become shorter since it was opened, or cannot be read.
+        """
+        return self._read(name, 0, self.specs[name].shape)
+
+    def read_layer(self, name: str, layer: int) -> np.ndarray:
+        """Reads one entry of the tensor's first axis."""
+        shape = self.specs[name].shape[1:]
+        return self._read(name, layer * _bytes(TensorSpec(shape, self.specs[name].dtype)), shape)
+
+    def _read(self, name: str, skip: int, shape: tuple[int, ...]) -> np.ndarray:
+        place, array = self._places[name], np.empty(shape, self.specs[name].dtype)
+        rest, start = array.reshape(-1).view(np.uint8).data, place.start + skip
+        while rest:
+            try:
+                count = os.preadv(place.file, [rest], start)  # Linux reads at most 2 GB at a time
+            except OSError as error:
+                raise UserError(f"{place.path}: cannot be read ({error})") from None
+            if not count:
+                raise UserError(f"{place.path}: ends within {name}; was it replaced while it was read?")
+            rest, start = rest[count:], start + count
+        return array
+
+    def fingerprint(self) -> str:
+        """A hash of names, shapes, dtypes, and samples of every tensor's values, spread over the whole tensor."""
+        digest = hashlib.sha256()
+        for name, spec in sorted(self.specs.items()):
+            digest.update(f"{name} {spec.shape} {spec.dtype.name};".encode())
+            place, size = self._places[name], _bytes(spec)
+            for start in sorted({(size - SAMPLE) * index // (SAMPLES - 1) for index in range(SAMPLES)}):
+                digest.update(os.pread(place.file, min(SAMPLE, size), place.start + max(0, start)))
+        return digest.hexdigest()
 
     def view(self, name: str) -> np.ndarray:
         """Maps the tensor from its file, read-only. To look at every value, this is several times as fast as `read`."""
-        path, spec = self._paths[name], self.specs[name]
-        if path not in self._starts:
-            self._starts[path] = _data_starts(path)
+        place, spec = self._places[name], self.specs[name]
         if 0 in spec.shape:
             return np.empty(spec.shape, spec.dtype)
-        size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
         # One map per tensor, so that only one at a time counts as this process's memory.
-        data = np.memmap(path, np.uint8, "r", self._starts[path][name], (size,))
+        data = np.memmap(place.path, np.uint8, "r", place.start, (_bytes(spec),))
         return data.view(np.ndarray).view(spec.dtype).reshape(spec.shape)
 
 
@@ -191,7 +238,7 @@ def write_tensors(
     header: dict[str, object] = {"__metadata__": dict(metadata or {})}
     offset = 0
     for name, spec in specs.items():
-        size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
+        size = _bytes(spec)
         header[name] = {
             "dtype": _CODES[spec.dtype],
             "shape": list(spec.shape),

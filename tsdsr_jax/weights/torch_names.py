@@ -1,7 +1,7 @@
 """PyTorch (diffusers, PEFT) names and layouts ↔ this library's parameter trees, both ways.
 
 One table per network maps Flax modules to torch modules and says how their tensors are laid out. Everything else follows:
-`jax.eval_shape` lists the parameters from the config, each entry knows its torch tensors, one per scanned layer, and each
+`abstract_params` lists the parameters from the config, each entry knows its torch tensors, one per scanned layer, and each
 torch tensor must be used exactly once.
 """
 

@@ -1,12 +1,12 @@
-"""Prints how much memory upscaling with SD3 takes beyond its weights, without running it.
+"""Prints how much memory upscaling with SD3 takes beyond its weights on a CPU, without running it.
 
     python bench/inference_memory.py                                   # 512² to 4096², whole and in bands; a minute
     python bench/inference_memory.py --side 4096 --band 256
 
 Programs are compiled for CPUs from shapes alone, and the figures are XLA's plans. They lack the scores of attention, which
 XLA's library allocates itself on CPUs: 67 MB for the autoencoder at 512², 15 MB for a tile in the transformer. CPUs compute
-half precision in float32, so plans in fp16 do not apply to a GPU, which needs about half of the memory of float32. The last
-line for each size is the free memory from which infer/upscale.py computes an image of that size whole on a GPU.
+half precision in float32; gpu_plan.py prints what a GPU takes. The last line for each size is the free memory from which
+infer/upscale.py computes an image of that size whole on a GPU.
 """
 
 from __future__ import annotations

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import pytest
 
 from tsdsr_jax import devices
+from tsdsr_jax.commands import entry
 from tsdsr_jax.devices import memory_of
 
 CODE = """
@@ -101,3 +104,24 @@ def test_memory_is_told_or_half_of_the_machines():
     assert memory_of(Device({"bytes_limit": 7})) == 7
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     assert 0 < memory_of(Device(None)) == memory_of(Device({})) <= half
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"XLA_CLIENT_MEM_FRACTION": "0.5"},
+        {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
+        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    ],
+    ids=str,
+)
+def test_commands_reserve_more_of_a_gpu_unless_told(monkeypatch, chosen):
+    environment = dict(chosen)
+    seen: list[dict[str, str]] = []
+    command = SimpleNamespace(main=None, run=lambda main: seen.append(dict(environment)))
+    monkeypatch.setattr(entry.os, "environ", environment)
+    monkeypatch.setattr(entry.importlib, "import_module", lambda name: command)
+    monkeypatch.setattr(entry.signal, "signal", lambda *_: None)
+    entry.upscale()
+    assert seen == [chosen or {"XLA_CLIENT_MEM_FRACTION": "0.92"}]

@@ -200,8 +200,10 @@ def test_padded_adapter_equals_alone(tiny: tuple[VAEConfig, Tree]) -> None:
     assert error(together[1, : height // 8, : width // 8], expected) <= TOLERANCE
 
 
-def test_group_norm_of_flat_pictures_under_a_bar() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_group_norm_of_flat_pictures_under_a_bar(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass over the values loses digits where what it subtracts is far from the mean: here the first row is."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     x = 2.3 + 0.01 * uniform("x", (1, 640, 64, 8))
     x[:, 0] = 1.0
     for offset in (0.0, 50.0):
@@ -325,7 +327,38 @@ def test_chunked_attention_equals_whole(
     assert error(whole, expected) <= TOLERANCE
 
 
-def test_group_norm_keeps_its_digits_where_the_mean_is_large() -> None:
+@pytest.mark.parametrize("mask", ["none", "any", "first half"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 64), (2, 35), (3, 91)])
+@pytest.mark.parametrize("softmax_keys", [0, 1000])
+def test_attention_as_gpus_compute_it(
+    batch: int, tokens: int, mask: str, softmax_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many keys and few, in chunks of 16 queries, with scores far beyond what exp takes, against float64."""
+    query, key, value = (uniform(name, (batch, tokens, 8)) for name in ("query", "key", "value"))
+    query *= 30
+    counts = np.ones((batch, tokens), bool)
+    if mask == "any":
+        counts = uniform("mask", (batch, tokens)) > -0.5
+    elif mask == "first half":
+        counts[:, : tokens // 2] = False
+    scores = np.einsum("bqh,bkh->bqk", query.astype(np.float64), key) / 8**0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * counts[:, None]
+    expected = np.einsum("bqk,bkh->bqh", weights / weights.sum(-1, keepdims=True), value)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(models_attention, "_GPU_QUERIES", 16)
+    monkeypatch.setattr(models_attention, "_SOFTMAX_KEYS", softmax_keys)
+    found = single_head_attention(
+        query, key, value, key_mask=None if mask == "none" else jnp.asarray(counts), max_scores=1
+    )
+    assert scores.max() > 89 and error(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_group_norm_keeps_its_digits_where_the_mean_is_large(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     x = 1000 + uniform("x", (1, 16, 16, 8))
     variables = {"params": {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}}
     scale, _ = GroupNorm(4).apply(variables, x)

@@ -129,7 +129,7 @@ def main() -> None:
     model = _find_model(options)
     options = _completed(options, model)
     if options.prompt_device != "cpu":
-        # The text encoders run in PyTorch on the same GPU, of whose memory JAX would otherwise take three quarters.
+        # The text encoders run in PyTorch on the same GPU, of whose memory JAX would otherwise reserve most.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = look_at(options.hr_dir, options.crop().minimum, tqdm.write, options.output_dir)
     if options.preview:

@@ -24,6 +24,10 @@ _CUDNN_MAX_HEAD_DIM = 128
 _LOOP_SCORES = 2**22
 # The same for one wide head: from this many keys on, CPUs take this many queries at a time.
 _LOOP_QUERIES, _CPU_QUERIES = 2048, 512
+# GPUs take at least this many, because each time all keys and values are read: for fewer that takes longer than to multiply.
+_GPU_QUERIES = 1024
+# Up to this many keys, XLA's softmax on GPUs is one kernel that reads each score once.
+_SOFTMAX_KEYS = 2**14
 
 
 def attention(
@@ -205,17 +209,18 @@ def single_head_attention(
     value: jax.Array,
     *,
     key_mask: jax.Array | None = None,
-    max_scores: int = 2**28,
+    max_scores: int = 2**27,
 ) -> jax.Array:
     """Attention with one wide head, as in the autoencoder's mid block, in bounded memory.
 
-    That head is 512 wide, beyond cuDNN's limit, so this runs on XLA. Queries are taken in chunks of at most `max_scores`
-    scores. Each query's result is independent of the others, so chunking is exact.
+    The head is 512 wide. cuDNN takes 128, on some GPUs 256, and the head cannot be split, because the softmax needs the
+    whole sum over its width. So this runs on XLA, a chunk of queries at a time. Each query's result is independent of the
+    others, so chunking is exact.
 
     Args:
       query, key, value: (B, K, H).
       key_mask: (B, K) bool in any pattern, False for keys that do not count.
-      max_scores: the most float32 scores to hold at once.
+      max_scores: the most float32 scores to hold at once, unless a GPU has so many keys that its least chunk needs more.
 
     Returns:
       (B, K, H) in the query's dtype.
@@ -227,17 +232,18 @@ def single_head_attention(
     def attend(rows: jax.Array) -> jax.Array:
         scores = jnp.einsum("bqh,bkh->bqk", rows, key, preferred_element_type=jnp.float32) / width**0.5
         scores = scores if bias is None else scores + bias
-        if not on_cpu:
+        if not on_cpu and tokens <= _SOFTMAX_KEYS:
             weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
             return jnp.einsum("bqk,bkh->bqh", weights, value)
-        # Dividing after the product saves a pass over the scores.
+        # Dividing after the product saves a pass over the scores. It also keeps weights among many keys from becoming so
+        # small that float16 loses their digits.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)
+        weights = weights if on_cpu else weights.astype(value.dtype)
         out = jnp.einsum("bqk,bkh->bqh", weights, value, preferred_element_type=jnp.float32)
-        return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
+        return (out / total).astype(value.dtype)
 
-    chunk = max(1, max_scores // (batch * tokens))
-    if on_cpu and tokens >= _LOOP_QUERIES:
-        chunk = min(chunk, _CPU_QUERIES)
+    chunk = _queries_together(batch, tokens, max_scores)
     if chunk >= tokens:
         return attend(query)
     chunks = -(-tokens // chunk)
@@ -246,3 +252,11 @@ def single_head_attention(
     stacked = padded.reshape(batch, chunks, chunk, width).swapaxes(0, 1)
     result = jax.lax.map(attend, stacked).swapaxes(0, 1)
     return result.reshape(batch, chunks * chunk, width)[:, :tokens]
+
+
+def _queries_together(batch: int, tokens: int, max_scores: int) -> int:
+    """How many queries of each image to take at a time."""
+    chunk = max(1, max_scores // (batch * tokens))
+    if jax.default_backend() != "cpu":
+        return max(chunk, _GPU_QUERIES)
+    return min(chunk, _CPU_QUERIES) if tokens >= _LOOP_QUERIES else chunk

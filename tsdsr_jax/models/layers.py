@@ -188,20 +188,23 @@ class GroupNorm(nn.Module):
         half of the digits. The mean of every 16th pixel of every 16th row is near enough. The moments of channels are then
         merged into those of their group (Chan et al. 1979).
         """
-        x = x.astype(jnp.float32)
+        some = x[:, ::16, ::16].astype(jnp.float32)
         if mask is None:
             valid, pixels = jnp.float32(1), jnp.float32(x.shape[1] * x.shape[2])
-            near = x[:, ::16, ::16].mean((1, 2), keepdims=True)
+            near = some.mean((1, 2), keepdims=True)
         else:
             valid = mask.astype(jnp.float32)
             pixels = valid.sum((1, 2, 3))[:, None]
-            some = valid[:, ::16, ::16]
-            near = (x[:, ::16, ::16] * some).sum((1, 2), keepdims=True)
-            near /= jnp.maximum(some.sum((1, 2), keepdims=True), 1)
+            some_valid = valid[:, ::16, ::16]
+            near = (some * some_valid).sum((1, 2), keepdims=True)
+            near /= jnp.maximum(some_valid.sum((1, 2), keepdims=True), 1)
         near = jax.lax.stop_gradient(near)  # the result does not depend on it
-        # With the barrier the two sums do not share x − near, which XLA on CPUs would write to memory.
-        offset = ((x - jax.lax.optimization_barrier(near)) * valid).sum((1, 2)) / pixels
-        squares = (jnp.square(x - near) * valid).sum((1, 2)) / pixels
+        # GPUs read x once if both sums share x − near, and XLA would not share it without the barrier. On CPUs they must not
+        # share it, because XLA would write it to memory.
+        behind = jax.lax.optimization_barrier(near)
+        squared = jnp.square(x - (near if jax.default_backend() == "cpu" else behind))
+        offset = ((x - behind) * valid).sum((1, 2)) / pixels
+        squares = (squared * valid).sum((1, 2)) / pixels
         channel_mean = near[:, 0, 0] + offset
         mean = self._over_groups(channel_mean)
         within = squares - jnp.square(offset)

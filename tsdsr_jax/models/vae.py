@@ -74,15 +74,16 @@ class VAEConfig:
 
 
 def whole_image_bytes(config: VAEConfig, dtype: DTypeLike, platform: str) -> float:
-    """A generous estimate of the peak memory per image pixel when encoding or decoding without bands.
+    """An estimate of the peak memory per image pixel when encoding or decoding without bands.
 
-    XLA plans 2570 bytes for SD3's decoder in float32, ten times its second width (3600 on CPUs with jax 0.10), and 1570 for
-    its encoder. On CPUs half precision takes more, because it is computed in float32. The estimate adds one half for what
-    libraries need.
+    The decoder needs the most. For SD3's, XLA plans ten times the second width in float32, 2560 bytes, and half of it in
+    float16 on GPUs, for any size and batch. GPUs get a fifth more: 30 bytes for images that come and go, and the rest for
+    the workspaces of libraries and gaps between arrays. Others get a half more. On CPUs jax 0.10 plans 3600 bytes, and half
+    precision takes more, because it is computed in float32.
     """
     widest = max(2 * config.block_out_channels[0], *config.block_out_channels[1:2])
     item = 5 if platform == "cpu" else jnp.dtype(dtype).itemsize
-    return 1.5 * 2.5 * widest * item
+    return (1.2 if platform == "gpu" else 1.5) * 2.5 * widest * item
 
 
 class Posterior(NamedTuple):
@@ -197,17 +198,21 @@ class Resampler(nn.Module):
     """Down-samples (pad right and bottom, stride 2) or up-samples (nearest) by two, with a 3×3 convolution.
 
     It is a module of its own because the checkpoint names it `downsamplers.0.conv` or `upsamplers.0.conv`.
+
+    Attributes:
+      lazy: with bands, return the result as `RowsOnDemand`.
     """
 
     features: int
     down: bool
+    lazy: bool
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: FeatureMap, valid: jax.Array | None, band_pixels: int | None) -> FeatureMap:
         kind: dict[str, Any] = dict(stride=2, padding=(0, 1)) if self.down else dict(upsample=2)
         conv = Conv(self.features, dtype=self.dtype, name="conv", **kind)
-        return conv(x, normalize(None, valid), band_pixels, lazy=not self.down)
+        return conv(x, normalize(None, valid), band_pixels, lazy=self.lazy)
 
 
 class Level(nn.Module):
@@ -219,6 +224,7 @@ class Level(nn.Module):
     resample: str | None
     dtype: DTypeLike
     remat: bool
+    lazy: bool = False
 
     @nn.compact
     def __call__(
@@ -229,9 +235,8 @@ class Level(nn.Module):
             x = block(x, valid, band_pixels)
         if self.resample is None:
             return x
-        sampler = Resampler(
-            self.features, self.resample == "downsamplers", self.dtype, name=f"{self.resample}_0"
-        )
+        down = self.resample == "downsamplers"
+        sampler = Resampler(self.features, down, self.lazy, self.dtype, name=f"{self.resample}_0")
         return sampler(x, valid, band_pixels_out)
 
 
@@ -304,8 +309,10 @@ class Decoder(nn.Module):
             last = index == len(widths) - 1
             following = scale if last else scale.up()
             resample = None if last else "upsamplers"
+            # Memory is greatest where the largest map is read, so keeping the smaller ones costs none.
+            lazy = index == len(widths) - 2
             level = Level(
-                *(width, config.layers_per_block + 1, groups, resample, dtype, self.remat),
+                *(width, config.layers_per_block + 1, groups, resample, dtype, self.remat, lazy),
                 name=f"up_blocks_{index}",
             )
             x = level(x, scale.valid, scale.band_pixels, following.band_pixels)

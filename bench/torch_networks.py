@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_pipeline import Text, TorchPipeline
 
 from tsdsr_jax import devices
-from tsdsr_jax.models.folded import EightBits
+from tsdsr_jax.models.eight_bits import EightBits
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree
 from tsdsr_jax.models.vae import VAEConfig

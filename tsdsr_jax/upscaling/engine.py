@@ -22,7 +22,8 @@ from jax.typing import DTypeLike
 
 from tsdsr_jax.devices import compiler_options, matmul_precision, memory_of
 from tsdsr_jax.images.buckets import Size
-from tsdsr_jax.models.folded import EightBits, FoldedMMDiT, fold
+from tsdsr_jax.models.eight_bits import EightBits
+from tsdsr_jax.models.folded import FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import LATENT_FACTOR, STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.vae import AutoencoderKL, Posterior, VAEConfig, valid_mask, whole_image_bytes

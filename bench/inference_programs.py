@@ -12,7 +12,8 @@ from described_gpu import placed
 from jax.sharding import NamedSharding
 
 from tsdsr_jax.devices import DTYPES, matmul_precision
-from tsdsr_jax.models.folded import EightBits, fold
+from tsdsr_jax.models.eight_bits import EightBits
+from tsdsr_jax.models.folded import fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, abstract_params
 from tsdsr_jax.models.vae import VAEConfig

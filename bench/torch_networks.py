@@ -19,7 +19,8 @@ from torch import Tensor
 from torch_pipeline import Text, TorchPipeline
 
 from tsdsr_jax import devices
-from tsdsr_jax.models.folded import EightBits, fold
+from tsdsr_jax.models.eight_bits import EightBits
+from tsdsr_jax.models.folded import fold
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Config, Tree
 from tsdsr_jax.models.vae import VAEConfig

@@ -3,15 +3,17 @@
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from parity import TOLERANCE, error, random_params, uniform
 from tsdsr_jax.models import folded as models_folded
-from tsdsr_jax.models.folded import FoldedMMDiT, fold, quantized
-from tsdsr_jax.models.layers import Dense
+from tsdsr_jax.models.eight_bits import StoredDense
+from tsdsr_jax.models.folded import FoldedMMDiT, fold
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig, grid_positions, patchify
 from tsdsr_jax.models.params import abstract_params
 
@@ -80,9 +82,10 @@ def test_sd3_loses_a_third_of_its_parameters():
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype(np.float16)}
 
 
-@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("fp8", 0.04)])
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("fp8", 0.05)])
 def test_eight_bits_stay_near(kind, most):
-    """0.4 % and 1.9 % of the largest velocity measured, with random weights."""
+    """0.3 % and 2.2 % of the largest velocity measured, with random weights. A single fp8 layer is up to 5 % apart (see
+    test_eight_bits.py), and the residuals stay exact."""
     config = MMDiTConfig.tiny()
     params, given = random_params(config), inputs(config, 1, 8, 8)
     wanted = plain(config, params, given)
@@ -91,18 +94,45 @@ def test_eight_bits_stay_near(kind, most):
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_scales_keep_their_digits_in_half_precision(kind):
-    """Behind a gate near zero a scale is below float16's smallest normal number."""
+def test_only_blocks_are_stored_in_eight_bits(kind):
     config = MMDiTConfig.tiny()
     params, given = random_params(config), inputs(config, 1, 4, 4)
     made = fold(config, params, given["context"], given["pooled"], 1000.0, jnp.float16, kind)
-    scales = {
-        leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(made) if path[-1].key == "scale"
-    }
-    assert scales == {np.dtype(np.float32)}
-    layer = {"kernel": jnp.full((4, 2), 100, jnp.int8), "scale": jnp.full(2, 3e-8), "bias": jnp.zeros(2)}
-    out = Dense(2, jnp.float16).apply({"params": layer}, jnp.full((1, 4), 1000, jnp.float16))
-    assert error(out, np.full((1, 2), 4 * 1000 * 100 * 3e-8)) <= 0.02
+    for path, leaf in flatten_dict(made).items():
+        *layer, name = path
+        beside = {path[-1] for path in flatten_dict(made) if path[:-1] == tuple(layer)}
+        if path[0].startswith("layers_") and name == "kernel":
+            assert leaf.dtype == (jnp.int8 if kind == "int8" else jnp.float8_e4m3fn)
+        elif name in ("scale", "input_scale") and "kernel" in beside:
+            assert leaf.dtype == jnp.float32
+        else:
+            assert leaf.dtype == jnp.float16
+    if kind == "fp8":
+        after_norm = {"q", "kv", "add_q", "add_kv", "net_0"}
+        layers = {path[:-1] for path in flatten_dict(made) if path[-1] == "scale"}
+        given_scales = {path[:-1] for path in flatten_dict(made) if path[-1] == "input_scale"}
+        assert given_scales == {layer for layer in layers if layer[-1] not in after_norm}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_input_exceeds_the_range_of_fp8(kind):
+    """For any picture: here a flat one, noise, and one with a single large value, all far outside of what latents are."""
+    config = MMDiTConfig.tiny(**KINDS[kind])
+    params, given = random_params(config), inputs(config, 3, 8, 12)
+    made = fold(config, params, given["context"], given["pooled"], 1000.0, jnp.float32, "fp8")
+    seen = {}
+
+    def watch(call, arguments, keywords, context):
+        if isinstance(context.module, StoredDense) and "input_scale" in context.module.variables["params"]:
+            scale = context.module.variables["params"]["input_scale"]
+            seen[context.module.path] = float(jnp.abs(arguments[0]).max() / (448 * scale))
+        return call(*arguments, **keywords)
+
+    patches = given["patches"].at[0].set(100).at[1].multiply(1e4).at[2, 5, 3].set(1e6)
+    with nn.intercept_methods(watch):
+        FoldedMMDiT(config).apply({"params": made}, patches, given["positions"])
+    assert len(seen) == 2 * (2 * config.num_layers - 1) + len(config.dual_attention_layers)
+    assert 0.01 < max(seen.values()) <= 1
 
 
 def test_folding_holds_two_layers_more_at_a_time(monkeypatch):
@@ -136,22 +166,3 @@ def test_folding_a_layer_takes_little_memory():
         half, jax.ShapeDtypeStruct((1536,), jnp.float32), **how
     ).compile()
     assert made.memory_analysis().temp_size_in_bytes < 5e8
-
-
-@pytest.mark.parametrize(("kind", "relative"), [("int8", 0.5 / 127), ("fp8", 2.0**-4)])
-def test_quantized_kernels(kind, relative):
-    """Every weight within half a step: of int8, of the output's largest; of e4m3, of the weight itself."""
-    kernel = uniform("kernel", (3, 40, 5)) * np.linspace(0.01, 100, 5, dtype=np.float32)
-    kernel[:, :, 2] = 0
-    made = quantized({"dense": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros((3, 5))}}, kind)["dense"]
-    assert made["kernel"].dtype == (jnp.int8 if kind == "int8" else jnp.float8_e4m3fn)
-    back = np.asarray(made["kernel"].astype(jnp.float32)) * np.asarray(made["scale"])[:, None]
-    largest = np.abs(kernel).max(1, keepdims=True)
-    # Below e4m3's smallest normal number, 2⁻⁶ of 448, steps are absolute.
-    allowed = largest if kind == "int8" else np.maximum(np.abs(kernel), largest * 2.0**-6 / 448)
-    assert (np.abs(back - kernel) <= relative * allowed * (1 + 1e-5)).all()
-    assert not back[:, :, 2].any()
-
-    layer = {name: leaf[0] for name, leaf in made.items()}
-    x = uniform("x", (2, 40))
-    assert error(Dense(5).apply({"params": layer}, x), x @ back[0]) <= 1e-6

@@ -22,16 +22,15 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from jax.typing import ArrayLike, DTypeLike
 
 from tsdsr_jax.models.attention import Implementation, attention, is_flash
 from tsdsr_jax.models.conditioning import TimeTextEmbedding
+from tsdsr_jax.models.eight_bits import EightBits, StoredDense, largest_output, quantized
 from tsdsr_jax.models.layers import Dense, RMSNorm, layer_norm
 from tsdsr_jax.models.mmdit import (
     BlockKind,
-    FeedForward,
     MMDiTConfig,
     PatchEmbedding,
     Streams,
@@ -44,7 +43,6 @@ from tsdsr_jax.models.mmdit import (
 FOLD_LAYOUT = 1
 
 ParamTree = Mapping[str, Any]
-EightBits = Literal["int8", "fp8"]
 
 
 class FoldedAttention(nn.Module):
@@ -82,7 +80,7 @@ class FoldedAttention(nn.Module):
         # Queries of image and text come in two calls, so that neither they nor their results are copied.
         def out(queries: jax.Array, name: str) -> jax.Array:
             tokens = attend(queries).reshape(*queries.shape[:2], self.config.width)
-            return Dense(self.config.width, self.dtype, name=name)(tokens)
+            return StoredDense(self.dtype, name=name)(tokens)
 
         return out(q, "to_out"), None if q_text is None else out(q_text, "to_add_out")
 
@@ -104,13 +102,24 @@ class FoldedAttention(nn.Module):
     def _projected(self, name: str, x: jax.Array, norms: Sequence[str | None]) -> list[jax.Array]:
         """Several projections in one product; normalizes queries and keys if the checkpoint does."""
         config = self.config
-        y = Dense(len(norms) * config.width, self.dtype, name=name)(x)
+        y = StoredDense(self.dtype, name=name)(x)
         y = y.reshape(*x.shape[:2], len(norms), config.num_attention_heads, config.attention_head_dim)
         parts = [y[:, :, index] for index in range(len(norms))]
         return [
             RMSNorm(name=norm)(part) if norm and config.qk_norm else part
             for part, norm in zip(parts, norms, strict=True)
         ]
+
+
+class FoldedFeedForward(nn.Module):
+    """Linear, GELU (tanh), linear."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = StoredDense(self.dtype, name="net_0")(x)
+        return StoredDense(self.dtype, name="net_2")(nn.gelu(x, approximate=True))
 
 
 class FoldedBlock(nn.Module):
@@ -135,10 +144,10 @@ class FoldedBlock(nn.Module):
         image = image + from_image
         if self.kind.dual_attention:
             image += attend(text="none", constant=False, name="attn2")(normed, None, valid)[0]
-        image += FeedForward(config.width, dtype, name="ff")(layer_norm(image))
+        image += FoldedFeedForward(dtype, name="ff")(layer_norm(image))
         if from_text is not None:
             text = text + from_text
-            text += FeedForward(config.width, dtype, name="ff_context")(layer_norm(text))
+            text += FoldedFeedForward(dtype, name="ff_context")(layer_norm(text))
         return Streams(image, text)
 
 
@@ -224,8 +233,8 @@ def fold_parts(
       context, pooled: the prompt, (S, joint_attention_dim) and (pooled_projection_dim,).
       timestep: in 0...1000.
       dtype: of the result.
-      eight_bits: store the blocks' kernels in eight bits instead, see `quantized`. The first and the last layer, which
-        are small and see the latents themselves, stay in `dtype`.
+      eight_bits: store the blocks' kernels in eight bits instead, see `models.eight_bits`. The first and the last layer,
+        which are small and see the latents themselves, stay in `dtype`.
       sharding: of every leaf of the result; None: JAX's default device, or where the parts are.
     """
     put = partial(jax.device_put, device=sharding)
@@ -281,13 +290,32 @@ def _stored_block(
 ) -> ParamTree:
     """Folds a block and casts or quantizes it for storage."""
     folded = _fold_block(config, kind, conditioning, block, text)
-    leaves = flatten_dict(quantized(folded, eight_bits) if eight_bits else folded)
-    # Scales stay float32: with a gate near zero they are below float16's normal numbers.
-    keep = {path for path in leaves if path[-1] == "scale" and (*path[:-1], "kernel") in leaves}
-    keep |= {(*path[:-1], "kernel") for path in keep}
-    return unflatten_dict(
-        {path: leaf if path in keep else leaf.astype(dtype) for path, leaf in leaves.items()}
-    )
+    if eight_bits is None:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), folded)
+    return quantized(folded, eight_bits, dtype, _largest_inputs(folded))
+
+
+def _largest_inputs(folded: ParamTree) -> dict[tuple[str, ...], jax.Array]:
+    """Bounds on the absolute inputs of a folded block's layers that do not follow `layer_norm`, by path."""
+    bounds = dict[tuple[str, ...], jax.Array]()
+    for name, part in folded.items():
+        if name in ("ff", "ff_context"):
+            bounds[name, "net_2"] = largest_output(part["net_0"])  # GELU makes no number larger
+        else:
+            bounds[name, "to_out"] = bounds[name, "to_add_out"] = _largest_value(part)
+    return bounds
+
+
+def _largest_value(attn: ParamTree) -> jax.Array:
+    """A bound on attention's absolute values, which its results, being means of them, do not exceed."""
+    bounds = [
+        largest_output({part: jnp.split(leaf, 2, axis=-1)[1] for part, leaf in attn[name].items()})
+        for name in ("kv", "add_kv")
+        if name in attn
+    ]
+    if "text_v" in attn:
+        bounds.append(jnp.abs(attn["text_v"]).max())
+    return jnp.stack(bounds).max()
 
 
 def _fold_block(
@@ -344,7 +372,7 @@ def _image_attention(attn: ParamTree, shift: jax.Array, scale: jax.Array, gate: 
 
 
 def _feed_forward(ff: ParamTree, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> ParamTree:
-    return {"net_0": {"proj": _before(ff["net_0"]["proj"], shift, scale)}, "net_2": _after(ff["net_2"], gate)}
+    return {"net_0": _before(ff["net_0"]["proj"], shift, scale), "net_2": _after(ff["net_2"], gate)}
 
 
 def _linear(dense: ParamTree, x: jax.Array) -> jax.Array:
@@ -368,24 +396,3 @@ def _joined(*parts: ParamTree) -> ParamTree:
 
 def _float32(tree: ParamTree) -> ParamTree:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
-
-
-def quantized(params: ParamTree, kind: EightBits) -> ParamTree:
-    """Stores the kernels of linear layers in eight bits, with a scale per output; `Dense` widens them on use.
-
-    Args:
-      params: a tree of `Dense` layers, kernels (..., in, out).
-      kind: "int8", or "fp8" (e4m3: four exponent and three mantissa bits).
-    """
-    largest, dtype = (127.0, jnp.int8) if kind == "int8" else (448.0, jnp.float8_e4m3fn)
-    leaves = {}
-    for path, leaf in flatten_dict(params).items():
-        if path[-1] != "kernel":
-            leaves[path] = leaf
-            continue
-        kernel = leaf.astype(jnp.float32)
-        scale = jnp.maximum(jnp.abs(kernel).max(-2, keepdims=True), 1e-30) / largest
-        kernel = kernel / scale
-        leaves[path] = (jnp.round(kernel) if kind == "int8" else kernel).astype(dtype)
-        leaves[(*path[:-1], "scale")] = scale[..., 0, :]
-    return unflatten_dict(leaves)

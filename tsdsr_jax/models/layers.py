@@ -61,10 +61,7 @@ def gathered(module: type[nn.Module], placement: Placement | None) -> type[nn.Mo
 
 
 class Dense(nn.Module):
-    """y = x W + b, plus x A B where the `lora` collection has `a` (in, r) and `b` (r, out).
-
-    With a parameter `scale` (out,) beside it, the kernel is stored in eight bits, and W = kernel·scale.
-    """
+    """y = x W + b, plus x A B where the `lora` collection has `a` (in, r) and `b` (r, out)."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -74,8 +71,6 @@ class Dense(nn.Module):
         """(..., in) -> (..., features)."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if self.has_variable("params", "scale"):
-            kernel = kernel.astype(jnp.float32) * self.get_variable("params", "scale")
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "a"):

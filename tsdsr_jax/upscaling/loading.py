@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from tsdsr_jax.devices import select_dtype
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.models.folded import EightBits, ParamTree, fold_parts
+from tsdsr_jax.models.eight_bits import EightBits
+from tsdsr_jax.models.folded import ParamTree, fold_parts
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import PATCH_SIZE, STUDENT_TIMESTEP, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig

@@ -23,7 +23,7 @@ from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.color import AlignMethod
 from tsdsr_jax.images.files import Photo, decode_photo, photo_of, read_content
 from tsdsr_jax.images.writing import as_image
-from tsdsr_jax.models.folded import EightBits
+from tsdsr_jax.models.eight_bits import EightBits
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.engine import Engine, Progress
 from tsdsr_jax.upscaling.jobs import Report
@@ -127,7 +127,8 @@ class Upscaler:
           lora_scale: factor on the LoRAs; below 1 the result stays closer to plain SD3.
           device: "cuda", "cuda:N", "cpu" or "tpu". Default: all devices of the best kind.
           dtype: precision of the computation. Default: "fp16" on a GPU, "bf16" on a TPU, "fp32" on a CPU.
-          weights: "int8" and "fp8" keep the transformer's blocks in eight bits, to fit small GPUs.
+          weights: "int8" and "fp8" keep the transformer's blocks in eight bits, to fit small GPUs; "fp8" also computes in
+            them on GPUs that can, which is faster and less accurate.
           max_pixels: pictures with more pixels, before or after upscaling, are refused.
           revision: branch, tag or commit of a hub id.
           variant: variant of the weight files to read, such as "fp16".

@@ -19,7 +19,8 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.models.folded import FOLD_LAYOUT, EightBits, ParamTree, fold, fold_parts
+from tsdsr_jax.models.eight_bits import EightBits
+from tsdsr_jax.models.folded import FOLD_LAYOUT, ParamTree, fold, fold_parts
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree, abstract_params
 from tsdsr_jax.weights.finite import is_finite

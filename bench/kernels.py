@@ -317,9 +317,9 @@ def _fusion_traffic(fused: Computation, results: list[Shape]) -> tuple[int, int]
 
 
 def _uses(users: dict[str, list[Instruction]], name: str) -> Iterator[tuple[str, Instruction]]:
-    """Yields an instruction's users, those of its bitcasts in their place."""
+    """Yields an instruction's users, those of its bitcasts and conversions in their place."""
     for user in users[name]:
-        if user.code in ("bitcast", "reshape") and not user.root:
+        if user.code in ("bitcast", "reshape", "convert") and not user.root:
             yield from _uses(users, user.name)
         else:
             yield name, user

@@ -34,24 +34,28 @@ class Bound(NamedTuple):
       traffic: gigabytes from and to memory, per image.
       temporary: gigabytes that XLA plans beside arguments and results.
       attention: cuDNN's, forward and backward.
+      copies: gigabytes of weights that are moved about per call, read and written. cuDNN wants the autoencoder's in another
+        order; a linear layer's must not move.
     """
 
     kernels: int
     traffic: float
     temporary: float
     attention: tuple[int, int]
+    copies: float = 0.0
 
 
 # Eight images of 512×512 in float16.
 INFERENCE = {
-    "encode": Bound(254, 4.35, 1.61, (0, 0)),
-    "transformer": Bound(432, 3.62, 0.23, (47, 0)),
-    "decode": Bound(342, 7.42, 2.68, (0, 0)),
+    "encode": Bound(244, 3.69, 1.61, (0, 0), 0.14),
+    "transformer": Bound(435, 3.63, 0.23, (47, 0)),
+    "decode": Bound(331, 6.32, 2.68, (0, 0), 0.2),
 }
+FP8 = Bound(529, 3.71, 0.21, (47, 0))
 # Two images, three layers of full width, bfloat16.
 GRADIENTS = {
-    "student_gradient": Bound(620, 2.81, 0.37, (5, 5)),
-    "auxiliary_gradient": Bound(450, 2.2, 0.40, (5, 5)),
+    "student_gradient": Bound(580, 2.79, 0.37, (5, 5)),
+    "auxiliary_gradient": Bound(380, 2.14, 0.33, (5, 5)),
 }
 
 
@@ -81,7 +85,7 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
 def check(plan: dict[str, Any], bound: Bound) -> None:
     assert (plan["attention"], plan["attention_backward"]) == bound.attention
     assert plan["float32_tflop"] == 0, "a product in float32"
-    assert plan["weight_copies_gb"] < 0.01, "weights are copied before they are used"
+    assert plan["weight_copies_gb"] <= SLACK * bound.copies, "weights are copied before they are used"
     for name, wanted in (
         ("kernels", bound.kernels),
         ("gb", bound.traffic),
@@ -93,6 +97,15 @@ def check(plan: dict[str, Any], bound: Bound) -> None:
 @pytest.mark.parametrize("program", INFERENCE)
 def test_inference(inference: dict[str, dict[str, Any]], program: str) -> None:
     check(inference[program], INFERENCE[program])
+
+
+def test_fp8_computes_in_fp8(tmp_path: Path) -> None:
+    plan = plans(tmp_path, "--programs", "transformer", "--weights", "fp8")["transformer"]
+    check(plan, FP8)
+    products = plan["tflop"] * 8 - plan["eight_bit_tflop"]
+    assert products < 0.2 * plan["eight_bit_tflop"], (
+        "attention and two layers are in 16 bits, and nothing else"
+    )
 
 
 @pytest.mark.parametrize("program", GRADIENTS)

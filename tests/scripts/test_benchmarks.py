@@ -168,6 +168,15 @@ def test_merging() -> None:
 
 
 @slow
+def test_eight_bits(photos: Path) -> None:
+    status, told = bench("eight_bits", "--photos", photos, "--tiles", "2")
+    velocities = dict(re.findall(r"(int8|fp8) velocities: ([\d.]+)", told))
+    assert status == 0 and len(re.findall(r"fp8 .*png: [\d.]+ dB", told)) == 3
+    assert 0 < float(velocities["int8"]) < 0.02 < float(velocities["fp8"]) < 0.06
+    assert all(float(share) <= 1 for share in re.findall(r"inputs up to ([\d.]+)", told))
+
+
+@slow
 def test_inference_memory(tmp_path: Path) -> None:
     status, _ = bench("inference_memory", "--side", "512", "--band", "256", "--json", tmp_path / "told.json")
     taken = {

@@ -35,7 +35,7 @@ help:
 	@echo "make test     run the test suite      (TESTFLAGS='-k lora', TORCH=0, PYTHON=python3.12)"
 	@echo "make lint     check style and formatting"
 	@echo "make types    check the library's type hints"
-	@echo "make cuda-compiler   install what a test needs to compile for a GPU without having one (140 MB)"
+	@echo "make cuda-compiler   install what tests and bench/gpu_plan.py need to compile for a GPU without having one (140 MB)"
 	@echo "make format   apply the formatter and the safe fixes"
 	@echo "make clean    remove .venv, caches and what the demo wrote"
 

@@ -74,7 +74,8 @@ class Options:
     """Write diffusers' layout instead of ours."""
     fold: Literal["no", "beside", "only"] = "no"
     """Fold the transformer for one prompt, so that infer/upscale.py starts faster with it: beside the weights, or only the
-    folded transformer, a third smaller, which serves nothing but upscaling with this prompt and without another LoRA."""
+    folded transformer, a third smaller, which serves nothing but upscaling with this prompt, in this --dtype (or any, from
+    float32), and without another LoRA."""
     embedding_dir: Path | None = None
     """Folder with the embedding of the prompt to fold for. Default: as in infer/upscale.py."""
     overwrite: bool = False
@@ -97,15 +98,17 @@ def main() -> None:
     for network in networks:
         network.check_finite()
     _mark(options, checkpoint)
-    (options.output / "transformer" / FOLDED_FILE).unlink(missing_ok=True)
+    if options.fold != "only":
+        (options.output / "transformer" / FOLDED_FILE).unlink(missing_ok=True)
     for network, lora in zip(networks, loras, strict=True):
         if network.part == "transformer" and options.fold == "only":
-            (options.output / network.part / PARAMS_FILE).unlink(missing_ok=True)
             _copy_config(network, options.output)
         else:
             _convert(network, lora, options.output / network.part / _weights_name(options), options)
     if prompt:
         _fold(checkpoint.network("transformer"), loras[0], prompt, options)
+    if options.fold == "only":  # last: until now, the older weights were whole
+        (options.output / "transformer" / PARAMS_FILE).unlink(missing_ok=True)
     _copy_small_files(checkpoint.folder, options.output)
     if not _merged_files(options, checkpoint):  # last: until now, the folder may hold older, merged weights
         (options.output / MERGED_FILE).unlink(missing_ok=True)
@@ -124,6 +127,11 @@ def _check(network: NetworkFiles, options: Options) -> None:
         target = options.output / network.part / name
         if target.exists() and not options.overwrite:
             raise UserError(f"{target}: already exists; pass --overwrite to replace it")
+    stored = sorted((options.output / "transformer").glob(f"{TORCH_STEM}*")) if options.fold == "only" else []
+    if stored:
+        raise UserError(
+            f"{stored[0]}: --fold only leaves no other weights beside it; choose another --output"
+        )
     if options.to_diffusers and options.fold != "no":
         raise UserError("--fold: diffusers has no such layout; leave out --to_diffusers or --fold")
     if options.to_diffusers and not network.is_converted:

@@ -322,7 +322,9 @@ def _merged_teacher(networks: Networks, transformer: Tree, teacher: Tree) -> Tre
     """Merges the teacher's LoRA; says how much of it is left after rounding."""
     if not networks.scan_layers:
         teacher = by_layer(networks.mmdit_config, teacher)
-    merged = lora.merge(transformer, teacher)
+    merged = jax.device_put(
+        lora.merge(transformer, teacher), jax.tree.map(lambda leaf: leaf.sharding, transformer)
+    )
     share = lora.merged_share(transformer, merged, teacher)
     kind = np.dtype(networks.dtype)
     lost = "" if share > 0.9 else "; without --merge_teacher_lora nothing of it is lost"

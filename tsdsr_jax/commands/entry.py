@@ -11,14 +11,19 @@ import signal
 
 # JAX reserves this share of a GPU's memory when it starts, by itself 0.75. The rest is left to CUDA and its libraries.
 _GPU_SHARE = "0.92"
-_GPU_MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+_GPU_MEMORY_VARIABLES = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+)
 
 
 def _run(name: str) -> None:
     """Runs `main` of a module in this package as a command-line tool."""
     # While the libraries load, Ctrl-C ends the process at once. `cli.run` handles it when the work begins.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if not any(name in os.environ for name in _GPU_MEMORY):
+    # `evaluate` leaves more to PyTorch's metrics, which may run on the same GPU.
+    if name != "evaluate" and not any(variable in os.environ for variable in _GPU_MEMORY_VARIABLES):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = _GPU_SHARE
     main = importlib.import_module(f"tsdsr_jax.commands.{name}").main
     importlib.import_module("tsdsr_jax.cli").run(main)

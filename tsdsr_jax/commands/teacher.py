@@ -124,6 +124,15 @@ class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
         if self.checkpoint_path and not self.adapter:
             raise UserError("--checkpoint_path is a LoRA, for --train lora; pass other weights as the model")
 
+    def all_notes(self, steps: int) -> list[str]:
+        """Returns notes on flags that have no effect or may surprise."""
+        found = self.notes()
+        if self.scan_layers is False and not self.adapter:
+            found.append(
+                "--no_scan_layers has no effect with --train base, whose layers are trained in stacks"
+            )
+        return found + self.warmup_notes(steps)
+
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__, groups=TRAINING)
@@ -166,7 +175,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
     loaded = _starting_lora(options, networks) if new and options.checkpoint_path else None
 
     steps = options.steps(len(data.source), mesh)
-    session.announce(options, mesh, data, steps, options.notes() + options.warmup_notes(steps))
+    session.announce(options, mesh, data, steps, options.all_notes(steps))
     ((vae, vae_hash),) = networks.load([networks.vae])
     transformer = _load_transformer(options, networks, loaded, new)
     if new and data.shapes.latent_hr:

@@ -3,8 +3,9 @@
 Axes: B batch, h w latent height and width, p patch size, C latent channels, T image tokens, S text tokens,
 N heads, H head dim, D width (= N·H).
 
-Parameters keep the checkpoint's names (`to_q`, `ff/net_2`, ...). Runs of identical blocks are stacked and scanned:
-`blocks_0` holds SD3-medium's first 23 blocks on a leading axis, `blocks_1` the last block, where the text stream ends.
+Parameters keep the checkpoint's names (`to_q`, `ff/net_2`, ...). Runs of identical blocks are stacked and scanned, unless
+`scanned` is off: `blocks_0` holds SD3-medium's first 23 blocks on a leading axis, `blocks_1` the last block, where the text
+stream ends.
 """
 
 from __future__ import annotations
@@ -280,8 +281,8 @@ class MMDiT(nn.Module):
     Attributes:
       config: sizes, from the checkpoint.
       dtype: computation dtype; parameters are cast on use.
-      remat: recompute whole blocks in the backward pass. Otherwise it keeps the results of linear layers and recomputes
-        the rest, including attention.
+      remat: recompute whole blocks in the backward pass. Otherwise it keeps the results of linear layers and of
+        flash attention, and recomputes the rest.
       implementation: see `attention`.
       placement: for sharded parameters; None: XLA decides.
       scanned: loop over runs of identical blocks, whose parameters are stacked. Otherwise every block has its own, see

@@ -34,7 +34,7 @@ def by_layer(config: MMDiTConfig, tree: Tree) -> Tree:
 
 
 def variables(model: MMDiT, params: Tree, adapter: Tree) -> dict[str, Tree]:
-    """What `model.apply` takes: parameters as the model has them, and an adapter with stacks."""
+    """What `model.apply` takes: parameters as the model has them, and an adapter in stacks, or {}."""
     if not model.scanned:
         # Cast first, so that the layers' parts need not be.
         adapter = by_layer(model.config, jax.tree.map(lambda leaf: leaf.astype(model.dtype), adapter))

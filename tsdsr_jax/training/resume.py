@@ -24,7 +24,7 @@ _LATER = ("schedule's shift",)
 _HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", "log_code", "report_to", "logging_steps",
              "coordinator_address", "process_id", "num_processes", "multi_host", "dataloader_num_workers",
              "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_dir",
-             "num_validation_images",
+             "num_validation_images", "scan_layers",
              # The identity covers the contents of these folders.
              "data_dir", "hr_dir", "pretrained_model_name_or_path", "vae_dir", "default_embedding_dir", "null_embedding_dir",
              "teacher_lora_path")  # fmt: skip
@@ -97,6 +97,8 @@ def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     before, after = (
         {name: value for name, value in flags.items() if name not in _HARMLESS} for flags in (saved, now)
     )
+    # A flag that the checkpoint's version did not have, and that is off.
+    after = {name: value for name, value in after.items() if name in saved or value}
     return mismatches(before, after)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +38,14 @@ def load_engine(
     options: UpscaleOptions,
     devices: list[jax.Device],
     say: Say = print,
-    meanwhile: Callable[[Engine], object] | None = None,
+    meanwhile: Callable[[Engine, Event], object] | None = None,
 ) -> Engine:
     """Checks every file by its header, then loads both networks with their LoRAs merged.
 
     Args:
       options: complete and checked, see `options`.
-      meanwhile: called with the engine, whose parameters are only shapes until then, in another thread while they are
-        loaded. If it fails, nothing happens.
+      meanwhile: called in another thread while parameters are loaded, with the engine, whose parameters are only shapes
+        until then, and an event that is set if loading fails. If it fails itself, nothing happens.
 
     Raises:
       UserError: files are missing, damaged or do not fit together.
@@ -67,9 +69,7 @@ def load_engine(
     engine = Engine(networks, options.bands, jnp.dtype(dtype))
     put = partial(jax.device_put, device=networks.shared)
     specs = folded.specs if folded else transformer.specs, vae.specs
-    with ThreadPoolExecutor(1) as other, _progress_bar(*specs) as bar:
-        if meanwhile is not None:
-            other.submit(meanwhile, engine)
+    with _alongside(meanwhile, engine), _progress_bar(*specs) as bar:
         if folded:
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), load_tensors(folded, put, bar.update))
         else:
@@ -79,6 +79,21 @@ def load_engine(
         (vae_params,) = load_parts(vae, put, loras[1], options.lora_scale, dtype, bar.update)
     networks.receive(params, vae_params)
     return engine
+
+
+@contextmanager
+def _alongside(meanwhile: Callable[[Engine, Event], object] | None, engine: Engine) -> Iterator[None]:
+    """Runs `meanwhile` in a thread; waits for it, unless there is an error to report."""
+    stop, pool = Event(), ThreadPoolExecutor(1)
+    try:
+        if meanwhile is not None:
+            pool.submit(meanwhile, engine, stop)
+        yield
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=not stop.is_set())
 
 
 def _shapes(
@@ -112,7 +127,13 @@ def _fitting(
     Raises:
       UserError: it does not fit, and there are no weights to fold anew.
     """
-    reader = open_folded(transformer)
+    try:
+        reader = open_folded(transformer)
+    except UserError as error:
+        if transformer.is_only_folded:
+            raise
+        say(f"note: {error}; folding the transformer anew")
+        return None
     if reader is None:
         return None
     reason = misfit(reader, transformer, prompt, dtype, lora is not None, eight_bits is not None)
@@ -121,7 +142,7 @@ def _fitting(
     if transformer.is_only_folded:
         raise UserError(
             f"{reader.source}: cannot be used, because {reason}; the folder has no other weights, so pass the checkpoint "
-            "that it was made from"
+            "that it was made from, or the --mixed_precision that it was made for"
         )
     say(f"note: {reader.source} is not used, because {reason}; folding the transformer anew")
     return None

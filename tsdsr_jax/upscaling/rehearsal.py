@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from threading import Event
 from typing import Any
 
 import jax
@@ -34,10 +35,11 @@ class _Planned:
         pass
 
 
-def compile_ahead(engine: Engine, groups: Sequence[Group[Job]], settings: Settings) -> None:
+def compile_ahead(engine: Engine, stop: Event, groups: Sequence[Group[Job]], settings: Settings) -> None:
     """Compiles the programs of the first group's first batch; `engine.networks` need have only shapes.
 
-    The batch must be the one that `batch_run.upscale_groups` will launch. Another one would not fail, but compile again.
+    The batch must be the one that `batch_run.upscale_groups` will launch. For another, programs would be compiled again.
+    Once `stop` is set, no further program is compiled.
     """
     group = groups[0]
     batch = engine.largest_batch(group.bucket, settings) if group.several else len(engine.devices)
@@ -50,22 +52,22 @@ def compile_ahead(engine: Engine, groups: Sequence[Group[Job]], settings: Settin
         for _, plan in group.jobs[:batch]
     ]
     with ThreadPoolExecutor(THREADS) as pool:
-        rehearsal = _rehearsal(engine, pool)
+        rehearsal = _rehearsal(engine, stop, pool)
         rehearsal.launch(photos, group.bucket, settings, masked=group.masked, batch=batch)
 
 
-def _rehearsal(engine: Engine, pool: ThreadPoolExecutor) -> Engine:
+def _rehearsal(engine: Engine, stop: Event, pool: ThreadPoolExecutor) -> Engine:
     """An engine whose programs are only compiled, as `engine`'s."""
     rehearsal = dataclasses.replace(engine)
     for name, attribute in vars(Engine).items():
         if isinstance(attribute, cached_property):
             program = getattr(engine, name)
             if hasattr(program, "lower"):
-                rehearsal.__dict__[name] = _only_compiled(program, pool)
+                rehearsal.__dict__[name] = _only_compiled(program, stop, pool)
     return rehearsal
 
 
-def _only_compiled(program: Any, pool: ThreadPoolExecutor) -> Callable[..., Any]:
+def _only_compiled(program: Any, stop: Event, pool: ThreadPoolExecutor) -> Callable[..., Any]:
     answers: dict[Any, Any] = {}
 
     def call(*arguments: Any) -> Any:
@@ -73,7 +75,7 @@ def _only_compiled(program: Any, pool: ThreadPoolExecutor) -> Callable[..., Any]
         key = tuple(jax.tree.leaves(shapes)), jax.tree.structure(shapes)
         if key not in answers:
             lowered = program.lower(*shapes)
-            pool.submit(lowered.compile)
+            pool.submit(lambda: None if stop.is_set() else lowered.compile())
             answers[key] = jax.tree.map(
                 lambda leaf: _Planned(leaf.shape, leaf.dtype, leaf.sharding), lowered.out_info
             )

@@ -452,6 +452,7 @@ class StandIn:
     raises_at_launch: bool = False
     whole: int = 100
     """Photographs that a device is thought to compute whole."""
+    in_bands: "StandIn | None" = None
 
     @property
     def in_float32(self) -> "StandIn":
@@ -534,6 +535,19 @@ def test_running_out_of_memory_costs_one_batch(tmp_path, at_launch):
     assert report.written == 4 and not (tmp_path / "out/2.png").exists()
     (line,) = report.failures
     assert str(source / "2.png") in line and "--is_use_tile" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("at_launch", [False, True])
+def test_what_does_not_fit_is_computed_in_bands(tmp_path, at_launch):
+    source = save_photos(tmp_path / "in", {f"{i}.png": (32, 32 + 20 * i) for i in range(3)})
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+    in_bands = StandIn({}, devices=("one",), level=WHITE)
+    stand_in = StandIn({(32, 72): error}, devices=("one",), raises_at_launch=at_launch, in_bands=in_bands)
+    report, notes = go_on(stand_in, source, tmp_path / "out")
+    assert report.written == 3 and not report.failures
+    assert [level_of(tmp_path / f"out/{i}.png") for i in range(3)] == [GRAY, GRAY, WHITE]
+    (note,) = notes
+    assert "does not fit; computing it in bands" in note
 
 
 @dataclasses.dataclass

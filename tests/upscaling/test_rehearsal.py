@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from tiny_checkpoint import save_everything, synthetic_photo
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.upscaling import loading
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.engine import Engine
 from tsdsr_jax.upscaling.jobs import FileJob, Report, find_jobs
@@ -47,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(root: Path, meanwhile: Callable[[Engine], object] | None) -> Engine:
+def load(root: Path, meanwhile: Callable[[Engine, Event], object] | None) -> Engine:
     options = UpscaleOptions(
         pretrained_model_name_or_path=str(root / "sd3"),
         lora_dir=str(root / "lora"),
@@ -100,15 +102,32 @@ def test_portraits_only_turn_the_weights(root: Path, tmp_path: Path) -> None:
     engine = load(root, partial(compile_ahead, groups=groups, settings=settings))
     with compilations() as later:
         upscale_groups(engine, groups, settings, report)
-    assert report.written == 1 and later == ["jit(_transpose_kernels)"]
+    assert report.written == 1 and "jit(_transpose_kernels)" in later
+    assert not {"jit(enlarge)", "jit(_encode)", "jit(_velocity)", "jit(_decode)"} & set(later)
 
 
 def test_failures_wait_for_the_real_thing(root: Path) -> None:
     calls = itertools.count()
 
-    def fail(engine: Engine) -> None:
+    def fail(engine: Engine, stop: Event) -> None:
         next(calls)
         raise UserError("not shown")
 
     assert load(root, fail).networks.nbytes > 0
     assert next(calls) == 1
+
+
+def test_a_failed_load_does_not_wait_for_programs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Event] = []
+
+    def compile_for_ever(engine: Engine, stop: Event) -> None:
+        seen.append(stop)
+        assert stop.wait(60)
+
+    def damaged(*arguments: object, **more: object) -> None:
+        raise UserError("not finite")
+
+    monkeypatch.setattr(loading, "load_parts", damaged)
+    with pytest.raises(UserError, match="not finite"):
+        load(root, compile_for_ever)
+    assert not seen or seen[0].is_set()

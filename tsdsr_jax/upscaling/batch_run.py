@@ -112,6 +112,7 @@ class _Run:
     Attributes:
       most_writing: pictures that may wait to be written before the device is given more.
       crowded: buckets of which only one photograph per device fits into memory.
+      banded: buckets of which not even one fits, unless it is computed in bands.
     """
 
     engine: Engine
@@ -123,6 +124,7 @@ class _Run:
     most_writing: int
     progress: Progress | None
     crowded: set[Size] = dataclasses.field(default_factory=set)
+    banded: set[Size] = dataclasses.field(default_factory=set)
     writing: deque[Future[None]] = dataclasses.field(default_factory=deque)
 
     def all(self, groups: Sequence[Group[Job]]) -> None:
@@ -185,9 +187,12 @@ class _Run:
             return self.engine.largest_batch(group.bucket, self.settings)
         return len(self.engine.devices)
 
+    def _engine(self, bucket: Size) -> Engine:
+        return self.engine.in_bands or self.engine if bucket in self.banded else self.engine
+
     def _launch(self, batch: _Batch) -> Launched | None:
         try:
-            return self.engine.launch(
+            return self._engine(batch.group.bucket).launch(
                 [slot.prepared for slot in batch.slots],
                 batch.group.bucket,
                 self.settings,
@@ -271,13 +276,18 @@ class _Run:
         """Returns the photographs to compute again, one per device: those of a failed large batch, whatever the error was.
 
         Libraries below XLA report a lack of memory in various ways. If one photograph per device runs out of memory, too, it
-        is reported; any other error is a bug and is raised.
+        is computed in bands, and if that does not help, reported; any other error is a bug and is raised.
         """
-        one_each = len(self.engine.devices)
+        one_each, bucket = len(self.engine.devices), batch.group.bucket
         if batch.size <= one_each:
+            if _is_lack_of_memory(error) and bucket not in self.banded and self.engine.in_bands:
+                self.report.note(
+                    f"a photograph of {bucket[1]}×{bucket[0]} does not fit; computing it in bands"
+                )
+                self.banded.add(bucket)
+                return self._wanted(batch.slots)
             self._out_of_memory(self._wanted(batch.slots), error)
             return []
-        bucket = batch.group.bucket
         if bucket not in self.crowded:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self.report.note(
@@ -295,7 +305,7 @@ class _Run:
 
     def _out_of_memory(self, slots: Sequence[_Slot], error: jax.errors.JaxRuntimeError) -> None:
         """Reports that memory ran out, which ends a batch but not the run; any other error is raised."""
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if not _is_lack_of_memory(error):
             raise error
         for slot in slots:
             height, width = slot.plan.padded
@@ -304,3 +314,7 @@ class _Run:
                 "--vae_decoder_tiled_size) or a smaller --tile_batch_size lowers the peak"
             )
             self.report.failed(slot.job.source, UserError(message))
+
+
+def _is_lack_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()

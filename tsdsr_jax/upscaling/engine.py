@@ -199,6 +199,13 @@ class Engine:
         return dataclasses.replace(self, dtype=jnp.float32)
 
     @cached_property
+    def in_bands(self) -> Engine | None:
+        """The same networks, with every picture computed in bands; None if this engine cannot or already does so."""
+        if self.whole_pixels == 0 or not (self.bands.encoder or self.bands.decoder):
+            return None
+        return dataclasses.replace(self, bands=dataclasses.replace(self.bands, whole_pixels=0))
+
+    @cached_property
     def whole_pixels(self) -> int:
         """The most pixels, in total, of a device's images that are computed whole instead of in bands."""
         if self.bands.whole_pixels is not None:

@@ -32,7 +32,7 @@ PATHS = (
     (upscale.Options, f"{UPSCALING} input_dir output_dir report"),
     (app.Options, UPSCALING),
     (evaluate.Options, "inp_imgs gt_imgs niqe_params lpips_weights log report lr_imgs"),
-    (convert_sd3.Options, "input output lora_dir"),
+    (convert_sd3.Options, "input output lora_dir embedding_dir"),
     (convert_lora.Options, "input output base"),
     (convert_prompts.Options, f"{MODEL} output input prompt_file"),
     (convert_lpips.Options, "backbone lin output"),

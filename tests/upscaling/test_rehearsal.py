@@ -102,7 +102,8 @@ def test_portraits_only_turn_the_weights(root: Path, tmp_path: Path) -> None:
     engine = load(root, partial(compile_ahead, groups=groups, settings=settings))
     with compilations() as later:
         upscale_groups(engine, groups, settings, report)
-    assert report.written == 1 and "jit(_transpose_kernels)" in later
+    assert report.written == 1
+    # Which small programs are compiled depends on the tests before; those of the networks are not.
     assert not {"jit(enlarge)", "jit(_encode)", "jit(_velocity)", "jit(_decode)"} & set(later)
 
 

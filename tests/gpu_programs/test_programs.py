@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(
 
 # Room for other versions of XLA, and for changes that are not worth a test's failure.
 SLACK = 1.1
+# Traffic differs little from version to version; a map that is read once more is 3 % of the decoder's.
+TRAFFIC_SLACK = 1.02
 
 
 class Bound(NamedTuple):
@@ -54,8 +56,8 @@ INFERENCE = {
 FP8 = Bound(529, 3.71, 0.21, (47, 0))
 # Two images, three layers of full width, bfloat16.
 GRADIENTS = {
-    "student_gradient": Bound(580, 2.79, 0.37, (5, 5)),
-    "auxiliary_gradient": Bound(380, 2.14, 0.33, (5, 5)),
+    "student_gradient": Bound(580, 2.81, 0.37, (5, 5)),
+    "auxiliary_gradient": Bound(380, 2.16, 0.33, (5, 5)),
 }
 
 

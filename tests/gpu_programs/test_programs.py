@@ -88,12 +88,9 @@ def check(plan: dict[str, Any], bound: Bound) -> None:
     assert (plan["attention"], plan["attention_backward"]) == bound.attention
     assert plan["float32_tflop"] == 0, "a product in float32"
     assert plan["weight_copies_gb"] <= SLACK * bound.copies, "weights are copied before they are used"
-    for name, wanted in (
-        ("kernels", bound.kernels),
-        ("gb", bound.traffic),
-        ("temporary_gb", bound.temporary),
-    ):
-        assert plan[name] <= SLACK * wanted, name
+    assert plan["gb"] <= TRAFFIC_SLACK * bound.traffic, "more traffic"
+    assert plan["kernels"] <= SLACK * bound.kernels, "more kernels"
+    assert plan["temporary_gb"] <= SLACK * bound.temporary, "more memory"
 
 
 @pytest.mark.parametrize("program", INFERENCE)

@@ -263,7 +263,9 @@ class Losses:
     ) -> tuple[jax.Array, jax.Array]:
         """Computes the gradient g of the TSD loss, and how many of its terms were replaced."""
 
-        def predict(adapter: Tree, base: Base = base) -> Predict:
+        teaching = base._replace(transformer=base.merged) if base.merged else base
+
+        def predict(base: Base, adapter: Tree) -> Predict:
             network = partial(self.velocity, base, adapter)
             return guided(
                 network, batch.text, base.null, self.config.guidance_scale, self.config.split_guidance
@@ -275,8 +277,8 @@ class Losses:
             draws.noise,
             draws.index,
             draws.bias,
-            predict(base.teacher, base._replace(transformer=base.merged) if base.merged else base),
-            predict(auxiliary),
+            predict(teaching, base.teacher),
+            predict(base, auxiliary),
             self.schedule(),
             self.config.tsd,
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -49,13 +49,12 @@ class FoldedAttention(nn.Module):
     """Attention over the image tokens, or over text and image tokens together.
 
     Attributes:
-      text: what the text contributes: queries, keys and values ("queries"), keys and values only ("keys", in the last
-        block), or nothing ("none").
+      text_queries: whether the text, if there is one, has queries beside its keys and values: in all blocks but the last.
       constant: the text's queries, keys and values are parameters, (S, N, H) each; `text` only tells how far to pad them.
     """
 
     config: MMDiTConfig
-    text: Literal["queries", "keys", "none"]
+    text_queries: bool
     constant: bool
     dtype: DTypeLike
     implementation: Implementation
@@ -86,9 +85,9 @@ class FoldedAttention(nn.Module):
 
     def _text(self, text: jax.Array, batch: int) -> list[jax.Array]:
         """The text's keys and values, (B, S, N, H) each; its queries before them, if it has any."""
-        wanted = ("q", "k", "v") if self.text == "queries" else ("k", "v")
+        wanted = ("q", "k", "v") if self.text_queries else ("k", "v")
         if not self.constant:
-            queries = self._projected("add_q", text, ("norm_added_q",)) if "q" in wanted else []
+            queries = self._projected("add_q", text, ("norm_added_q",)) if self.text_queries else []
             return queries + self._projected("add_kv", text, ("norm_added_k", None))
         shape = (self.config.num_attention_heads, self.config.attention_head_dim)
         # Not `self.param`: the parameters decide on the number of tokens, not the module.
@@ -137,13 +136,12 @@ class FoldedBlock(nn.Module):
         image, text = streams
         normed = layer_norm(image)
         attend = partial(FoldedAttention, config, dtype=dtype, implementation=self.implementation)
-        kind: Literal["keys", "queries"] = "keys" if self.kind.context_pre_only else "queries"
-        from_image, from_text = attend(text=kind, constant=self.first, name="attn")(
-            normed, text if self.first else layer_norm(text), valid
-        )
+        from_image, from_text = attend(
+            text_queries=not self.kind.context_pre_only, constant=self.first, name="attn"
+        )(normed, text if self.first else layer_norm(text), valid)
         image = image + from_image
         if self.kind.dual_attention:
-            image += attend(text="none", constant=False, name="attn2")(normed, None, valid)[0]
+            image += attend(text_queries=False, constant=False, name="attn2")(normed, None, valid)[0]
         image += FoldedFeedForward(dtype, name="ff")(layer_norm(image))
         if from_text is not None:
             text = text + from_text

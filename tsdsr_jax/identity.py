@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+# Counts the ways in which steps of training were rounded. Raise it with every change after which a resumed run no longer
+# continues bit for bit. 2: queries of image and text come in two calls of attention.
+TRAINING_ARITHMETIC = 2
+
 
 def mismatches(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describes each difference between the two mappings in words."""
@@ -25,8 +29,11 @@ def mismatches(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this library and its dependencies; this library has none unless it is installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python, of training's arithmetic, of this library and its dependencies.
+
+    This library has no version unless it is installed.
+    """
+    found = {"python": platform.python_version(), "training arithmetic": str(TRAINING_ARITHMETIC)}
     for package in ("tsdsr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
         try:
             found[package] = version(package)

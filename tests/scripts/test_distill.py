@@ -348,6 +348,21 @@ def test_a_checkpoint_from_before_the_schedule_was_kept_is_resumed(finished, com
     assert command(tmp_path / "out", "--resume_from_checkpoint", "latest").status == 0
 
 
+def test_a_run_that_cannot_continue_bit_for_bit_says_so(finished, command, tmp_path):
+    shutil.copytree(finished / "checkpoint_0000004", tmp_path / "out" / "checkpoint_0000004")
+    (path,) = (file for file in (tmp_path / "out").rglob("meta/*") if "versions" in file.read_text())
+    made = json.loads(path.read_text())
+    changes = {"training arithmetic: None before, 2 now": "training arithmetic", "jax: 0.1 before": "jax"}
+    for words, name in changes.items():
+        versions = {**made["versions"], name: "0.1"}
+        if name != "jax":
+            del versions[name]
+        path.write_text(json.dumps(made | {"versions": versions}))
+        said = command(tmp_path / "out", "--resume_from_checkpoint", "latest", "--max_train_steps", "5").out
+        assert f"note: steps round differently than before the checkpoint ({words}" in said
+        shutil.rmtree(tmp_path / "out" / "checkpoint_0000005")
+
+
 def test_other_changes_are_reported(finished, command, tmp_path):
     path = str(finished / "checkpoint_0000004")
     said = command(
@@ -355,6 +370,7 @@ def test_other_changes_are_reported(finished, command, tmp_path):
     ).out
     assert "note: changed since the checkpoint: --max_bad_steps: 20 before, 7 now" in said
     assert said.count("changed since") == 1  # nothing depends on the logging steps
+    assert "round differently" not in said
 
 
 def test_a_finished_run_can_be_trained_longer(finished, command, tmp_path):

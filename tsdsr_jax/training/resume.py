@@ -29,6 +29,9 @@ _HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", 
              "data_dir", "hr_dir", "pretrained_model_name_or_path", "vae_dir", "default_embedding_dir", "null_embedding_dir",
              "teacher_lora_path")  # fmt: skip
 
+# Versions on which the last bits of a step depend.
+_ARITHMETIC = ("training arithmetic", "jax", "jaxlib")
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -99,6 +102,12 @@ def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     )
     # A flag that the checkpoint's version did not have, and that is off.
     after = {name: value for name, value in after.items() if name in saved or value}
+    return mismatches(before, after)
+
+
+def changed_arithmetic(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Describes the versions by which a step rounds differently than the checkpoint's, one line each."""
+    before, after = ({name: versions.get(name) for name in _ARITHMETIC} for versions in (saved, now))
     return mismatches(before, after)
 
 

@@ -32,7 +32,14 @@ from tsdsr_jax.training import checkpoint, loop
 from tsdsr_jax.training.log import RunLog, TensorBoard, Tracker, Wandb, check_trackers, read_rows
 from tsdsr_jax.training.optimizer import with_new_scale
 from tsdsr_jax.training.options import RunOptions
-from tsdsr_jax.training.resume import Start, changed_flags, check_identity, check_processes, check_rows
+from tsdsr_jax.training.resume import (
+    Start,
+    changed_arithmetic,
+    changed_flags,
+    check_identity,
+    check_processes,
+    check_rows,
+)
 from tsdsr_jax.training.step import Step, TrainState
 from tsdsr_jax.training.summary import Curve, first_and_last, plot_curves, summary_table
 
@@ -158,6 +165,8 @@ class _Run:
             return None
         for line in changed_flags(meta["options"], self.options.as_json()):
             say(f"note: changed since the checkpoint: --{line}")
+        if changed := changed_arithmetic(meta.get("versions", {}), versions()):
+            say(f"note: steps round differently than before the checkpoint ({'; '.join(changed)})")
         state = checkpoint.read_state(path, self.task.step.shapes)
         if meta["options"].get("mixed_precision") != self.options.mixed_precision:
             state = with_new_scale(state, self.options.dynamic_scale)

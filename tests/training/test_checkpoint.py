@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.checkpoint import Checkpoints, Hash, find, read_meta, read_state
 from tsdsr_jax.training.optimizer import LossScale
 from tsdsr_jax.training.step import TrainState
+from tsdsr_jax.weights.tensor_files import Tensors, TensorSpec
 
 
 class State(NamedTuple):
@@ -34,7 +36,11 @@ def state(seed: int, size: int = 50) -> State:
 
 def save(checkpoints: Checkpoints, step: int, size: int = 50) -> bool:
     files = {"x.safetensors": {"w": np.full(3, step, np.float32)}, "ema/x.safetensors": {"w": np.zeros(1)}}
-    return checkpoints.save(step, state(step, size), meta(step), files)
+    return checkpoints.save(step, state(step, size), meta(step), lambda state: files)
+
+
+def no_files(state) -> dict:
+    return {}
 
 
 def meta(step: int) -> dict:
@@ -71,7 +77,7 @@ def test_the_state_may_be_reused_at_once(checkpoints):
     step = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf * 0, s), donate_argnums=0)
     for number in range(1, 6):
         current = state(number, 200_000)
-        checkpoints.save(number, current, meta(number), {})
+        checkpoints.save(number, current, meta(number), no_files)
         jax.block_until_ready(step(current))
         checkpoints.wait()
         saved = read_state(checkpoints.path(number), state(number, 200_000))
@@ -208,13 +214,66 @@ def test_a_failing_write_is_noted_and_the_next_one_works(checkpoints, notes, mon
     save(checkpoints, 1)
     checkpoints.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_tensors", full)
+        patch.setattr(checkpoint, "to_host", full)
         save(checkpoints, 2)
         checkpoints.wait()
     assert checkpoints.failed == "No space left on device" and len(notes) == 1
     assert find(checkpoints.folder, "latest") == checkpoints.path(1)
     assert save(checkpoints, 3) and checkpoints.wait() and checkpoints.failed is None
     assert find(checkpoints.folder, "latest") == checkpoints.path(3)
+
+
+def test_exports_are_made_tensor_by_tensor_in_the_background(checkpoints):
+    made, training = [], threading.current_thread()
+
+    def export(on_host: State) -> dict:
+        value = on_host.tree["a/b"]
+        assert isinstance(value, np.ndarray) and threading.current_thread() is not training
+
+        def tensors() -> Iterator[tuple[str, np.ndarray]]:
+            for name in "xy":
+                made.append(list(checkpoints.folder.rglob("*.part")))  # the file that is being written
+                yield name, value
+
+        spec = TensorSpec(value.shape, value.dtype)
+        return {"b.safetensors": Tensors({"x": spec, "y": spec}, tensors), "config.json": "{}"}
+
+    assert checkpoints.save(3, state(3), meta(3), export) and checkpoints.wait()
+    assert [len(files) for files in made] == [1, 1]
+    folder = checkpoints.path(3) / "lora"
+    np.testing.assert_array_equal(load_file(folder / "b.safetensors")["y"], state(3).tree["a/b"])
+    assert {"b.safetensors", "config.json"} == {path.name for path in folder.iterdir()} - {
+        "commit_success.txt"
+    }
+
+
+@pytest.mark.parametrize("moment", ["before the first file", "within the second file"])
+def test_a_failed_export_costs_neither_the_run_nor_the_checkpoint(checkpoints, notes, moment):
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        yield "x", np.zeros(2)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    def export(on_host: State) -> dict:
+        if moment == "before the first file":
+            raise RuntimeError("cannot be made")
+        spec = TensorSpec((2,), np.dtype(float))
+        return {
+            "ema/a.safetensors": {"x": np.zeros(2)},
+            "b.safetensors": Tensors({"x": spec, "y": spec}, tensors),
+        }
+
+    assert (
+        checkpoints.save(3, state(3), meta(3), export) and checkpoints.wait() and checkpoints.failed is None
+    )
+    reason = "Disk quota exceeded" if "second" in moment else "cannot be made"
+    path = checkpoints.path(3)
+    assert notes == [
+        f"{path}: lora could not be written ({reason}); the checkpoint can be resumed, training continues"
+    ]
+    assert find(checkpoints.folder, "latest") == path and not list((path / "lora").rglob("*a*"))
+    np.testing.assert_array_equal(read_state(path, state(3)).tree["a/b"], state(3).tree["a/b"])
+    assert save(checkpoints, 4) and checkpoints.wait() and len(notes) == 1
+    assert (checkpoints.path(4) / "lora" / "x.safetensors").is_file()
 
 
 def test_hashes_depend_on_names_values_dtypes_and_shapes():
@@ -255,7 +314,7 @@ def test_states_of_earlier_versions_are_read(checkpoints, parts, average):
         earlier = EarlierDistillation(*counts, *trees.values(), *moments.values(), mean, scale)
     else:
         earlier = TrainState(*counts, trees["network"], moments["network"], mean, scale)
-    checkpoints.save(4, earlier, meta(4), {})
+    checkpoints.save(4, earlier, meta(4), no_files)
     assert checkpoints.wait()
     found = read_state(checkpoints.path(4), jax.eval_shape(lambda: new))
     jax.tree.map(np.testing.assert_array_equal, found, new)

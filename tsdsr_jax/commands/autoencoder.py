@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
@@ -34,7 +34,7 @@ from tsdsr_jax.pretraining.autoencoder import (
 )
 from tsdsr_jax.pretraining.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.training import session
-from tsdsr_jax.training.checkpoint import MODEL, Files, on_host
+from tsdsr_jax.training.checkpoint import MODEL, Export, Files
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import load_networks
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
@@ -46,7 +46,8 @@ from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lpips_files import load_lpips
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, NetworkFiles, torch_config
-from tsdsr_jax.weights.torch_names import write_base
+from tsdsr_jax.weights.tensor_files import Tensors
+from tsdsr_jax.weights.torch_names import base_tensors
 
 CURVES = (
     Curve("loss", ("autoencoder",), log_scale=True),
@@ -149,7 +150,7 @@ def _prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new:
     return session.Task(
         step=step,
         validate=lambda state: validation(state.averaged()),
-        files=partial(_autoencoder_files, config, validation),
+        files=partial(_export, config, validation),
         export=MODEL,
         identity=options.kept() | {"autoencoder": digest},
         losses=("autoencoder", "l1"),
@@ -194,14 +195,17 @@ def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: boo
     return Beginning(lambda loaded: {NETWORK: loaded}, loaded), f"{digest}, {described}"
 
 
-def _autoencoder_files(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Files:
+def _export(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Export:
+    """Measures the scaling factors, and returns what exports the autoencoder with them."""
+    factors = {folder: validation.scaling_factor(tree) for folder, tree in state.exported().items()}
+    return partial(_autoencoder_files, config, factors)
+
+
+def _autoencoder_files(config: VAEConfig, factors: Mapping[str, float], state: TrainState) -> Files:
     """Exports the autoencoder in diffusers' layout; its moving average has its own folder."""
-    files: dict[str, dict[str, np.ndarray] | str] = {}
+    files: dict[str, Tensors | str] = {}
     for folder, tree in state.exported().items():
-        scaled = dataclasses.replace(
-            config, scaling_factor=validation.scaling_factor(tree), shift_factor=None
-        )
-        params = jax.tree.map(on_host, tree)
-        files[f"{folder}vae/{TORCH_STEM}.safetensors"] = dict(write_base(params, config))
+        scaled = dataclasses.replace(config, scaling_factor=factors[folder], shift_factor=None)
+        files[f"{folder}vae/{TORCH_STEM}.safetensors"] = base_tensors(tree, config)
         files[f"{folder}vae/config.json"] = json.dumps(torch_config(scaled), indent=2) + "\n"
     return files

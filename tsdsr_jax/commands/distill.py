@@ -275,7 +275,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
     return session.Task(
         step=Step(trainer, mesh, base, key, beginning(networks, options.ranks(), key, loaded)),
         validate=lambda state: validation(state.averaged(STUDENT)),
-        files=partial(student_files, networks),
+        files=lambda _: partial(student_files, networks),
         export=LORA,
         identity=identity | {"schedule's shift": model.shift()} | options.ranks()._asdict() | options.kept(),
         losses=LOSSES,

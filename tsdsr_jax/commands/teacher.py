@@ -39,7 +39,7 @@ from tsdsr_jax.pretraining.teacher_weights import (
     teacher_files,
 )
 from tsdsr_jax.training import session
-from tsdsr_jax.training.checkpoint import LORA, MODEL
+from tsdsr_jax.training.checkpoint import LORA, MODEL, to_host
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import (
     Networks,
@@ -195,12 +195,15 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
     validation = TeacherValidation(
         loss, mesh, base, records, options.sampling_steps, options.sampling_guidance
     )
+    export = (
+        partial(teacher_files, networks)
+        if options.adapter
+        else partial(model_files, networks, model.shift(), to_host(transformer.frozen))
+    )
     return session.Task(
         step=step,
         validate=lambda state: validation(state.averaged()),
-        files=partial(teacher_files, networks)
-        if options.adapter
-        else partial(model_files, networks, model.shift(), transformer.frozen),
+        files=lambda _: export,
         export=LORA if options.adapter else MODEL,
         identity={
             "train": options.train,

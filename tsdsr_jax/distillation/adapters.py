@@ -114,11 +114,10 @@ def beginning(
 
 
 def student_files(networks: Networks, state: TrainState) -> dict[str, dict[str, np.ndarray]]:
-    """Returns the files of every adapter, in PEFT's layout; the student's moving average has its own folder."""
+    """Makes the files of every adapter, in PEFT's layout; the student's moving average has its own folder."""
     transformer, vae = networks.transformer.config, networks.vae.config
-    files = {AUXILIARY_FILE: write_lora(jax.device_get(state.trained[AUXILIARY]), transformer)}
-    for folder, adapters in state.exported(STUDENT).items():
-        on_host: Student = jax.device_get(adapters)
-        files[folder + STUDENT_FILES["transformer"]] = write_lora(on_host.transformer, transformer)
-        files[folder + STUDENT_FILES["vae"]] = write_lora(on_host.vae, vae)
+    files = {AUXILIARY_FILE: write_lora(state.trained[AUXILIARY], transformer)}
+    for folder, student in state.exported(STUDENT).items():
+        files[folder + STUDENT_FILES["transformer"]] = write_lora(student.transformer, transformer)
+        files[folder + STUDENT_FILES["vae"]] = write_lora(student.vae, vae)
     return files

@@ -20,13 +20,13 @@ from tsdsr_jax.pretraining.teacher import (
     new_transformer_params,
     split_fixed,
 )
-from tsdsr_jax.training.checkpoint import Files, on_host
+from tsdsr_jax.training.checkpoint import Files
 from tsdsr_jax.training.networks import Networks
 from tsdsr_jax.training.sharding import global_array, replicated
 from tsdsr_jax.training.step import NETWORK, Beginning, Parts, TrainState
 from tsdsr_jax.weights.lora_files import check_rank, check_start, load_lora
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, torch_config
-from tsdsr_jax.weights.torch_names import to_tree, write_base, write_lora
+from tsdsr_jax.weights.torch_names import base_tensors, to_tree, write_lora
 
 TEACHER_FILE = "teacher.safetensors"
 
@@ -103,7 +103,7 @@ def load_starting_lora(path: Path, networks: Networks, rank: int) -> Tree:
 def teacher_files(networks: Networks, state: TrainState) -> Files:
     """Exports the LoRA in PEFT's layout; its moving average has its own folder."""
     return {
-        folder + TEACHER_FILE: write_lora(jax.tree.map(on_host, tree), networks.transformer.config)
+        folder + TEACHER_FILE: write_lora(tree, networks.transformer.config)
         for folder, tree in state.exported().items()
     }
 
@@ -116,12 +116,11 @@ def model_files(networks: Networks, shift: float, fixed: Tree, state: TrainState
       shift: shift of the noise schedule.
       fixed: the transformer's parameters that are not trained.
     """
-    vae = dict(write_base(to_tree(networks.vae.leaves()), networks.vae.config))
+    vae = base_tensors(to_tree(networks.vae.leaves()), networks.vae.config)
     files: dict[str, Any] = {}
     for folder, tree in state.exported().items():
-        params = jax.tree.map(on_host, joined(tree, fixed))
         files |= {
-            f"{folder}transformer/{TORCH_STEM}.safetensors": dict(write_base(params, networks.transformer.config)),
+            f"{folder}transformer/{TORCH_STEM}.safetensors": base_tensors(joined(tree, fixed), networks.transformer.config),
             f"{folder}transformer/config.json": _json(torch_config(networks.transformer.config)),
             f"{folder}vae/{TORCH_STEM}.safetensors": vae,
             f"{folder}vae/config.json": _json(torch_config(networks.vae.config)),

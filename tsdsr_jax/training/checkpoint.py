@@ -5,7 +5,7 @@
     OUTPUT/checkpoint_0005000/lora       the adapters in PEFT's layout, for PyTorch users
     OUTPUT/checkpoint_0005000/model      instead of `lora` where whole networks are trained: a folder in diffusers' layout
 
-The frozen base is saved only as a hash.
+The frozen base is saved only as a hash. `lora` and `model` are for other programs; resuming needs neither.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import logging
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,42 +27,80 @@ from jax.experimental import multihost_utils
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.weights.tensor_files import save_tensors
+from tsdsr_jax.weights.tensor_files import Tensors, save_tensors, write_tensors
 
 PREFIX, DIGITS = "checkpoint", 7
 STATE, META, LORA, MODEL = "state", "meta", "lora", "model"
 META_KEYS = {"step", "samples", "rows", "identity", "options"}
 # File name -> tensors or text.
-Files = Mapping[str, Mapping[str, np.ndarray] | str]
+Files = Mapping[str, Tensors | Mapping[str, np.ndarray] | str]
+# State of host arrays -> files. It is called by the first process only, in the background.
+Export = Callable[[Any], Files]
 
 
-class _FilesHandler(ocp.CheckpointHandler):
-    """Writes extra files into a checkpoint, so that they appear together with the rest of it or not at all."""
+class _ExportHandler(ocp.AsyncCheckpointHandler):
+    """Writes extra files into a checkpoint, in the background.
 
-    def save(self, directory: Path, args: _FilesSave) -> None:
-        if jax.process_index() == 0:
-            for name, content in args.files.items():
-                path = Path(directory) / name
-                if isinstance(content, str):
-                    with replacing(path) as temporary:
-                        temporary.write_text(content)
-                else:
-                    save_tensors(path, content, {"format": "pt"})
+    They appear together with the rest of the checkpoint. If they cannot be written, it appears without them.
+
+    Attributes:
+      failed: why the latest export could not be written; None if it was.
+    """
+
+    def __init__(self) -> None:
+        self.failed: str | None = None
+
+    async def async_save(self, directory: Path, args: _ExportSave) -> list[ocp.future.Future]:
+        self.failed = None
+        if jax.process_index() > 0:
+            return []
+        # Orbax makes the folder in the background, too; this waits for it.
+        return [
+            ocp.future.CommitFutureAwaitingContractedSignals(
+                self._write(Path(directory), args), name="export"
+            )
+        ]
+
+    async def _write(self, directory: Path, args: _ExportSave) -> None:
+        try:
+            for name, content in args.export(args.state).items():
+                _write_file(directory / name, content)
+        except (
+            Exception
+        ) as error:  # from the disk or from making the files: a user can export the state later
+            self.failed = reason_of(error)
+            for path in directory.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def save(self, directory: Path, args: _ExportSave) -> None:
+        raise NotImplementedError("saving is asynchronous")
 
     def restore(self, directory: Path, args: Any = None) -> None:
         raise NotImplementedError("these files are exported only")
 
 
-@ocp.args.register_with_handler(_FilesHandler, for_save=True)
-@dataclasses.dataclass
-class _FilesSave(ocp.args.CheckpointArgs):
-    files: Files
+def _write_file(path: Path, content: Tensors | Mapping[str, np.ndarray] | str) -> None:
+    metadata = {"format": "pt"}
+    if isinstance(content, str):
+        with replacing(path) as temporary:
+            temporary.write_text(content)
+    elif isinstance(content, Tensors):
+        write_tensors(path, content.specs, content.make(), metadata)
+    else:
+        save_tensors(path, content, metadata)
 
 
-@ocp.args.register_with_handler(_FilesHandler, for_restore=True)
+@ocp.args.register_with_handler(_ExportHandler, for_save=True)
 @dataclasses.dataclass
-class _FilesRestore(ocp.args.CheckpointArgs):
-    """Required by Orbax as the counterpart of `_FilesSave`; nothing is restored from these files."""
+class _ExportSave(ocp.args.CheckpointArgs):
+    export: Export
+    state: Any
+
+
+@ocp.args.register_with_handler(_ExportHandler, for_restore=True)
+@dataclasses.dataclass
+class _ExportRestore(ocp.args.CheckpointArgs):
+    """Required by Orbax as the counterpart of `_ExportSave`; nothing is restored from these files."""
 
 
 class Checkpoints:
@@ -78,6 +117,7 @@ class Checkpoints:
         self.folder, self.keep, self.note, self.export = folder.resolve(), keep, note, export
         self.failed: str | None = None
         self._pending: int | None = None  # the step that is being saved
+        self._exports = _ExportHandler()
         _quiet()
         self._manager = self._open()
 
@@ -93,17 +133,18 @@ class Checkpoints:
                 enable_async_checkpointing=True,
             ),
             item_names=(STATE, META, self.export),
-            item_handlers={self.export: _FilesHandler()},
+            item_handlers={self.export: self._exports},
         )
 
     def path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}_{step:0{DIGITS}d}"
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any], files: Files) -> bool:
-        """Starts to save a checkpoint. Returns when `files` are written; `state` is copied and written in the background.
+    def save(self, step: int, state: Any, meta: Mapping[str, Any], export: Export) -> bool:
+        """Starts to save a checkpoint. Returns when the state is copied to the host; the rest is done in the background.
 
         A failure of this save or the previous one does not end the run: it is noted, and existing checkpoints stay.
-        `failed` holds the reason until a later save succeeds.
+        `failed` holds the reason until a later save succeeds. If only the exported files cannot be written, the checkpoint
+        is kept without them, which is noted, too.
 
         Returns:
           Whether the save has started.
@@ -111,10 +152,11 @@ class Checkpoints:
         if not self.wait():
             self.note("the previous checkpoint was not saved; saving a new one now")
         try:
+            on_host = to_host(state)
             args = {
-                STATE: ocp.args.StandardSave(to_host(state)),
+                STATE: ocp.args.StandardSave(by_name(on_host)),
                 META: ocp.args.JsonSave(dict(meta)),
-                self.export: _FilesSave(files),
+                self.export: _ExportSave(export, on_host),
             }
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except (
@@ -139,6 +181,11 @@ class Checkpoints:
             self._give_up(error)
             return False
         self.failed = None
+        if self._exports.failed:
+            self.note(
+                f"{self.path(step)}: {self.export} could not be written ({self._exports.failed}); the checkpoint can be "
+                "resumed, training continues"
+            )
         return True
 
     def _give_up(self, error: Exception) -> None:
@@ -182,13 +229,18 @@ def reason_of(error: BaseException) -> str:
     return (text.strip() or type(error).__name__).split("\n")[0][:300]
 
 
-def to_host(state: Any) -> dict[str, np.ndarray]:
-    """Copies every leaf to the host, by its name; later training steps do not change the copies."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    for _, leaf in leaves:
+def to_host(state: Any) -> Any:
+    """Copies every leaf to the host; later training steps do not change the copies."""
+    for leaf in jax.tree.leaves(state):
         if is_here(leaf):
             leaf.copy_to_host_async()
-    return {leaf_name(path): on_host(leaf) for path, leaf in leaves}
+    return jax.tree.map(leaf_to_host, state)
+
+
+def by_name(state: Any) -> dict[str, Any]:
+    """The leaves of a state by their names."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def is_here(leaf: jax.Array) -> bool:
@@ -196,10 +248,18 @@ def is_here(leaf: jax.Array) -> bool:
     return leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
-def on_host(leaf: jax.Array) -> np.ndarray:
+class _Copied(np.ndarray):
+    """An array that belongs to the checkpoint. Orbax copies host arrays before it saves them, which this one needs not."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> np.ndarray:
+        return self
+
+
+def leaf_to_host(leaf: jax.Array) -> np.ndarray:
     """Copies an array to the host. If several processes hold parts of it, it is gathered, and every process must call
     this."""
-    return np.array(leaf if is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True), copy=True)
+    whole = leaf if is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True)
+    return np.array(whole, copy=True).view(_Copied)
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

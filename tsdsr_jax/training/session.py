@@ -51,7 +51,7 @@ class Task:
     Attributes:
       step: the training step on its devices.
       validate: state -> (values, picture).
-      files: state -> files to export in a checkpoint, file name -> tensors or text.
+      files: state -> how to make the files that a checkpoint exports. Called by every process.
       export: name of the folder for these files.
       identity: what must match a checkpoint's for it to be resumed.
       losses: metrics that the progress bar shows.
@@ -63,7 +63,7 @@ class Task:
 
     step: Step
     validate: Callable[[TrainState], tuple[dict[str, float], Image.Image]]
-    files: Callable[[TrainState], checkpoint.Files]
+    files: Callable[[TrainState], checkpoint.Export]
     export: str
     identity: Mapping[str, Any]
     losses: Sequence[str]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,18 @@ class TensorSpec(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+
+class Tensors(NamedTuple):
+    """Tensors that are made one at a time, while they are written.
+
+    Attributes:
+      specs: name -> shape and dtype, in the order of `make`.
+      make: () -> (name, array) pairs.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    make: Callable[[], Iterable[tuple[str, np.ndarray]]]
 
 
 class _Place(NamedTuple):

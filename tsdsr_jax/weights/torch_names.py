@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.weights.finite import is_finite
-from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec
+from tsdsr_jax.weights.tensor_files import TensorReader, Tensors, TensorSpec
 
 # What messages call a network by default.
 DESCRIBED = "the model its config.json describes"
@@ -289,6 +290,17 @@ def write_base(params: Tree, config: Config) -> Iterator[tuple[str, np.ndarray]]
     leaves = flatten_dict(params, sep="/")
     for entry in base_entries(config):
         yield from entry.scatter(np.asarray(leaves[entry.path]))
+
+
+def base_tensors(params: Tree, config: Config) -> Tensors:
+    """What `write_base` yields, made while it is written."""
+    leaves = flatten_dict(params, sep="/")
+    specs = {
+        name: TensorSpec(entry.torch_shape, np.dtype(leaves[entry.path].dtype))
+        for entry in base_entries(config)
+        for name in entry.names
+    }
+    return Tensors(specs, partial(write_base, params, config))
 
 
 def write_lora(lora: Tree, config: Config, prefix: str = "transformer.") -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.checkpoint import Checkpoints, Hash, find, read_meta, read_state
 from tsdsr_jax.training.optimizer import LossScale
 from tsdsr_jax.training.step import TrainState
-from tsdsr_jax.weights.tensor_files import Tensors, TensorSpec
+from tsdsr_jax.weights.tensor_files import TensorSpec, TensorStream
 
 
 class State(NamedTuple):
@@ -236,7 +236,7 @@ def test_exports_are_made_tensor_by_tensor_in_the_background(checkpoints):
                 yield name, value
 
         spec = TensorSpec(value.shape, value.dtype)
-        return {"b.safetensors": Tensors({"x": spec, "y": spec}, tensors), "config.json": "{}"}
+        return {"b.safetensors": TensorStream({"x": spec, "y": spec}, tensors), "config.json": "{}"}
 
     assert checkpoints.save(3, state(3), meta(3), export) and checkpoints.wait()
     assert [len(files) for files in made] == [1, 1]
@@ -259,7 +259,7 @@ def test_a_failed_export_costs_neither_the_run_nor_the_checkpoint(checkpoints, n
         spec = TensorSpec((2,), np.dtype(float))
         return {
             "ema/a.safetensors": {"x": np.zeros(2)},
-            "b.safetensors": Tensors({"x": spec, "y": spec}, tensors),
+            "b.safetensors": TensorStream({"x": spec, "y": spec}, tensors),
         }
 
     assert (

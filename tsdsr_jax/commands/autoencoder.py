@@ -46,7 +46,7 @@ from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lpips_files import load_lpips
 from tsdsr_jax.weights.sd3_folder import TORCH_STEM, NetworkFiles, torch_config
-from tsdsr_jax.weights.tensor_files import Tensors
+from tsdsr_jax.weights.tensor_files import TensorStream
 from tsdsr_jax.weights.torch_names import base_tensors
 
 CURVES = (
@@ -203,7 +203,7 @@ def _export(config: VAEConfig, validation: AutoencoderValidation, state: TrainSt
 
 def _autoencoder_files(config: VAEConfig, factors: Mapping[str, float], state: TrainState) -> Files:
     """Exports the autoencoder in diffusers' layout; its moving average has its own folder."""
-    files: dict[str, Tensors | str] = {}
+    files: dict[str, TensorStream | str] = {}
     for folder, tree in state.exported().items():
         scaled = dataclasses.replace(config, scaling_factor=factors[folder], shift_factor=None)
         files[f"{folder}vae/{TORCH_STEM}.safetensors"] = base_tensors(tree, config)

@@ -27,13 +27,13 @@ from jax.experimental import multihost_utils
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.weights.tensor_files import Tensors, save_tensors, write_tensors
+from tsdsr_jax.weights.tensor_files import TensorStream, save_tensors, write_tensors
 
 PREFIX, DIGITS = "checkpoint", 7
 STATE, META, LORA, MODEL = "state", "meta", "lora", "model"
 META_KEYS = {"step", "samples", "rows", "identity", "options"}
 # File name -> tensors or text.
-Files = Mapping[str, Tensors | Mapping[str, np.ndarray] | str]
+Files = Mapping[str, TensorStream | Mapping[str, np.ndarray] | str]
 # State of host arrays -> files. It is called by the first process only, in the background.
 Export = Callable[[Any], Files]
 
@@ -79,12 +79,12 @@ class _ExportHandler(ocp.AsyncCheckpointHandler):
         raise NotImplementedError("these files are exported only")
 
 
-def _write_file(path: Path, content: Tensors | Mapping[str, np.ndarray] | str) -> None:
+def _write_file(path: Path, content: TensorStream | Mapping[str, np.ndarray] | str) -> None:
     metadata = {"format": "pt"}
     if isinstance(content, str):
         with replacing(path) as temporary:
             temporary.write_text(content)
-    elif isinstance(content, Tensors):
+    elif isinstance(content, TensorStream):
         write_tensors(path, content.specs, content.make(), metadata)
     else:
         save_tensors(path, content, metadata)
@@ -154,7 +154,7 @@ class Checkpoints:
         try:
             on_host = to_host(state)
             args = {
-                STATE: ocp.args.StandardSave(by_name(on_host)),
+                STATE: ocp.args.StandardSave(leaves_by_name(on_host)),
                 META: ocp.args.JsonSave(dict(meta)),
                 self.export: _ExportSave(export, on_host),
             }
@@ -237,7 +237,7 @@ def to_host(state: Any) -> Any:
     return jax.tree.map(leaf_to_host, state)
 
 
-def by_name(state: Any) -> dict[str, Any]:
+def leaves_by_name(state: Any) -> dict[str, Any]:
     """The leaves of a state by their names."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {leaf_name(path): leaf for path, leaf in leaves}

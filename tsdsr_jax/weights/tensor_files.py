@@ -39,8 +39,8 @@ class TensorSpec(NamedTuple):
     dtype: np.dtype
 
 
-class Tensors(NamedTuple):
-    """Tensors that are made one at a time, while they are written.
+class TensorStream(NamedTuple):
+    """TensorStream that are made one at a time, while they are written.
 
     Attributes:
       specs: name -> shape and dtype, in the order of `make`.

@@ -21,7 +21,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.weights.finite import is_finite
-from tsdsr_jax.weights.tensor_files import TensorReader, Tensors, TensorSpec
+from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec, TensorStream
 
 # What messages call a network by default.
 DESCRIBED = "the model its config.json describes"
@@ -292,7 +292,7 @@ def write_base(params: Tree, config: Config) -> Iterator[tuple[str, np.ndarray]]
         yield from entry.scatter(np.asarray(leaves[entry.path]))
 
 
-def base_tensors(params: Tree, config: Config) -> Tensors:
+def base_tensors(params: Tree, config: Config) -> TensorStream:
     """What `write_base` yields, made while it is written."""
     leaves = flatten_dict(params, sep="/")
     specs = {
@@ -300,7 +300,7 @@ def base_tensors(params: Tree, config: Config) -> Tensors:
         for entry in base_entries(config)
         for name in entry.names
     }
-    return Tensors(specs, partial(write_base, params, config))
+    return TensorStream(specs, partial(write_base, params, config))
 
 
 def write_lora(lora: Tree, config: Config, prefix: str = "transformer.") -> dict[str, np.ndarray]:

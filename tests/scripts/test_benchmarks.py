@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import tiny_checkpoint as tiny
+from tsdsr_jax.commands.distill import Options as DistillOptions
 from tsdsr_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +166,12 @@ def test_merging() -> None:
     )
     beside, merged = map(float, re.search(r"kept (-?[\d.]+) beside, (-?[\d.]+) merged", told).groups())
     assert status == 0 and beside > 0.95 and merged < 0.5
+
+
+def test_tsd_is_exact_in_the_precision_that_distill_uses() -> None:
+    status, told = bench("tsd_precision", "--size", "tiny")
+    off = {name: float(share) for name, share in re.findall(r"(fp16|bf16): ([\d.]+) % off", told)}
+    assert status == 0 and off[DistillOptions.mixed_precision] < 4 < 8 < off["bf16"]
 
 
 @slow

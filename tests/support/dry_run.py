@@ -57,6 +57,9 @@ class Planned:
     def astype(self, dtype: Any) -> Planned:
         return dataclasses.replace(self, dtype=np.dtype(dtype))
 
+    def copy_to_host_async(self) -> None:
+        pass
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.broadcast_to(np.zeros((), dtype or self.dtype), self.shape)
 
@@ -145,6 +148,7 @@ def replace_loading_and_running() -> None:
     """Weights become planned ones, and a run one step, the pictures and the files of a checkpoint."""
     from tsdsr_jax.models.params import abstract_params
     from tsdsr_jax.training import networks, session
+    from tsdsr_jax.training.checkpoint import to_host
     from tsdsr_jax.training.resume import Start
     from tsdsr_jax.training.sharding import base_shardings
 
@@ -164,7 +168,7 @@ def replace_loading_and_running() -> None:
         if not os.environ.get("STEP_ONLY"):
             task.validate(state)
         state, _ = task.step(state, next(of_run.batches()))
-        print(json.dumps({"files": sorted(task.files(state))}), flush=True)
+        print(json.dumps({"files": sorted(task.files(state)(to_host(state)))}), flush=True)
 
     networks._load, session.train = load, run
 

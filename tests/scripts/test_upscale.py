@@ -329,7 +329,9 @@ def test_lost_transparency_is_pointed_out(command, tmp_path):
     result = command(tmp_path / "in", tmp_path / "out", "--format", "jpg")
     assert result.status == 0
     assert [
-        line for line in result.err.splitlines() if line.endswith("jpg holds no transparency; it is left out")
+        line
+        for line in result.err.splitlines()
+        if line.endswith("jpg cannot hold its transparency; the picture lies over white")
     ]
 
 

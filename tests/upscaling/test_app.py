@@ -428,7 +428,7 @@ def test_lost_transparency_is_pointed_out_and_names_are_no_markup(handlers, tmp_
         str(source), 2, "wavelet", 8, 1, "jpg", page_events.Choice(), lambda share, desc: words.append(desc)
     )
     assert words[:3] == ["Waiting", "Reading", "Encoding, compiling for this size"] and words[-1] == "Writing"
-    assert notes == ["&lt;i&gt;&amp;_x2.jpg: jpg holds no transparency; it is left out"]
+    assert notes == ["&lt;i&gt;&amp;_x2.jpg: jpg cannot hold its transparency; the picture lies over white"]
     cut_short(source)
     assert refused(handlers, source).startswith("&lt;i&gt;&amp;.png: the image is damaged")
 

@@ -16,7 +16,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.files import Photo, decode_photo, read_content, read_size
 from tsdsr_jax.images.search import find_photographs
-from tsdsr_jax.images.writing import check_format, lost_transparency, write_photo
+from tsdsr_jax.images.writing import check_format, left_behind, write_photo
 
 
 class Job(Protocol):
@@ -78,7 +78,7 @@ class FileJob:
 
     def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None) -> str | None:
         write_photo(self.target, rgb, photo, alpha, self.format)
-        return lost_transparency(str(self.target), alpha, self.format)
+        return left_behind(str(self.target), photo, alpha, self.format)
 
 
 class Report:

@@ -12,9 +12,11 @@ from PIL import Image
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
-from tsdsr_jax.images.files import Photo, decode_photo, photo_of, read_photo
+from tsdsr_jax.images.files import Photo, decode_photo, read_photo
+from tsdsr_jax.images.metadata import Metadata
+from tsdsr_jax.images.pixels import decoded_pixels
 from tsdsr_jax.images.resize import pillow_bicubic
-from tsdsr_jax.images.writing import check_format, encode_photo, lost_transparency, write_photo
+from tsdsr_jax.images.writing import check_format, encode_photo, left_behind, write_photo
 from tsdsr_jax.upscaling.engine import Progress
 from tsdsr_jax.upscaling.upscaler import PictureArguments, UpscaleError, Upscaler
 
@@ -125,11 +127,11 @@ def upscale_photo(
 def _write_result(target: Path, image: Image.Image, like: Photo, format: str, notes: list[str]) -> Photo:
     """Writes the upscaler's image as infer/upscale.py would; returns what the file holds."""
     pixels = image.width * image.height
-    upscaled = photo_of(image, target.name, pixels)
-    encoded = encode_photo(upscaled.rgb, like, upscaled.alpha, format, target.name)
+    rgb, alpha, _ = decoded_pixels(image, "", target.name)
+    encoded = encode_photo(rgb, like, alpha, format, target.name)
     with replacing(target) as temporary:
         temporary.write_bytes(encoded)
-    if remark := lost_transparency(target.name, upscaled.alpha, format):
+    if remark := left_behind(target.name, like, alpha, format):
         notes.append(remark)
     return decode_photo(encoded, target.name, pixels)
 
@@ -170,7 +172,11 @@ def preview_size(size: Size) -> Size:
 
 
 def write_preview(path: Path, photo: Photo, size: Size) -> None:
-    """Writes a lossless preview of a photograph: resized bicubically to `size`, or to the preview of that size."""
+    """Writes a lossless preview of a photograph: resized bicubically to `size`, or to the preview of that size.
+
+    It has no metadata, which may tell where a photograph was taken, except what its colors mean.
+    """
     size = preview_size(size)
+    like = dataclasses.replace(photo, metadata=Metadata(icc=photo.metadata.icc))
     alpha = None if photo.alpha is None else pillow_bicubic(photo.alpha, *size)
-    write_photo(path, pillow_bicubic(photo.rgb, *size), dataclasses.replace(photo, exif=None), alpha, "webp")
+    write_photo(path, pillow_bicubic(photo.rgb, *size), like, alpha, "webp")

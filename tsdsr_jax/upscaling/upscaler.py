@@ -307,8 +307,8 @@ class MemoryJob:
             self.result = rgb
             return
         image = as_image(rgb, photo, alpha)
-        if photo.icc:
-            image.info["icc_profile"] = photo.icc  # `save` writes it
+        if photo.metadata.icc:
+            image.info["icc_profile"] = photo.metadata.icc  # `save` writes it
         self.result = image
 
 
@@ -327,7 +327,7 @@ def _memory_job(picture: Any, name: str, max_pixels: int) -> MemoryJob:
     height, width = picture.shape[:2]
     if height * width > max_pixels:
         raise UserError(f"{name}: has {width}×{height} pixels, more than --max_pixels {max_pixels}")
-    photo = Photo(picture, alpha=None, gray=False, icc=None, exif=None)
+    photo = Photo(picture, alpha=None, gray=False)
     return MemoryJob(Path(name), _pixel_bytes(photo), photo, as_array=True)
 
 

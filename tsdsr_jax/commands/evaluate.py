@@ -137,6 +137,8 @@ def main() -> None:
             methods.append(MeasuredMethod(name, measured))
     evaluation = _Evaluation(methods, metrics, missing, options.compare)
     print(evaluation.tables, flush=True)
+    for line in dict.fromkeys(note for method in methods for note in method.measured.notes):
+        print(printable(line), file=sys.stderr)
     _complain(evaluation.problems)
     if logs:
         _write_logs(options, logs, evaluation)

@@ -26,6 +26,7 @@ from tsdsr_jax.data.manifest import MANIFEST, check_complete, has_manifest, read
 from tsdsr_jax.data.record import Record, spread
 from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.hints import command
+from tsdsr_jax.images.display import displayed
 from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
 from tsdsr_jax.weights.prompt_files import (
     TORCH_POOLED_FOLDER,
@@ -184,7 +185,7 @@ def _names(folder: Path) -> set[str]:
 
 def read_images(files: SampleFiles) -> tuple[np.ndarray, np.ndarray]:
     """lr and hr, both (H, W, 3) uint8."""
-    lr, hr = (read_photo(path, _MAX_PIXELS).rgb for path in (files.lr, files.hr))
+    lr, hr = (displayed(read_photo(path, _MAX_PIXELS)) for path in (files.lr, files.hr))
     if lr.shape != hr.shape:
         raise UserError(
             f"{files.lr}: {lr.shape[1]}×{lr.shape[0]} pixels, but {files.hr} has {hr.shape[1]}×{hr.shape[0]}; "

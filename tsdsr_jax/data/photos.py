@@ -1,5 +1,7 @@
 """Folders of photographs as training samples, cropped and degraded while they are read.
 
+Samples show photographs as a screen does: in sRGB, and over white where they are transparent.
+
 No jax here: Grain's workers run this.
 """
 
@@ -17,6 +19,7 @@ import numpy as np
 from tsdsr_jax.data.degradation import DegradationConfig, DegradedPair, degrade, target
 from tsdsr_jax.data.record import Record, spread
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.images.display import displayed
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.images.resize import reflect_pad
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, load_prompt_embeds
@@ -226,7 +229,7 @@ class Photographs:
 
     def _crop(self, index: int, draw: int, box: Box | None) -> tuple[np.ndarray, np.random.Generator]:
         """A crop, float32 in [0, 1], and the generator for all further draws."""
-        photo = read_photo(self.photographs[index].path, MAX_PHOTOGRAPH_PIXELS).rgb
+        photo = displayed(read_photo(self.photographs[index].path, MAX_PHOTOGRAPH_PIXELS))
         generator = np.random.default_rng([_STREAM, self.seed, draw, index])
         crop = random_crop(photo, self.crop, generator) if box is None else cut_out(photo, box)
         return crop.astype(np.float32) / 255, generator

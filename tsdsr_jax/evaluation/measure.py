@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,11 +21,19 @@ import numpy as np
 from tsdsr_jax.errors import UserError, first_line, printable
 from tsdsr_jax.evaluation.registry import Metric, PictureBatch, Values
 from tsdsr_jax.images.buckets import Size, plan_buckets
+from tsdsr_jax.images.display import displayed, not_displayed
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.images.search import find_photographs
 
 _BATCH_PIXELS = 2**21  # eight pictures of 512×512
-_Pixels = tuple[np.ndarray, np.ndarray | None]
+
+
+class _Pixels(NamedTuple):
+    """The pictures of a pair, and a line for everything about their files that the user should know."""
+
+    result: np.ndarray
+    reference: np.ndarray | None
+    notes: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Measured:
       values: pair's name -> metric's name -> value; values that could not be computed are absent.
       of_folder: metric's name -> value, for metrics of whole folders.
       problems: for each missing file or value, a line with the reason.
+      notes: further lines about the files, none of which is missing.
       missing: metric's name -> why it has no value at all.
     """
 
@@ -57,6 +67,7 @@ class Measured:
     values: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     of_folder: dict[str, float] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, metric: str) -> list[float]:
@@ -155,6 +166,7 @@ def measure(
         sound = [(pair, size) for pair, size in sized if not isinstance(size, str)]
         for read in _batches(sound, device, max_pixels, pool):
             measured.problems += read.unread
+            measured.notes += read.notes
             on_done(len(read.unread))
             running.append((read, [_start(metric, read.batch) for metric in per_picture]))
             if len(running) > 1:
@@ -187,11 +199,12 @@ def _size(pair: FilePair, max_pixels: int) -> Size | str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Read:
-    """A batch of pairs with their pixels, and a line for each that could not be read."""
+    """A batch of pairs with their pixels, a line for each that could not be read, and notes on the others."""
 
     pairs: list[FilePair]
     batch: PictureBatch
     unread: list[str]
+    notes: list[str]
 
 
 def _batches(
@@ -217,10 +230,21 @@ def _batches(
 
 
 def _pixels(pair: FilePair, max_pixels: int) -> _Pixels | str:
-    """A pair's result and reference, or a line with the reason why they cannot be read."""
+    """A pair's result and reference as a screen shows them, or a line with the reason why they cannot be measured."""
     try:
-        result = read_photo(pair.result, max_pixels).rgb
-        return result, read_photo(pair.reference, max_pixels).rgb if pair.reference else None
+        files = [file for file in (pair.result, pair.reference) if file]
+        photos = [read_photo(file, max_pixels) for file in files]
+        for file, photo in zip(files, photos, strict=True):
+            if reason := not_displayed(photo):
+                return f"{file}: {reason}; not measured"
+        result, reference = [*map(displayed, photos), None][:2]
+        assert result is not None
+        notes = [note for photo in photos for note in photo.notes]
+        if any(photo.alpha is not None and photo.alpha.min() < 255 for photo in photos):
+            notes.append(
+                f"{pair.result}: is measured over white, because parts of it or its reference are transparent"
+            )
+        return _Pixels(result, reference, notes)
     except UserError as error:
         return str(error)
     except MemoryError:
@@ -239,13 +263,14 @@ def _stack(
     results = np.zeros((count, *bucket, 3), np.uint8)
     references = np.zeros_like(results) if any(pair.reference for pair, _ in sound) else None
     sizes = np.full((count, 2), bucket, np.int32)
-    for index, (_, (result, reference)) in enumerate(sound):
+    for index, (_, (result, reference, _)) in enumerate(sound):
         height, width = sizes[index] = result.shape[:2]
         results[index, :height, :width] = result
         if reference is not None and references is not None:
             references[index, :height, :width] = reference
     batch = PictureBatch(results, references, sizes, len(sound), device)
-    return _Read([pair for pair, _ in sound], batch, [found for found in pixels if isinstance(found, str)])
+    unread = [found for found in pixels if isinstance(found, str)]
+    return _Read([pair for pair, _ in sound], batch, unread, [note for _, one in sound for note in one.notes])
 
 
 def _start(metric: Metric, batch: PictureBatch) -> Values:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import TiffImageFile
 
 from tsdsr_jax.errors import UserError, first_line
@@ -129,7 +130,9 @@ def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
         source = io.BytesIO(read_png(file, pixels=False).picture) if png else file
         with _opened_image(source, str(path), max_pixels) as image:
             width, height = image.size
-            if image.format == "TIFF":  # Pillow has turned this size already.
+            if (
+                isinstance(image, TiffImageFile) and Base.Orientation in image.tag_v2
+            ):  # Pillow has turned it already
                 return height, width
             transposed, _, _ = ORIENTATIONS[orientation_of(image)]
             return (width, height) if transposed else (height, width)

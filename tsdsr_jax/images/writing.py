@@ -48,7 +48,7 @@ _HOLDS: dict[str, tuple[str, ...]] = {
 # The most bytes of each. A JPEG's segments have 65533, or for a profile 255 times as many, some of which are names. Pillow
 # does not open PNG files with a larger profile, though others do.
 _MOST_BYTES: dict[str, dict[str, int]] = {
-    "jpg": {"exif": 65533, "xmp": 65533 - 29, "iptc": 65533 - 14 - 12, "icc": 255 * (65533 - 14)},
+    "jpg": {"exif": 65533, "xmp": 65533 - 29, "iptc": 65533 - 14 - 13, "icc": 255 * (65533 - 14)},
     "png": {"icc": PILLOWS_LIMIT},
 }
 _WORDS = {"exif": "EXIF", "xmp": "XMP", "iptc": "IPTC"}

@@ -165,6 +165,13 @@ def _offset(entry: bytes, order: str) -> int:
     return int(struct.unpack_from(order + "I", entry, 8)[0])
 
 
+def _has_value(entry: bytes, order: str, length: int) -> bool:
+    """Whether an entry's value lies within so many bytes."""
+    _, kind, count, at = struct.unpack(order + "HHII", entry)
+    size = count * _TYPES.get(kind, (0, 0))[0]
+    return size <= 4 or at + size <= length
+
+
 def _entries(data: bytes | bytearray, order: str, start: int) -> tuple[list[bytes], int]:
     """A directory's entries of twelve bytes, and the offset of the next directory; 0 if there is none."""
     (count,) = struct.unpack_from(order + "H", data, start)
@@ -177,9 +184,11 @@ def _entries(data: bytes | bytearray, order: str, start: int) -> tuple[list[byte
 
 
 def _remove_stale(data: bytearray, order: str, start: int, stale: Collection[int] = _STALE_TAGS) -> int:
-    """Removes entries from a directory in its place; returns how many are left."""
+    """Removes entries from a directory in its place, also those whose values are missing; returns how many are left."""
     entries, following = _entries(data, order, start)
-    kept = [entry for entry in entries if _tag(entry, order) not in stale]
+    kept = [
+        entry for entry in entries if _tag(entry, order) not in stale and _has_value(entry, order, len(data))
+    ]
     if len(kept) < len(entries):
         new = struct.pack(order + "H", len(kept)) + b"".join(kept) + struct.pack(order + "I", following)
         data[start : start + 2 + 12 * len(entries)] = new.ljust(2 + 12 * len(entries), b"\0")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import tiny_checkpoint as tiny
 from photos import data_folder
@@ -112,6 +113,32 @@ def test_any_kind_of_photograph_becomes_a_pair(tmp_path, kind):
 
 
 # --- crops ----------------------------------------------------------------------------------------
+
+
+def test_hidden_colors_of_a_cut_out_are_white(tmp_path):
+    """What a file stores where nothing is seen is often rubbish, and must not be learned."""
+    photo = tiny.synthetic_photo(40, 48, seed=0)
+    rubbish = np.random.default_rng(0).integers(0, 256, photo.shape, np.uint8)
+    y, x = np.mgrid[:40, :48]
+    alpha = np.where(np.hypot(y - 20, x - 24) < 15, 255, 0).astype(np.uint8)
+    visible = alpha[..., None] > 0
+    Image.fromarray(np.dstack([np.where(visible, photo, rubbish), alpha])).save(tmp_path / "a.png")
+    config = CropConfig(40, 48, 24, flip=0)
+    samples = Photographs(
+        survey(listed(tmp_path), 24).photographs, config, DegradationConfig(sharpen=False), 0
+    )
+    np.testing.assert_array_equal(samples.pair(0, 0).hr, np.where(visible, photo, 255))
+
+
+def test_profiles_are_applied(tmp_path):
+    """Half the light, stored linearly, is 188 of 255 in sRGB."""
+    linear = PngInfo()
+    linear.add(b"gAMA", (100000).to_bytes(4, "big"))
+    Image.new("RGB", (48, 40), (128, 128, 128)).save(tmp_path / "a.png", pnginfo=linear)
+    samples = Photographs(
+        survey(listed(tmp_path), 24).photographs, CROP, DegradationConfig(sharpen=False), 0, with_lr=False
+    )
+    assert (samples.read(0).hr == 188).all()
 
 
 def test_crops_lie_everywhere_and_half_are_mirrored():

@@ -346,3 +346,21 @@ def test_a_gray_picture_gets_a_gray_profile(tmp_path: Path):
         tmp_path / "b", photo.rgb, photo, format="webp"
     )  # without gray pictures, and so without gray profiles
     assert read_photo(tmp_path / "b", LIMIT).rgb[0, 0].tolist() == [128] * 3
+
+
+def test_an_rgb_profile_of_a_gray_picture(tmp_path: Path):
+    """sRGB's curve is meant, and is what counts without a profile; another is named."""
+    gray = Image.fromarray(np.full((6, 8), 55, np.uint8))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile, notes in ((srgb, 0), (profile_of_chunks({b"cICP": P3}, gray=False), 1)):
+        gray.save(tmp_path / "a.png", icc_profile=profile)
+        photo = read_photo(tmp_path / "a.png", LIMIT)
+        assert photo.metadata.icc is None and len(photo.notes) == notes
+    assert photo.notes[0].endswith("its color profile is for RGB, not for GRAY; the colors count as sRGB")
+
+
+def test_a_big_tiff_is_read_without_its_exif(tmp_path: Path):
+    Image.fromarray(pixels()).save(tmp_path / "a.tif", big_tiff=True)
+    photo = read_photo(tmp_path / "a.tif", LIMIT)
+    np.testing.assert_array_equal(photo.rgb, pixels())
+    assert photo.notes == (f"{tmp_path / 'a.tif'}: is a BigTIFF, whose EXIF is left out",)

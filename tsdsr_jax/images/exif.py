@@ -55,10 +55,10 @@ class ExifError(ValueError):
 
 
 class TiffField(NamedTuple):
-    """A field's values as they are stored; see `_TYPES`."""
+    """A field's values as they are stored: their type (see `_TYPES`), their number, and their bytes."""
 
     kind: int
-    count: int
+    number: int
     value: bytes
 
 
@@ -131,7 +131,8 @@ def with_fields(tiff: bytes, block: bytes | None, more: Mapping[int, TiffField])
     fields |= more
     start = len(tiff) + len(tiff) % 2
     head = _HEADERS[order] + struct.pack(order + "I", start)
-    return head + tiff[8:].ljust(start - 8, b"\0") + _laid_out(fields, order, start)
+    # In one step: the file may have hundreds of megabytes.
+    return b"".join([head, memoryview(tiff)[8:], bytes(start - len(tiff)), _laid_out(fields, order, start)])
 
 
 def _descriptive(data: bytes, order: str) -> Directory:
@@ -240,9 +241,9 @@ def _laid_out(fields: Directory, order: str, start: int) -> bytes:
             entries += struct.pack(order + "HHII", tag, 4, 1, at)
             beyond += _laid_out(field, order, at)
         elif len(field.value) <= 4:
-            entries += struct.pack(order + "HHI", tag, field.kind, field.count) + field.value.ljust(4, b"\0")
+            entries += struct.pack(order + "HHI", tag, field.kind, field.number) + field.value.ljust(4, b"\0")
         else:
-            entries += struct.pack(order + "HHII", tag, field.kind, field.count, at)
+            entries += struct.pack(order + "HHII", tag, field.kind, field.number, at)
             beyond += field.value
         beyond += bytes(len(beyond) % 2)  # offsets are even
     return struct.pack(order + "H", len(fields)) + entries + struct.pack(order + "I", 0) + beyond

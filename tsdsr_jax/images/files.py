@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -106,6 +106,10 @@ def decode_photo(content: bytes, name: str, max_pixels: int) -> Photo:
             photo = _decoded(completed, None, name, max_pixels)
             remarks.append("its end marker is missing; its pixels are all there")
     remarks += [f"Pillow remarks: {first_line(remark)}" for remark in warned]
+    return _with_remarks(photo, name, remarks)
+
+
+def _with_remarks(photo: Photo, name: str, remarks: Iterable[str]) -> Photo:
     return replace(photo, notes=(*photo.notes, *(f"{name}: {remark}" for remark in remarks)))
 
 
@@ -114,8 +118,9 @@ def photo_of(image: Image.Image, name: str, max_pixels: int) -> Photo:
 
     EXIF is kept only if the image holds it as a block, as those from a JPEG, PNG or WebP file do.
     """
-    with reading_with_pillow():
-        return _photo_of(image, stored_metadata(image), name, max_pixels)
+    with reading_with_pillow() as warned:
+        photo = _photo_of(image, stored_metadata(image), name, max_pixels)
+    return _with_remarks(photo, name, [f"Pillow remarks: {first_line(remark)}" for remark in warned])
 
 
 def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
@@ -126,14 +131,13 @@ def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
     """
     path = Path(path)
     with _opened_file(path) as file, reading_with_pillow():
-        png = is_png(file.peek(8))
+        png = is_png(file.read(8))
+        file.seek(0)
         source = io.BytesIO(read_png(file, pixels=False).picture) if png else file
         with _opened_image(source, str(path), max_pixels) as image:
             width, height = image.size
-            if (
-                isinstance(image, TiffImageFile) and Base.Orientation in image.tag_v2
-            ):  # Pillow has turned it already
-                return height, width
+            if isinstance(image, TiffImageFile) and Base.Orientation in image.tag_v2:
+                return height, width  # Pillow has turned it already
             transposed, _, _ = ORIENTATIONS[orientation_of(image)]
             return (width, height) if transposed else (height, width)
 
@@ -151,7 +155,7 @@ def _decoded(content: bytes, png: PngParts | None, name: str, max_pixels: int) -
     if pages == 1:
         return photo
     called = _PAGES.get(image.format or "", "frames")
-    return replace(photo, notes=(*photo.notes, f"{name}: has {pages} {called}; only the first is read"))
+    return _with_remarks(photo, name, [f"has {pages} {called}; only the first is read"])
 
 
 def _photo_of(

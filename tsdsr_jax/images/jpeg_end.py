@@ -28,9 +28,11 @@ def with_end_marker(content: bytes) -> bytes | None:
     content = content.removesuffix(_END[:1])
     if not content.startswith(b"\xff\xd8") or not _SCAN.search(content) or not _finishes_scans(content):
         return None
-    decoded = [_decoded(content + filling + _END) for filling in (b"", *_FILLINGS)]
-    if any(one is None or not np.array_equal(one, decoded[0]) for one in decoded):
-        return None
+    whole = _decoded(content + _END)
+    for filling in _FILLINGS:
+        other = _decoded(content + filling + _END)
+        if whole is None or other is None or not np.array_equal(whole, other):
+            return None
     return content + _END
 
 

@@ -12,7 +12,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from tsdsr_jax.images.exif import ExifError, current_exif, exif_of_tiff
-from tsdsr_jax.images.profiles import profile_of_chunks, profile_space
+from tsdsr_jax.images.profiles import is_srgb, profile_of_chunks, profile_space
 
 # Whether to transpose a picture, then to reverse its rows, then to reverse its columns.
 Turn = tuple[bool, bool, bool]
@@ -109,7 +109,10 @@ def carried_metadata(
     try:
         exif = exif_of_tiff(tiff) if tiff else current_exif(stored.exif) if stored.exif else None
     except ExifError:
-        remarks.append("its EXIF is damaged; that is left out")
+        big = tiff and tiff[:4] in (b"II+\0", b"MM\0+")
+        remarks.append(
+            "is a BigTIFF, whose EXIF is left out" if big else "its EXIF is damaged; that is left out"
+        )
     xmp = stored.xmp
     if xmp and any(word in xmp for word in _XMP_OF_PARTS):
         xmp = None
@@ -125,7 +128,7 @@ def _carried_profile(image: Image.Image, stored: Metadata, gray: bool, remarks: 
     if image.mode in ("CMYK", "LAB"):  # these have become sRGB
         return None
     space, wanted = profile_space(stored.icc), "GRAY" if gray else "RGB"
-    if stored.icc and space != wanted:
+    if stored.icc and space != wanted and not (space == "RGB" and is_srgb(stored.icc, gray=False)):
         described = f"is for {space}, not for {wanted}" if space else "is damaged"
         remarks.append(f"its color profile {described}; the colors count as sRGB")
     if b"cICP" not in stored.png_color and space == wanted:

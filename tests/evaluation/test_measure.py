@@ -414,7 +414,7 @@ def test_hidden_colors_are_not_measured(tmp_path: Path):
     assert measured.of("psnr") == [pytest.approx(80)], "what equal pictures have"
     assert measured.problems == []
     assert measured.notes == [
-        f"{tmp_path / 'result.png'}: is measured over white, because parts of it or its reference are transparent"
+        f"{tmp_path / 'result.png'}: measured over white, because they or their references are transparent"
     ]
 
 

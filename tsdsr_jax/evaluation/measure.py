@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tsdsr_jax.errors import UserError, first_line, printable
+from tsdsr_jax.errors import UserError, first_line, listed, printable
 from tsdsr_jax.evaluation.registry import Metric, PictureBatch, Values
 from tsdsr_jax.images.buckets import Size, plan_buckets
 from tsdsr_jax.images.display import displayed, not_displayed
@@ -29,10 +29,11 @@ _BATCH_PIXELS = 2**21  # eight pictures of 512×512
 
 
 class _Pixels(NamedTuple):
-    """The pictures of a pair, and a line for everything about their files that the user should know."""
+    """The pictures of a pair as a screen shows them, whether parts of one are transparent, and the files' notes."""
 
     result: np.ndarray
     reference: np.ndarray | None
+    transparent: bool
     notes: list[str]
 
 
@@ -164,15 +165,22 @@ def measure(
             on_done(len(read.pairs))
 
         sound = [(pair, size) for pair, size in sized if not isinstance(size, str)]
+        transparent: list[str] = []
         for read in _batches(sound, device, max_pixels, pool):
             measured.problems += read.unread
             measured.notes += read.notes
+            transparent += read.transparent
             on_done(len(read.unread))
             running.append((read, [_start(metric, read.batch) for metric in per_picture]))
             if len(running) > 1:
                 finish()
         while running:
             finish()
+    if transparent:
+        names = listed(sorted(transparent))
+        measured.notes.append(
+            f"{names}: measured over white, because they or their references are transparent"
+        )
     measured.pairs.sort(key=lambda pair: pair.name)
     for metric in metrics:
         if metric.over_folders:
@@ -199,11 +207,13 @@ def _size(pair: FilePair, max_pixels: int) -> Size | str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Read:
-    """A batch of pairs with their pixels, a line for each that could not be read, and notes on the others."""
+    """A batch of pairs with their pixels, a line for each that could not be read, the results of those with transparency,
+    and notes."""
 
     pairs: list[FilePair]
     batch: PictureBatch
     unread: list[str]
+    transparent: list[str]
     notes: list[str]
 
 
@@ -239,12 +249,8 @@ def _pixels(pair: FilePair, max_pixels: int) -> _Pixels | str:
                 return f"{file}: {reason}; not measured"
         result, reference = [*map(displayed, photos), None][:2]
         assert result is not None
-        notes = [note for photo in photos for note in photo.notes]
-        if any(photo.alpha is not None and photo.alpha.min() < 255 for photo in photos):
-            notes.append(
-                f"{pair.result}: is measured over white, because parts of it or its reference are transparent"
-            )
-        return _Pixels(result, reference, notes)
+        transparent = any(photo.alpha is not None and photo.alpha.min() < 255 for photo in photos)
+        return _Pixels(result, reference, transparent, [note for photo in photos for note in photo.notes])
     except UserError as error:
         return str(error)
     except MemoryError:
@@ -263,14 +269,19 @@ def _stack(
     results = np.zeros((count, *bucket, 3), np.uint8)
     references = np.zeros_like(results) if any(pair.reference for pair, _ in sound) else None
     sizes = np.full((count, 2), bucket, np.int32)
-    for index, (_, (result, reference, _)) in enumerate(sound):
+    for index, (_, (result, reference, *_)) in enumerate(sound):
         height, width = sizes[index] = result.shape[:2]
         results[index, :height, :width] = result
         if reference is not None and references is not None:
             references[index, :height, :width] = reference
     batch = PictureBatch(results, references, sizes, len(sound), device)
-    unread = [found for found in pixels if isinstance(found, str)]
-    return _Read([pair for pair, _ in sound], batch, unread, [note for _, one in sound for note in one.notes])
+    return _Read(
+        [pair for pair, _ in sound],
+        batch,
+        unread=[found for found in pixels if isinstance(found, str)],
+        transparent=[str(pair.result) for pair, one in sound if one.transparent],
+        notes=[note for _, one in sound for note in one.notes],
+    )
 
 
 def _start(metric: Metric, batch: PictureBatch) -> Values:

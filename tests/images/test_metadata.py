@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import IFDRational
 
 from tsdsr_jax.images.exif import current_exif
 from tsdsr_jax.images.files import Photo, read_photo, read_size
@@ -247,6 +249,16 @@ def test_densities_in_other_units(tmp_path: Path):
     assert read_photo(tmp_path / "a.png", LIMIT).metadata.density is None
 
 
+@pytest.mark.parametrize("across", [0, 1, 2**31, 2**32 - 1])
+def test_senseless_densities_are_ignored(tmp_path: Path, across: int):
+    (tmp_path / "a.png").write_bytes(png(chunk(b"pHYs", struct.pack(">IIB", across, 2835, 1))))
+    photo = read_photo(tmp_path / "a.png", LIMIT)
+    assert photo.metadata.density is None
+    for resolution in (float("inf"), 1e9, IFDRational(1, 0)):
+        Image.fromarray(pixels()).save(tmp_path / "a.tif", tiffinfo={282: resolution, 283: 72.0, 296: 2})
+        assert read_photo(tmp_path / "a.tif", LIMIT).metadata.density is None
+
+
 @pytest.mark.parametrize("part", ["xmp", "iptc", "exif"])
 def test_what_is_too_long_for_a_jpeg_is_left_out_and_named(tmp_path: Path, part: str):
     long = {"xmp": b"<x/>" * 20000, "iptc": IPTC * 5000, "exif": current_exif(block()) + bytes(70000)}[part]
@@ -364,3 +376,29 @@ def test_a_big_tiff_is_read_without_its_exif(tmp_path: Path):
     photo = read_photo(tmp_path / "a.tif", LIMIT)
     np.testing.assert_array_equal(photo.rgb, pixels())
     assert photo.notes == (f"{tmp_path / 'a.tif'}: is a BigTIFF, whose EXIF is left out",)
+
+
+@pytest.mark.parametrize(
+    "mark", [b"tiff:Orientation=\"6'", b"tiff:Orientation>6<", b"tiff:Orientation = '6' "]
+)
+def test_orientation_in_broken_xmp_is_not_applied_twice(tmp_path: Path, mark: bytes):
+    Image.fromarray(pixels()).save(tmp_path / "a.jpg", xmp=b"<x:xmpmeta " + mark)
+    photo = read_photo(tmp_path / "a.jpg", LIMIT)
+    write_photo(tmp_path / "b.png", photo.rgb, photo)
+    np.testing.assert_array_equal(read_photo(tmp_path / "b.png", LIMIT).rgb, photo.rgb)
+
+
+def test_only_fields_that_readers_accept_go_into_a_tiff(tmp_path: Path):
+    """EXIF 3.0 has a type for UTF-8; a resolution with two values is an error in a TIFF."""
+    values = "Ōsaka".encode() + b"\0", struct.pack("<4I", 72, 1, 72, 1)
+    start = 8 + 2 + 2 * 12 + 4
+    fields = struct.pack("<H", 2) + struct.pack("<HHII", MAKE, 129, len(values[0]), start)
+    fields += struct.pack("<HHII", 0x011A, 5, 2, start + len(values[0])) + bytes(4)
+    like = Photo(pixels(), None, False, Metadata(exif=b"Exif\0\0II*\0\x08\0\0\0" + fields + b"".join(values)))
+    write_photo(tmp_path / "a.tif", pixels(), like, format="tiff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Image.open(tmp_path / "a.tif") as image:
+            assert 0x011A not in image.tag_v2
+    exif = read_photo(tmp_path / "a.tif", LIMIT).metadata.exif
+    assert values[0] in exif

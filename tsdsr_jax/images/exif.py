@@ -18,7 +18,7 @@ _ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _HEADERS = {order: header for header, order in _ORDERS.items()}
 # Type of a field -> bytes of a value, and of the numbers that byte order applies to.
 _TYPES = {
-    **dict.fromkeys((1, 2, 6, 7), (1, 1)),
+    **dict.fromkeys((1, 2, 6, 7, 129), (1, 1)),
     **dict.fromkeys((3, 8), (2, 2)),
     **dict.fromkeys((4, 9, 11, 13), (4, 4)),
     **dict.fromkeys((5, 10), (8, 4)),
@@ -29,23 +29,25 @@ _DIRECTORIES = (IFD.Exif, IFD.GPSInfo, IFD.Interop)
 # Untrue of the result: its pixels are upright, and there are more of them.
 _STALE_TAGS = (Base.Orientation, Base.ImageWidth, Base.ImageLength, Base.ExifImageWidth, Base.ExifImageHeight)
 # In a TIFF the EXIF fields share their directory with those that lay out the pixels. Only these are kept.
-_DESCRIPTIVE_TAGS = frozenset(
-    (
-        Base.ImageDescription,
-        Base.Make,
-        Base.Model,
-        Base.XResolution,
-        Base.YResolution,
-        Base.ResolutionUnit,
-        Base.Software,
-        Base.DateTime,
-        Base.Artist,
-        Base.HostComputer,
-        Base.Copyright,
-        IFD.Exif,
-        IFD.GPSInfo,
-    )
-)
+_TEXT, _NUMBER, _FRACTION = (1, 2, 7, 129), (3,), (5,)
+_DESCRIPTIVE_TAGS = {
+    **dict.fromkeys(
+        (
+            Base.ImageDescription,
+            Base.Make,
+            Base.Model,
+            Base.Software,
+            Base.DateTime,
+            Base.Artist,
+            Base.HostComputer,
+            Base.Copyright,
+        ),
+        _TEXT,
+    ),
+    Base.XResolution: _FRACTION,
+    Base.YResolution: _FRACTION,
+    Base.ResolutionUnit: _NUMBER,
+}
 # Where the thumbnail's directory says that its JPEG lies, and how long it is.
 _THUMBNAIL = (Base.JpegIFOffset, Base.JpegIFByteCount)
 
@@ -141,11 +143,19 @@ def _descriptive(data: bytes, order: str) -> Directory:
     except struct.error as error:
         raise ExifError(str(error)) from error
     fields = _directory(data, order, first)
-    kept: Directory = {tag: field for tag, field in fields.items() if tag in _DESCRIPTIVE_TAGS}
+    kept = {tag: field for tag, field in fields.items() if _is_descriptive(tag, field)}
     if isinstance(below := kept.get(IFD.Exif), dict):
         for tag in _STALE_TAGS:
             below.pop(tag, None)
     return kept
+
+
+def _is_descriptive(tag: int, field: TiffField | Directory) -> bool:
+    """Whether a field describes the photograph, and is of a type and number that readers of TIFF files accept there."""
+    if isinstance(field, dict):
+        return tag in (IFD.Exif, IFD.GPSInfo)
+    kinds = _DESCRIPTIVE_TAGS.get(tag, ())
+    return field.kind in kinds and (kinds == _TEXT or field.number == 1)
 
 
 # ---- directories ---------------------------------------------------------------------------------

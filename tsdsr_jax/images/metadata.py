@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import struct
+from typing import Any
 
 from PIL import Image
 from PIL.ExifTags import Base
@@ -30,12 +31,14 @@ ORIENTATIONS: dict[int, Turn] = {
 
 XMP_TAG, IPTC_TAG = 700, 33723  # of TIFF
 _IPTC_RESOURCE = 0x0404  # of Photoshop, in JPEG
+_MOST_DOTS = 65535  # in an inch, as a JPEG counts them
 # Properties of XMP that would be untrue of the result: its pixels are upright, and there are more of them.
 _STALE_XMP = rb"tiff:Orientation|tiff:ImageWidth|tiff:ImageLength|exif:PixelXDimension|exif:PixelYDimension"
 _STALE_XMP_FORMS = (
     re.compile(rb"\s+(?:" + _STALE_XMP + rb")\s*=\s*(?:\"[^\"]*\"|'[^']*')"),
     re.compile(rb"<(" + _STALE_XMP + rb")>[^<]*</\1>\s*"),
 )
+_ORIENTATION_IN_XMP = re.compile(rb"(tiff:Orientation\s*(?:=\s*[\"']|>)\s*)[0-9]")
 # Words of XMP that describes further pictures or films in the same file, which no result has.
 _XMP_OF_PARTS = (b"hdrgm:", b"Container:Directory", b"MotionPhoto", b"MicroVideo", b"GDepth:", b"GImage:")
 
@@ -79,8 +82,16 @@ def stored_metadata(image: Image.Image) -> Metadata:
         exif=_as_block(info.get("exif")),
         xmp=xmp if isinstance(xmp := info.get("xmp"), bytes) else None,
         iptc=iptc if isinstance(iptc, bytes) and iptc[:1] == b"\x1c" else None,
-        density=(float(density[0]), float(density[1])) if density and min(density) > 0 else None,
+        density=_pair(density),
     )
+
+
+def _pair(density: Any) -> tuple[float, float] | None:
+    try:
+        across, down = density
+        return float(across), float(down)
+    except (TypeError, ValueError, ArithmeticError):  # a damaged file may have texts there, or anything
+        return None
 
 
 def _as_block(exif: bytes | None) -> bytes | None:
@@ -117,10 +128,18 @@ def carried_metadata(
     if xmp and any(word in xmp for word in _XMP_OF_PARTS):
         xmp = None
         remarks.append("its XMP describes further pictures or films in the file; it is left out with them")
-    for form in _STALE_XMP_FORMS:
-        xmp = form.sub(b"", xmp) if xmp else None
+    xmp = _current_xmp(xmp) if xmp else None
     density = stored.density[::-1] if stored.density and turn[0] else stored.density
+    if density and not all(1 <= dots <= _MOST_DOTS for dots in density):
+        density = None  # nonsense that not every format can hold
     return Metadata(icc, exif, xmp, stored.iptc, density, stored.png_color), remarks
+
+
+def _current_xmp(xmp: bytes) -> bytes:
+    for form in _STALE_XMP_FORMS:
+        xmp = form.sub(b"", xmp)
+    # In damaged XML, where a reader may still find it.
+    return _ORIENTATION_IN_XMP.sub(rb"\g<1>1", xmp)
 
 
 def _carried_profile(image: Image.Image, stored: Metadata, gray: bool, remarks: list[str]) -> bytes | None:

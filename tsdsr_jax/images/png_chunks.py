@@ -155,7 +155,7 @@ def _take(found: Metadata, chunk: _Chunk) -> None:
         found.exif = b"Exif\0\0" + content
     elif kind == b"pHYs":
         across, down, unit = struct.unpack(">IIB", content)
-        found.density = (across * _INCH, down * _INCH) if unit == 1 and across and down else None
+        found.density = (across * _INCH, down * _INCH) if unit == 1 else None
 
 
 def _take_text(found: Metadata, chunk: _Chunk) -> int:

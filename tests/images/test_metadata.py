@@ -172,6 +172,15 @@ def test_damaged_exif_is_left_out_with_a_note(tmp_path: Path, damage):
     assert f"{tmp_path / 'a.webp'}: its EXIF is damaged; that is left out" in photo.notes
 
 
+def test_what_is_left_of_damaged_exif_is_kept(tmp_path: Path):
+    """A directory below that lies nowhere must not take the others with it."""
+    whole = bytearray(block())
+    at = whole.index(struct.pack(">HHI", EXIF_IFD, 4, 1)) + 8
+    whole[at : at + 4] = b"\x7f" * 4
+    exif = read_photo(stored(tmp_path / "a.png", "png", exif=bytes(whole)), LIMIT).metadata.exif
+    assert texts(exif) == {tag: text + b"\0" for tag, text in TEXTS.items()}
+
+
 # ---- XMP, IPTC, density --------------------------------------------------------------------------
 
 

@@ -86,12 +86,11 @@ def current_exif(block: bytes) -> bytes | None:
     try:
         (first,) = struct.unpack_from(order + "I", data, 4)
         entries, following = _entries(data, order, first)
-        for entry in entries:
-            if _tag(entry, order) == IFD.Exif:
-                _remove_stale(data, order, _offset(entry, order))
-        left = _remove_stale(data, order, first)
         if following:
             _remove_thumbnail(data, order, following)
+        broken = {_tag(entry, order) for entry in entries if not _is_cleaned(data, order, entry)}
+        left = _remove_stale(data, order, first, (*_STALE_TAGS, *broken))
+        if following:
             struct.pack_into(order + "I", data, first + 2 + 12 * left, 0)
     except struct.error as error:
         raise ExifError(str(error)) from error
@@ -204,6 +203,16 @@ def _remove_stale(data: bytearray, order: str, start: int, stale: Collection[int
         new = struct.pack(order + "H", len(kept)) + b"".join(kept) + struct.pack(order + "I", following)
         data[start : start + 2 + 12 * len(entries)] = new.ljust(2 + 12 * len(entries), b"\0")
     return len(kept)
+
+
+def _is_cleaned(data: bytearray, order: str, entry: bytes) -> bool:
+    """Removes stale entries from the directory that an entry points to; returns whether there is none or it can be read."""
+    if _tag(entry, order) not in (IFD.Exif, IFD.GPSInfo):
+        return True
+    try:
+        return _remove_stale(data, order, _offset(entry, order)) > 0
+    except (ExifError, struct.error):
+        return False
 
 
 def _remove_thumbnail(data: bytearray, order: str, start: int) -> None:

@@ -30,7 +30,7 @@ _DIRECTORIES = (IFD.Exif, IFD.GPSInfo, IFD.Interop)
 _STALE_TAGS = (Base.Orientation, Base.ImageWidth, Base.ImageLength, Base.ExifImageWidth, Base.ExifImageHeight)
 # In a TIFF the EXIF fields share their directory with those that lay out the pixels. Only these are kept.
 _TEXT, _NUMBER, _FRACTION = (1, 2, 7, 129), (3,), (5,)
-_DESCRIPTIVE_TAGS = {
+_DESCRIPTIVE_TAGS: dict[int, tuple[int, ...]] = {
     **dict.fromkeys(
         (
             Base.ImageDescription,

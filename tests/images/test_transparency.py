@@ -133,15 +133,16 @@ def test_fully_transparent_and_fully_opaque_pictures_stay(alpha: int):
 
 
 def test_twelve_megapixels_take_less_than_two_seconds():
-    """On two slow cores 0.3 s; the time of the fastest of three runs."""
+    """0.3 s on two slow cores; another run if something else was using them."""
     alpha = np.zeros((3000, 4000), np.uint8)
     alpha[1000:2000, 1000:3000] = 255
-    rgb, seconds = np.zeros((3000, 4000, 3), np.uint8), []
+    rgb = np.zeros((3000, 4000, 3), np.uint8)
     for _ in range(3):
         started = time.monotonic()
         fill_hidden(rgb, alpha)
-        seconds.append(time.monotonic() - started)
-    assert min(seconds) < 2
+        if time.monotonic() - started < 2:
+            return
+    pytest.fail("slower than two seconds, three times")
 
 
 def bmp(alpha: int) -> bytes:

@@ -109,7 +109,11 @@ def test_a_disc_over_hidden_black_has_no_ring(small, color):
         )
         for shade in ((255, 255, 255), (230, 40, 40), (20, 60, 200))
     ]
-    for disc, result in zip(discs, small(discs, color=color), strict=True):
+    *results, nothing = small([*discs, Image.new("RGBA", (24, 24))], color=color)
+    assert nothing.size == (96, 96) and nothing.getextrema()[3] == (0, 0), (
+        "a fully transparent picture is one, too"
+    )
+    for disc, result in zip(discs, results, strict=True):
         *shade, _ = disc.getpixel((12, 12))
         rgb, shown = np.asarray(result)[..., :3].astype(int), np.asarray(result)[..., 3] > 7
         assert np.abs(rgb - shade)[shown].max() <= 15

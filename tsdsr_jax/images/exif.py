@@ -88,7 +88,8 @@ def current_exif(block: bytes) -> bytes | None:
         entries, following = _entries(data, order, first)
         if following:
             _remove_thumbnail(data, order, following)
-        broken = {_tag(entry, order) for entry in entries if not _is_cleaned(data, order, entry)}
+        by_tag = {_tag(entry, order): entry for entry in reversed(entries)}  # the first of each counts
+        broken = [tag for tag, entry in by_tag.items() if not _is_cleaned(data, order, entry)]
         left = _remove_stale(data, order, first, (*_STALE_TAGS, *broken))
         if following:
             struct.pack_into(order + "I", data, first + 2 + 12 * left, 0)
@@ -237,6 +238,8 @@ def _directory(data: bytes, order: str, start: int, depth: int = 0) -> Directory
         fields: Directory = {}
         for entry in _entries(data, order, start)[0]:
             tag, kind, count = struct.unpack_from(order + "HHI", entry)
+            if tag in fields:
+                continue
             if tag in _DIRECTORIES and depth < 2:
                 fields[tag] = _directory(data, order, _offset(entry, order), depth + 1)
             elif kind in _TYPES:

@@ -32,15 +32,20 @@ ORIENTATIONS: dict[int, Turn] = {
 XMP_TAG, IPTC_TAG = 700, 33723  # of TIFF
 _IPTC_RESOURCE = 0x0404  # of Photoshop, in JPEG
 _MOST_DOTS = 65535  # in an inch, as a JPEG counts them
-# Properties of XMP that would be untrue of the result: its pixels are upright, and there are more of them.
-_STALE_XMP = rb"tiff:Orientation|tiff:ImageWidth|tiff:ImageLength|exif:PixelXDimension|exif:PixelYDimension"
-_STALE_XMP_FORMS = (
-    re.compile(rb"\s+(?:" + _STALE_XMP + rb")\s*=\s*(?:\"[^\"]*\"|'[^']*')"),
-    re.compile(rb"<(" + _STALE_XMP + rb")>[^<]*</\1>\s*"),
+# Properties of XMP that would be untrue of the result: its pixels are upright, there are more of them, and it has none of
+# the gain maps, depths and films that a phone's file may hold.
+_STALE_XMP = (
+    rb"(?:tiff:Orientation|tiff:ImageWidth|tiff:ImageLength|exif:PixelXDimension|exif:PixelYDimension"
+    rb"|G?Container:Directory|(?:hdrgm|GCamera|GDepth|GImage|GAudio):\w+)"
 )
+# As attributes and as empty elements.
+_STALE_XMP_FORMS = (
+    re.compile(rb"\s" + _STALE_XMP + rb"\s*=\s*(?:\"[^\"]*\"|'[^']*')"),
+    re.compile(rb"<" + _STALE_XMP + rb"\b[^<>]*/>\s*"),
+)
+_STALE_XMP_ELEMENT = re.compile(rb"<(" + _STALE_XMP + rb")\b[^<>]*>")
+_MOST_UNCLOSED = 64
 _ORIENTATION_IN_XMP = re.compile(rb"(tiff:Orientation\s*(?:=\s*[\"']|>)\s*)[0-9]")
-# Words of XMP that describes further pictures or films in the same file, which no result has.
-_XMP_OF_PARTS = (b"hdrgm:", b"Container:Directory", b"MotionPhoto", b"MicroVideo", b"GDepth:", b"GImage:")
 
 
 @dataclasses.dataclass
@@ -124,11 +129,7 @@ def carried_metadata(
         remarks.append(
             "is a BigTIFF, whose EXIF is left out" if big else "its EXIF is damaged; that is left out"
         )
-    xmp = stored.xmp
-    if xmp and any(word in xmp for word in _XMP_OF_PARTS):
-        xmp = None
-        remarks.append("its XMP describes further pictures or films in the file; it is left out with them")
-    xmp = _current_xmp(xmp) if xmp else None
+    xmp = _current_xmp(stored.xmp) if stored.xmp else None
     density = stored.density[::-1] if stored.density and turn[0] else stored.density
     if density and not all(1 <= dots <= _MOST_DOTS for dots in density):
         density = None  # nonsense that not every format can hold
@@ -138,8 +139,27 @@ def carried_metadata(
 def _current_xmp(xmp: bytes) -> bytes:
     for form in _STALE_XMP_FORMS:
         xmp = form.sub(b"", xmp)
+    xmp = _without_stale_elements(xmp)
     # In damaged XML, where a reader may still find it.
     return _ORIENTATION_IN_XMP.sub(rb"\g<1>1", xmp)
+
+
+def _without_stale_elements(xmp: bytes) -> bytes:
+    """Not by one regular expression: that takes hours for a long packet of elements that do not end."""
+    kept, at, unclosed = list[bytes](), 0, set[bytes]()
+    for found in _STALE_XMP_ELEMENT.finditer(xmp):
+        if found.start() < at or found[1] in unclosed:
+            continue
+        closing = b"</" + found[1] + b">"
+        end = xmp.find(closing, found.end())
+        if end < 0:
+            unclosed.add(found[1])
+            if len(unclosed) > _MOST_UNCLOSED:
+                break
+        else:
+            kept.append(xmp[at : found.start()])
+            at = end + len(closing)
+    return b"".join([*kept, xmp[at:]])
 
 
 def _carried_profile(image: Image.Image, stored: Metadata, gray: bool, remarks: list[str]) -> bytes | None:

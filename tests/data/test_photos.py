@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def listed(root: Path) -> list[tuple[Path, Path]]:
-    return [(path, root) for path in find_photographs(root)]
+    return [(path, root) for path in find_photographs(root).files]
 
 
 def source(root: Path, seed: int = 5, **more) -> Photographs:
@@ -55,7 +55,7 @@ def test_photographs_are_found_in_subfolders_by_any_suffix_and_once(folder):
     save(folder / ".d.png")
     (folder / "notes.txt").write_text("no picture")
     (folder / "trip 0" / "loop").symlink_to(folder, target_is_directory=True)
-    names = [path.relative_to(folder).as_posix() for path in find_photographs(folder)]
+    names = [path.relative_to(folder).as_posix() for path in find_photographs(folder).files]
     assert names == ["b.JPG"] + [f"trip {i % 2}/{i}.png" for i in (0, 2, 4, 1, 3, 5)]
 
 

@@ -164,7 +164,7 @@ def test_crops_are_those_of_training_on_the_way(command, root, tmp_path):
     from tsdsr_jax.images.search import find_photographs
 
     command.done(tmp_path / "set", "--crops_per_photo", "2", "--seed", "3")
-    files = [(path, root / "photos") for path in find_photographs(root / "photos")]
+    files = [(path, root / "photos") for path in find_photographs(root / "photos").files]
     source = Photographs(survey(files, 24).photographs, CropConfig(32, 32, 24), DegradationConfig(), 3)
     prepared = records(tmp_path / "set")
     for index in range(10):

@@ -117,7 +117,9 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__, groups=EVALUATING)
     references, names = _check(options)
     logs = _log_files(options)
-    inputs = by_name(options.lr_imgs)[0] if options.lr_imgs else {}
+    inputs, unusable = by_name(options.lr_imgs) if options.lr_imgs else ({}, [])
+    for line in unusable:
+        print(f"note: {printable(line)}", file=sys.stderr)
     found = [
         find_pairs(results, reference)
         for results, reference in zip(options.inp_imgs, references, strict=True)

@@ -7,7 +7,7 @@ from tsdsr_jax.cli_help import Groups
 _MODEL = ("pretrained_model_name_or_path", "revision", "variant")
 
 UPSCALING: Groups = {
-    "input and output": ("output_dir", "format", "overwrite", "report"),
+    "input and output": ("output_dir", "format", "scale_in_names", "overwrite", "report"),
     "page": ("host", "port", "max_upload", "max_waiting"),
     "model": (*_MODEL, "lora_dir", "lora_scale", "rank", "rank_vae", "embedding_dir"),
     "picture": ("upscale", "align_method", "seed", "latent", "process_size"),

@@ -19,6 +19,7 @@ from tsdsr_jax.data.record import Record, spread
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.images.resize import reflect_pad
+from tsdsr_jax.images.search import beside, composed
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, load_prompt_embeds
 
 # Half a gigabyte decoded, one per worker; no camera's pictures are larger.
@@ -239,7 +240,9 @@ class Photographs:
         """A hash of all names and sizes, of which photographs have prompts, and of the content of 16 evenly spaced ones."""
         digest = hashlib.sha256()
         for photo, prompt in zip(self.photographs, self.prompts, strict=True):
-            digest.update(f"{photo.name} {photo.height} {photo.width} {prompt is not None}\n".encode())
+            digest.update(
+                f"{composed(photo.name)} {photo.height} {photo.width} {prompt is not None}\n".encode()
+            )
         for index in spread(len(self)):
             digest.update(self.photographs[index].path.read_bytes())
         return digest.hexdigest()
@@ -247,5 +250,4 @@ class Photographs:
 
 def own_prompt(path: Path) -> Path | None:
     """The prompt embedding beside a photograph, as `convert/prompts.py` writes it, if there is one."""
-    beside = path.with_suffix(".safetensors")
-    return beside if beside.is_file() else None
+    return beside(path, ".safetensors")

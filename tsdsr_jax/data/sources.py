@@ -21,7 +21,7 @@ from tsdsr_jax.data.photos import Photographs, Survey, left_out, survey
 from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.data.shard_sets import PreparedShards
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images.search import find_photographs
+from tsdsr_jax.images.search import beside, find_photographs
 from tsdsr_jax.weights.prompt_files import load_prompt_embeds
 from tsdsr_jax.weights.text_encoders import has_encoders
 
@@ -152,7 +152,10 @@ def look_at(
 ) -> Survey:
     """Finds and surveys photographs, with a progress bar. Calls `note` about those that are left out, and ignores images
     below `output`."""
-    found_below = [(path, root) for root in roots for path in find_photographs(root, output)]
+    searches = [(root, find_photographs(root, output)) for root in roots]
+    for line in dict.fromkeys(line for _, search in searches for line in search.left_out()):
+        note(line)
+    found_below = [(path, root) for root, search in searches for path in search.files]
     # A folder may be given twice, or be part of another.
     files = list({os.path.realpath(path): (path, root) for path, root in reversed(found_below)}.values())[
         ::-1
@@ -180,7 +183,7 @@ def _open_photographs(
                 f"{len(lacking)} of {len(source)} photographs have no prompt embedding beside them and get the default "
                 f"prompt's: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
             )
-        texts = sum(photo.path.with_suffix(".txt").is_file() for photo in found.photographs)
+        texts = sum(beside(photo.path, ".txt") is not None for photo in found.photographs)
         if texts:
             read = f"{texts} photographs have a .txt beside them, which is used only when a set is prepared"
             note(f"{read}{_how_to_prepare(options, output, whole=texts == len(source))}")

@@ -29,11 +29,13 @@ from tsdsr_jax.images.metadata import (
 )
 from tsdsr_jax.images.pixels import decoded_pixels, raw_mode_of, turned
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+)  # fmt: skip
 """Suffixes of the files that count as images in a folder; compare with `path.suffix.lower()`."""
 
 # Only these decoders are tried, whatever a file is called: one of Pillow's others starts Ghostscript.
-_DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,7 @@ def read_photo(path: str | Path, max_pixels: int) -> Photo:
     point is expected in [0, 1]. CMYK and Lab become sRGB, through the embedded profile where it fits.
 
     Args:
-        path: a PNG, JPEG, WebP, BMP or TIFF file, whatever its suffix.
+        path: a PNG, JPEG, WebP, BMP, TIFF or GIF file, whatever its suffix.
         max_pixels: refuse larger pictures, before decoding them.
 
     Returns:
@@ -154,7 +156,7 @@ def _opened_image(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.
             image = Image.open(file, formats=_DECODERS)
         except UnidentifiedImageError as error:
             raise UserError(
-                f"{name}: not a readable PNG, JPEG, WebP, BMP or TIFF image: it is damaged, or of "
+                f"{name}: not a readable PNG, JPEG, WebP, BMP, TIFF or GIF image: it is damaged, or of "
                 "another or an unusual kind; export it again as 8-bit PNG or JPEG"
             ) from error
         # Pillow's decoders raise whatever they stumble over in a damaged file: no narrower class covers it.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
@@ -16,6 +17,11 @@ from tsdsr_jax.images.metadata import keep_descriptive, profile_space
 
 FORMATS = ("png", "jpg", "webp", "tiff", "bmp")
 """The formats that `write_photo` knows."""
+FORMAT_OF_SUFFIX = {f".{name}": name for name in FORMATS} | {".jpeg": "jpg", ".tif": "tiff"}
+"""Suffix of a result, in lower case -> its format."""
+
+# The key of the text in a PNG that says how it was made.
+_MADE_WITH = "tsdsr_jax"
 
 # Encoder settings; everything but jpg is lossless. Measured on eight 512 x 512 photographs of DRealSR, on one
 # core and per megapixel:
@@ -42,7 +48,12 @@ _MAX_JPEG_EXIF = 65533
 
 
 def write_photo(
-    path: str | Path, rgb: np.ndarray, like: Photo, alpha: np.ndarray | None = None, format: str = "png"
+    path: str | Path,
+    rgb: np.ndarray,
+    like: Photo,
+    alpha: np.ndarray | None = None,
+    format: str = "png",
+    made_with: str = "",
 ) -> None:
     """Writes a result with the metadata of the photograph that it was made from.
 
@@ -56,26 +67,39 @@ def write_photo(
         like: the photograph whose `gray`, `icc` and `exif` apply; its pixels are ignored.
         alpha: (H, W) uint8, the transparency in the result's size, or None.
         format: one of `FORMATS`. Lossless, apart from jpg (quality 95, full color resolution).
+        made_with: ASCII text to store beside the pixels, for `read_made_with`; only png and jpg hold it.
 
     Raises:
         UserError: the format is unknown or cannot hold that many pixels, or the file cannot be written.
         ValueError: arrays of the wrong type or shape.
     """
     path = Path(path)
-    encoded = encode_photo(rgb, like, alpha, format, str(path))
+    encoded = encode_photo(rgb, like, alpha, format, str(path), made_with)
     with replacing(path) as temporary:
         temporary.write_bytes(encoded)
 
 
-def encode_photo(rgb: np.ndarray, like: Photo, alpha: np.ndarray | None, format: str, name: str) -> bytes:
+def encode_photo(
+    rgb: np.ndarray, like: Photo, alpha: np.ndarray | None, format: str, name: str, made_with: str = ""
+) -> bytes:
     """The bytes that `write_photo` writes; `name` is what messages call the file."""
     _check_arrays(rgb, alpha)
     check_format(name, format, *rgb.shape[:2])
     image = as_image(rgb, like, alpha if format in _WITH_ALPHA else None)
     encoded = io.BytesIO()
-    image.save(encoded, **_ENCODERS[format], **_metadata(like, format))
+    image.save(encoded, **_ENCODERS[format], **_metadata(like, format), **_text(made_with, format))
     # No getbuffer(): the traceback of a failed write keeps the view, on which Python 3.12.1's collector crashes.
     return encoded.getvalue()
+
+
+def read_made_with(path: Path) -> str | None:
+    """The text that `write_photo` stored in a file; None if there is none or if the file cannot be read."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            text = image.info.get(_MADE_WITH if image.format == "PNG" else "comment")
+    except Exception:  # whatever Pillow's decoders stumble over in a damaged file
+        return None
+    return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
 
 
 def as_image(rgb: np.ndarray, like: Photo, alpha: np.ndarray | None = None) -> Image.Image:
@@ -127,3 +151,12 @@ def _metadata(like: Photo, format: str) -> dict[str, Any]:
     elif like.exif and not (format == "jpg" and len(like.exif) > _MAX_JPEG_EXIF):
         kept["exif"] = like.exif
     return kept
+
+
+def _text(made_with: str, format: str) -> dict[str, Any]:
+    """Encoder arguments that store a text."""
+    if made_with and format == "png":
+        text = PngInfo()
+        text.add_text(_MADE_WITH, made_with)
+        return {"pnginfo": text}
+    return {"comment": made_with} if made_with and format == "jpg" else {}

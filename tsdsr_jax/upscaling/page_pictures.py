@@ -16,6 +16,7 @@ from tsdsr_jax.images.files import Photo, decode_photo, photo_of, read_photo
 from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.images.writing import check_format, encode_photo, lost_transparency, write_photo
 from tsdsr_jax.upscaling.engine import Progress
+from tsdsr_jax.upscaling.targets import Naming
 from tsdsr_jax.upscaling.upscaler import PictureArguments, UpscaleError, Upscaler
 
 # The browser gets smaller copies of larger pictures; a phone could not hold the originals.
@@ -108,8 +109,9 @@ def upscale_photo(
     seconds = time.monotonic() - started
     progress("write", 0, 1)
 
-    target = output / f"{source.stem}_x{settings.upscale:g}.{format}"
-    result = _write_result(target, image, photo, format, notes)
+    naming = Naming(format, settings.upscale, upscaler.options_with(**arguments).made_with())
+    target = output / naming.name(source)
+    result = _write_result(target, image, photo, naming, notes)
     before, after = output / "photo.webp", output / "result.webp"
     write_preview(before, photo, plan.output)
     write_preview(after, result, plan.output)
@@ -122,14 +124,14 @@ def upscale_photo(
     )
 
 
-def _write_result(target: Path, image: Image.Image, like: Photo, format: str, notes: list[str]) -> Photo:
+def _write_result(target: Path, image: Image.Image, like: Photo, naming: Naming, notes: list[str]) -> Photo:
     """Writes the upscaler's image as infer/upscale.py would; returns what the file holds."""
     pixels = image.width * image.height
     upscaled = photo_of(image, target.name, pixels)
-    encoded = encode_photo(upscaled.rgb, like, upscaled.alpha, format, target.name)
+    encoded = encode_photo(upscaled.rgb, like, upscaled.alpha, naming.format, target.name, naming.made_with)
     with replacing(target) as temporary:
         temporary.write_bytes(encoded)
-    if remark := lost_transparency(target.name, upscaled.alpha, format):
+    if remark := lost_transparency(target.name, upscaled.alpha, naming.format):
         notes.append(remark)
     return decode_photo(encoded, target.name, pixels)
 

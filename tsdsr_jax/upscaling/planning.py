@@ -215,7 +215,7 @@ def _dealt(by_shape: _JobsByShape[AnyJob], part: Share) -> _JobsByShape[AnyJob]:
 
 
 def unfinished(groups: Sequence[Group[FileJob]], report: Report) -> list[Group[FileJob]]:
-    """The groups in which results are missing; counts the results that exist.
+    """The groups in which results are missing; counts the results that exist, and names those of other settings.
 
     A group with only some of its results stays whole: all are computed, so that each result is the same as in an
     uninterrupted run, and only the missing ones are written.
@@ -225,6 +225,8 @@ def unfinished(groups: Sequence[Group[FileJob]], report: Report) -> list[Group[F
         finished = [job for job, _ in group.jobs if job.is_finished()]
         report.skipped += len(finished)
         report.outdated += sum(job.is_outdated() for job in finished)
+        differences = (job.difference(plan.output) for job, plan in group.jobs if job in finished)
+        report.different += filter(None, differences)
         if len(finished) < len(group.jobs):
             incomplete.append(group)
     return incomplete

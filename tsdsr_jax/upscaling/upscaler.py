@@ -228,7 +228,17 @@ class Upscaler:
         results = [job.result for job in jobs if job.result is not None]
         return results if several else results[0]
 
-    def settings(
+    def settings(self, **arguments: Unpack[PictureArguments]) -> Settings:
+        """Checks the arguments of a call; returns the settings that they make.
+
+        Raises:
+          ValueError: an argument is of a wrong type or out of range.
+        """
+        platform = self.engine.devices[0].platform
+        settings = self.options_with(**arguments).settings(platform)
+        return dataclasses.replace(settings, photo_batch=several_on(platform))
+
+    def options_with(
         self,
         *,
         scale: float = 4.0,
@@ -236,12 +246,8 @@ class Upscaler:
         seed: int = 42,
         latent: Latent = "sample",
         tile: int | None = None,
-    ) -> Settings:
-        """Checks the arguments of a call; returns the settings that they make.
-
-        Raises:
-          ValueError: an argument is of a wrong type or out of range.
-        """
+    ) -> UpscaleOptions:
+        """The options with which infer/upscale.py would do what a call with these arguments does; see `settings`."""
         with _in_arguments():
             _check_number("scale", scale)
             if not 1 <= scale <= 64:
@@ -267,8 +273,7 @@ class Upscaler:
             )
             check_upscale_options(options)
             check_tile(tile, self.engine.largest_tile)
-        platform = self.engine.devices[0].platform
-        return dataclasses.replace(options.settings(platform), photo_batch=several_on(platform))
+        return options
 
 
 @dataclasses.dataclass(eq=False)

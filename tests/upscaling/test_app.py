@@ -296,8 +296,12 @@ def too_large_result(path: Path) -> None:
         (text, "not a readable"),
         (empty, "is empty (0 bytes)"),
         (cut_short, "damaged or cut short"),
-        (too_large, "has 201 x 200 = 40200 pixels, more than the limit of 40000; .* raise --max_pixels"),
-        (too_large_result, "would be processed at 304×304 pixels, more than --max_pixels 40000"),
+        (too_large, "has 201 x 200 = 40200 pixels, more than the limit of 40000; make it smaller$"),
+        (
+            too_large_result,
+            "150×150 pixels enlarged 2 times make 304×304, 0.0924 megapixels, more than the 0.04 megapixels of this page; "
+            "choose a scale of 1.3 or less",
+        ),
     ],
 )
 def test_files_that_cannot_be_used(handlers, tmp_path, make, expected):

@@ -27,6 +27,7 @@ from tsdsr_jax.evaluation.html import check_report_path, write_report
 from tsdsr_jax.images.files import read_size
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.jobs import FileJob, Report
+from tsdsr_jax.upscaling.limits import MemoryBudget, beyond_memory, too_large
 from tsdsr_jax.upscaling.loading import load_engine
 from tsdsr_jax.upscaling.options import (
     UpscaleOptions,
@@ -83,11 +84,17 @@ def main() -> None:
             report.left_out(line)
         for line in found.notes:
             report.note(f"note: {line}")
-    groups = plan_groups(found.jobs, settings, len(devices), report, part)
+    budget = MemoryBudget.of(options, devices)
+    explain = partial(too_large, budget=budget)
+    groups = plan_groups(found.jobs, settings, len(devices), report, part, explain)
     jobs = [job for group in groups for job, _ in group.jobs]
     if not options.overwrite:
         groups = unfinished(groups, report)
         _point_out(report)
+    if remark := beyond_memory(
+        [(str(job.source), plan) for group in groups for job, plan in group.jobs], budget
+    ):
+        report.note(f"note: {remark}")
     from_others = 0
     if groups:
         compile_first = partial(compile_ahead, groups=groups, settings=settings)

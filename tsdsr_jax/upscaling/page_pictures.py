@@ -16,6 +16,7 @@ from tsdsr_jax.images.files import Photo, decode_photo, photo_of, read_photo
 from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.images.writing import check_format, encode_photo, lost_transparency, write_photo
 from tsdsr_jax.upscaling.engine import Progress
+from tsdsr_jax.upscaling.limits import MemoryBudget, too_large_on_page
 from tsdsr_jax.upscaling.targets import Naming
 from tsdsr_jax.upscaling.upscaler import PictureArguments, UpscaleError, Upscaler
 
@@ -94,6 +95,9 @@ def upscale_photo(
     photo = read_for_page(source, max_pixels)
     height, width = photo.rgb.shape[:2]
     plan = settings.plan((height, width))
+    if settings.refuses(plan):
+        budget = MemoryBudget.of(upscaler.options, upscaler.engine.devices)
+        raise UserError(too_large_on_page(source.name, plan, settings, budget))
     check_format(source.name, format, *plan.output)
 
     def on_stage(stage: str, done: int, total: int) -> None:
@@ -153,10 +157,9 @@ def read_for_page(path: Path, max_pixels: int) -> Photo:
 
 
 def _for_page(message: str, path: Path) -> str:
-    """Rewrites a message: the file's name instead of its path, and the flag of the limit."""
-    message = message.replace(str(path), path.name)
-    return message.replace("raise the limit", "raise --max_pixels").replace(
-        "more than max_pixels", "more than --max_pixels"
+    """Rewrites a message: the file's name instead of its path, and nothing that only the server's owner can do."""
+    return message.replace(str(path), path.name).replace(
+        "make it smaller or raise the limit", "make it smaller"
     )
 
 

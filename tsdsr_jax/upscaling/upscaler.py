@@ -11,6 +11,7 @@ import logging
 import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
@@ -27,6 +28,7 @@ from tsdsr_jax.models.eight_bits import EightBits
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.engine import Engine, Progress
 from tsdsr_jax.upscaling.jobs import Report
+from tsdsr_jax.upscaling.limits import MemoryBudget, too_large
 from tsdsr_jax.upscaling.loading import load_engine
 from tsdsr_jax.upscaling.options import (
     UpscaleOptions,
@@ -221,7 +223,8 @@ class Upscaler:
             ]
             if progress:
                 report.on_done = lambda: progress(report.written + len(report.failures), len(jobs))
-            groups = plan_groups(jobs, settings, len(self.engine.devices), report)
+            explain = partial(too_large, budget=MemoryBudget.of(self.options, self.engine.devices))
+            groups = plan_groups(jobs, settings, len(self.engine.devices), report, explain=explain)
             upscale_groups(self.engine, groups, settings, report, progress=on_stage)
             if report.failures:
                 raise UserError("\n".join(report.failures))

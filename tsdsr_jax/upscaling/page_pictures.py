@@ -83,8 +83,8 @@ def upscale_photo(
     Args:
       arguments: for the upscaler.
       format: of the result, one of `FORMATS`.
-      progress: called as `Upscaler.__call__` calls `on_stage`. The stage "compile" comes first if a size is new, "write"
-        last.
+      progress: called as `Upscaler.__call__` calls `on_stage`. The stage "start" comes first, with the number of pixels,
+        then "compile" if a size is new, and "write" last.
       shapes: those that have compiled programs.
 
     Raises:
@@ -99,6 +99,8 @@ def upscale_photo(
         budget = MemoryBudget.of(upscaler.options, upscaler.engine.devices)
         raise UserError(too_large_on_page(source.name, plan, settings, budget))
     check_format(source.name, format, *plan.output)
+
+    progress("start", 0, plan.padded[0] * plan.padded[1])
 
     def on_stage(stage: str, done: int, total: int) -> None:
         if stage == "encode" and shapes.enter((plan.lying, settings.latent_tile)):

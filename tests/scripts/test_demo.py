@@ -15,7 +15,9 @@ MEGABYTE = 1_000_000
 def test_the_demo_restores_the_example_photographs(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
     demo.main()
-    assert "using the small model in" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert said.startswith("Upscaling 4 small photographs by four") and "minutes" in said.splitlines()[0]
+    assert "using the small model in" in said
     photos = {path.stem: path for path in demo.PHOTOS.iterdir() if path.suffix in IMAGE_SUFFIXES}
     assert {path.stem for path in (tmp_path / "results").iterdir()} == set(photos)
     for name, source in photos.items():

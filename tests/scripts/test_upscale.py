@@ -282,6 +282,14 @@ def test_color_fixes_and_seeds_differ(command, tmp_path):
     assert len(set(files)) == len(files) - 1
 
 
+def test_the_reports_title_is_no_path(command, tmp_path):
+    report = tmp_path / "page.html"
+    source = save(tmp_path / "deep" / "my photos", a=SQUARE)
+    assert command(source, tmp_path / "deep" / "out", "--report", str(report)).status == 0
+    assert "<title>my photos → out</title>" in report.read_text()
+    assert str(tmp_path) not in report.read_text()
+
+
 # --- what is there already ----------------------------------------------------------------
 
 

@@ -61,6 +61,15 @@ def test_pairs_by_name_not_by_position(tmp_path: Path, generator):
     assert [pair.name for pair in alone] == ["b", "c", "deep/a.x2"] and not problems
 
 
+def test_unicode_forms_of_a_name_are_one_name(tmp_path: Path, generator):
+    write(tmp_path / "sr" / "Cafe\u0301.png", random_image(generator))
+    write(tmp_path / "hr" / "Caf\u00e9.png", random_image(generator))
+    (tmp_path / "sr" / "b.heic").touch()
+    pairs, problems = find_pairs(tmp_path / "sr", tmp_path / "hr")
+    assert [pair.name for pair in pairs] == ["Caf\u00e9"]
+    assert len(problems) == 1 and "b.heic" in problems[0]
+
+
 def test_two_files_of_one_name(tmp_path: Path, generator):
     for name in ("a.png", "a.jpg", "b.png"):
         write(tmp_path / name, random_image(generator))

@@ -508,6 +508,15 @@ def test_profiles_are_carried_where_they_describe_the_pixels(
     assert photo.metadata.icc == (profiles[profile] if kept else None)
 
 
+def test_a_gif_is_read_like_its_png(tmp_path: Path) -> None:
+    image = Image.fromarray(_rgb()).quantize(16, dither=Image.Dither.NONE)
+    image.save(tmp_path / "a.gif")
+    image.convert("RGB").save(tmp_path / "a.png")
+    gif, png = read_photo(tmp_path / "a.gif", LIMIT), read_photo(tmp_path / "a.png", LIMIT)
+    np.testing.assert_array_equal(gif.rgb, png.rgb)
+    assert gif.alpha is None and read_size(tmp_path / "a.gif", LIMIT) == png.rgb.shape[:2]
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 

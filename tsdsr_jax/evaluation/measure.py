@@ -23,7 +23,7 @@ from tsdsr_jax.evaluation.registry import Metric, PictureBatch, Values
 from tsdsr_jax.images.buckets import Size, plan_buckets
 from tsdsr_jax.images.display import displayed, not_displayed
 from tsdsr_jax.images.files import read_photo, read_size
-from tsdsr_jax.images.search import find_photographs
+from tsdsr_jax.images.search import composed, find_photographs
 
 _BATCH_PIXELS = 2**21  # eight pictures of 512×512
 
@@ -113,7 +113,8 @@ def by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Lists a folder's images by name, including subfolders.
 
     Returns:
-      Name -> file, and a line for each name that several files share.
+      Name -> file, and a line for each name that several files share and for whatever cannot be read. Names are composed
+      Unicode: macOS decomposes those of its files.
 
     Raises:
       UserError: the folder is missing or holds no images.
@@ -121,10 +122,11 @@ def by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
     if os.path.isfile(folder):
         raise UserError(f"{folder}: is a file; expected a folder of images")
     together: dict[str, list[Path]] = {}
-    for file in find_photographs(folder):
-        name = printable(file.relative_to(folder).with_suffix("").as_posix())
-        together.setdefault(name, []).append(file)
-    problems = [
+    photographs = find_photographs(folder)
+    for file in photographs.files:
+        name = composed(file.relative_to(folder).with_suffix("").as_posix())
+        together.setdefault(printable(name), []).append(file)
+    problems = photographs.left_out() + [
         f"{', '.join(map(str, files))}: several files with one name; keep only one"
         for files in together.values()
         if len(files) > 1

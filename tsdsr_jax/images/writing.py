@@ -15,12 +15,18 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.exif import ExifError, TiffField, with_fields
 from tsdsr_jax.images.files import Photo
 from tsdsr_jax.images.metadata import IPTC_TAG, XMP_TAG, Metadata
+from tsdsr_jax.images.pillow_state import reading_with_pillow
 from tsdsr_jax.images.png_chunks import PILLOWS_LIMIT, iptc_text, photoshop_resource, xmp_text
 from tsdsr_jax.images.profiles import in_srgb, is_high_range, is_srgb, profile_space
 from tsdsr_jax.images.transparency import over_white
 
 FORMATS = ("png", "jpg", "webp", "tiff", "bmp")
 """The formats that `write_photo` knows."""
+FORMAT_OF_SUFFIX = {f".{name}": name for name in FORMATS} | {".jpeg": "jpg", ".tif": "tiff"}
+"""Suffix of a result, in lower case -> its format."""
+
+# The key of the text in a PNG that says how it was made.
+_MADE_WITH = "tsdsr_jax"
 
 # Encoder settings; everything but jpg is lossless. Measured on eight 512 x 512 photographs of DRealSR, on one
 # core and per megapixel:
@@ -58,7 +64,12 @@ _MAX_PIXELS = {"tiff": 2**30 - 2**20, "bmp": 2**30 - 2**20}
 
 
 def write_photo(
-    path: str | Path, rgb: np.ndarray, like: Photo, alpha: np.ndarray | None = None, format: str = "png"
+    path: str | Path,
+    rgb: np.ndarray,
+    like: Photo,
+    alpha: np.ndarray | None = None,
+    format: str = "png",
+    made_with: str = "",
 ) -> None:
     """Writes a result with the metadata of the photograph that it was made from.
 
@@ -73,18 +84,21 @@ def write_photo(
         like: the photograph whose `gray` and `metadata` apply; its pixels are ignored.
         alpha: (H, W) uint8, the transparency in the result's size, or None.
         format: one of `FORMATS`. Lossless, apart from jpg (quality 95, full color resolution).
+        made_with: ASCII text to store beside the pixels, for `read_made_with`; only png and jpg hold it.
 
     Raises:
         UserError: the format is unknown or cannot hold that many pixels, or the file cannot be written.
         ValueError: arrays of the wrong type or shape.
     """
     path = Path(path)
-    encoded = encode_photo(rgb, like, alpha, format, str(path))
+    encoded = encode_photo(rgb, like, alpha, format, str(path), made_with)
     with replacing(path) as temporary:
         temporary.write_bytes(encoded)
 
 
-def encode_photo(rgb: np.ndarray, like: Photo, alpha: np.ndarray | None, format: str, name: str) -> bytes:
+def encode_photo(
+    rgb: np.ndarray, like: Photo, alpha: np.ndarray | None, format: str, name: str, made_with: str = ""
+) -> bytes:
     """The bytes that `write_photo` writes; `name` is what messages call the file."""
     _check_arrays(rgb, alpha)
     check_format(name, format, *rgb.shape[:2])
@@ -97,11 +111,21 @@ def encode_photo(rgb: np.ndarray, like: Photo, alpha: np.ndarray | None, format:
         rgb, alpha = over_white(rgb, alpha), None
     image = as_image(rgb, like, alpha)
     encoded = io.BytesIO()
-    image.save(encoded, **_ENCODERS[format], **_encoder_arguments(held, format))
+    image.save(encoded, **_ENCODERS[format], **_encoder_arguments(held, format, made_with))
     if format == "tiff":
         return _tiff_with_metadata(encoded.getvalue(), held)
     # No getbuffer(): the traceback of a failed write keeps the view, on which Python 3.12.1's collector crashes.
     return encoded.getvalue()
+
+
+def read_made_with(path: Path) -> str | None:
+    """The text that `write_photo` stored in a file; None if there is none or if the file cannot be read."""
+    try:
+        with reading_with_pillow(), Image.open(path, formats=("PNG", "JPEG")) as image:
+            text = image.info.get(_MADE_WITH if image.format == "PNG" else "comment")
+    except Exception:  # whatever Pillow's decoders stumble over in a damaged file
+        return None
+    return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
 
 
 def as_image(rgb: np.ndarray, like: Photo, alpha: np.ndarray | None = None) -> Image.Image:
@@ -172,8 +196,8 @@ def _held(like: Photo, format: str) -> Metadata:
     return Metadata(**held)
 
 
-def _encoder_arguments(held: Metadata, format: str) -> dict[str, Any]:
-    """Pillow's arguments for the metadata, except a TIFF's, which Pillow would change."""
+def _encoder_arguments(held: Metadata, format: str, made_with: str) -> dict[str, Any]:
+    """Pillow's arguments for the metadata, except a TIFF's, which Pillow would change, and for a text."""
     arguments: dict[str, Any] = {"icc_profile": held.icc, "dpi": held.density}
     if format in ("png", "jpg", "webp"):
         arguments["exif"] = held.exif
@@ -182,6 +206,8 @@ def _encoder_arguments(held: Metadata, format: str) -> dict[str, Any]:
     if format == "jpg" and held.iptc:
         segment = b"Photoshop 3.0\0" + photoshop_resource(held.iptc)
         arguments["extra"] = b"\xff\xed" + (len(segment) + 2).to_bytes(2, "big") + segment
+    if format == "jpg":
+        arguments["comment"] = made_with
     if format == "png":
         arguments["pnginfo"] = info = PngInfo()
         for kind, content in held.png_color.items():
@@ -190,6 +216,8 @@ def _encoder_arguments(held: Metadata, format: str) -> dict[str, Any]:
             info.add(b"iTXt", xmp_text(held.xmp))
         if held.iptc:
             info.add(b"tEXt", iptc_text(held.iptc))
+        if made_with:
+            info.add_text(_MADE_WITH, made_with)
     return {name: value for name, value in arguments.items() if value}
 
 

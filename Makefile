@@ -31,7 +31,7 @@ TEST_STAMP := $(VENV)/.installed-test-torch$(if $(filter 1,$(TORCH)),1,0)
 .PHONY: help demo test lint types format cuda-compiler clean
 
 help:
-	@echo "make demo     run examples/demo.py on the example photographs; a CPU is enough"
+	@echo "make demo     upscale the example photographs; a CPU is enough, the first time takes a few minutes"
 	@echo "make test     run the test suite      (TESTFLAGS='-k lora', TORCH=0, PYTHON=python3.12)"
 	@echo "make lint     check style and formatting"
 	@echo "make types    check the library's type hints"
@@ -57,7 +57,7 @@ format: $(TEST_STAMP)
 	@$(VENV_PYTHON) -m ruff format --quiet .
 
 $(BASE_STAMP): pyproject.toml | $(VENV)/bin/pip
-	@echo "Installing tsdsr_jax into $(VENV)"
+	@echo "Installing tsdsr_jax into $(VENV) (one to three minutes)"
 	@$(PIP) install -e .
 	@touch $@
 

@@ -1,6 +1,8 @@
 """Adds the bundled model and the example photographs, which are outside the package, to what is installed."""
 
+import atexit
 import shutil
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -19,4 +21,7 @@ class BuildWithModel(build_py):
                 shutil.copytree(Path(__file__).parent / source, folder, dirs_exist_ok=True)
 
 
-setup(cmdclass={"build_py": BuildWithModel})
+# Not in the checkout, where a later wheel would take modules from it that exist no longer.
+build = tempfile.mkdtemp(prefix="tsdsr_jax-build-")
+atexit.register(shutil.rmtree, build, ignore_errors=True)
+setup(cmdclass={"build_py": BuildWithModel}, options={"build": {"build_base": build}})

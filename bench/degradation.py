@@ -41,8 +41,9 @@ from tsdsr_jax.data import degradation
 from tsdsr_jax.data.degradation import DegradationConfig, DegradedPair, Mode, Order, Range
 from tsdsr_jax.data.jpeg_model import CHROMA, LUMA
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
+from tsdsr_jax.images.files import read_photo
 from tsdsr_jax.images.resize import reflect_pad
+from tsdsr_jax.images.search import find_photographs
 
 try:
     import torch
@@ -166,11 +167,7 @@ def synthetic(options: Options) -> list[np.ndarray]:
 
 def crops(options: Options) -> tuple[list[np.ndarray], float]:
     """A random crop of each of the first photographs, and the mean seconds it takes to read and crop one."""
-    if not options.photos.is_dir():
-        raise UserError(f"--photos {options.photos}: no such folder")
-    paths = sorted(path for path in options.photos.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise UserError(f"--photos {options.photos}: no images in it")
+    paths = find_photographs(options.photos).files
     side, photos = options.size, []
     generator = np.random.default_rng(0)
     began = time.process_time()

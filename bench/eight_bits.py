@@ -49,7 +49,7 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    photos = sorted(find_photographs(options.photos))
+    photos = find_photographs(options.photos).files
     full, tiles = load(options, "full"), list[Any]()
     network = full.engine.velocity
 

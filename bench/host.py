@@ -24,8 +24,9 @@ from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.images.writing import FORMATS
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.engine import Prepared
-from tsdsr_jax.upscaling.jobs import Report, find_jobs
+from tsdsr_jax.upscaling.jobs import Report
 from tsdsr_jax.upscaling.planning import Settings, plan_groups
+from tsdsr_jax.upscaling.targets import Naming, find_jobs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def measured(options: Options, name: str) -> dict[str, float | str]:
     device, settings, seconds, problems = NoDevice(), Settings(photo_batch=8), [], []
     with tempfile.TemporaryDirectory() as made:
         for index in range(options.repeat + 1):
-            jobs = find_jobs(options.photos, Path(made) / str(index), name)
+            jobs = find_jobs([options.photos], Path(made) / str(index), Naming(name)).jobs
             report = Report(problems.append)
             start = time.process_time()
             groups = plan_groups(jobs, settings, 1, report)

@@ -69,8 +69,9 @@ def main() -> None:
     cv2.setNumThreads(1)
     if torch:
         torch.set_num_threads(1)
-    photographs = look_at([options.photos], 1, print).photographs
-    source = Photographs(photographs, CropConfig(options.size, options.size, 1), DegradationConfig(), 0)
+    crop = CropConfig(options.size, options.size, 1)
+    photographs = look_at([options.photos], crop, print).photographs
+    source = Photographs(photographs, crop, DegradationConfig(), 0)
     figures = {}
     for prompts in ("one prompt for all", "one prompt each"):
         with tempfile.TemporaryDirectory() as folder:

@@ -32,8 +32,9 @@ from tsdsr_jax import cli, devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.engine import Bands, Engine
-from tsdsr_jax.upscaling.jobs import FileJob, Report, find_jobs
+from tsdsr_jax.upscaling.jobs import FileJob, Report
 from tsdsr_jax.upscaling.planning import Settings, plan_groups
+from tsdsr_jax.upscaling.targets import find_jobs
 
 # Mean difference of a file, in gray levels.
 FARTHEST = 1.0
@@ -65,7 +66,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as made:
         out = Path(made)
-        jobs = find_jobs(options.photos, out, "png")
+        jobs = find_jobs([options.photos], out).jobs
         first = timed(lambda: ours(engine, settings, jobs, out, "first"))
         again = min(
             timed(lambda name=name: ours(engine, settings, jobs, out, name)) for name in ("again", "third")

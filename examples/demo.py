@@ -24,6 +24,11 @@ OUTPUT = ROOT / "demo"
 
 def main() -> None:
     start = time.monotonic()
+    photos = sorted(path for path in PHOTOS.iterdir() if path.suffix in IMAGE_SUFFIXES)
+    print(
+        f"Upscaling {len(photos)} small photographs by four with the bundled model. The first time takes one to two minutes "
+        "on two cores, most of it for compiling; later times less than a minute."
+    )
     run(
         "infer/upscale.py",
         "-i",
@@ -34,7 +39,6 @@ def main() -> None:
         "--report",
         OUTPUT / "report.html",
     )
-    photos = sorted(path for path in PHOTOS.iterdir() if path.suffix in IMAGE_SUFFIXES)
     sheet = comparison_sheet([compare(path) for path in photos], ["input", "bicubic", "result"])
     sheet.save(OUTPUT / "comparison.png")
     print(f"Look at {OUTPUT / 'comparison.png'}, or at {OUTPUT / 'report.html'} in a browser", end="")

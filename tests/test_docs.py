@@ -158,7 +158,11 @@ class Reader:
             self.monkeypatch,
             self.capsys,
         )
-        outcome = command.typed(script, *flags, *ADDED.get(script, "").split())
+        added = ADDED.get(script, "").split()
+        if "--crop_size" in added and "--crop_size" in flags:  # two values would be a height and a width
+            where = flags.index("--crop_size")
+            flags = flags[:where] + flags[where + 2 :]
+        outcome = command.typed(script, *flags, *added)
         assert outcome.status == 0, (str(snippet), outcome)
         if "--max_train_steps" in flags:
             self.leave_last_checkpoint(dict(itertools.pairwise(flags)))

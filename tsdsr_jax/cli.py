@@ -48,6 +48,7 @@ def parse(
     *,
     description: str | None,
     groups: Groups | None = None,
+    positional: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> OptionsClass:
     """Reads the command line into `options_class`.
@@ -62,6 +63,7 @@ def parse(
         names come from `Annotated[..., tyro.conf.arg(aliases=["-i"])]`.
       description: what the command does, usually its module's docstring; the first paragraphs of `--help`.
       groups: how `--help` arranges the flags.
+      positional: the flag that values without a flag belong to; one that may be repeated.
       argv: the arguments without the script's name; `sys.argv[1:]` when absent.
 
     A mistake in the command line ends the process with status 2 and one line on stderr.
@@ -70,9 +72,9 @@ def parse(
     flags = flags_of(options_class)
     try:
         if any(token in ("-h", "--help") for token in argv):
-            print(help_text(script_name(), options_class, description or "", groups or {}))
+            print(help_text(script_name(), options_class, description or "", groups or {}, positional))
             raise SystemExit(0)
-        given = _read(argv, flags)
+        given = _read(argv, flags, positional)
         for flag in flags:
             if flag.takes_paths and flag.name in given:
                 given[flag.name] = [os.path.expanduser(value) for value in given[flag.name]]
@@ -140,8 +142,8 @@ def script_name() -> str:
     return Path(sys.argv[0]).name
 
 
-def _read(argv: list[str], flags: list[Flag]) -> dict[str, list[str]]:
-    """Splits the arguments into each flag's values, still as text."""
+def _read(argv: list[str], flags: list[Flag], positional: str | None = None) -> dict[str, list[str]]:
+    """Splits the arguments into each flag's values, still as text; values without a flag are those of `positional`."""
     by_spelling: dict[str, tuple[Flag, bool]] = {}
     for known in flags:
         if known.is_bool and not known.required:
@@ -154,6 +156,9 @@ def _read(argv: list[str], flags: list[Flag]) -> dict[str, list[str]]:
     rest = list(argv)
     while rest:
         token = rest.pop(0)
+        if _is_value(token) and positional:
+            given[positional] = [*given.get(positional, []), token]
+            continue
         if _is_value(token):
             after = f" after {flag.display}, which takes {expected(flag.kind)}" if flag else ""
             raise _UsageError(f"unexpected argument '{token}'{after or '; every value follows its flag'}")

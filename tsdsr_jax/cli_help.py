@@ -27,7 +27,9 @@ _TIED = "\xa0"  # a space that lines are not broken at
 _BOLD = "\x1b[1m{}\x1b[0m"
 
 
-def help_text(program: str, options_class: type, description: str, groups: Groups) -> str:
+def help_text(
+    program: str, options_class: type, description: str, groups: Groups, positional: str | None = None
+) -> str:
     """Returns what `--help` prints, as wide as the terminal. On a terminal, titles are bold.
 
     Args:
@@ -35,10 +37,12 @@ def help_text(program: str, options_class: type, description: str, groups: Group
       options_class: the dataclass of its flags; the docstring below a field is the flag's explanation.
       description: what the command does. Command lines in it are kept unchanged; other paragraphs are filled.
       groups: titles and flags of the groups. Required flags come first, those in no group last.
+      positional: the flag whose name may be left out.
     """
     width = min(_WIDEST, shutil.get_terminal_size().columns)
     texts = dict(_docstrings(options_class))
-    parts = [_usage(program, flags_of(options_class), width), *_paragraphs(description, width)]
+    usage = _usage(program, flags_of(options_class), width, positional)
+    parts = [usage, *_paragraphs(description, width)]
     for title, flags in grouped(options_class, groups).items():
         entries = [_entry(flag, texts.get(flag.name, ""), width) for flag in flags]
         parts.append("\n".join([_bold(title), *entries]))
@@ -58,8 +62,12 @@ def grouped(options_class: type, groups: Groups) -> dict[str, list[Flag]]:
     return {title: flags for title, flags in found.items() if flags}
 
 
-def _usage(program: str, flags: Sequence[Flag], width: int) -> str:
-    needed = [f"{(*flag.aliases, flag.display)[0]} {metavar(flag.hint)}" for flag in flags if flag.required]
+def _usage(program: str, flags: Sequence[Flag], width: int, positional: str | None) -> str:
+    needed = []
+    for flag in flags:
+        if flag.required:
+            name = (*flag.aliases, flag.display)[0]
+            needed.append(f"{f'[{name}]' if flag.name == positional else name} {metavar(flag.hint)}")
     text = " ".join(["usage:", program, *needed, "[options]"])
     return _filled(text, width, later_lines="  ")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = _PACKAGE.parent
 _INSTALLED = _PACKAGE / "bundled"
+# Not the folder around an installed package, which holds everybody else's.
+SOURCE_CODE = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else _PACKAGE
 
 
 def shipped(installed: str, checkout: str) -> Path:

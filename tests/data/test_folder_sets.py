@@ -1,6 +1,7 @@
 """Training sets in the original's folder layout: what is read, what is refused, and with which message."""
 
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,22 @@ def test_other_formats_and_forms_of_the_same(root):
     assert np.abs(again.lr.astype(int) - record.lr).mean() < 4
     for ours, theirs in zip(again[1:], record[1:], strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_names_may_differ_in_their_unicode_form(root):
+    before = PreparedFolder(root)
+    hr, fingerprint = before.read(2).hr, before.fingerprint()
+    for folder, suffix in (("gt", ".png"), ("latent_hr", ".pt"), ("pool_embeds", ".pt")):
+        composed = root / folder / f"ünïcode{suffix}"
+        composed.rename(composed.with_name(unicodedata.normalize("NFD", composed.name)))
+    after = PreparedFolder(root)
+    assert len(after) == 3 and after.fingerprint() == fingerprint
+    np.testing.assert_array_equal(after.read(2).hr, hr)
+
+
+def test_pictures_that_are_not_read_are_no_silent_loss(root):
+    (root / "lr_bicubic" / "0004.heic").touch()
+    assert "lr_bicubic: 1 picture cannot be used (.heic is not read" in refusal(root)
 
 
 def test_several_roots_are_one_set(root, tmp_path):

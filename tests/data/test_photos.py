@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import tiny_checkpoint as tiny
 from photos import data_folder
 from tsdsr_jax.data.batches import Batches, RowPlan, SampleShapes, read_ahead
+from tsdsr_jax.data.crops import plan
 from tsdsr_jax.data.degradation import DegradationConfig
 from tsdsr_jax.data.options import DataOptions
-from tsdsr_jax.data.photos import CropConfig, Photographs, left_out, random_crop, survey
+from tsdsr_jax.data.photos import Box, CropConfig, Photographs, left_out, random_crop, survey
 from tsdsr_jax.data.sources import open_data
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.images.search import find_photographs
 from tsdsr_jax.weights.prompt_files import save_prompt_embeds
 
@@ -37,13 +40,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def listed(root: Path) -> list[tuple[Path, Path]]:
-    return [(path, root) for path in find_photographs(root)]
+    return [(path, root) for path in find_photographs(root).files]
 
 
 def source(root: Path, seed: int = 5, **more) -> Photographs:
-    return Photographs(
-        survey(listed(root), CROP.minimum).photographs, CROP, DegradationConfig(), seed, **more
-    )
+    return Photographs(survey(listed(root), CROP).photographs, CROP, DegradationConfig(), seed, **more)
 
 
 # --- what is found --------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def test_photographs_are_found_in_subfolders_by_any_suffix_and_once(folder):
     save(folder / ".d.png")
     (folder / "notes.txt").write_text("no picture")
     (folder / "trip 0" / "loop").symlink_to(folder, target_is_directory=True)
-    names = [path.relative_to(folder).as_posix() for path in find_photographs(folder)]
+    names = [path.relative_to(folder).as_posix() for path in find_photographs(folder).files]
     assert names == ["b.JPG"] + [f"trip {i % 2}/{i}.png" for i in (0, 2, 4, 1, 3, 5)]
 
 
@@ -63,10 +64,13 @@ def test_small_and_unreadable_ones_are_counted_and_named(folder):
     save(folder / "small.png", (20, 20))
     save(folder / "tiny.png", (8, 8))
     (folder / "broken.jpg").write_bytes(b"no image")
-    found = survey(listed(folder), CROP.minimum)
-    assert len(found.photographs) == 6 and len(found.small) == 2 and len(found.unreadable) == 1
-    said = "\n".join(left_out(found, CROP.minimum))
-    assert "2 photographs have fewer than 24×24 pixels" in said and "small.png" in said
+    found = survey(listed(folder), CROP)
+    assert len(found.photographs) == 6 and len(found.below_crop) == 2 and len(found.unreadable) == 1
+    said = "\n".join(left_out(found, CROP))
+    assert (
+        "2 photographs are smaller than the crops of 32×32 pixels and are left out" in said
+        and "small.png" in said
+    )
     assert "1 images cannot be read" in said and "broken.jpg" in said
 
 
@@ -77,8 +81,11 @@ def test_a_folder_without_usable_photographs_is_refused(tmp_path):
     with pytest.raises(UserError, match="no images in it"):
         find_photographs(tmp_path / "empty")
     save(tmp_path / "small" / "a.png", (8, 8))
-    with pytest.raises(UserError, match="none of the 1 images can be used: 1 have fewer than 24×24 pixels"):
-        survey(listed(tmp_path / "small"), 24)
+    with pytest.raises(
+        UserError,
+        match=r"none of the 1 images can be used: 1 are smaller than the crops of 32×32 pixels; .*--small_photos",
+    ):
+        survey(listed(tmp_path / "small"), CROP)
 
 
 @pytest.mark.parametrize("kind", ["grey", "sixteen bits", "cmyk", "alpha", "palette", "turned"])
@@ -114,6 +121,32 @@ def test_any_kind_of_photograph_becomes_a_pair(tmp_path, kind):
 # --- crops ----------------------------------------------------------------------------------------
 
 
+def test_hidden_colors_of_a_cut_out_are_white(tmp_path):
+    """What a file stores where nothing is seen is often rubbish, and must not be learned."""
+    photo = tiny.synthetic_photo(40, 48, seed=0)
+    rubbish = np.random.default_rng(0).integers(0, 256, photo.shape, np.uint8)
+    y, x = np.mgrid[:40, :48]
+    alpha = np.where(np.hypot(y - 20, x - 24) < 15, 255, 0).astype(np.uint8)
+    visible = alpha[..., None] > 0
+    Image.fromarray(np.dstack([np.where(visible, photo, rubbish), alpha])).save(tmp_path / "a.png")
+    config = CropConfig(40, 48, 24, flip=0)
+    samples = Photographs(
+        survey(listed(tmp_path), config).photographs, config, DegradationConfig(sharpen=False), 0
+    )
+    np.testing.assert_array_equal(samples.pair(0, 0).hr, np.where(visible, photo, 255))
+
+
+def test_profiles_are_applied(tmp_path):
+    """Half the light, stored linearly, is 188 of 255 in sRGB."""
+    linear = PngInfo()
+    linear.add(b"gAMA", (100000).to_bytes(4, "big"))
+    Image.new("RGB", (48, 40), (128, 128, 128)).save(tmp_path / "a.png", pnginfo=linear)
+    samples = Photographs(
+        survey(listed(tmp_path), CROP).photographs, CROP, DegradationConfig(sharpen=False), 0, with_lr=False
+    )
+    assert (samples.read(0).hr == 188).all()
+
+
 def test_crops_lie_everywhere_and_half_are_mirrored():
     rows, columns = np.mgrid[0:10, 0:12]
     image = np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
@@ -130,12 +163,71 @@ def test_crops_lie_everywhere_and_half_are_mirrored():
     assert 160 < mirrored < 240
 
 
-def test_small_photographs_are_mirrored_at_the_right_and_the_bottom():
+def kept(folder: Path, small: str, minimum: int = 1) -> tuple[list[str], list[str]]:
+    """The photographs that are used with crops of 32×48, and what is said about the others."""
+    crop = CropConfig(32, 48, minimum, small=small)
+    found = survey(listed(folder), crop)
+    return [photo.name for photo in found.photographs], left_out(found, crop)
+
+
+def test_small_photographs_are_left_out_by_default(tmp_path):
+    for name, size in {"fits": (32, 48), "low": (31, 300), "narrow": (300, 47), "large": (400, 500)}.items():
+        save(tmp_path / f"{name}.png", size)
+    names, (line,) = kept(tmp_path, "leave_out")
+    assert names == ["fits.png", "large.png"]
+    assert line.startswith("2 photographs are smaller than the crops of 32×48 pixels and are left out")
+    assert "low.png" in line and "narrow.png" in line
+    for small, words in (("enlarge", "are enlarged"), ("mirror", "are extended by their mirror image")):
+        names, (line,) = kept(tmp_path, small)
+        assert len(names) == 4 and line.startswith("2 photographs") and words in line
+    # Those of too few pixels are left out in any case, and named once.
+    names, lines = kept(tmp_path, "mirror", minimum=100)
+    assert names == ["large.png", "narrow.png"]
+    assert [line.split(" photographs")[0] for line in lines] == ["2", "1"]
+
+
+def test_a_set_of_small_photographs_stays_usable_at_a_smaller_crop(tmp_path):
+    for index, size in enumerate([(321, 481), (481, 321), (100, 100)]):
+        save(tmp_path / f"{index}.png", size)
+    with pytest.raises(
+        UserError, match=r"3 are smaller than the crops of 512×512 pixels; .*\(--crop_size 320 would fit most"
+    ):
+        survey(listed(tmp_path), CropConfig())
+    assert len(survey(listed(tmp_path), CropConfig(320, 320, 240)).photographs) == 2
+
+
+@pytest.mark.parametrize("size", [(6, 5), (6, 100), (15, 16)])
+def test_small_photographs_are_enlarged_or_mirrored(size):
+    image = tiny.synthetic_photo(*size, 0)
+    config = CropConfig(16, 16, flip=0.0, small="enlarge")
+    height, width = config.fitted(*size)
+    assert min(height, width) == 16 and abs(height / width - size[0] / size[1]) < 0.02 * height / width
+    crop = random_crop(image, config, np.random.default_rng(0))
+    enlarged = pillow_bicubic(image, height, width)
+    rows, columns = height - 15, width - 15
+    windows = [enlarged[y : y + 16, x : x + 16] for y in range(rows) for x in range(columns)]
+    assert any(np.array_equal(crop, window) for window in windows)
+    # What fits is not resized.
+    assert config.fitted(16, 200) == (16, 200) and CropConfig(16, 16, small="mirror").fitted(6, 5) == (6, 5)
+
+
+def test_mirroring_is_at_the_right_and_the_bottom():
     image = tiny.synthetic_photo(6, 5, 0)
-    crop = random_crop(image, CropConfig(16, 16, flip=0.0), np.random.default_rng(0))
+    crop = random_crop(image, CropConfig(16, 16, flip=0.0, small="mirror"), np.random.default_rng(0))
     np.testing.assert_array_equal(crop[:6, :5], image)
     np.testing.assert_array_equal(crop[6:11, :5], image[4::-1])
     np.testing.assert_array_equal(crop[:6, 5:9], image[:, 3::-1])
+
+
+def test_a_grid_of_an_enlarged_photograph(tmp_path):
+    save(tmp_path / "a.png", (20, 64))
+    crop = CropConfig(32, 32, 1, small="enlarge")
+    photographs = survey(listed(tmp_path), crop).photographs
+    boxes = [sample.box for sample in plan(photographs, "grid", crop)]
+    assert boxes == [Box(0, left, 32, 32) for left in (3, 35, 67)]  # of 32×102
+    source = Photographs(photographs, crop, DegradationConfig(sharpen=False), 0)
+    enlarged = pillow_bicubic(tiny.synthetic_photo(20, 64, 0), 32, 102)
+    np.testing.assert_array_equal(source.pair(0, 0, boxes[1]).hr, enlarged[:, 35:67])
 
 
 # --- what samples depend on -----------------------------------------------------------------------
@@ -230,7 +322,7 @@ def test_what_a_run_must_agree_in(folder):
 def test_real_photographs(tmp_path):
     root = data_folder("bsds500", "val")
     crop = CropConfig(128, 160, 96)
-    photographs = Photographs(survey(listed(root), 96).photographs, crop, DegradationConfig(), 0)
+    photographs = Photographs(survey(listed(root), crop).photographs, crop, DegradationConfig(), 0)
     assert len(photographs) == 100
     records = list(chain(photographs.read(index) for index in range(0, 100, 20)))
     for record in records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 import oracle_metrics
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation import pyiqa_metrics, registry
 from tsdsr_jax.evaluation.measure import FilePair, find_pairs, measure
 from tsdsr_jax.evaluation.registry import Metric, Sources, load_metrics
+from tsdsr_jax.images.profiles import profile_of_chunks
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.weights.lpips_files import save_lpips
 
@@ -56,6 +59,15 @@ def test_pairs_by_name_not_by_position(tmp_path: Path, generator):
     ]
     alone, problems = find_pairs(tmp_path / "sr", None)
     assert [pair.name for pair in alone] == ["b", "c", "deep/a.x2"] and not problems
+
+
+def test_unicode_forms_of_a_name_are_one_name(tmp_path: Path, generator):
+    write(tmp_path / "sr" / "Cafe\u0301.png", random_image(generator))
+    write(tmp_path / "hr" / "Caf\u00e9.png", random_image(generator))
+    (tmp_path / "sr" / "b.heic").touch()
+    pairs, problems = find_pairs(tmp_path / "sr", tmp_path / "hr")
+    assert [pair.name for pair in pairs] == ["Caf\u00e9"]
+    assert len(problems) == 1 and "b.heic" in problems[0]
 
 
 def test_two_files_of_one_name(tmp_path: Path, generator):
@@ -361,3 +373,111 @@ def test_metrics_of_pyiqa(tmp_path: Path, generator, monkeypatch, capsys):
     # Without references, only metrics without reference remain.
     metrics, missing = load_metrics(("shift", "bright", "fid"), Sources(references=False))
     assert [metric.name for metric in metrics] == ["bright"] and list(missing) == ["shift", "fid"]
+
+
+# ---- colors and transparency ---------------------------------------------------------------------
+
+
+def measured_pair(tmp_path: Path, result: Image.Image, reference: Image.Image, **saved):
+    result.save(tmp_path / "result.png", **saved)
+    reference.save(tmp_path / "reference.png")
+    metrics, _ = load_metrics(("psnr",), Sources(references=True))
+    return measure_here([FilePair("a", tmp_path / "result.png", tmp_path / "reference.png")], metrics)
+
+
+def smooth_image(size: int = 64) -> np.ndarray:
+    y, x = np.mgrid[:size, :size]
+    return np.dstack([60 + x * 2, 40 + y * 2, 200 - x - y]).astype(np.uint8)
+
+
+def wide_gamut(name: str) -> bytes:
+    chunks = {
+        "P3": {b"cICP": bytes((12, 13, 0, 1))},
+        "ProPhoto": {
+            b"gAMA": (55556).to_bytes(4, "big"),
+            b"cHRM": np.array([34567, 35850, 73470, 26530, 15960, 84040, 3660, 10], ">u4").tobytes(),
+        },
+    }[name]
+    profile = profile_of_chunks(chunks, gray=False)
+    assert profile
+    return profile
+
+
+@pytest.mark.parametrize("name", ["P3", "ProPhoto"])
+def test_pictures_are_compared_in_srgb(tmp_path: Path, name: str):
+    """The same picture in another color space differs by no more than its eight bits' rounding."""
+    reference, profile = Image.fromarray(smooth_image()), wide_gamut(name)
+    wide = ImageCms.profileToProfile(reference, ImageCms.createProfile("sRGB"), io.BytesIO(profile))
+    wide = Image.fromarray(np.asarray(wide))  # without the profile that Pillow has noted
+    (ignored,) = measured_pair(tmp_path, wide, reference).of("psnr")
+    (value,) = measured_pair(tmp_path, wide, reference, icc_profile=profile).of("psnr")
+    assert ignored < 45 and value > 57
+
+
+def test_hidden_colors_are_not_measured(tmp_path: Path):
+    colors, alpha = smooth_image(), np.zeros((64, 64), np.uint8)
+    alpha[8:40, 8:50] = 255
+    rubbish = np.where(alpha[..., None] > 0, colors, 255 - colors)
+    pair = [Image.fromarray(np.dstack([one, alpha])) for one in (colors, rubbish)]
+    measured = measured_pair(tmp_path, *pair)
+    assert measured.of("psnr") == [pytest.approx(80)], "what equal pictures have"
+    assert measured.problems == []
+    assert measured.notes == [
+        f"{tmp_path / 'result.png'}: measured over white, because they or their references are transparent"
+    ]
+
+
+def test_a_picture_with_transparency_is_compared_with_one_on_white(tmp_path: Path):
+    colors, alpha = smooth_image(), np.full((64, 64), 128, np.uint8)
+    white = (colors.astype(int) * 128 + 255 * 127 + 127) // 255
+    result = Image.fromarray(np.dstack([colors, alpha]))
+    (value,) = measured_pair(tmp_path, result, Image.fromarray(white.astype(np.uint8))).of("psnr")
+    assert value > 60
+
+
+def test_an_opaque_alpha_is_worth_no_note(tmp_path: Path):
+    image = Image.fromarray(smooth_image()).convert("RGBA")
+    assert measured_pair(tmp_path, image, image).notes == []
+
+
+def test_colors_that_cannot_be_compared_are_named_and_left_out(tmp_path: Path):
+    hdr = PngInfo()
+    hdr.add(b"cICP", bytes((9, 16, 0, 1)))
+    image = Image.fromarray(smooth_image())
+    measured = measured_pair(tmp_path, image, image, pnginfo=hdr)
+    assert measured.pairs == []
+    assert measured.problems == [
+        f"{tmp_path / 'result.png'}: its colors are HDR (PQ or HLG), which sRGB cannot show; not measured"
+    ]
+
+
+def test_what_was_wrong_with_a_file_is_noted(tmp_path: Path):
+    image = Image.fromarray(smooth_image())
+    image.save(tmp_path / "a.jpg", quality=95)
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-2])
+    metrics, _ = load_metrics(("psnr",), Sources(references=True))
+    measured = measure_here([FilePair("a", tmp_path / "a.jpg", tmp_path / "a.jpg")], metrics)
+    assert measured.of("psnr") == [pytest.approx(80)] and measured.problems == []
+    assert set(measured.notes) == {
+        f"{tmp_path / 'a.jpg'}: its end marker is missing; its pixels are all there"
+    }
+
+
+def test_pyiqa_finds_files_as_they_are_shown(tmp_path: Path, generator):
+    """It ignores profiles and transparency."""
+    colors = write(tmp_path / "plain.png", random_image(generator))
+    Image.fromarray(np.dstack([colors, np.zeros((20, 24), np.uint8)])).save(tmp_path / "hidden.png")
+    seen = {}
+
+    class Model:
+        metric_name = "fid"
+
+        def __call__(self, references, results):
+            seen.update({file.name: np.asarray(Image.open(file)) for file in Path(results).iterdir()})
+            assert Path(references, "000000.png").is_symlink()
+            return 1.0
+
+    plain, hidden = tmp_path / "plain.png", tmp_path / "hidden.png"
+    assert pyiqa_metrics.PyIQA(Model()).of_folders([plain, hidden], [plain, plain]) == 1
+    np.testing.assert_array_equal(seen["000000.png"], colors)
+    assert (seen["000001.png"] == 255).all() and seen["000001.png"].shape == (20, 24, 3)

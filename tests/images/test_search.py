@@ -1,11 +1,12 @@
 """One rule for links: they are followed, files keep all their names, folders have one, and circles end."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images.search import find_photographs
+from tsdsr_jax.images.search import beside, composed, find_photographs
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -16,7 +17,7 @@ def touch(root: Path, *names: str) -> Path:
 
 
 def found(root: Path, output: Path | None = None) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in find_photographs(root, output)]
+    return [path.relative_to(root).as_posix() for path in find_photographs(root, output).files]
 
 
 def test_images_of_any_suffix_in_subfolders_but_no_hidden_ones(tmp_path):
@@ -96,3 +97,70 @@ def test_folders_without_photographs_are_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     with pytest.raises(UserError, match="is also the output folder"):
         find_photographs(tmp_path / "empty", tmp_path / "link")
+
+
+# --- what is left out -----------------------------------------------------------------------
+
+
+def test_pictures_of_other_suffixes_are_found_or_named(tmp_path):
+    root = touch(
+        tmp_path / "in", "a.jfif", "b.JPE", "c.gif", "d.heic", "sub/e.AVIF", "f.CR2", "g.mp4", ".h.heic"
+    )
+    search = find_photographs(root)
+    assert [path.name for path in search.files] == ["a.jfif", "b.JPE", "c.gif"]
+    assert search.problems == []
+    (line,) = search.left_out()
+    assert line.startswith(
+        "3 pictures cannot be used (.avif, .cr2, .heic is not read; export as PNG or JPEG): "
+    )
+    assert all(name in line for name in ("d.heic", "e.AVIF", "f.CR2"))
+    # Where there is nothing else, they are the reason.
+    with pytest.raises(UserError, match=r"no images in it .*; 1 picture cannot be used \(.heic is not read"):
+        find_photographs(touch(tmp_path / "phone", "d.heic"))
+
+
+def test_what_cannot_be_reached_is_named(tmp_path):
+    root = touch(tmp_path / "in", "a.png")
+    for name in ("album", "notes.txt", "b.png", "v1.2"):
+        (root / name).symlink_to(tmp_path / "nowhere")
+    (root / "self").symlink_to(root / "self")
+    os.mkfifo(root / "pipe.png")
+    search = find_photographs(root)
+    assert [path.name for path in search.files] == ["a.png", "b.png"]  # reading reports the link
+    told = [line.removeprefix(f"{root}/").split(":")[0] for line in search.problems]
+    assert told == ["album", "pipe.png", "self", "v1.2"]
+    assert "the link leads nowhere" in search.problems[0] and "not a regular file" in search.problems[1]
+
+
+def test_an_unreadable_folder_costs_only_itself(tmp_path, monkeypatch):
+    root = touch(tmp_path / "in", "a.png", "locked/b.png", "z/c.png")
+    scan = os.scandir
+
+    def refuse(path):  # as for anybody but root
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    search = find_photographs(root)
+    assert [path.name for path in search.files] == ["a.png", "c.png"]
+    assert search.problems == [
+        f"{root / 'locked'}: is left out, because the folder cannot be read (Permission denied); check its permissions"
+    ]
+
+
+def test_a_folder_is_known_by_its_inode(tmp_path, monkeypatch):
+    """As where one folder is mounted at two places, so that no path tells that it is the same."""
+    root = touch(tmp_path / "in", "a/x.png", "b/x.png", "c/x.png")
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: stat(str(path).replace("in/b", "in/a"), **how))
+    assert found(root) == ["a/x.png", "c/x.png"]
+
+
+def test_unicode_forms_of_a_name(tmp_path):
+    photo, text = "Caf\u00e9.png", "Cafe\u0301.txt"
+    root = touch(tmp_path, photo, text, "plain.png", "plain.txt")
+    assert composed(text) == "Caf\u00e9.txt"
+    assert beside(root / photo, ".txt") == root / text
+    assert beside(root / "plain.png", ".txt") == root / "plain.txt"
+    assert beside(root / photo, ".json") is None

@@ -624,7 +624,7 @@ def test_photographs_that_cannot_be_used_are_reported(command, root, photos, tmp
     (folder / "1" / "4.png").write_bytes(whole[: len(whole) // 2])
     outcome = command(tmp_path / "run", *on_the_way(folder), "--max_bad_samples", "0.2")
     assert outcome.status == 0 and "10 samples, 6 steps" in outcome.out
-    assert "1 photographs have fewer than 24×24 pixels" in outcome.out and "small.png" in outcome.out
+    assert "1 photographs are smaller than the crops of 32×32" in outcome.out and "small.png" in outcome.out
     assert "1 images cannot be read" in outcome.out and "broken.jpg" in outcome.out
     assert "left out: " in outcome.out and "4.png" in outcome.out and "1 samples were left out" in outcome.out
     said = command.refused(tmp_path / "no", *on_the_way(folder), "--data_dir", str(root / "set"))

@@ -14,7 +14,7 @@ from PIL import Image
 
 import tiny_checkpoint as tiny
 from tsdsr_jax.commands import entry
-from tsdsr_jax.places import CHECKOUT
+from tsdsr_jax.places import CHECKOUT, SOURCE_CODE
 
 SCRIPTS = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["scripts"]
 
@@ -24,7 +24,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package and its commands, as `pip install` of this checkout's wheel makes them."""
     root = tmp_path_factory.mktemp("installed")
     source = root / "source"
-    # A copy of what is committed or would be: setuptools leaves a build folder where it builds.
+    # A copy of what is committed or would be: setuptools leaves an egg-info folder where it builds.
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=CHECKOUT, capture_output=True, check=True,
@@ -35,6 +35,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).write_bytes((CHECKOUT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", root / "wheel", source], check=True)
+    assert not (source / "build").exists()
     (wheel,) = (root / "wheel").iterdir()
     subprocess.run([*pip, "install", "--no-deps", "--target", root / "site", wheel], check=True)
     return root / "site"
@@ -58,6 +59,19 @@ def test_a_photograph_is_upscaled_with_the_bundled_model(installed: Path, tmp_pa
     assert Image.open(made).size == (80, 96)
 
 
+def test_scripts_of_the_checkout_run_with_the_installed_package(installed: Path, tmp_path: Path):
+    """As after `pip install .`: both have the bundled model, and the pages name the checkout's."""
+    Image.fromarray(tiny.synthetic_photo(24, 20, 0)).save(tmp_path / "photo.jpg")
+    checkout = installed.parent / "source"
+    result = subprocess.run(
+        [sys.executable, "infer/upscale.py", tmp_path / "photo.jpg", "--pretrained_model_name_or_path", "weights/tiny",
+         "--process_size", "64", "-o", tmp_path / "large.png"],
+        cwd=checkout, env=os.environ | {"PYTHONPATH": str(installed)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "large.png").size == (80, 96)
+
+
 @pytest.mark.parametrize("command", ["tsdsr-distill", "tsdsr-convert-sd3"])
 def test_commands_explain_themselves(installed: Path, tmp_path: Path, command: str):
     result = run(installed, tmp_path, command, "--help")
@@ -76,6 +90,16 @@ def test_every_command_has_its_door_and_its_script(installed: Path):
     doors = [file for folder in ("convert", "train", "infer") for file in (CHECKOUT / folder).glob("*.py")]
     called = [re.search(r"entry\.(\w+)\(\)", file.read_text())[1] for file in doors]
     assert sorted(called) == sorted(target.partition(":")[2] for target in SCRIPTS.values())
+
+
+def test_our_code_is_the_package_not_all_that_is_installed(installed: Path):
+    """What `--log_code` sends."""
+    said = subprocess.run(
+        [sys.executable, "-c", "from tsdsr_jax import places; print(places.SOURCE_CODE)"],
+        cwd=installed.parent, env=os.environ | {"PYTHONPATH": str(installed)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout.strip() == str(installed / "tsdsr_jax")
+    assert SOURCE_CODE == CHECKOUT
 
 
 def test_only_our_package_is_installed(installed: Path):

@@ -145,9 +145,15 @@ def test_grids_and_whole_photographs(command, tmp_path):
     picture = tiny.synthetic_photo(70, 100, 0)
     Image.fromarray(picture).save(photos / "a.png")
     Image.fromarray(tiny.synthetic_photo(20, 40, 1)).save(photos / "b.png")
-    command.done(tmp_path / "grid", "--crops", "grid", "--no_sharpen_gt", "--min_size", "16", photos=photos)
+    said = command.done(
+        tmp_path / "grid", "--crops", "grid", "--no_sharpen_gt", "--min_size", "16", photos=photos
+    )
+    assert (
+        "1 photographs are smaller than the crops of 32×32 pixels and are left out" in said
+        and "b.png" in said
+    )
     crops = records(tmp_path / "grid")
-    assert len(crops) == 2 * 3 + 1 and all(crop.hr.shape == (32, 32, 3) for crop in crops)
+    assert len(crops) == 2 * 3 and all(crop.hr.shape == (32, 32, 3) for crop in crops)
     np.testing.assert_array_equal(crops[4].hr, picture[3 + 32 : 3 + 64, 2 + 32 : 2 + 64])
     said = command.done(
         tmp_path / "whole", "--crops", "whole", "--no_sharpen_gt", "--min_size", "16", photos=photos
@@ -164,8 +170,10 @@ def test_crops_are_those_of_training_on_the_way(command, root, tmp_path):
     from tsdsr_jax.images.search import find_photographs
 
     command.done(tmp_path / "set", "--crops_per_photo", "2", "--seed", "3")
-    files = [(path, root / "photos") for path in find_photographs(root / "photos")]
-    source = Photographs(survey(files, 24).photographs, CropConfig(32, 32, 24), DegradationConfig(), 3)
+    files = [(path, root / "photos") for path in find_photographs(root / "photos").files]
+    source = Photographs(
+        survey(files, CropConfig(32, 32, 24)).photographs, CropConfig(32, 32, 24), DegradationConfig(), 3
+    )
     prepared = records(tmp_path / "set")
     for index in range(10):
         for epoch in range(2):
@@ -267,13 +275,13 @@ def test_bad_photographs_are_left_out_by_name_and_counted(command, root, tmp_pat
     (photos / "broken.jpg").write_bytes(b"no image")
     Image.fromarray(tiny.synthetic_photo(10, 10, 0)).save(photos / "small.png")
     said = command.done(tmp_path / "set", "--layout", layout, photos=photos)
-    assert "1 photographs have fewer than 24×24 pixels" in said and "small.png" in said
+    assert "1 photographs are smaller than the crops of 32×32 pixels" in said and "small.png" in said
     assert "1 images cannot be read" in said and "broken.jpg" in said
     assert "left out: " in said and "4.png" in said and "9 samples" in said and "1 could not be made" in said
     made = manifest(tmp_path / "set")
     assert (
         sum(made["samples"]) == 9
-        and len(made["damaged"]) == len(made["small"]) == len(made["unreadable"]) == 1
+        and len(made["damaged"]) == len(made["smaller_than_crops"]) == len(made["unreadable"]) == 1
     )
     assert len(records(tmp_path / "set")) == 9
     assert "9 samples" in command.done(tmp_path / "set", "--layout", layout, photos=photos)

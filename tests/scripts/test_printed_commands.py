@@ -76,7 +76,7 @@ class Teacher(Command):
 class Prepare(Command):
     def flags(self, output: Path, *more: str) -> Sequence[str]:
         return ["--hr_dir", str(self.root / "photos"), "--output_dir", str(output), "--min_size", "16",
-                "--dataloader_num_workers", "0", *more]  # fmt: skip
+                "--small_photos", "enlarge", "--dataloader_num_workers", "0", *more]  # fmt: skip
 
 
 def upscaled(command: Command, said: str) -> Path:

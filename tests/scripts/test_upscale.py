@@ -21,8 +21,8 @@ from tsdsr_jax import cli
 from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling.engine import Engine
-from tsdsr_jax.upscaling.jobs import find_jobs
 from tsdsr_jax.upscaling.options import complete_options
+from tsdsr_jax.upscaling.targets import find_jobs
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, save_prompt_embeds
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -224,10 +224,17 @@ def test_the_tree_is_kept_and_every_kind_of_file_read(command, tmp_path):
     )
 
 
-def test_a_single_file(command, tmp_path):
-    source = save(tmp_path / "in", a=SQUARE, b=SQUARE)
+def test_single_files(command, tmp_path):
+    source = save(tmp_path / "in", a=SQUARE, b=SQUARE, c=SQUARE)
     assert command(source / "b.png", tmp_path / "out").status == 0
     assert list(contents(tmp_path / "out")) == ["b.png"]
+    # More of them, without a flag; and the page's names.
+    done = command(source / "b.png", tmp_path / "more", str(source / "c.png"), "--scale_in_names")
+    assert done.status == 0 and sorted(contents(tmp_path / "more")) == ["b_x2.png", "c_x2.png"]
+    # To a file; its suffix is the format.
+    assert command(source / "a.png", tmp_path / "new" / "result.jpeg").status == 0
+    with Image.open(tmp_path / "new" / "result.jpeg") as image:
+        assert image.format == "JPEG" and image.size == (64, 64)
 
 
 def test_every_format_holds_the_same_picture(command, tmp_path):
@@ -269,9 +276,18 @@ def test_color_fixes_and_seeds_differ(command, tmp_path):
     files = []
     for index, more in enumerate(runs):
         assert command(source, tmp_path / str(index), *more).status == 0
-        files.append((tmp_path / str(index) / "a.png").read_bytes())
+        with Image.open(tmp_path / str(index) / "a.png") as image:
+            files.append(image.tobytes())
     assert files[0] == files[-1]  # wavelet is the default
     assert len(set(files)) == len(files) - 1
+
+
+def test_the_reports_title_is_no_path(command, tmp_path):
+    report = tmp_path / "page.html"
+    source = save(tmp_path / "deep" / "my photos", a=SQUARE)
+    assert command(source, tmp_path / "deep" / "out", "--report", str(report)).status == 0
+    assert "<title>my photos → out</title>" in report.read_text()
+    assert str(tmp_path) not in report.read_text()
 
 
 # --- what is there already ----------------------------------------------------------------
@@ -286,13 +302,35 @@ def mixed(tmp_path) -> Path:
 def test_finished_files_are_skipped(command, tmp_path):
     source, output = save(tmp_path / "in", a=SQUARE, b=SQUARE), tmp_path / "out"
     assert command(source, output).out.splitlines()[-1] == f"2 upscaled into {output}"
-    (output / "a.png").write_bytes(b"mine")
     again = command(source, output)
-    assert again.status == 0
+    assert again.status == 0 and again.err == ""
     assert "0 upscaled" in again.out and "2 already existed (--overwrite" in again.out
-    assert (output / "a.png").read_bytes() == b"mine"
     replaced = command(source, output, "--overwrite")
     assert replaced.status == 0 and "2 upscaled" in replaced.out
+    assert Image.open(output / "a.png").size == (64, 64)
+
+
+def test_results_of_other_settings_are_kept_and_named(command, tmp_path):
+    """Noticed by their size and by what they say of themselves. An empty file is no result."""
+    source, output = save(tmp_path / "in", a=SQUARE, b=SQUARE, c=SQUARE, d=SQUARE, e=SQUARE), tmp_path / "out"
+    command(source, output)
+    photo((64, 65)).save(output / "a.png")
+    (output / "b.png").write_bytes(b"mine")
+    (output / "c.png").write_bytes(b"")
+    (output / "d.png").unlink()
+    (output / "d.png").mkdir()
+    before = contents(output)
+    again = command(source, output, "--seed", "7")
+    assert again.status == 1
+    assert f"{output / 'a.png'} (65×64 pixels instead of 64×64)" in again.err
+    assert f"{output / 'b.png'} (not a readable picture)" in again.err
+    assert f"{output / 'e.png'} (--seed 42 instead of 7)" in again.err
+    assert f"{output / 'd.png'}: is a folder, where the result of {source / 'd.png'} belongs" in again.err
+    assert "1 upscaled" in again.out and "3 already existed, 3 of them with other settings" in again.out
+    after = contents(output)
+    assert Image.open(output / "c.png").size == (64, 64)
+    assert {name for name in after if after[name] != before.get(name)} == {"c.png"}
+    assert command(source / "a.png", output, "--overwrite").status == 0
     assert Image.open(output / "a.png").size == (64, 64)
 
 
@@ -329,7 +367,9 @@ def test_lost_transparency_is_pointed_out(command, tmp_path):
     result = command(tmp_path / "in", tmp_path / "out", "--format", "jpg")
     assert result.status == 0
     assert [
-        line for line in result.err.splitlines() if line.endswith("jpg holds no transparency; it is left out")
+        line
+        for line in result.err.splitlines()
+        if line.endswith("jpg cannot hold its transparency; the picture lies over white")
     ]
 
 
@@ -365,7 +405,7 @@ def test_shards_together_are_the_whole(command, mixed, tmp_path):
 def targets(source: Path, output: Path) -> dict[str, str]:
     return {
         job.source.relative_to(source).as_posix(): job.target.relative_to(output).as_posix()
-        for job in find_jobs(source, output, "png")
+        for job in find_jobs([source], output).jobs
     }
 
 
@@ -427,7 +467,7 @@ def test_a_photograph_is_never_replaced_by_its_result(command, tmp_path):
 
 
 def targets_of_file(source: Path, output: Path) -> str:
-    (job,) = find_jobs(source, output, "png")
+    (job,) = find_jobs([source], output).jobs
     return job.target.name
 
 
@@ -436,7 +476,7 @@ def test_another_photograph_is_not_replaced_either(tmp_path):
     save(tmp_path / "x", a=SQUARE)
     save(tmp_path / "x" / "x", a=SQUARE, b=SQUARE)
     with pytest.raises(UserError, match="output_dir"):
-        find_jobs(tmp_path / "x", tmp_path, "png")
+        find_jobs([tmp_path / "x"], tmp_path)
 
 
 def test_output_around_the_input(tmp_path):

@@ -32,6 +32,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling.engine import Engine, Launched, Progress
 from tsdsr_jax.upscaling.loading import load_engine
 from tsdsr_jax.upscaling.upscaler import PictureArguments, Upscaler
+from tsdsr_jax.weights import bundled
 
 gr = pytest.importorskip("gradio")
 from tsdsr_jax.upscaling import app as page_lib  # noqa: E402 (needs Gradio)
@@ -181,9 +182,10 @@ def test_the_file_is_the_command_lines_to_the_byte(upscaler, root, tmp_path, mak
     assert result.file.read_bytes() == command_line(root, source, tmp_path / "shell")
     before, after = Image.open(result.before), Image.open(result.after)
     assert before.size == after.size == Image.open(result.file).size
-    np.testing.assert_array_equal(
-        np.asarray(after.convert("RGBA")), np.asarray(Image.open(result.file).convert("RGBA"))
-    )
+    shown, file = (np.asarray(image.convert("RGBA")) for image in (after, Image.open(result.file)))
+    visible = file[..., 3] >= 8  # reading fills the colors of others
+    np.testing.assert_array_equal(shown[..., 3], file[..., 3])
+    np.testing.assert_array_equal(shown[visible], file[visible])
     assert result.notes == []
 
 
@@ -199,8 +201,9 @@ def test_changed_settings_are_the_flags(upscaler, root, tmp_path):
         "--latent_tiled_size", "12", "--format", "jpg",
     )  # fmt: skip
     assert result.file.name == "a_x2.5.jpg" and result.file.read_bytes() == shell
-    tiles = stages[3][2]
+    tiles = stages[4][2]
     assert tiles > 1 and stages == [
+        ("start", 0, 96 * 136),
         ("compile", 0, 1),
         ("encode", 0, 1),
         *(("tiles", done, tiles) for done in range(tiles + 1)),
@@ -296,8 +299,12 @@ def too_large_result(path: Path) -> None:
         (text, "not a readable"),
         (empty, "is empty (0 bytes)"),
         (cut_short, "damaged or cut short"),
-        (too_large, "has 201 x 200 = 40200 pixels, more than the limit of 40000; .* raise --max_pixels"),
-        (too_large_result, "would be processed at 304×304 pixels, more than --max_pixels 40000"),
+        (too_large, "has 201 x 200 = 40200 pixels, more than the limit of 40000; make it smaller$"),
+        (
+            too_large_result,
+            "150×150 pixels enlarged 2 times make 304×304, 0.0924 megapixels, more than the 0.04 megapixels of this page; "
+            "choose a scale of 1.3 or less",
+        ),
     ],
 )
 def test_files_that_cannot_be_used(handlers, tmp_path, make, expected):
@@ -355,26 +362,45 @@ def test_no_photo_and_failures_of_the_device(handlers, tmp_path, monkeypatch):
     assert done[1].endswith("/a_x2.png")
 
 
-def test_words_at_the_bar():
-    shown, stages = [], [("tiles", 0, 2), ("tiles", 1, 2), ("tiles", 2, 2), ("decode", 0, 1), ("write", 0, 1)]
-    for new in ([("compile", 0, 1)], []):
-        bar = page_events.ProgressBar(lambda share, desc: shown.append((round(share, 3), desc)), lambda: None)
-        for stage in [*new, ("encode", 0, 1), *stages]:
-            bar(*stage)
-    assert shown == [
-        (0, "Encoding, compiling for this size"),
-        (0.1, "Tile 1 of 2, compiling for this size"),
-        (0.475, "Tile 2 of 2"),
-        (0.85, "Tile 2 of 2"),
-        (0.85, "Decoding, compiling for this size"),
-        (0.95, "Writing"),
-        (0, "Encoding"),
-        (0.1, "Tile 1 of 2"),
-        (0.475, "Tile 2 of 2"),
-        (0.85, "Tile 2 of 2"),
-        (0.85, "Decoding"),
-        (0.95, "Writing"),
-    ]
+def test_a_canceled_photo_ends_at_the_next_step(handlers, tmp_path):
+    choice = page_events.Choice()
+    source = str(save(tmp_path / "a.png"))
+    handlers.choose(source, choice)
+    assert handlers.cancel(choice) == gr.skip()  # nothing to cancel
+    said = []
+
+    def cancel_at_tiles(share: float, desc: str) -> None:
+        if desc.startswith("Tile"):
+            said.append(handlers.cancel(choice))
+
+    with pytest.raises(gr.Error, match=r"Canceled\."):
+        handlers.upscale(source, 2, "wavelet", 8, 1, "png", choice, cancel_at_tiles)
+    assert said == ["Canceled."]
+    assert handlers.upscale(source, 2, "wavelet", 8, 1, "png", choice)[1].endswith("a_x2.png")
+
+
+def test_the_page_says_why_there_is_no_result(handlers, tmp_path, monkeypatch, capsys):
+    choice, source = page_events.Choice(), tmp_path / "<i>.png"
+    text(source)
+    request = str(source), 2, "wavelet", 8, 1, "png", choice
+    slider, file, words = handlers.upscale_on_page(*request, progress=lambda share, desc: None)
+    assert slider == file == gr.skip()
+    assert words.startswith('<span role="alert">&lt;i&gt;.png: not a readable')
+    monkeypatch.setattr(page_events, "upscale_photo", lambda *arguments: 1 / 0)
+    assert "the server's terminal shows the error" in handlers.upscale_on_page(*request)[2]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "promise"), [(None, "small model bundled"), ("sd3", "Fine detail is invented")]
+)
+def test_what_the_page_promises(upscaler, tmp_path, model, promise):
+    options = dataclasses.replace(
+        upscaler.options, pretrained_model_name_or_path=model or str(bundled.FOLDER)
+    )
+    page = page_lib.build_page(Upscaler(upscaler.engine, options), tmp_path, WAITING)
+    (head,) = [block.value for block in page.blocks.values() if isinstance(block, gr.Markdown)]
+    assert promise in head
 
 
 def test_a_photo_that_was_exchanged_is_given_up(handlers, tmp_path, monkeypatch):
@@ -420,15 +446,16 @@ def test_a_photo_is_shown_or_why_not(handlers, tmp_path, monkeypatch):
     )
 
 
-def test_lost_transparency_is_pointed_out_and_names_are_no_markup(handlers, tmp_path, monkeypatch):
-    source, notes = see_through(tmp_path).rename(tmp_path / "<i>&.png"), []
-    monkeypatch.setattr(gr, "Info", lambda note, duration: notes.append(note))
+def test_lost_transparency_is_pointed_out_and_names_are_no_markup(handlers, tmp_path):
+    source = see_through(tmp_path).rename(tmp_path / "<i>&.png")
     words = []
-    handlers.upscale(
+    *_, summary = handlers.upscale(
         str(source), 2, "wavelet", 8, 1, "jpg", page_events.Choice(), lambda share, desc: words.append(desc)
     )
     assert words[:3] == ["Waiting", "Reading", "Encoding, compiling for this size"] and words[-1] == "Writing"
-    assert notes == ["&lt;i&gt;&amp;_x2.jpg: jpg holds no transparency; it is left out"]
+    assert summary.endswith(
+        " &lt;i&gt;&amp;_x2.jpg: jpg cannot hold its transparency; the picture lies over white."
+    )
     cut_short(source)
     assert refused(handlers, source).startswith("&lt;i&gt;&amp;.png: the image is damaged")
 
@@ -519,6 +546,15 @@ def clear(page) -> None:
     page.click("#photo .icon-button-wrapper button[aria-label='Clear']")
 
 
+# Collects in `announced` what the page tells screen readers.
+RECORD_ANNOUNCEMENTS = """() => {
+    window.announced = [];
+    const look = () => document.querySelectorAll("[aria-live]").forEach(
+        region => region.textContent.trim() && announced.push(region.textContent.trim()));
+    setInterval(look, 50);
+}"""
+
+
 def message(page) -> str:
     """The one message on the page, which is then closed."""
     toast = page.get_by_test_id("toast-text")
@@ -534,13 +570,21 @@ def test_a_visit(served, root, tmp_path):
     source = turned_jpeg(tmp_path)
     with visit(served) as page:
         page.click("#upscale")
-        assert message(page) == "Choose a photo first."
+        page.wait_for_selector("#summary [role=alert]:has-text('Choose a photo first.')")
         upload(page, source)
         page.wait_for_selector("#about:has-text('turned.jpg: 33×52 pixels.')")
         page.wait_for_selector("#result img")
+        # The reason stays until the next one, and until there is a result.
+        for scale in ("65", "99"):
+            page.fill("#scale input", scale)
+            page.click("#upscale")
+            page.wait_for_selector(f"#summary [role=alert]:has-text('Scale {scale}: expected 1 to 64')")
+        assert page.inner_text("#summary").strip() == "Scale 99: expected 1 to 64"
+        page.evaluate(RECORD_ANNOUNCEMENTS)
         page.fill("#scale input", "3")
         page.click("#upscale")
         page.wait_for_selector("#summary:has-text('turned.jpg: 33×52 → 99×156 pixels in')")
+        assert page.locator("#summary [role=alert]").count() == 0
 
         images = page.locator("#result img")
         assert images.count() == 2
@@ -555,6 +599,9 @@ def test_a_visit(served, root, tmp_path):
         page.mouse.up()
         assert images.nth(1).get_attribute("style") != covered
 
+        # What screen readers are told is words.
+        page.wait_for_function("announced.length > 0", timeout=10_000)
+        assert page.evaluate("announced.filter(words => words.includes('common.'))") == []
         with page.expect_download() as download:
             page.click("#file a")
         assert download.value.suggested_filename == "turned_x3.png"
@@ -572,7 +619,9 @@ def test_bad_uploads_on_a_phone(served, tmp_path):
         upload(page, tmp_path / "a & b.png")
         page.wait_for_selector("#about:has-text('a & b.png: the image is damaged or cut short')")
         page.click("#upscale")
-        assert message(page).startswith("a & b.png: the image is damaged or cut short")
+        page.wait_for_selector(
+            "#summary [role=alert]:has-text('a & b.png: the image is damaged or cut short')"
+        )
         clear(page)
         page.wait_for_selector("#about:has-text('damaged')", state="detached")
         upload(page, big)
@@ -610,6 +659,33 @@ def ask(served: Served) -> int:
         return urllib.request.urlopen(request).status
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_cancel(served, tmp_path, monkeypatch):
+    launch, launched = Engine.launch, []
+    monkeypatch.setattr(
+        Engine,
+        "launch",
+        lambda self, *photos, **more: launched.append(launch(self, *photos, **more)) or launched[-1],
+    )
+    with slow_device(monkeypatch) as (go, begun), visit(served) as page:
+        page.click("#cancel")  # nothing to cancel
+        upload(page, save(tmp_path / "a.png"))
+        page.wait_for_selector("#result img")
+        page.click("#upscale")
+        assert begun.acquire(timeout=10)
+        # Meanwhile the photograph is visible, under no cover.
+        assert page.locator("#result img").first.is_visible()
+        assert page.locator("#result [data-testid=status-tracker] .progress-level").count() == 0
+        page.wait_for_selector("#summary .progress-level:has-text('Reading')")
+        page.click("#cancel")
+        page.wait_for_selector("#summary:has-text('Canceled.')")
+        assert page.locator("#summary .error").is_hidden()
+        # The device is free at its next step, and the page ready.
+        page.click("#upscale")
+        go.release(2)
+        page.wait_for_selector("#summary:has-text('a.png: 52×33 → 104×66 pixels in')")
+    assert len(launched) == 1  # the first one never began
 
 
 def test_another_photo_while_one_is_computed(served, tmp_path, monkeypatch):
@@ -760,7 +836,7 @@ def test_programs_are_dropped_after_many_sizes(upscaler, tmp_path, monkeypatch):
         )
         files.append(result.file.read_bytes())
         assert stages[-1] == ("write", 0, 1)
-        return stages[0] == ("compile", 0, 1)
+        return stages[1] == ("compile", 0, 1)
 
     # A portrait, and a size that is padded to the same, are nothing new.
     assert [new(33, 52), new(52, 33)] == [True, False]

@@ -29,8 +29,9 @@ from tsdsr_jax.upscaling import engine as engine_module
 from tsdsr_jax.upscaling import tiling
 from tsdsr_jax.upscaling.batch_run import latent_noise, upscale_groups
 from tsdsr_jax.upscaling.engine import Bands, Engine, LoadedNetworks, Prepared
-from tsdsr_jax.upscaling.jobs import Report, find_jobs
+from tsdsr_jax.upscaling.jobs import Report
 from tsdsr_jax.upscaling.planning import Settings, SizePlan, plan_groups, unfinished
+from tsdsr_jax.upscaling.targets import find_jobs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -85,7 +86,7 @@ BUCKET = (72, 112)
 
 def run(engine: Engine, source: Path, output: Path, settings: Settings = SMALL) -> Report:
     report = Report(lambda line: None)
-    jobs = find_jobs(source, output, "png")
+    jobs = find_jobs([source], output).jobs
     groups = plan_groups(jobs, settings, len(engine.devices), report)
     upscale_groups(engine, groups, settings, report, overwrite=True)
     return report
@@ -263,7 +264,7 @@ def test_several_photographs_at_a_time(folder, reference, tmp_path):
     engine = make_engine()
     assert greatest_difference(results(engine, folder, tmp_path, settings), reference) <= 1
     # Landscapes and portraits in threes, padded and not; what is left over does not compile a program of its own.
-    groups = plan_groups(find_jobs(folder, tmp_path, "png"), settings, 1, Report(print))
+    groups = plan_groups(find_jobs([folder], tmp_path).jobs, settings, 1, Report(print))
     assert {len(group.jobs) for group in groups if group.several} >= {1, 3}
     with pytest.raises(ValueError, match="at most 3"):
         engine.launch([prepared((32, 32), 0)] * 4, BUCKET, settings, batch=3)
@@ -328,7 +329,7 @@ def test_names_order_and_subfolders_do_not_matter(engine: Engine, folder, refere
 def test_a_photograph_alone_and_in_company(engine: Engine, folder, reference, tmp_path):
     """The same noise; only the padding differs, and with it the rounding."""
     for name in ("a.png", "b.png"):
-        alone = results(engine, folder / name, tmp_path / name)
+        alone = results(engine, folder / name, tmp_path / name.removesuffix(".png"))
         assert greatest_difference(alone, {name: reference[name]}) <= 1
 
 
@@ -392,7 +393,7 @@ def test_overflow_in_half_precision_is_computed_again(folder, tmp_path):
     half = make_engine(dtype=jnp.float16, params=params, configs=BARE_NETWORKS)
     notes: list[str] = []
     report = Report(notes.append)
-    groups = plan_groups(find_jobs(folder / "a.png", tmp_path, "png"), SMALL, 1, report)
+    groups = plan_groups(find_jobs([folder / "a.png"], tmp_path).jobs, SMALL, 1, report)
     upscale_groups(half, groups, SMALL, report)
     assert report.written == 1 and not report.failures
     assert len(notes) == 1 and str(folder / "a.png") in notes[0] and "float32" in notes[0], notes
@@ -488,7 +489,7 @@ def go_on(device: "StandIn", source: Path, output: Path, photo_batch: int = 1) -
     """Upscales what is missing; also what was noted."""
     notes: list[str] = []
     report, settings = Report(notes.append), dataclasses.replace(SMALL, photo_batch=photo_batch)
-    groups = plan_groups(find_jobs(source, output, "png"), settings, len(device.devices), report)
+    groups = plan_groups(find_jobs([source], output).jobs, settings, len(device.devices), report)
     upscale_groups(device, groups, settings, report)
     return report, notes
 
@@ -597,7 +598,7 @@ def test_what_is_finished_neither_fails_nor_is_computed_alone(tmp_path):
 
 def test_few_photographs_of_many_shapes_are_shared_out(tmp_path):
     sizes = {"a.png": (32, 48), "b.png": (48, 32), "c.png": (32, 100), "d.png": (100, 32)}
-    jobs = find_jobs(save_photos(tmp_path / "in", sizes), tmp_path / "out", "png")
+    jobs = find_jobs([save_photos(tmp_path / "in", sizes)], tmp_path / "out").jobs
     parts = [plan_groups(jobs, SMALL, 1, Report(print), Share(part, 4)) for part in range(4)]
     names = [[job.source.name for group in groups for job, _ in group.jobs] for groups in parts]
     assert sorted(names) == [["a.png"], ["b.png"], ["c.png"], ["d.png"]]
@@ -605,7 +606,7 @@ def test_few_photographs_of_many_shapes_are_shared_out(tmp_path):
 
 def test_portraits_share_the_batch_of_landscapes(tmp_path):
     sizes = {f"{i}.png": (32, 48) for i in range(8)} | {f"p{i}.png": (48, 32) for i in range(3)}
-    jobs = find_jobs(save_photos(tmp_path / "in", sizes), tmp_path / "out", "png")
+    jobs = find_jobs([save_photos(tmp_path / "in", sizes)], tmp_path / "out").jobs
     groups = plan_groups(jobs, dataclasses.replace(SMALL, photo_batch=8), 1, Report(print))
     assert sorted((len(group.jobs), group.several) for group in groups) == [(3, True), (8, True)]
 
@@ -630,7 +631,7 @@ def test_the_last_photograph_in_a_large_batch_is_tried_alone(tmp_path):
     settings = dataclasses.replace(SMALL, photo_batch=2)
     for index in range(4):
         finished_before(tmp_path / f"out/{index}.png")
-    jobs = find_jobs(source, tmp_path / "out", "png")
+    jobs = find_jobs([source], tmp_path / "out").jobs
     groups = unfinished(plan_groups(jobs, settings, 1, report), report)
     assert [(len(group.jobs), group.several) for group in groups] == [(1, True)]
     upscale_groups(device, groups, settings, report)
@@ -648,7 +649,7 @@ def test_other_errors_of_the_device_are_not_hidden(tmp_path, at_launch):
 def test_files_that_change_or_vanish_meanwhile(tmp_path):
     source = save_photos(tmp_path / "in", {"a.png": (32, 32), "b.png": (32, 32), "c.png": (32, 32)})
     stand_in, report = StandIn({}), Report(lambda line: None)
-    groups = plan_groups(find_jobs(source, tmp_path / "out", "png"), SMALL, 2, report)
+    groups = plan_groups(find_jobs([source], tmp_path / "out").jobs, SMALL, 2, report)
     save_photos(source, {"a.png": (40, 40)})
     (source / "c.png").unlink()
     upscale_groups(stand_in, groups, SMALL, report)

@@ -19,11 +19,12 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.upscaling import loading
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.engine import Engine
-from tsdsr_jax.upscaling.jobs import FileJob, Report, find_jobs
+from tsdsr_jax.upscaling.jobs import FileJob, Report
 from tsdsr_jax.upscaling.loading import load_engine
 from tsdsr_jax.upscaling.options import UpscaleOptions, complete_options
 from tsdsr_jax.upscaling.planning import Group, Settings, plan_groups
 from tsdsr_jax.upscaling.rehearsal import compile_ahead
+from tsdsr_jax.upscaling.targets import find_jobs
 
 _compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -68,7 +69,7 @@ def planned(folder: Path, sizes: list[tuple[int, int]]) -> tuple[list[Group[File
         upscale=2, process_size=64, latent_tile=8, latent_overlap=2, max_pixels=10**7, photo_batch=2
     )
     report = Report(lambda line: None)
-    jobs = find_jobs(folder / "in", folder / "out", "png")
+    jobs = find_jobs([folder / "in"], folder / "out").jobs
     return plan_groups(jobs, settings, 1, report), settings, report
 
 

@@ -17,8 +17,9 @@ from tiny_checkpoint import (
 from tsdsr_jax.upscaling import tiling
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.engine import Bands, Engine, LoadedNetworks, Prepared
-from tsdsr_jax.upscaling.jobs import Report, find_jobs
+from tsdsr_jax.upscaling.jobs import Report
 from tsdsr_jax.upscaling.planning import Settings, SizePlan, plan_groups
+from tsdsr_jax.upscaling.targets import find_jobs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -202,7 +203,7 @@ def test_the_next_batch_is_launched_before_waiting_for_the_last(tmp_path):
         Image.fromarray(synthetic_photo(32, 32, index)).save(tmp_path / f"in/{index}.png")
     settings = Settings(2, process_size=64, latent_tile=8, latent_overlap=2, photo_batch=2)
     recorder, report = Recorder(), Report(print)
-    jobs = find_jobs(tmp_path / "in", tmp_path / "out", "png")
+    jobs = find_jobs([tmp_path / "in"], tmp_path / "out").jobs
     upscale_groups(recorder, plan_groups(jobs, settings, 1, report), settings, report)
     assert report.written == 8 and not report.failures
     assert recorder.events == [

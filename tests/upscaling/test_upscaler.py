@@ -99,6 +99,35 @@ def test_noise_follows_seed_and_picture_and_nothing_else(small):
     assert (small(first, latent="mode", seed=1) == small(first, latent="mode", seed=2)).all()
 
 
+@pytest.mark.parametrize("color", ["wavelet", "adain"])
+def test_a_disc_over_hidden_black_has_no_ring(small, color):
+    y, x = np.mgrid[:24, :24]
+    alpha = np.clip((8 - np.hypot(y - 11.5, x - 11.5)) * 255 + 128, 0, 255).astype(np.uint8)
+    discs = [
+        Image.fromarray(
+            np.dstack([np.where(alpha[..., None] > 0, np.uint8(shade), 0), alpha]).astype(np.uint8)
+        )
+        for shade in ((255, 255, 255), (230, 40, 40), (20, 60, 200))
+    ]
+    *results, nothing = small([*discs, Image.new("RGBA", (24, 24))], color=color)
+    assert nothing.size == (96, 96) and nothing.getextrema()[3] == (0, 0), (
+        "a fully transparent picture is one, too"
+    )
+    for disc, result in zip(discs, results, strict=True):
+        *shade, _ = disc.getpixel((12, 12))
+        rgb, shown = np.asarray(result)[..., :3].astype(int), np.asarray(result)[..., 3] > 7
+        assert np.abs(rgb - shade)[shown].max() <= 15
+        assert shown.sum() > 16 * shown.size // 40
+
+
+def test_notes_about_files_are_told(small, photos, tmp_path):
+    path, notes = tmp_path / "a.jpg", []
+    Image.open(photos / "2.png").convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:-2])
+    small(path, on_note=notes.append)
+    assert notes == [f"{path}: its end marker is missing; its pixels are all there"]
+
+
 def test_progress_is_told(small):
     told = []
     small([tiny.synthetic_photo(16, 16, seed) for seed in range(3)], progress=lambda *step: told.append(step))
@@ -142,7 +171,10 @@ def test_large_pictures_are_refused_before_they_are_decoded(small, tmp_path, mon
         (array, "^pictures: has 9×9 pixels, more than max_pixels 80"),
         (Image.fromarray(array), "^pictures: has 9 x 9 = 81 pixels, more than the limit of 80"),
         (tmp_path / "cut.png", "cut.png: has 9 x 9 = 81 pixels, more than the limit of 80"),
-        (array[:3, :3], "^pictures: would be processed at 64×64 pixels, more than max_pixels 80"),
+        (
+            array[:3, :3],
+            "^pictures: 3×3 pixels enlarged 4 times make 64×64, .*max_pixels 80; make it smaller, or max_pixels",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             small(picture)

@@ -117,7 +117,9 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__, groups=EVALUATING)
     references, names = _check(options)
     logs = _log_files(options)
-    inputs = by_name(options.lr_imgs)[0] if options.lr_imgs else {}
+    inputs, unusable = by_name(options.lr_imgs) if options.lr_imgs else ({}, [])
+    for line in unusable:
+        print(f"note: {printable(line)}", file=sys.stderr)
     found = [
         find_pairs(results, reference)
         for results, reference in zip(options.inp_imgs, references, strict=True)
@@ -137,6 +139,8 @@ def main() -> None:
             methods.append(MeasuredMethod(name, measured))
     evaluation = _Evaluation(methods, metrics, missing, options.compare)
     print(evaluation.tables, flush=True)
+    for line in dict.fromkeys(note for method in methods for note in method.measured.notes):
+        print(printable(line), file=sys.stderr)
     _complain(evaluation.problems)
     if logs:
         _write_logs(options, logs, evaluation)
@@ -171,10 +175,14 @@ def _check(options: Options) -> tuple[list[Path | None], list[str]]:
 
 
 def _method_names(options: Options) -> list[str]:
-    """`--names`, or the folders' own names, or their paths if names repeat."""
-    names = list(options.names) or [folder.resolve().name for folder in options.inp_imgs]
-    if not options.names and len(set(names)) < len(names):
-        names = [str(folder) for folder in options.inp_imgs]
+    """`--names`, or the folders' own names, with as many of the folders above as tell them apart."""
+    names = list(options.names)
+    paths = [folder.resolve().parts for folder in options.inp_imgs]
+    for parts in range(1, max(map(len, paths)) + 1):
+        if not options.names:
+            names = ["/".join(path[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
     names = [printable(name) for name in names]
     repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:

@@ -33,7 +33,7 @@ from tsdsr_jax.data.crops import Crops, Planned, SetLayout, plan
 from tsdsr_jax.data.manifest import read_manifest
 from tsdsr_jax.data.manifest_writer import ManifestWriter
 from tsdsr_jax.data.options import PairOptions
-from tsdsr_jax.data.photos import Photographs, Survey, own_prompt
+from tsdsr_jax.data.photos import CROP_STEP, CropConfig, Photographs, Survey, own_prompt
 from tsdsr_jax.data.preview import PREVIEW_DRAWS, check_preview_path, write_preview_sheet
 from tsdsr_jax.data.set_prompts import Embedder, PromptChoice, Prompts, find_prompts
 from tsdsr_jax.data.sources import look_at, open_sets
@@ -108,6 +108,12 @@ class Options(PairOptions):
     preview_photos: int = 6
     """Number of photographs on the sheet."""
 
+    def smallest_crop(self) -> CropConfig:
+        """What every photograph must hold: a crop, or, if samples are whole photographs, the smallest possible sample."""
+        if self.crops != "whole" or self.preview:
+            return self.crop()
+        return dataclasses.replace(self.crop(), height=CROP_STEP, width=CROP_STEP)
+
     def encoder_options(self) -> EncoderOptions:
         return EncoderOptions(
             dtype=self.prompt_dtype,
@@ -131,7 +137,7 @@ def main() -> None:
     if options.prompt_device != "cpu":
         # The text encoders run in PyTorch on the same GPU, of whose memory JAX would otherwise reserve most.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    found = look_at(options.hr_dir, options.crop().minimum, tqdm.write, options.output_dir)
+    found = look_at(options.hr_dir, options.smallest_crop(), tqdm.write, options.output_dir)
     if options.preview:
         _preview(options, options.preview, found)
     else:
@@ -198,7 +204,7 @@ def _preview(options: Options, path: Path, found: Survey) -> None:
 def _prepare(options: Options, output: Path, model: Checkpoint, found: Survey) -> None:
     check_fit(model.network("transformer"), model.network("vae"))
     photographs = Photographs(
-        found.photographs, options.crop(), options.degradation(), options.seed, own_prompts=False
+        found.photographs, options.smallest_crop(), options.degradation(), options.seed, own_prompts=False
     )
     samples = plan(found.photographs, options.crops, options.crop(), options.crops_per_photo)
     _note_sizes(options, samples)
@@ -267,12 +273,17 @@ def _settings(
     for path, array in model.network("vae").leaves():
         digest.add(path, array)
     encoders = options.text_encoder_path or options.pretrained_model_name_or_path
+    crop = dataclasses.asdict(options.crop())
+    if (
+        crop["small"] == "leave_out"
+    ):  # the photographs' fingerprint tells; sets made before there was a choice go on
+        del crop["small"]
     settings = {
         "photographs": photographs.fingerprint(),
         "samples": len(samples),
         "seed": options.seed,
         "crops": options.crops,
-        "crop": dataclasses.asdict(options.crop()),
+        "crop": crop,
         "crops_per_photo": options.crops_per_photo if options.crops == "random" else None,
         "samples_per_file": options.samples_per_file if options.layout == "shards" else None,
         "degradation": dataclasses.asdict(options.degradation()),
@@ -314,7 +325,13 @@ def _report(
     options: Options, output: Path, found: Survey, writer: SetWriter, manifest: ManifestWriter, planned: int
 ) -> bool:
     """Prints what has been made. Returns whether the set is complete."""
-    more = {"planned": planned, "small": found.small, "unreadable": found.unreadable, "versions": versions()}
+    more = {
+        "planned": planned,
+        "small": found.small,
+        "smaller_than_crops": found.below_crop,
+        "unreadable": found.unreadable,
+        "versions": versions(),
+    }
     missing = manifest.finish(writer, more)
     if missing:
         of = cli.share(options.shard).of

@@ -61,9 +61,9 @@ def _whole(photograph: Photograph) -> Box:
 
 
 def _grid(photograph: Photograph, config: CropConfig) -> list[Box]:
-    rows, columns = max(1, photograph.height // config.height), max(1, photograph.width // config.width)
-    top, left = (max(0, photograph.height - rows * config.height) // 2,
-                 max(0, photograph.width - columns * config.width) // 2)  # fmt: skip
+    height, width = config.fitted(photograph.height, photograph.width)
+    rows, columns = max(1, height // config.height), max(1, width // config.width)
+    top, left = (max(0, height - rows * config.height) // 2, max(0, width - columns * config.width) // 2)
     return [
         Box(top + row * config.height, left + column * config.width, config.height, config.width)
         for row in range(rows)

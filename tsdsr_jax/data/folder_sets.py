@@ -7,7 +7,8 @@
     ROOT/pool_embeds/NAME.pt         its pooled prompt                            ([1,] P)
 
 `prompt_embeds/NAME.safetensors`, which `convert/prompts.py` writes, can replace the last two. Any names are allowed, and
-images may have any format that `images.files` reads. The files in `lr_bicubic` determine the samples.
+images may have any format that `images.files` reads. The files in `lr_bicubic` determine the samples. Names may differ in
+their Unicode form.
 
 No jax here: Grain's workers import this.
 """
@@ -26,7 +27,9 @@ from tsdsr_jax.data.manifest import MANIFEST, check_complete, has_manifest, read
 from tsdsr_jax.data.record import Record, spread
 from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.hints import command
+from tsdsr_jax.images.display import displayed
 from tsdsr_jax.images.files import IMAGE_SUFFIXES, read_photo
+from tsdsr_jax.images.search import composed, unread_pictures
 from tsdsr_jax.weights.prompt_files import (
     TORCH_POOLED_FOLDER,
     TORCH_PROMPT_FOLDER,
@@ -93,7 +96,7 @@ class PreparedFolder:
         """
         digest = hashlib.sha256()
         for files in self.files:
-            digest.update(f"{files.lr.name}\n".encode())
+            digest.update(f"{composed(files.lr.name)}\n".encode())
         for indices, content in (
             (spread(len(self), _SIZES_IN_FINGERPRINT), _file_size),
             (spread(len(self)), Path.read_bytes),
@@ -124,7 +127,8 @@ def _sample_files(root: Path) -> list[SampleFiles]:
     if twice:
         raise UserError(f"{listed(twice)}: several images have this name; keep one of them")
     tensors = {
-        folder: _names(root / folder) for folder in (LATENT_FOLDER, TORCH_PROMPT_FOLDER, TORCH_POOLED_FOLDER)
+        folder: {composed(name): root / folder / name for name in _names(root / folder)}
+        for folder in (LATENT_FOLDER, TORCH_PROMPT_FOLDER, TORCH_POOLED_FOLDER)
     }
     found, missing = [], defaultdict(list)
     for stem, (lr,) in sorted(images[LR_FOLDER].items()):
@@ -139,10 +143,10 @@ def _sample_files(root: Path) -> list[SampleFiles]:
                 if pickled not in tensors[folder]:
                     missing[folder].append(stem)
         if not missing:
-            prompt = root / TORCH_PROMPT_FOLDER / (both if together else pickled)
-            pooled = None if together else root / TORCH_POOLED_FOLDER / pickled
+            prompt = tensors[TORCH_PROMPT_FOLDER][both if together else pickled]
+            pooled = None if together else tensors[TORCH_POOLED_FOLDER][pickled]
             found.append(
-                SampleFiles(lr, images[HR_FOLDER][stem][0], root / LATENT_FOLDER / pickled, prompt, pooled)
+                SampleFiles(lr, images[HR_FOLDER][stem][0], tensors[LATENT_FOLDER][pickled], prompt, pooled)
             )
     if missing:
         lines = [
@@ -165,12 +169,18 @@ _ALL_FOLDERS = ", ".join((LR_FOLDER, HR_FOLDER, LATENT_FOLDER, TORCH_PROMPT_FOLD
 
 
 def _images(folder: Path) -> dict[str, list[Path]]:
-    """Stem -> image files, sorted."""
+    """Stem in composed Unicode -> image files, sorted.
+
+    Raises:
+      UserError: there are pictures of formats that are not read; without them the set would be another.
+    """
+    paths = [folder / name for name in sorted(_names(folder)) if not name.startswith(".")]
+    if unread := unread_pictures(paths):
+        raise UserError(f"{folder}: {unread[0]}")
     found = defaultdict(list)
-    for name in sorted(_names(folder)):
-        path = folder / name
-        if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-            found[path.stem].append(path)
+    for path in paths:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            found[composed(path.stem)].append(path)
     return dict(found)
 
 
@@ -184,7 +194,7 @@ def _names(folder: Path) -> set[str]:
 
 def read_images(files: SampleFiles) -> tuple[np.ndarray, np.ndarray]:
     """lr and hr, both (H, W, 3) uint8."""
-    lr, hr = (read_photo(path, _MAX_PIXELS).rgb for path in (files.lr, files.hr))
+    lr, hr = (displayed(read_photo(path, _MAX_PIXELS)) for path in (files.lr, files.hr))
     if lr.shape != hr.shape:
         raise UserError(
             f"{files.lr}: {lr.shape[1]}×{lr.shape[0]} pixels, but {files.hr} has {hr.shape[1]}×{hr.shape[0]}; "

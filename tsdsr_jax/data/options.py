@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from tsdsr_jax.data.degradation import DegradationConfig, light
-from tsdsr_jax.data.photos import CROP_STEP, CropConfig
+from tsdsr_jax.data.photos import CROP_STEP, CropConfig, SmallPhotos
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.bundled import prompt_folder
 
@@ -21,6 +21,9 @@ class CropOptions:
     model can handle."""
     min_size: int | None = None
     """Leave out photographs with fewer pixels than a square of this side. Default: 3/4 of the crops' shorter side."""
+    small_photos: SmallPhotos = "leave_out"
+    """What to do with photographs that have a shorter side than the crops: leave_out; enlarge, which makes them blurred; or
+    mirror, which extends them by their mirror image, as the published pipeline does."""
     sharpen_gt: bool = True
     """Sharpen the photographs with an unsharp mask before they are used, as the published pipeline does by default."""
 
@@ -32,7 +35,7 @@ class CropOptions:
         sides = self.crop_size or (512,)
         height, width = sides if len(sides) == 2 else sides * 2
         minimum = min(height, width) * 3 // 4 if self.min_size is None else self.min_size
-        return CropConfig(height, width, minimum)
+        return CropConfig(height, width, minimum, small=self.small_photos)
 
     def degradation(self) -> DegradationConfig:
         return DegradationConfig(sharpen=self.sharpen_gt)

@@ -1,5 +1,7 @@
 """Folders of photographs as training samples, cropped and degraded while they are read.
 
+Samples show photographs as a screen does: in sRGB, and over white where they are transparent.
+
 No jax here: Grain's workers run this.
 """
 
@@ -10,21 +12,25 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from tsdsr_jax.data.degradation import DegradationConfig, DegradedPair, degrade, target
 from tsdsr_jax.data.record import Record, spread
-from tsdsr_jax.errors import UserError
+from tsdsr_jax.errors import UserError, listed
+from tsdsr_jax.images.display import displayed
 from tsdsr_jax.images.files import read_photo, read_size
-from tsdsr_jax.images.resize import reflect_pad
+from tsdsr_jax.images.resize import pillow_bicubic, reflect_pad
+from tsdsr_jax.images.search import beside, composed
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, load_prompt_embeds
 
 # Half a gigabyte decoded, one per worker; no camera's pictures are larger.
 MAX_PHOTOGRAPH_PIXELS = 180_000_000
 # The autoencoder's factor times the transformer's patch size.
 CROP_STEP = 16
+# What to do with photographs that a crop does not fit into.
+SmallPhotos = Literal["leave_out", "enlarge", "mirror"]
 _STREAM = 0x70686F74  # makes draws independent of those for the samples' order
 
 
@@ -33,15 +39,30 @@ class CropConfig:
     """How photographs are cropped.
 
     Attributes:
-      height, width: size of the crops. Smaller photographs are mirrored at their right and bottom edges.
+      height, width: size of the crops.
       minimum: photographs of fewer than minimum² pixels are left out.
       flip: probability of mirroring left to right.
+      small: what becomes of photographs with a shorter side than the crops: they are left out, enlarged, or extended by
+        their mirror image at the right and the bottom. Enlarged ones are blurred, and mirrored ones show objects upside
+        down; the published training sets have hardly any of either.
     """
 
     height: int = 512
     width: int = 512
     minimum: int = 384
     flip: float = 0.5
+    small: SmallPhotos = "leave_out"
+
+    def exceeds(self, height: int, width: int) -> bool:
+        """Whether a crop does not fit into a photograph of this size."""
+        return height < self.height or width < self.width
+
+    def fitted(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which a photograph is cropped: its own, or a larger one if it is enlarged."""
+        if self.small == "mirror" or not self.exceeds(height, width):
+            return height, width
+        scale = max(self.height / height, self.width / width)
+        return max(self.height, round(height * scale)), max(self.width, round(width * scale))
 
 
 class Photograph(NamedTuple):
@@ -72,23 +93,27 @@ class Survey(NamedTuple):
 
     Attributes:
       photographs: the usable ones, in a fixed order.
-      small: names of those that are too small.
+      small: names of those with fewer pixels than the minimum, which are left out.
+      below_crop: names of those with a shorter side than the crops; `CropConfig.small` says what becomes of them.
       unreadable: one message for each that cannot be read.
     """
 
     photographs: list[Photograph]
     small: list[str]
+    below_crop: list[str]
     unreadable: list[str]
 
 
 def survey(
-    files: Sequence[tuple[Path, Path]], minimum: int, progress: Callable[[int], object] = lambda count: None
+    files: Sequence[tuple[Path, Path]],
+    crop: CropConfig,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> Survey:
     """Reads the header of every photograph.
 
     Args:
       files: pairs of a file and the folder below which it was found.
-      minimum: photographs of fewer than minimum² pixels are too small.
+      crop: decides which photographs are too small.
       progress: called with the number of files read since the last call.
 
     Raises:
@@ -111,16 +136,45 @@ def survey(
         looks = list(pool.map(look, files))
     unreadable = [look for look in looks if isinstance(look, str)]
     photographs = [look for look in looks if isinstance(look, Photograph)]
-    small = [str(photo.path) for photo in photographs if photo.height * photo.width < minimum**2]
-    photographs = [photo for photo in photographs if photo.height * photo.width >= minimum**2]
-    if not photographs:
-        reasons = (
-            [f"{len(small)} have fewer than {minimum}×{minimum} pixels (see --min_size)"] if small else []
-        )
-        reasons += [f"{len(unreadable)} cannot be read, such as {unreadable[0]}"] if unreadable else []
+    small: list[Photograph] = []
+    below: list[Photograph] = []
+    used: list[Photograph] = []
+    for photo in photographs:
+        few, exceeded = photo.height * photo.width < crop.minimum**2, crop.exceeds(photo.height, photo.width)
+        if exceeded and (crop.small == "leave_out" or not few):
+            below.append(photo)
+        elif few:
+            small.append(photo)
+        if not few and not (exceeded and crop.small == "leave_out"):
+            used.append(photo)
+    if not used:
         roots = ", ".join(sorted({str(root) for _, root in files}))
-        raise UserError(f"{roots}: none of the {len(files)} images can be used: {'; '.join(reasons)}")
-    return Survey(photographs, small, unreadable)
+        reasons = "; ".join(_why_none(small, below, unreadable, crop))
+        raise UserError(f"{roots}: none of the {len(files)} images can be used: {reasons}")
+    return Survey(
+        used, [str(photo.path) for photo in small], [str(photo.path) for photo in below], unreadable
+    )
+
+
+def _why_none(
+    small: Sequence[Photograph], below: Sequence[Photograph], unreadable: Sequence[str], crop: CropConfig
+) -> list[str]:
+    reasons = []
+    if below:
+        # What half of them would fit.
+        side = sorted(min(photo.height, photo.width) for photo in below)[len(below) // 2]
+        smaller = (
+            f" (--crop_size {side // CROP_STEP * CROP_STEP} would fit most)" if side >= CROP_STEP else ""
+        )
+        reasons.append(
+            f"{len(below)} are smaller than the crops of {crop.height}×{crop.width} pixels; choose smaller ones{smaller}, "
+            "or --small_photos enlarge"
+        )
+    if small:
+        reasons.append(f"{len(small)} have fewer than {crop.minimum}×{crop.minimum} pixels (see --min_size)")
+    if unreadable:
+        reasons.append(f"{len(unreadable)} cannot be read, such as {unreadable[0]}")
+    return reasons
 
 
 def _has_text_name(path: Path) -> bool:
@@ -132,14 +186,23 @@ def _has_text_name(path: Path) -> bool:
     return True
 
 
-def left_out(found: Survey, minimum: int) -> list[str]:
-    """Messages that say how many photographs are left out, which ones, and why."""
+def left_out(found: Survey, crop: CropConfig) -> list[str]:
+    """Messages that say how many photographs are left out or changed, which ones, and why."""
     lines = []
     if found.small:
-        names = ", ".join(found.small[:5]) + (", ..." if len(found.small) > 5 else "")
         lines.append(
-            f"{len(found.small)} photographs have fewer than {minimum}×{minimum} pixels and are left out (see --min_size): "
-            + names
+            f"{len(found.small)} photographs have fewer than {crop.minimum}×{crop.minimum} pixels and are left out "
+            f"(see --min_size): {listed(found.small, 5)}"
+        )
+    if found.below_crop:
+        become = {
+            "leave_out": "left out",
+            "enlarge": "enlarged",
+            "mirror": "extended by their mirror image, with objects upside down",
+        }
+        lines.append(
+            f"{len(found.below_crop)} photographs are smaller than the crops of {crop.height}×{crop.width} pixels and are "
+            f"{become[crop.small]} (see --small_photos): {listed(found.below_crop, 5)}"
         )
     if found.unreadable:
         lines.append(f"{len(found.unreadable)} images cannot be read and are left out:")
@@ -149,10 +212,10 @@ def left_out(found: Survey, minimum: int) -> list[str]:
 
 
 def random_crop(image: np.ndarray, config: CropConfig, generator: np.random.Generator) -> np.ndarray:
-    """A random crop, mirrored at random; small images are extended by reflection. (H, W, 3) -> (height, width, 3)."""
+    """A random crop, flipped left to right at random, of an (H, W, 3) image of any size -> (height, width, 3)."""
     if generator.random() < config.flip:
         image = image[:, ::-1]
-    image = _extended(image, config.height, config.width)
+    image = _extended(_fitted(image, config), config.height, config.width)
     top = int(generator.integers(image.shape[0] - config.height + 1))
     left = int(generator.integers(image.shape[1] - config.width + 1))
     return image[top : top + config.height, left : left + config.width]
@@ -162,6 +225,12 @@ def cut_out(image: np.ndarray, box: Box) -> np.ndarray:
     """The part of an image in a box, which may exceed the image."""
     image = _extended(image, box.top + box.height, box.left + box.width)
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _fitted(image: np.ndarray, config: CropConfig) -> np.ndarray:
+    """Enlarges an image that is smaller than the crops, unless it is to be mirrored."""
+    size = config.fitted(*image.shape[:2])
+    return image if size == image.shape[:2] else pillow_bicubic(np.ascontiguousarray(image), *size)
 
 
 def _extended(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -226,9 +295,12 @@ class Photographs:
 
     def _crop(self, index: int, draw: int, box: Box | None) -> tuple[np.ndarray, np.random.Generator]:
         """A crop, float32 in [0, 1], and the generator for all further draws."""
-        photo = read_photo(self.photographs[index].path, MAX_PHOTOGRAPH_PIXELS).rgb
+        photo = displayed(read_photo(self.photographs[index].path, MAX_PHOTOGRAPH_PIXELS))
         generator = np.random.default_rng([_STREAM, self.seed, draw, index])
-        crop = random_crop(photo, self.crop, generator) if box is None else cut_out(photo, box)
+        if box is None:
+            crop = random_crop(photo, self.crop, generator)
+        else:
+            crop = cut_out(_fitted(photo, self.crop), box)
         return crop.astype(np.float32) / 255, generator
 
     def _prompt(self, index: int) -> PromptEmbeds | None:
@@ -239,7 +311,9 @@ class Photographs:
         """A hash of all names and sizes, of which photographs have prompts, and of the content of 16 evenly spaced ones."""
         digest = hashlib.sha256()
         for photo, prompt in zip(self.photographs, self.prompts, strict=True):
-            digest.update(f"{photo.name} {photo.height} {photo.width} {prompt is not None}\n".encode())
+            digest.update(
+                f"{composed(photo.name)} {photo.height} {photo.width} {prompt is not None}\n".encode()
+            )
         for index in spread(len(self)):
             digest.update(self.photographs[index].path.read_bytes())
         return digest.hexdigest()
@@ -247,5 +321,4 @@ class Photographs:
 
 def own_prompt(path: Path) -> Path | None:
     """The prompt embedding beside a photograph, as `convert/prompts.py` writes it, if there is one."""
-    beside = path.with_suffix(".safetensors")
-    return beside if beside.is_file() else None
+    return beside(path, ".safetensors")

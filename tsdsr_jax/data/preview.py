@@ -13,7 +13,9 @@ from tsdsr_jax.atomic import replacing
 from tsdsr_jax.data.degradation import DegradationConfig, degrade, to_bytes
 from tsdsr_jax.data.photos import MAX_PHOTOGRAPH_PIXELS, CropConfig, Photograph, random_crop
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.images.display import displayed
 from tsdsr_jax.images.files import read_photo
+from tsdsr_jax.images.pillow_state import reading_with_pillow
 from tsdsr_jax.images.sheet import comparison_sheet
 
 PREVIEW_DRAWS = 3
@@ -27,9 +29,9 @@ def check_preview_path(path: Path) -> None:
         raise UserError(f"--preview {path}: expected a name that ends in .png")
     if path.exists():
         try:
-            with Image.open(path) as image:
+            with reading_with_pillow(), Image.open(path) as image:
                 earlier = image.info.get(_MARK[0]) == _MARK[1]
-        except OSError:
+        except Exception:  # Pillow's decoders raise whatever they stumble over
             earlier = False
         if not earlier:
             raise UserError(
@@ -82,7 +84,7 @@ def _first_crop(
     """A random crop, float32 in [0, 1], of the first photograph that can be read."""
     for photograph in photographs:
         try:
-            photo = read_photo(photograph.path, MAX_PHOTOGRAPH_PIXELS).rgb
+            photo = displayed(read_photo(photograph.path, MAX_PHOTOGRAPH_PIXELS))
         except UserError as error:
             note(f"left out: {error}")
             continue

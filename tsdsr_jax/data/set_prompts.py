@@ -12,6 +12,7 @@ import numpy as np
 
 from tsdsr_jax.data.photos import Photograph
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.images.search import beside
 from tsdsr_jax.weights.prompt_files import DEFAULT_PROMPT, PromptEmbeds, read_text
 from tsdsr_jax.weights.text_encoders import EncoderOptions, encode_prompts
 
@@ -41,9 +42,9 @@ def find_prompts(photographs: Sequence[Photograph], choice: PromptChoice) -> Pro
     """
     found: list[str | None] = [None] * len(photographs)
     if choice != "default":
-        files = [photograph.path.with_suffix(".txt") for photograph in photographs]
+        files = [beside(photograph.path, ".txt") for photograph in photographs]
         # An empty file counts as no text: nobody wants the empty prompt on purpose.
-        found = [(read_text(file) or None) if file.is_file() else None for file in files]
+        found = [(read_text(file) or None) if file else None for file in files]
         lacking = [photo.name for photo, text in zip(photographs, found, strict=True) if text is None]
         if lacking and choice == "txt":
             raise UserError(

@@ -17,11 +17,11 @@ from tsdsr_jax.data.batches import SampleShapes, first_sample
 from tsdsr_jax.data.folder_sets import PreparedFolder
 from tsdsr_jax.data.manifest import is_sharded
 from tsdsr_jax.data.options import CropOptions, DataOptions, PairOptions
-from tsdsr_jax.data.photos import Photographs, Survey, left_out, survey
+from tsdsr_jax.data.photos import CropConfig, Photographs, Survey, left_out, survey
 from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.data.shard_sets import PreparedShards
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images.search import find_photographs
+from tsdsr_jax.images.search import beside, find_photographs
 from tsdsr_jax.weights.prompt_files import load_prompt_embeds
 from tsdsr_jax.weights.text_encoders import has_encoders
 
@@ -77,7 +77,7 @@ def open_images(
     output: Path | None = None,
 ) -> Data:
     """Opens crops of photographs, undegraded and without prompts; see `open_data` for arguments and errors."""
-    found = look_at(roots, options.crop().minimum, note, output)
+    found = look_at(roots, options.crop(), note, output)
     degradation = options.degradation()
     source = Photographs(
         found.photographs, options.crop(), degradation, seed, with_lr=False, own_prompts=False
@@ -88,8 +88,9 @@ def open_images(
 
 def crop_identity(options: CropOptions) -> dict[str, str]:
     crop = options.crop()
+    small = {"leave_out": "", "enlarge": ", smaller ones enlarged", "mirror": ", smaller ones mirrored"}
     return {
-        "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels",
+        "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels{small[crop.small]}",
         "sharpening": str(options.sharpen_gt),
     }
 
@@ -148,18 +149,21 @@ class Joined:
 
 
 def look_at(
-    roots: Sequence[Path], minimum: int, note: Callable[[str], object], output: Path | None = None
+    roots: Sequence[Path], crop: CropConfig, note: Callable[[str], object], output: Path | None = None
 ) -> Survey:
-    """Finds and surveys photographs, with a progress bar. Calls `note` about those that are left out, and ignores images
-    below `output`."""
-    found_below = [(path, root) for root in roots for path in find_photographs(root, output)]
+    """Finds and surveys photographs, with a progress bar. Calls `note` about those that are left out or changed, and ignores
+    images below `output`."""
+    searches = [(root, find_photographs(root, output)) for root in roots]
+    for line in dict.fromkeys(line for _, search in searches for line in search.left_out()):
+        note(line)
+    found_below = [(path, root) for root, search in searches for path in search.files]
     # A folder may be given twice, or be part of another.
     files = list({os.path.realpath(path): (path, root) for path, root in reversed(found_below)}.values())[
         ::-1
     ]
     with tqdm(total=len(files), desc="reading photographs' sizes", leave=False, disable=None) as bar:
-        found = survey(files, minimum, bar.update)
-    for line in left_out(found, minimum):
+        found = survey(files, crop, bar.update)
+    for line in left_out(found, crop):
         note(line)
     return found
 
@@ -168,7 +172,7 @@ def _open_photographs(
     options: DataOptions, seed: int, parts: Parts, note: Callable[[str], object], output: Path | None
 ) -> Photographs:
     crop = options.crop()
-    found = look_at(options.hr_dir, crop.minimum, note, output)
+    found = look_at(options.hr_dir, crop, note, output)
     source = Photographs(found.photographs, crop, options.degradation(), seed, with_lr=parts == "pairs")
     if lacking := [
         photo.name for photo, prompt in zip(found.photographs, source.prompts, strict=True) if not prompt
@@ -180,7 +184,7 @@ def _open_photographs(
                 f"{len(lacking)} of {len(source)} photographs have no prompt embedding beside them and get the default "
                 f"prompt's: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
             )
-        texts = sum(photo.path.with_suffix(".txt").is_file() for photo in found.photographs)
+        texts = sum(beside(photo.path, ".txt") is not None for photo in found.photographs)
         if texts:
             read = f"{texts} photographs have a .txt beside them, which is used only when a set is prepared"
             note(f"{read}{_how_to_prepare(options, output, whole=texts == len(source))}")

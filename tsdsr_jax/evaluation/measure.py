@@ -13,18 +13,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from tsdsr_jax.errors import UserError, first_line, printable
+from tsdsr_jax.errors import UserError, first_line, listed, printable
 from tsdsr_jax.evaluation.registry import Metric, PictureBatch, Values
 from tsdsr_jax.images.buckets import Size, plan_buckets
+from tsdsr_jax.images.display import displayed, not_displayed
 from tsdsr_jax.images.files import read_photo, read_size
-from tsdsr_jax.images.search import find_photographs
+from tsdsr_jax.images.search import composed, find_photographs
 
 _BATCH_PIXELS = 2**21  # eight pictures of 512×512
-_Pixels = tuple[np.ndarray, np.ndarray | None]
+
+
+class _Pixels(NamedTuple):
+    """The pictures of a pair as a screen shows them, whether parts of one are transparent, and the files' notes."""
+
+    result: np.ndarray
+    reference: np.ndarray | None
+    transparent: bool
+    notes: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Measured:
       values: pair's name -> metric's name -> value; values that could not be computed are absent.
       of_folder: metric's name -> value, for metrics of whole folders.
       problems: for each missing file or value, a line with the reason.
+      notes: further lines about the files, none of which is missing.
       missing: metric's name -> why it has no value at all.
     """
 
@@ -57,6 +68,7 @@ class Measured:
     values: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     of_folder: dict[str, float] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, metric: str) -> list[float]:
@@ -101,7 +113,8 @@ def by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Lists a folder's images by name, including subfolders.
 
     Returns:
-      Name -> file, and a line for each name that several files share.
+      Name -> file, and a line for each name that several files share and for whatever cannot be read. Names are composed
+      Unicode: macOS decomposes those of its files.
 
     Raises:
       UserError: the folder is missing or holds no images.
@@ -109,10 +122,11 @@ def by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
     if os.path.isfile(folder):
         raise UserError(f"{folder}: is a file; expected a folder of images")
     together: dict[str, list[Path]] = {}
-    for file in find_photographs(folder):
-        name = printable(file.relative_to(folder).with_suffix("").as_posix())
-        together.setdefault(name, []).append(file)
-    problems = [
+    photographs = find_photographs(folder)
+    for file in photographs.files:
+        name = composed(file.relative_to(folder).with_suffix("").as_posix())
+        together.setdefault(printable(name), []).append(file)
+    problems = photographs.left_out() + [
         f"{', '.join(map(str, files))}: several files with one name; keep only one"
         for files in together.values()
         if len(files) > 1
@@ -153,14 +167,22 @@ def measure(
             on_done(len(read.pairs))
 
         sound = [(pair, size) for pair, size in sized if not isinstance(size, str)]
+        transparent: list[str] = []
         for read in _batches(sound, device, max_pixels, pool):
             measured.problems += read.unread
+            measured.notes += read.notes
+            transparent += read.transparent
             on_done(len(read.unread))
             running.append((read, [_start(metric, read.batch) for metric in per_picture]))
             if len(running) > 1:
                 finish()
         while running:
             finish()
+    if transparent:
+        names = listed(sorted(transparent))
+        measured.notes.append(
+            f"{names}: measured over white, because they or their references are transparent"
+        )
     measured.pairs.sort(key=lambda pair: pair.name)
     for metric in metrics:
         if metric.over_folders:
@@ -187,11 +209,14 @@ def _size(pair: FilePair, max_pixels: int) -> Size | str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Read:
-    """A batch of pairs with their pixels, and a line for each that could not be read."""
+    """A batch of pairs with their pixels, a line for each that could not be read, the results of those with transparency,
+    and notes."""
 
     pairs: list[FilePair]
     batch: PictureBatch
     unread: list[str]
+    transparent: list[str]
+    notes: list[str]
 
 
 def _batches(
@@ -217,10 +242,17 @@ def _batches(
 
 
 def _pixels(pair: FilePair, max_pixels: int) -> _Pixels | str:
-    """A pair's result and reference, or a line with the reason why they cannot be read."""
+    """A pair's result and reference as a screen shows them, or a line with the reason why they cannot be measured."""
     try:
-        result = read_photo(pair.result, max_pixels).rgb
-        return result, read_photo(pair.reference, max_pixels).rgb if pair.reference else None
+        files = [file for file in (pair.result, pair.reference) if file]
+        photos = [read_photo(file, max_pixels) for file in files]
+        for file, photo in zip(files, photos, strict=True):
+            if reason := not_displayed(photo):
+                return f"{file}: {reason}; not measured"
+        result, reference = [*map(displayed, photos), None][:2]
+        assert result is not None
+        transparent = any(photo.alpha is not None and photo.alpha.min() < 255 for photo in photos)
+        return _Pixels(result, reference, transparent, [note for photo in photos for note in photo.notes])
     except UserError as error:
         return str(error)
     except MemoryError:
@@ -239,13 +271,19 @@ def _stack(
     results = np.zeros((count, *bucket, 3), np.uint8)
     references = np.zeros_like(results) if any(pair.reference for pair, _ in sound) else None
     sizes = np.full((count, 2), bucket, np.int32)
-    for index, (_, (result, reference)) in enumerate(sound):
+    for index, (_, (result, reference, *_)) in enumerate(sound):
         height, width = sizes[index] = result.shape[:2]
         results[index, :height, :width] = result
         if reference is not None and references is not None:
             references[index, :height, :width] = reference
     batch = PictureBatch(results, references, sizes, len(sound), device)
-    return _Read([pair for pair, _ in sound], batch, [found for found in pixels if isinstance(found, str)])
+    return _Read(
+        [pair for pair, _ in sound],
+        batch,
+        unread=[found for found in pixels if isinstance(found, str)],
+        transparent=[str(pair.result) for pair, one in sound if one.transparent],
+        notes=[note for _, one in sound for note in one.notes],
+    )
 
 
 def _start(metric: Metric, batch: PictureBatch) -> Values:

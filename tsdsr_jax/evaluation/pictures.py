@@ -154,7 +154,7 @@ def _bytes(image: Image.Image, photo: Photo, format: _Format) -> bytes:
     """Encodes an image with its color profile, but without EXIF, which may tell where a photograph was taken."""
     as_gray = photo.gray and format.name == "jpeg"
     # A gray profile needs a gray file, and WebP has no gray files.
-    icc = photo.icc if as_gray == photo.gray else None
+    icc = photo.metadata.icc if as_gray == photo.gray else None
     buffer = io.BytesIO()
     (image.convert("L") if as_gray else image).save(buffer, format.name, icc_profile=icc, **format.settings)
     return buffer.getvalue()

@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tsdsr_jax.errors import first_line
+from tsdsr_jax.images.display import displayed
+from tsdsr_jax.images.files import read_photo
+
+# The files have been read before, with the user's limit.
+_MAX_PIXELS = 2**31
 
 
 def is_installed() -> bool:
@@ -69,10 +75,19 @@ class PyIQA:
                 folder = Path(root, name)
                 folder.mkdir()
                 for number, file in enumerate(files):
-                    # Only the files that the other metrics measured.
-                    (folder / f"{number:06d}{file.suffix.lower()}").symlink_to(file.resolve())
+                    _place(file, folder / f"{number:06d}")
                 folders.append(str(folder))
             return float(self.model(*folders))
+
+
+def _place(file: Path, target: Path) -> None:
+    """Places a picture where pyiqa, which ignores profiles and alpha, finds it: a link, or a copy in sRGB over white."""
+    photo = read_photo(file, _MAX_PIXELS)
+    pixels = displayed(photo)
+    if pixels is photo.rgb:
+        target.with_suffix(file.suffix.lower()).symlink_to(file.resolve())
+    else:
+        Image.fromarray(pixels).save(target.with_suffix(".png"), compress_level=1)
 
 
 def load_pyiqa_metric(name: str) -> PyIQA | str:

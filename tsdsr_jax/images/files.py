@@ -1,39 +1,51 @@
 """Reads photographs from image files.
 
 The network takes only 8-bit RGB. Reading converts every kind of image file to that form, and keeps what belongs to the
-photograph (transparency, color profile, EXIF), so that `writing` can put it around the result. All sizes are (height, width)
-in pixels as the viewer sees them, after the EXIF orientation.
+photograph (transparency, the meaning of its colors, EXIF and the like), so that `writing` can put it around the result. All
+sizes are (height, width) in pixels as the viewer sees them, after the EXIF orientation.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import TiffImageFile
 
-from tsdsr_jax.errors import UserError
+from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.images.jpeg_end import with_end_marker
 from tsdsr_jax.images.metadata import (
     ORIENTATIONS,
-    carried_exif,
-    carried_profile,
+    Metadata,
+    carried_metadata,
     orientation_of,
-    png_has_trailing_metadata,
-    read_exif,
+    stored_metadata,
 )
+from tsdsr_jax.images.pillow_state import reading_with_pillow
 from tsdsr_jax.images.pixels import decoded_pixels, raw_mode_of, turned
+from tsdsr_jax.images.png_chunks import PngParts, is_png, read_png
+from tsdsr_jax.images.transparency import fill_hidden
+from tsdsr_jax.images.unread_kinds import unread_kind
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+)  # fmt: skip
 """Suffixes of the files that count as images in a folder; compare with `path.suffix.lower()`."""
 
 # Only these decoders are tried, whatever a file is called: one of Pillow's others starts Ghostscript.
-_DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
+# Formats whose files may hold several pictures of equal rank, and what those are called. (PNG: see `png_chunks`. The further
+# pictures of a JPEG are previews, depths or gain maps.)
+_PAGES = {"TIFF": "pages", "GIF": "frames", "WEBP": "frames"}
+_DNG_VERSION = 50706
+_KIND_BYTES = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,18 +53,18 @@ class Photo:
     """A photograph as the network takes it, and the metadata for its result.
 
     Attributes:
-        rgb: (H, W, 3) uint8, upright.
+        rgb: (H, W, 3) uint8, upright. Where alpha hides them, the colors are those of the nearest visible pixels.
         alpha: (H, W) uint8, 255 opaque; None if the file has no transparency. Kept even if it is 255 throughout.
         gray: whether the file holds gray values; `rgb` then has three equal channels.
-        icc: the color profile that describes the pixels; None means sRGB.
-        exif: EXIF block starting with b"Exif", without orientation and pixel sizes, or None.
+        metadata: what the result keeps, where its format can hold it.
+        notes: a line for everything about the file that the user should know. Each names the file.
     """
 
     rgb: np.ndarray
     alpha: np.ndarray | None
     gray: bool
-    icc: bytes | None
-    exif: bytes | None
+    metadata: Metadata = field(default_factory=Metadata)
+    notes: tuple[str, ...] = ()
 
 
 def read_photo(path: str | Path, max_pixels: int) -> Photo:
@@ -62,7 +74,7 @@ def read_photo(path: str | Path, max_pixels: int) -> Photo:
     point is expected in [0, 1]. CMYK and Lab become sRGB, through the embedded profile where it fits.
 
     Args:
-        path: a PNG, JPEG, WebP, BMP or TIFF file, whatever its suffix.
+        path: a PNG, JPEG, WebP, BMP, TIFF or GIF file, whatever its suffix.
         max_pixels: refuse larger pictures, before decoding them.
 
     Returns:
@@ -71,8 +83,7 @@ def read_photo(path: str | Path, max_pixels: int) -> Photo:
     Raises:
         UserError: missing, unreadable, damaged, cut short, too large, or of a kind that cannot be read safely.
     """
-    with _opened_file(Path(path)) as file:
-        return _decode(file, str(path), max_pixels)
+    return decode_photo(read_content(Path(path)), str(path), max_pixels)
 
 
 def read_content(path: Path) -> bytes:
@@ -83,49 +94,96 @@ def read_content(path: Path) -> bytes:
 
 def decode_photo(content: bytes, name: str, max_pixels: int) -> Photo:
     """Decodes an image file's bytes as `read_photo` does; `name` is what messages call it."""
-    return _decode(io.BytesIO(content), name, max_pixels)
+    png = read_png(io.BytesIO(content), pixels=True) if is_png(content) else None
+    remarks = list(png.remarks) if png else []
+    with reading_with_pillow() as warned:
+        try:
+            photo = _decoded(content, png, name, max_pixels)
+        except _DamagedPixels:
+            completed = with_end_marker(content)
+            if completed is None:
+                raise
+            photo = _decoded(completed, None, name, max_pixels)
+            remarks.append("its end marker is missing; its pixels are all there")
+    remarks += [f"Pillow remarks: {first_line(remark)}" for remark in warned]
+    return _with_remarks(photo, name, remarks)
+
+
+def _with_remarks(photo: Photo, name: str, remarks: Iterable[str]) -> Photo:
+    return replace(photo, notes=(*photo.notes, *(f"{name}: {remark}" for remark in remarks)))
 
 
 def photo_of(image: Image.Image, name: str, max_pixels: int) -> Photo:
-    """Converts a Pillow image as `read_photo` does its file; `name` is what messages call it."""
-    _check_size(name, image, max_pixels)
-    raw_mode = raw_mode_of(image)
-    _load(image, name)
-    rgb, alpha, gray = decoded_pixels(image, raw_mode, name)
-    # After decoding: a PNG may have its EXIF behind the pixels, and Pillow turns TIFFs upright itself.
-    exif = read_exif(image)
-    turn = ORIENTATIONS[orientation_of(exif)]
-    return Photo(
-        rgb=turned(rgb, turn),
-        alpha=None if alpha is None else turned(alpha, turn),
-        gray=gray,
-        icc=carried_profile(image, gray),
-        exif=carried_exif(exif, is_tiff=image.format == "TIFF"),
-    )
+    """Converts a Pillow image as `read_photo` does its file; `name` is what messages call it.
+
+    EXIF is kept only if the image holds it as a block, as those from a JPEG, PNG or WebP file do.
+    """
+    with reading_with_pillow() as warned:
+        photo = _photo_of(image, stored_metadata(image), name, max_pixels)
+    return _with_remarks(photo, name, [f"Pillow remarks: {first_line(remark)}" for remark in warned])
 
 
 def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
-    """Reads the height and width of the upright picture from the header.
-
-    Pixels are decoded only for a PNG that has metadata behind them, where the orientation may be.
+    """Reads the height and width of the upright picture, without decoding pixels.
 
     Raises:
         UserError: like `read_photo`, except for damaged pixels.
     """
     path = Path(path)
-    with _opened_file(path) as file, _opened_image(file, str(path), max_pixels) as image:
-        width, height = image.size
-        if image.format == "TIFF":  # Pillow has turned this size already.
-            return height, width
-        if image.format == "PNG" and png_has_trailing_metadata(path):
-            _load(image, str(path))
-        transposed, _, _ = ORIENTATIONS[orientation_of(read_exif(image))]
-        return (width, height) if transposed else (height, width)
+    with _opened_file(path) as file, reading_with_pillow():
+        png = is_png(file.read(8))
+        file.seek(0)
+        source = io.BytesIO(read_png(file, pixels=False).picture) if png else file
+        with _opened_image(source, str(path), max_pixels) as image:
+            width, height = image.size
+            if isinstance(image, TiffImageFile) and Base.Orientation in image.tag_v2:
+                return height, width  # Pillow has turned it already
+            transposed, _, _ = ORIENTATIONS[orientation_of(image)]
+            return (width, height) if transposed else (height, width)
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int) -> Photo:
-    with _opened_image(file, name, max_pixels) as image:
-        return photo_of(image, name, max_pixels)
+class _DamagedPixels(UserError):
+    """The header could be read, the pixels could not."""
+
+
+def _decoded(content: bytes, png: PngParts | None, name: str, max_pixels: int) -> Photo:
+    with _opened_image(io.BytesIO(png.picture if png else content), name, max_pixels) as image:
+        stored = png.metadata if png else stored_metadata(image)
+        tiff = content if isinstance(image, TiffImageFile) else None
+        photo = _photo_of(image, stored, name, max_pixels, tiff)
+        pages = png.frames if png else _page_count(image)
+    if pages == 1:
+        return photo
+    called = _PAGES.get(image.format or "", "frames")
+    return _with_remarks(photo, name, [f"has {pages} {called}; only the first is read"])
+
+
+def _photo_of(
+    image: Image.Image, stored: Metadata, name: str, max_pixels: int, tiff: bytes | None = None
+) -> Photo:
+    _check_size(name, image, max_pixels)
+    raw_mode = raw_mode_of(image)
+    _load(image, name)
+    rgb, alpha, gray = decoded_pixels(image, raw_mode, name)
+    # After decoding: Pillow turns TIFFs upright itself.
+    turn = ORIENTATIONS[orientation_of(image)]
+    rgb, alpha = turned(rgb, turn), None if alpha is None else turned(alpha, turn)
+    metadata, remarks = carried_metadata(image, stored, gray, turn, tiff)
+    return Photo(
+        rgb=rgb if alpha is None else fill_hidden(rgb, alpha),
+        alpha=alpha,
+        gray=gray,
+        metadata=metadata,
+        notes=tuple(f"{name}: {remark}" for remark in remarks),
+    )
+
+
+def _page_count(image: Image.Image) -> int:
+    try:
+        return getattr(image, "n_frames", 1) if image.format in _PAGES else 1
+    # As in `_opened_image`: what follows the first page may be damaged in any way.
+    except Exception:
+        return 1
 
 
 def _opened_file(path: Path) -> BinaryIO:
@@ -149,22 +207,30 @@ def _opened_file(path: Path) -> BinaryIO:
 @contextlib.contextmanager
 def _opened_image(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """The image with its header read and its size accepted; the file must stay open meanwhile."""
-    with _pillow_limits_lifted():
-        try:
-            image = Image.open(file, formats=_DECODERS)
-        except UnidentifiedImageError as error:
+    start = file.read(_KIND_BYTES)
+    file.seek(0)
+    kind = unread_kind(start)
+    if kind:
+        raise UserError(f"{name}: is {kind}")
+    try:
+        image = Image.open(file, formats=_DECODERS)
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{name}: not a readable PNG, JPEG, WebP, BMP, TIFF or GIF image: it is damaged, or of "
+            "another or an unusual kind; export it again as 8-bit PNG or JPEG"
+        ) from error
+    # Pillow's decoders raise whatever they stumble over in a damaged file: no narrower class covers it.
+    except Exception as error:
+        raise UserError(
+            f"{name}: cannot be opened as an image ({_reason(error)}); check the file or export it again"
+        ) from error
+    with image:
+        if isinstance(image, TiffImageFile) and _DNG_VERSION in image.tag_v2:
             raise UserError(
-                f"{name}: not a readable PNG, JPEG, WebP, BMP or TIFF image: it is damaged, or of "
-                "another or an unusual kind; export it again as 8-bit PNG or JPEG"
-            ) from error
-        # Pillow's decoders raise whatever they stumble over in a damaged file: no narrower class covers it.
-        except Exception as error:
-            raise UserError(
-                f"{name}: cannot be opened as an image ({_reason(error)}); check the file or export it again"
-            ) from error
-        with image:
-            _check_size(name, image, max_pixels)
-            yield image
+                f"{name}: is a camera's raw file (DNG), which is not read; export it as JPEG or PNG first"
+            )
+        _check_size(name, image, max_pixels)
+        yield image
 
 
 def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
@@ -178,44 +244,16 @@ def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
         )
 
 
-_limits_lock = threading.Lock()
-_limits_users = 0
-_limits_before: tuple[int | None, bool] = (None, False)
-
-
-@contextlib.contextmanager
-def _pillow_limits_lifted() -> Iterator[None]:
-    """Suspends two settings that Pillow keeps for the whole process, until the last thread here is done.
-
-    Pillow's own pixel limit would warn or refuse below a larger `max_pixels`. Its leniency about truncated files, if another
-    library has turned it on, would read them as half-gray photographs.
-    """
-    global _limits_users, _limits_before
-    with _limits_lock:
-        if _limits_users == 0:
-            _limits_before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
-        _limits_users += 1
-    try:
-        yield
-    finally:
-        with _limits_lock:
-            _limits_users -= 1
-            if _limits_users == 0:
-                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = _limits_before
-
-
 def _load(image: Image.Image, name: str) -> None:
     try:
         image.load()
     # As in `_opened_image`: the decoders have no common error.
     except Exception as error:
-        raise UserError(
+        raise _DamagedPixels(
             f"{name}: the image is damaged or cut short ({_reason(error)}); copy or export the file again"
         ) from error
 
 
 def _reason(error: Exception) -> str:
     """The first line of an error, for use in our messages."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text or type(error).__name__).strip().splitlines()[0]
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

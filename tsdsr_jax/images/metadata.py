@@ -1,13 +1,19 @@
-"""What belongs to a photograph besides its pixels: color profile and EXIF, which holds the orientation."""
+"""What belongs to a photograph besides its pixels: what the colors mean, EXIF, XMP, IPTC and the pixel density."""
 
 from __future__ import annotations
 
-import io
-import os
-from pathlib import Path
+import dataclasses
+import re
+import struct
+from typing import Any
 
-from PIL import Image, ImageCms
-from PIL.ExifTags import IFD, Base
+from PIL import Image
+from PIL.ExifTags import Base
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from tsdsr_jax.images.exif import ExifError, current_exif, exif_of_tiff
+from tsdsr_jax.images.profiles import is_srgb, profile_of_chunks, profile_space
 
 # Whether to transpose a picture, then to reverse its rows, then to reverse its columns.
 Turn = tuple[bool, bool, bool]
@@ -23,129 +29,161 @@ ORIENTATIONS: dict[int, Turn] = {
     8: (True, True, False),
 }
 
-# EXIF fields that would be untrue of the result: its pixels are upright and there are more of them.
-_STALE_TAGS = (Base.Orientation, Base.ImageWidth, Base.ImageLength)
-_STALE_EXIF_TAGS = (Base.ExifImageWidth, Base.ExifImageHeight)
-# In a TIFF the EXIF fields share their directory with those that lay out the pixels. Only these are kept.
-_DESCRIPTIVE_TIFF_TAGS = frozenset(
-    (
-        Base.ImageDescription,
-        Base.Make,
-        Base.Model,
-        Base.XResolution,
-        Base.YResolution,
-        Base.ResolutionUnit,
-        Base.Software,
-        Base.DateTime,
-        Base.Artist,
-        Base.HostComputer,
-        Base.Copyright,
-        IFD.Exif,
-        IFD.GPSInfo,
-    )
+XMP_TAG, IPTC_TAG = 700, 33723  # of TIFF
+_IPTC_RESOURCE = 0x0404  # of Photoshop, in JPEG
+_MOST_DOTS = 65535  # in an inch, as a JPEG counts them
+# Properties of XMP that would be untrue of the result: its pixels are upright, there are more of them, and it has none of
+# the gain maps, depths and films that a phone's file may hold.
+_STALE_XMP = (
+    rb"(?:tiff:Orientation|tiff:ImageWidth|tiff:ImageLength|exif:PixelXDimension|exif:PixelYDimension"
+    rb"|G?Container:Directory|(?:hdrgm|GCamera|GDepth|GImage|GAudio):\w+)"
 )
+# As attributes and as empty elements.
+_STALE_XMP_FORMS = (
+    re.compile(rb"\s" + _STALE_XMP + rb"\s*=\s*(?:\"[^\"]*\"|'[^']*')"),
+    re.compile(rb"<" + _STALE_XMP + rb"\b[^<>]*/>\s*"),
+)
+_STALE_XMP_ELEMENT = re.compile(rb"<(" + _STALE_XMP + rb")\b[^<>]*>")
+_MOST_UNCLOSED = 64
+_ORIENTATION_IN_XMP = re.compile(rb"(tiff:Orientation\s*(?:=\s*[\"']|>)\s*)[0-9]")
 
 
-# ---- color profiles ------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Metadata:
+    """The metadata of a photograph that results keep, where their format can hold it.
+
+    Attributes:
+      icc: the color profile that describes the pixels; None means sRGB.
+      exif: an EXIF block, starting with b"Exif".
+      xmp: an XMP packet.
+      iptc: an IPTC-IIM block.
+      density: dots per inch, across and down.
+      png_color: kind -> content of a PNG's chunks about color; see `png_chunks.COLOR_CHUNKS`.
+    """
+
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    iptc: bytes | None = None
+    density: tuple[float, float] | None = None
+    png_color: dict[bytes, bytes] = dataclasses.field(default_factory=dict)
 
 
-def _profile(icc: bytes | None) -> ImageCms.ImageCmsProfile | None:
-    """The parsed profile; None if there is none or it is damaged."""
+def stored_metadata(image: Image.Image) -> Metadata:
+    """The metadata of an image as Pillow finds it. EXIF only as a block: a TIFF has none."""
+    info = image.info
+    density, iptc = info.get("dpi"), None
+    if isinstance(image, JpegImageFile):
+        iptc = info.get("photoshop", {}).get(_IPTC_RESOURCE)
+        # Otherwise Pillow has taken it from the EXIF, or made it up.
+        density = density if info.get("jfif_unit") in (1, 2) else None
+    elif isinstance(image, TiffImageFile):
+        density = density if Base.XResolution in image.tag_v2 else None
+        iptc = image.tag_v2.get(IPTC_TAG)
+        if isinstance(iptc, tuple) and all(isinstance(value, int) for value in iptc):
+            iptc = struct.pack(("<" if image.tag_v2.prefix == b"II" else ">") + f"{len(iptc)}I", *iptc)
+    return Metadata(
+        icc=info.get("icc_profile"),
+        exif=_as_block(info.get("exif")),
+        xmp=xmp if isinstance(xmp := info.get("xmp"), bytes) else None,
+        iptc=iptc if isinstance(iptc, bytes) and iptc[:1] == b"\x1c" else None,
+        density=_pair(density),
+    )
+
+
+def _pair(density: Any) -> tuple[float, float] | None:
     try:
-        return ImageCms.ImageCmsProfile(io.BytesIO(icc)) if icc else None
-    except (OSError, ImageCms.PyCMSError):
+        across, down = density
+        return float(across), float(down)
+    except (TypeError, ValueError, ArithmeticError):  # a damaged file may have texts there, or anything
         return None
 
 
-def profile_space(icc: bytes | None) -> str:
-    """The color space that a profile describes, such as "RGB", "GRAY", "CMYK" or "Lab"; empty if none."""
-    profile = _profile(icc)
+def _as_block(exif: bytes | None) -> bytes | None:
+    """EXIF with the prefix that some formats leave out."""
+    return exif if not exif or exif.startswith(b"Exif\0\0") else b"Exif\0\0" + exif
+
+
+def carried_metadata(
+    image: Image.Image, stored: Metadata, gray: bool, turn: Turn, tiff: bytes | None
+) -> tuple[Metadata, list[str]]:
+    """The part of an image's metadata that also applies to the result.
+
+    Args:
+      image: the decoded image.
+      stored: its metadata as it is stored.
+      gray: whether its pixels are gray.
+      turn: what has turned it upright.
+      tiff: its file, if that is a TIFF.
+
+    Returns:
+      The metadata, and remarks about what is wrong with it, without the file's name.
+    """
+    remarks: list[str] = []
+    icc = _carried_profile(image, stored, gray, remarks)
+    exif = None
     try:
-        return profile.profile.xcolor_space.strip() if profile else ""
-    except ValueError:  # damaged: not even text
-        return ""
-
-
-def carried_profile(image: Image.Image, gray: bool) -> bytes | None:
-    """The embedded profile, if it describes the pixels that `decoded_pixels` returns."""
-    icc: bytes | None = image.info.get("icc_profile")
-    if image.mode in ("CMYK", "LAB"):
-        return None
-    return icc if profile_space(icc) == ("GRAY" if gray else "RGB") else None
-
-
-def through_profile(image: Image.Image) -> Image.Image:
-    """CMYK or Lab as sRGB: with the embedded profile if it fits, otherwise by the plain formula."""
-    profile = _profile(image.info.get("icc_profile"))
-    if profile is None:
-        return image.convert("RGB")
-    try:
-        converted = ImageCms.profileToProfile(
-            image,
-            profile,
-            ImageCms.createProfile("sRGB"),
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            outputMode="RGB",
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        exif = exif_of_tiff(tiff) if tiff else current_exif(stored.exif) if stored.exif else None
+    except ExifError:
+        big = tiff and tiff[:4] in (b"II+\0", b"MM\0+")
+        remarks.append(
+            "is a BigTIFF, whose EXIF is left out" if big else "its EXIF is damaged; that is left out"
         )
-    except ImageCms.PyCMSError:  # A profile of another color space, or with broken or missing tables.
-        return image.convert("RGB")
-    assert converted is not None  # as always if it does not convert in place
-    return converted
+    xmp = _current_xmp(stored.xmp) if stored.xmp else None
+    density = stored.density[::-1] if stored.density and turn[0] else stored.density
+    if density and not all(1 <= dots <= _MOST_DOTS for dots in density):
+        density = None  # nonsense that not every format can hold
+    return Metadata(icc, exif, xmp, stored.iptc, density, stored.png_color), remarks
 
 
-# ---- EXIF ----------------------------------------------------------------------------------------
+def _current_xmp(xmp: bytes) -> bytes:
+    for form in _STALE_XMP_FORMS:
+        xmp = form.sub(b"", xmp)
+    xmp = _without_stale_elements(xmp)
+    # In damaged XML, where a reader may still find it.
+    return _ORIENTATION_IN_XMP.sub(rb"\g<1>1", xmp)
 
 
-def read_exif(image: Image.Image) -> Image.Exif:
-    """The EXIF of the file; empty if it has none or a broken one, because the picture is still worth reading."""
+def _without_stale_elements(xmp: bytes) -> bytes:
+    """Not by one regular expression: that takes hours for a long packet of elements that do not end."""
+    kept, at, unclosed = list[bytes](), 0, set[bytes]()
+    for found in _STALE_XMP_ELEMENT.finditer(xmp):
+        if found.start() < at or found[1] in unclosed:
+            continue
+        closing = b"</" + found[1] + b">"
+        end = xmp.find(closing, found.end())
+        if end < 0:
+            unclosed.add(found[1])
+            if len(unclosed) > _MOST_UNCLOSED:
+                break
+        else:
+            kept.append(xmp[at : found.start()])
+            at = end + len(closing)
+    return b"".join([*kept, xmp[at:]])
+
+
+def _carried_profile(image: Image.Image, stored: Metadata, gray: bool, remarks: list[str]) -> bytes | None:
+    """The profile, if it describes the pixels that `decoded_pixels` returns."""
+    if image.mode in ("CMYK", "LAB"):  # these have become sRGB
+        return None
+    space, wanted = profile_space(stored.icc), "GRAY" if gray else "RGB"
+    if stored.icc and space != wanted and not (space == "RGB" and is_srgb(stored.icc, gray=False)):
+        described = f"is for {space}, not for {wanted}" if space else "is damaged"
+        remarks.append(f"its color profile {described}; the colors count as sRGB")
+    if b"cICP" not in stored.png_color and space == wanted:
+        return stored.icc
+    return profile_of_chunks(stored.png_color, gray) or (stored.icc if space == wanted else None)
+
+
+# ---- orientation ---------------------------------------------------------------------------------
+
+
+def orientation_of(image: Image.Image) -> int:
+    """A key of `ORIENTATIONS`, from EXIF or XMP; 1 (upright) if they have none or are broken."""
     try:
         # Not PngImageFile's own method: that decodes the picture in search of a block behind it.
-        return Image.Image.getexif(image)
+        value = Image.Image.getexif(image).get(Base.Orientation, 1)
     # The parser fails on broken offsets, counts and types in as many ways as it has lines.
     except Exception:
-        return Image.Exif()
-
-
-def orientation_of(exif: Image.Exif) -> int:
-    """A key of `ORIENTATIONS`; 1 (upright) if the EXIF has none."""
-    value = exif.get(Base.Orientation, 1)
+        return 1
     return value if isinstance(value, int) and value in ORIENTATIONS else 1
-
-
-def carried_exif(exif: Image.Exif, is_tiff: bool) -> bytes | None:
-    """The part of the EXIF that also applies to the result, as bytes; a thumbnail does not. May change `exif`."""
-    try:
-        if is_tiff:
-            keep_descriptive(exif)
-        for tag in _STALE_TAGS:
-            if tag in exif:
-                del exif[tag]
-        if IFD.Exif in exif:
-            for tag in _STALE_EXIF_TAGS:
-                exif.get_ifd(IFD.Exif).pop(tag, None)
-        return exif.tobytes() if len(exif) else None
-    # As in `read_exif`: what cannot be written back is dropped.
-    except Exception:
-        return None
-
-
-def keep_descriptive(exif: Image.Exif) -> None:
-    """Removes every tag that describes the layout of pixels."""
-    for tag in list(exif):
-        if tag not in _DESCRIPTIVE_TIFF_TAGS:
-            del exif[tag]
-
-
-def png_has_trailing_metadata(path: Path) -> bool:
-    """Whether chunks that can hold EXIF follow the pixels of a PNG. Reads the chunk headers only."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        seen_pixels = False
-        while len(header := file.read(8)) == 8:
-            kind = header[4:]
-            if seen_pixels and kind in (b"eXIf", b"zTXt", b"tEXt", b"iTXt"):
-                return True
-            seen_pixels = seen_pixels or kind == b"IDAT"
-            file.seek(int.from_bytes(header[:4], "big") + 4, os.SEEK_CUR)
-    return False

@@ -7,7 +7,8 @@ from PIL import Image, ImageFile, TiffImagePlugin
 from PIL.ExifTags import Base
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images.metadata import Turn, through_profile
+from tsdsr_jax.images.metadata import Turn
+from tsdsr_jax.images.profiles import through_profile
 
 # Colors (H, W, 3) uint8; alpha (H, W) uint8 or None; whether the file is gray.
 Pixels = tuple[np.ndarray, np.ndarray | None, bool]
@@ -32,6 +33,8 @@ def decoded_pixels(image: Image.Image, raw_mode: str, name: str) -> Pixels:
         return _three(gray[..., 0]), alpha, True
     if image.mode in ("PA", "RGBA", "RGBa") or (image.mode == "P" and image.has_transparency_data):
         rgb, alpha = _split_alpha(image.convert("RGBA"))
+        if image.format in ("BMP", "DIB") and not alpha.any():  # many programs leave the fourth byte at zero
+            return rgb, None, False
         return rgb, alpha, raw_mode.startswith("LA")  # 16-bit gray with alpha is handed out as RGBA.
     if image.mode in ("CMYK", "LAB"):
         return np.asarray(through_profile(image)), None, False

@@ -27,7 +27,7 @@ from tsdsr_jax.data.sources import Data
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
-from tsdsr_jax.places import CHECKOUT
+from tsdsr_jax.places import SOURCE_CODE
 from tsdsr_jax.training import checkpoint, loop
 from tsdsr_jax.training.log import RunLog, TensorBoard, Tracker, Wandb, check_trackers, read_rows
 from tsdsr_jax.training.optimizer import with_new_scale
@@ -183,7 +183,7 @@ class _Run:
             if name == "tensorboard":
                 trackers.append(TensorBoard(folder, start.step or None))
             else:
-                code = CHECKOUT if options.log_code else None
+                code = SOURCE_CODE if options.log_code else None
                 trackers.append(Wandb(folder, options.log_name, options.as_json(), code, new=not start.step))
         source = start.path.resolve().parent if start.path else None
         return RunLog(self.folder, start.step or None, trackers, source)

@@ -14,17 +14,27 @@ from tsdsr_jax.images.writing import FORMATS
 from tsdsr_jax.upscaling.options import UpscaleOptions
 from tsdsr_jax.upscaling.page_events import Choice, Handlers
 from tsdsr_jax.upscaling.upscaler import Upscaler
+from tsdsr_jax.weights.bundled import is_bundled
 
 # Seconds between two sweeps of old files, and until a file is old: a photograph may wait for hours for a CPU.
 _SWEEP_EVERY, _KEEP = 600, 6 * 3600
 _HEAD = """## TSD-SR
 Makes a small, blurry, noisy photo large and sharp. Fine detail is invented: do not rely on faces or text."""
+_SMALL_HEAD = """## TSD-SR, small model
+Enlarges a photo and removes noise. This page runs the small model bundled with tsdsr_jax, a demonstration: it sharpens
+edges, but does not invent detail as TSD-SR does with Stable Diffusion 3."""
+_QUEUE = "device"
+# What Gradio says to screen readers but has no words for.
+_WORDS = {"common.complete": "Done"}
 # A finger moves the slider sideways and the page up and down. The place for the file is hidden until there is one, and
 # so is Gradio's error badge, which would cover the name of the file that has the error.
 _CSS = """
 #result .slider-wrap { touch-action: pan-y }
 #file:has(.empty) { display: none }
-#photo [data-testid="status-tracker"] { display: none }
+#photo [data-testid="status-tracker"], #summary [data-testid="status-tracker"]:has(.error) { display: none }
+#summary { min-height: 4em }
+#summary [data-testid="status-tracker"] { background: var(--body-background-fill) !important }
+#summary [role="alert"] { font-weight: 600 }
 """
 
 
@@ -39,21 +49,39 @@ def build_page(upscaler: Upscaler, root: Path, max_waiting: int) -> gr.Blocks:
     handlers = Handlers(upscaler, root)
     page = gr.Blocks(title="TSD-SR", analytics_enabled=False, delete_cache=(_SWEEP_EVERY, _KEEP))
     with page:
-        gr.Markdown(_HEAD)
+        gr.Markdown(_SMALL_HEAD if is_bundled(upscaler.options.pretrained_model_name_or_path) else _HEAD)
         choice = gr.State(Choice())
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 photo, about, settings = _controls(upscaler.options)
-                button = gr.Button("Upscale", variant="primary", elem_id="upscale")
+                with gr.Row():
+                    button = gr.Button("Upscale", variant="primary", elem_id="upscale", min_width=120)
+                    cancel = gr.Button("Cancel", elem_id="cancel", min_width=120)
             with gr.Column(scale=3, min_width=340):
                 outputs = _results()
+        request = [photo, *settings, choice]
+        # The progress is shown in the summary's place, so that the photograph stays visible.
         click = button.click(
-            handlers.upscale,
-            [photo, *settings, choice],
+            handlers.upscale_on_page,
+            request,
             outputs,
             scroll_to_output=True,
-            show_progress_on=outputs[0],
-            api_name="upscale",
+            show_progress_on=outputs[-1],
+            api_visibility="private",
+            concurrency_id=_QUEUE,
+        )
+        cancel.click(
+            handlers.cancel,
+            [choice],
+            outputs[-1:],
+            queue=False,
+            show_progress="hidden",
+            cancels=[click],
+            api_visibility="private",
+        )
+        # For programs, in the same line.
+        gr.Button(visible=False).click(
+            handlers.upscale, request, outputs, api_name="upscale", concurrency_id=_QUEUE
         )
         _show_choices(handlers, photo, choice, click, [*outputs, about])
     return page.queue(max_size=max_waiting, default_concurrency_limit=1)
@@ -187,6 +215,7 @@ def serve_page(page: gr.Blocks, host: str, port: int, max_upload: int) -> None:
             enable_monitoring=False,
             run_history=False,
             footer_links=[],
+            i18n=gr.I18n(en=_WORDS),
         )
     except OSError:
         raise UserError(f"--port {port}: the server cannot listen on it; choose another") from None

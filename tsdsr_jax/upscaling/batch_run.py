@@ -162,6 +162,9 @@ class _Run:
             if photo.rgb.shape[:2] != plan.source:
                 raise UserError(f"{job.source}: changed while it was being processed; run again")
             shape = (*plan.latent, self.engine.latent_channels)
+            if self._is_wanted(job):
+                for note in photo.notes:
+                    self.report.note(note)
             sample, seed = self.settings.sample, self.settings.seed
             noise = latent_noise(content, seed, shape) if sample else np.zeros(shape, np.float32)
             return _Slot(job, plan, photo, Prepared(plan, photo.rgb, noise))

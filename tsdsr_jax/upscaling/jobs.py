@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -15,8 +13,16 @@ import numpy as np
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
 from tsdsr_jax.images.files import Photo, decode_photo, read_content, read_size
-from tsdsr_jax.images.search import find_photographs
-from tsdsr_jax.images.writing import check_format, lost_transparency, write_photo
+from tsdsr_jax.images.writing import (
+    FORMAT_OF_SUFFIX,
+    check_format,
+    left_behind,
+    read_made_with,
+    write_photo,
+)
+from tsdsr_jax.upscaling.provenance import differing_flags
+
+_ANY_SIZE = 2**31
 
 
 class Job(Protocol):
@@ -50,39 +56,76 @@ class Job(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FileJob:
-    """A photograph's file and the file of its result, whose suffix is the format."""
+    """A photograph's file and the file of its result.
+
+    Attributes:
+      source, target: the files; the target's suffix is the format.
+      made_with: the flags that the result depends on, which are stored in it; see `provenance`.
+      name: the photograph's path below the folder that was searched.
+    """
 
     source: Path
     target: Path
+    made_with: str = ""
+    name: str = ""
 
     @property
     def format(self) -> str:
-        return self.target.suffix[1:]
+        return FORMAT_OF_SUFFIX[self.target.suffix.lower()]
 
     def size(self, max_pixels: int) -> Size:
         return read_size(self.source, max_pixels)
 
     def check_output(self, size: Size) -> None:
         check_format(self.source, self.format, *size)
+        if self.target.exists() and not self.target.is_file():
+            what = "a folder" if self.target.is_dir() else "not a regular file"
+            raise UserError(
+                f"{self.target}: is {what}, where the result of {self.source} belongs; move it away"
+            )
 
     def read(self, max_pixels: int) -> tuple[bytes, Photo]:
         content = read_content(self.source)
         return content, decode_photo(content, str(self.source), max_pixels)
 
     def is_finished(self) -> bool:
-        return self.target.exists()
+        """Whether its result exists; an empty file is none."""
+        try:
+            return self.target.stat().st_size > 0
+        except OSError:
+            return False
 
     def is_outdated(self) -> bool:
         """Whether the result is older than the photograph."""
         return self.target.stat().st_mtime < self.source.stat().st_mtime
 
+    def difference(self, size: Size) -> str | None:
+        """What tells that the file that exists is the result of other settings, or none at all.
+
+        Args:
+          size: (height, width) that the result should have.
+        """
+        try:
+            height, width = read_size(self.target, _ANY_SIZE)
+        except UserError:
+            return f"{self.target} (not a readable picture)"
+        if (height, width) != size:
+            return f"{self.target} ({width}×{height} pixels instead of {size[1]}×{size[0]})"
+        changes = differing_flags(read_made_with(self.target), self.made_with)
+        return f"{self.target} ({changes})" if changes else None
+
     def deliver(self, rgb: np.ndarray, photo: Photo, alpha: np.ndarray | None) -> str | None:
-        write_photo(self.target, rgb, photo, alpha, self.format)
-        return lost_transparency(str(self.target), alpha, self.format)
+        write_photo(self.target, rgb, photo, alpha, self.format, self.made_with)
+        return left_behind(str(self.target), photo, alpha, self.format)
 
 
 class Report:
     """Counts results and collects failures. Threads may share it.
+
+    Attributes:
+      written, skipped, outdated: results that were written, that existed, and of these, those older than their photographs.
+      different: results that exist but are of other settings; see `FileJob.difference`.
+      failures: a line for each photograph without a result.
 
     Args:
       note: called with each line that the user should see.
@@ -91,6 +134,7 @@ class Report:
 
     def __init__(self, note: Callable[[str], object], on_done: Callable[[], object] = lambda: None):
         self.written, self.skipped, self.outdated = 0, 0, 0
+        self.different: list[str] = []
         self.failures: list[str] = []
         self.note, self.on_done, self._lock = note, on_done, Lock()
 
@@ -107,55 +151,7 @@ class Report:
             self.note(message)
             self.on_done()
 
-
-def find_jobs(source: Path, output: Path, format: str, *, overwrite: bool = False) -> list[FileJob]:
-    """The photographs of a file or folder (`find_photographs`), each with its target in `output`.
-
-    The tree below a folder is kept. If targets would coincide (a.jpg, a.png), the photographs' own suffixes become
-    part of the names (a_jpg.png).
-
-    Args:
-      format: suffix of the targets, without the dot.
-      overwrite: whether results that exist will be replaced.
-
-    Raises:
-      UserError: the path does not exist, holds no images, or results would be written among the photographs.
-    """
-    if source.is_file():
-        files, root = [source], source.parent
-    elif source.is_dir():
-        files, root = find_photographs(source, output), source
-    else:
-        raise UserError(f"{source}: no such file or folder")
-    plain = [(output / file.relative_to(root)).with_suffix(f".{format}") for file in files]
-    targets = _distinct_targets(files, plain)
-    photographs = {os.path.realpath(file) for file in files}
-    for target in targets:
-        # Beside a single photograph, a file with the result's name may be another photograph.
-        beside = (
-            overwrite
-            and source.is_file()
-            and os.path.realpath(target.parent) == os.path.realpath(root)
-            and target.exists()
-        )
-        if beside or os.path.realpath(target) in photographs:
-            raise UserError(
-                f"{target}: lies among the photographs, and the result would replace it; choose another --output_dir"
-            )
-    return [FileJob(file, target) for file, target in zip(files, targets, strict=True)]
-
-
-def _distinct_targets(files: Sequence[Path], targets: list[Path]) -> list[Path]:
-    """Puts the file's own suffix into the name (a_jpg.png) wherever targets coincide, ignoring case."""
-    while True:
-        taken = Counter(str(target).casefold() for target in targets)
-        renamed = [
-            target.with_name(f"{file.stem}_{file.suffix[1:]}{target.suffix}")
-            if taken[str(target).casefold()] > 1
-            else target
-            for file, target in zip(files, targets, strict=True)
-        ]
-        # Repeat until nothing changes: a new name may be another file's plain one (a.jpg, a.png, a_jpg.bmp).
-        if renamed == targets:
-            return targets
-        targets = renamed
+    def left_out(self, problem: str) -> None:
+        """Records something that is no photograph of the run, because it cannot be used."""
+        self.failures.append(problem)
+        self.note(problem)

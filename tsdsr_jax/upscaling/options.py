@@ -14,6 +14,7 @@ from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import PATCH_SIZE
 from tsdsr_jax.upscaling.engine import Bands
 from tsdsr_jax.upscaling.planning import Settings
+from tsdsr_jax.upscaling.provenance import as_text, model_in_words
 from tsdsr_jax.weights.bundled import bundled_model, is_bundled, prompt_folder
 from tsdsr_jax.weights.sd3_folder import NetworkFiles
 
@@ -94,6 +95,25 @@ class UpscaleOptions:
             align=self.align_method,
             max_pixels=self.max_pixels,
         )
+
+    def made_with(self) -> str:
+        """The flags that decide a result, as text to store in it. Precision and devices, which change only the rounding, are
+        no part of it."""
+        return as_text({
+            "pretrained_model_name_or_path": model_in_words(filled_in(self.pretrained_model_name_or_path)),
+            "revision": self.revision,
+            "lora_dir": model_in_words(filled_in(self.lora_dir)),
+            "lora_scale": self.lora_scale,
+            "embedding_dir": model_in_words(str(filled_in(self.embedding_dir))),
+            "weights": self.weights,
+            "upscale": self.upscale,
+            "process_size": self.process_size,
+            "align_method": self.align_method,
+            "latent": self.latent,
+            "seed": self.seed if self.latent == "sample" else None,
+            "latent_tiled_size": self.latent_tiled_size,
+            "latent_tiled_overlap": self.latent_tiled_overlap,
+        })  # fmt: skip
 
     @property
     def bands(self) -> Bands:

@@ -28,9 +28,9 @@ from tsdsr_jax.upscaling.page_pictures import (
     upscale_photo,
     write_preview,
 )
+from tsdsr_jax.upscaling.page_progress import ProgressBar, StageTimes
 from tsdsr_jax.upscaling.upscaler import PictureArguments, UpscaleError, Upscaler
 
-_MESSAGE_SECONDS = 20
 _UNKNOWN = "Something went wrong; the server's terminal shows the error."
 # Seconds between two looks at whether a photograph that waits for the device is still wanted.
 _CHECK_EVERY = 0.5
@@ -38,13 +38,6 @@ _CHECK_EVERY = 0.5
 _PREVIEWS = 2
 # What messages call an argument -> what the page calls it.
 _LABELS = {"scale": "Scale", "tile": "Tile size", "seed": "Seed"}
-# Stage -> where the progress bar starts and ends, and the words above it.
-_STAGES = {
-    "encode": (0.0, 0.1, "Encoding"),
-    "tiles": (0.1, 0.85, "Tile {} of {}"),
-    "decode": (0.85, 0.95, "Decoding"),
-    "write": (0.95, 1.0, "Writing"),
-}
 
 
 @dataclasses.dataclass
@@ -54,38 +47,22 @@ class Choice:
     Attributes:
       made: whether the page has reported a choice at all; programs that call the API do not.
       path: the file; None after it was removed.
+      run: what stands for the request that is being computed; None after it was canceled.
     """
 
     made: bool = False
     path: str | None = None
+    run: object | None = None
 
     def check(self, path: str) -> None:
         """Raises UserError if another photograph has been chosen since."""
         if self.made and self.path != path:
             raise UserError("Another photo was chosen meanwhile.")
 
-
-class ProgressBar:
-    """Shows the stages of a photograph; see `page_pictures.upscale_photo`.
-
-    Args:
-      show: Gradio's progress, called with a fraction and words.
-      check: called at every step; may raise.
-    """
-
-    def __init__(self, show: Callable[..., object], check: Callable[[], object]):
-        self.show, self.check, self.compiles = show, check, False
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self.check()
-        if stage == "compile":
-            self.compiles = True
-            return
-        start, end, words = _STAGES[stage]
-        words = words.format(min(done + 1, total), total)
-        if self.compiles and done == 0 and stage != "write":
-            words += ", compiling for this size"
-        self.show(start + (end - start) * done / total, desc=words)
+    def check_run(self, run: object) -> None:
+        """Raises UserError if the request that `run` stands for has been canceled."""
+        if self.made and self.run is not run:
+            raise UserError("Canceled.")
 
 
 class Handlers:
@@ -98,7 +75,7 @@ class Handlers:
 
     def __init__(self, upscaler: Upscaler, root: Path):
         self.upscaler, self.root = upscaler, root
-        self.shapes = SeenShapes()
+        self.shapes, self.times = SeenShapes(), StageTimes()
         # A canceled photograph leaves Gradio's queue at once, but the device only at its next step.
         self.device = threading.Lock()
         self._previews = threading.Semaphore(_PREVIEWS)
@@ -122,7 +99,9 @@ class Handlers:
                 photo = read_for_page(Path(source), self.upscaler.options.max_pixels)
                 path = self._new_folder() / "photo.webp"
                 height, width = photo.rgb.shape[:2]
-                write_preview(path, photo, (height, width))
+                # As large as the result of the first settings, so that the picture stays when the result comes.
+                scale = self.upscaler.options.upscale
+                write_preview(path, photo, (round(height * scale), round(width * scale)))
             pair, words = (str(path), str(path)), f"{Path(source).name}: {in_words((height, width))} pixels."
         except UserError as error:
             words = str(error)
@@ -153,24 +132,43 @@ class Handlers:
                 raise UserError("Choose a photo first.")
             arguments = self._arguments(scale, colors, tile, seed)
             result = self._upscale(arguments, _choice("Format", format, FORMATS), photo, choice, progress)
-        for note in result.notes:
-            gr.Info(html.escape(note, quote=False), duration=_MESSAGE_SECONDS)
-        return (str(result.before), str(result.after)), str(result.file), _html(result.summary)
+        words = " ".join([result.summary, *(f"{note}." for note in result.notes)])
+        return (str(result.before), str(result.after)), str(result.file), _html(words)
+
+    def upscale_on_page(self, *request: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, Any, str]:  # noqa: B008
+        """`upscale` for the page: if there is no result, the summary says why, until the next outcome."""
+        try:
+            return self.upscale(*request, progress)
+        except gr.Error as error:
+            if error.__cause__ is not None:  # a bug
+                traceback.print_exception(error.__cause__)
+            return gr.skip(), gr.skip(), f'<span role="alert">{error.message}</span>'
+
+    def cancel(self, choice: Choice) -> Any:
+        """Ends the work on a photograph at the device's next step; returns the new summary."""
+        canceled, choice.run = choice.run is not None, None
+        return "Canceled." if canceled else gr.skip()
 
     def _upscale(
         self, arguments: PictureArguments, format: str, photo: str, choice: Choice, progress: gr.Progress
     ) -> PageResult:
         """Upscales a photograph when its turn comes, unless another one has been chosen since."""
 
+        choice.run = run = object()
+
         def check() -> None:
             choice.check(photo)
+            choice.check_run(run)
 
         progress(0, desc="Waiting")
         with self._turn(check):
             progress(0, desc="Reading")
-            bar, output = ProgressBar(progress, check), self._new_folder()
-            result = upscale_photo(self.upscaler, arguments, format, Path(photo), output, bar, self.shapes)
+            with ProgressBar(progress, check, self.times) as bar:
+                result = upscale_photo(
+                    self.upscaler, arguments, format, Path(photo), self._new_folder(), bar, self.shapes
+                )
             check()
+        choice.run = None
         return result
 
     @contextlib.contextmanager
@@ -247,11 +245,11 @@ def _html(words: str) -> str:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Turns errors into a message on the page. Bugs keep their traceback in the terminal."""
+    """Turns errors into Gradio's, with a message that visitors may see. Bugs keep their traceback in the terminal."""
     try:
         yield
     except UserError as error:
         message = html.escape(str(error), quote=False)
-        raise gr.Error(message, duration=_MESSAGE_SECONDS, print_exception=False) from None
+        raise gr.Error(message, print_exception=False) from None
     except Exception as error:
         raise gr.Error(_UNKNOWN) from error

@@ -12,10 +12,14 @@ from PIL import Image
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.buckets import Size
-from tsdsr_jax.images.files import Photo, decode_photo, photo_of, read_photo
+from tsdsr_jax.images.files import Photo, decode_photo, read_photo
+from tsdsr_jax.images.metadata import Metadata
+from tsdsr_jax.images.pixels import decoded_pixels
 from tsdsr_jax.images.resize import pillow_bicubic
-from tsdsr_jax.images.writing import check_format, encode_photo, lost_transparency, write_photo
+from tsdsr_jax.images.writing import check_format, encode_photo, left_behind, write_photo
 from tsdsr_jax.upscaling.engine import Progress
+from tsdsr_jax.upscaling.limits import MemoryBudget, too_large_on_page
+from tsdsr_jax.upscaling.targets import Naming
 from tsdsr_jax.upscaling.upscaler import PictureArguments, UpscaleError, Upscaler
 
 # The browser gets smaller copies of larger pictures; a phone could not hold the originals.
@@ -81,8 +85,8 @@ def upscale_photo(
     Args:
       arguments: for the upscaler.
       format: of the result, one of `FORMATS`.
-      progress: called as `Upscaler.__call__` calls `on_stage`. The stage "compile" comes first if a size is new, "write"
-        last.
+      progress: called as `Upscaler.__call__` calls `on_stage`. The stage "start" comes first, with the number of pixels,
+        then "compile" if a size is new, and "write" last.
       shapes: those that have compiled programs.
 
     Raises:
@@ -93,7 +97,12 @@ def upscale_photo(
     photo = read_for_page(source, max_pixels)
     height, width = photo.rgb.shape[:2]
     plan = settings.plan((height, width))
+    if settings.refuses(plan):
+        budget = MemoryBudget.of(upscaler.options, upscaler.engine.devices)
+        raise UserError(too_large_on_page(source.name, plan, settings, budget))
     check_format(source.name, format, *plan.output)
+
+    progress("start", 0, plan.padded[0] * plan.padded[1])
 
     def on_stage(stage: str, done: int, total: int) -> None:
         if stage == "encode" and shapes.enter((plan.lying, settings.latent_tile)):
@@ -108,8 +117,9 @@ def upscale_photo(
     seconds = time.monotonic() - started
     progress("write", 0, 1)
 
-    target = output / f"{source.stem}_x{settings.upscale:g}.{format}"
-    result = _write_result(target, image, photo, format, notes)
+    naming = Naming(format, settings.upscale, upscaler.options_with(**arguments).made_with())
+    target = output / naming.name(source)
+    result = _write_result(target, image, photo, naming, notes)
     before, after = output / "photo.webp", output / "result.webp"
     write_preview(before, photo, plan.output)
     write_preview(after, result, plan.output)
@@ -122,14 +132,14 @@ def upscale_photo(
     )
 
 
-def _write_result(target: Path, image: Image.Image, like: Photo, format: str, notes: list[str]) -> Photo:
+def _write_result(target: Path, image: Image.Image, like: Photo, naming: Naming, notes: list[str]) -> Photo:
     """Writes the upscaler's image as infer/upscale.py would; returns what the file holds."""
     pixels = image.width * image.height
-    upscaled = photo_of(image, target.name, pixels)
-    encoded = encode_photo(upscaled.rgb, like, upscaled.alpha, format, target.name)
+    rgb, alpha, _ = decoded_pixels(image, "", target.name)
+    encoded = encode_photo(rgb, like, alpha, naming.format, target.name, naming.made_with)
     with replacing(target) as temporary:
         temporary.write_bytes(encoded)
-    if remark := lost_transparency(target.name, upscaled.alpha, format):
+    if remark := left_behind(target.name, like, alpha, naming.format):
         notes.append(remark)
     return decode_photo(encoded, target.name, pixels)
 
@@ -151,10 +161,9 @@ def read_for_page(path: Path, max_pixels: int) -> Photo:
 
 
 def _for_page(message: str, path: Path) -> str:
-    """Rewrites a message: the file's name instead of its path, and the flag of the limit."""
-    message = message.replace(str(path), path.name)
-    return message.replace("raise the limit", "raise --max_pixels").replace(
-        "more than max_pixels", "more than --max_pixels"
+    """Rewrites a message: the file's name instead of its path, and nothing that only the server's owner can do."""
+    return message.replace(str(path), path.name).replace(
+        "make it smaller or raise the limit", "make it smaller"
     )
 
 
@@ -170,7 +179,11 @@ def preview_size(size: Size) -> Size:
 
 
 def write_preview(path: Path, photo: Photo, size: Size) -> None:
-    """Writes a lossless preview of a photograph: resized bicubically to `size`, or to the preview of that size."""
+    """Writes a lossless preview of a photograph: resized bicubically to `size`, or to the preview of that size.
+
+    It has no metadata, which may tell where a photograph was taken, except what its colors mean.
+    """
     size = preview_size(size)
+    like = dataclasses.replace(photo, metadata=Metadata(icc=photo.metadata.icc))
     alpha = None if photo.alpha is None else pillow_bicubic(photo.alpha, *size)
-    write_photo(path, pillow_bicubic(photo.rgb, *size), dataclasses.replace(photo, exif=None), alpha, "webp")
+    write_photo(path, pillow_bicubic(photo.rgb, *size), like, alpha, "webp")

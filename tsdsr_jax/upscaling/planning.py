@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -110,9 +110,17 @@ class Settings:
         """Plans the sizes of a photograph of (height, width) `source`."""
         return plan_size(source, self.upscale, self.process_size, self.latent_tile)
 
+    def refuses(self, plan: SizePlan) -> bool:
+        """Whether a result would have too many pixels."""
+        return plan.padded[0] * plan.padded[1] > self.max_pixels
+
     def photos_at_a_time(self, size: Size) -> int:
         """The most photographs of (height, width) `size` that a device computes together; small ones count as 512×512."""
         return max(1, min(self.photo_batch, self.photo_batch * _PHOTO_PIXELS // (size[0] * size[1])))
+
+
+# The photograph's name, its plan, the settings -> why its result is too large.
+Explain = Callable[[str, SizePlan, Settings], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +151,7 @@ def plan_groups(
     devices: int,
     report: Report,
     part: Share = EVERYTHING,
+    explain: Explain | None = None,
 ) -> list[Group[AnyJob]]:
     """Reads the image headers and puts photographs of similar shape into batches.
 
@@ -156,8 +165,9 @@ def plan_groups(
       report: receives photographs that cannot be read or are too large.
       part: the machine's part to keep. Shapes still follow from the whole set. Which photographs are in a part
         does not depend on `devices` or the batch size, which may differ between the machines that share a folder.
+      explain: says why a result is too large; see `limits.too_large`.
     """
-    measured = _measured(jobs, settings, report, part)
+    measured = _measured(jobs, settings, report, part, explain or _more_than_limit)
     buckets = plan_buckets([sizes.lying for _, sizes in measured])
     masked = {bucket for (_, sizes), bucket in zip(measured, buckets, strict=True) if sizes.lying != bucket}
     by_shape: _JobsByShape[AnyJob] = {}
@@ -178,19 +188,23 @@ def plan_groups(
     ]
 
 
+def _more_than_limit(name: str, plan: SizePlan, settings: Settings) -> str:
+    height, width = plan.padded
+    return (
+        f"{name}: would be processed at {width}×{height} pixels, more than --max_pixels {settings.max_pixels}"
+    )
+
+
 def _measured(
-    jobs: Sequence[AnyJob], settings: Settings, report: Report, part: Share
+    jobs: Sequence[AnyJob], settings: Settings, report: Report, part: Share, explain: Explain
 ) -> list[tuple[AnyJob, SizePlan]]:
     """The jobs whose photographs can be processed, with their sizes."""
 
     def measure(number: int, job: AnyJob) -> SizePlan | None:
         try:
             sizes = settings.plan(job.size(settings.max_pixels))
-            if sizes.padded[0] * sizes.padded[1] > settings.max_pixels:
-                raise UserError(
-                    f"{job.source}: would be processed at {sizes.padded[1]}×{sizes.padded[0]} pixels, more than "
-                    f"--max_pixels {settings.max_pixels}"
-                )
+            if settings.refuses(sizes):
+                raise UserError(explain(str(job.source), sizes, settings))
             job.check_output(sizes.output)
             return sizes
         except Exception as error:  # whatever is wrong with one file, the others go on
@@ -215,7 +229,7 @@ def _dealt(by_shape: _JobsByShape[AnyJob], part: Share) -> _JobsByShape[AnyJob]:
 
 
 def unfinished(groups: Sequence[Group[FileJob]], report: Report) -> list[Group[FileJob]]:
-    """The groups in which results are missing; counts the results that exist.
+    """The groups in which results are missing; counts the results that exist, and names those of other settings.
 
     A group with only some of its results stays whole: all are computed, so that each result is the same as in an
     uninterrupted run, and only the missing ones are written.
@@ -225,6 +239,8 @@ def unfinished(groups: Sequence[Group[FileJob]], report: Report) -> list[Group[F
         finished = [job for job, _ in group.jobs if job.is_finished()]
         report.skipped += len(finished)
         report.outdated += sum(job.is_outdated() for job in finished)
+        differences = (job.difference(plan.output) for job, plan in group.jobs if job in finished)
+        report.different += filter(None, differences)
         if len(finished) < len(group.jobs):
             incomplete.append(group)
     return incomplete

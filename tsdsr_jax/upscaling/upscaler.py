@@ -11,6 +11,7 @@ import logging
 import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
@@ -27,6 +28,7 @@ from tsdsr_jax.models.eight_bits import EightBits
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.engine import Engine, Progress
 from tsdsr_jax.upscaling.jobs import Report
+from tsdsr_jax.upscaling.limits import MemoryBudget, too_large
 from tsdsr_jax.upscaling.loading import load_engine
 from tsdsr_jax.upscaling.options import (
     UpscaleOptions,
@@ -221,14 +223,25 @@ class Upscaler:
             ]
             if progress:
                 report.on_done = lambda: progress(report.written + len(report.failures), len(jobs))
-            groups = plan_groups(jobs, settings, len(self.engine.devices), report)
+            explain = partial(too_large, budget=MemoryBudget.of(self.options, self.engine.devices))
+            groups = plan_groups(jobs, settings, len(self.engine.devices), report, explain=explain)
             upscale_groups(self.engine, groups, settings, report, progress=on_stage)
             if report.failures:
                 raise UserError("\n".join(report.failures))
         results = [job.result for job in jobs if job.result is not None]
         return results if several else results[0]
 
-    def settings(
+    def settings(self, **arguments: Unpack[PictureArguments]) -> Settings:
+        """Checks the arguments of a call; returns the settings that they make.
+
+        Raises:
+          ValueError: an argument is of a wrong type or out of range.
+        """
+        platform = self.engine.devices[0].platform
+        settings = self.options_with(**arguments).settings(platform)
+        return dataclasses.replace(settings, photo_batch=several_on(platform))
+
+    def options_with(
         self,
         *,
         scale: float = 4.0,
@@ -236,12 +249,8 @@ class Upscaler:
         seed: int = 42,
         latent: Latent = "sample",
         tile: int | None = None,
-    ) -> Settings:
-        """Checks the arguments of a call; returns the settings that they make.
-
-        Raises:
-          ValueError: an argument is of a wrong type or out of range.
-        """
+    ) -> UpscaleOptions:
+        """The options with which infer/upscale.py would do what a call with these arguments does; see `settings`."""
         with _in_arguments():
             _check_number("scale", scale)
             if not 1 <= scale <= 64:
@@ -267,8 +276,7 @@ class Upscaler:
             )
             check_upscale_options(options)
             check_tile(tile, self.engine.largest_tile)
-        platform = self.engine.devices[0].platform
-        return dataclasses.replace(options.settings(platform), photo_batch=several_on(platform))
+        return options
 
 
 @dataclasses.dataclass(eq=False)
@@ -307,8 +315,8 @@ class MemoryJob:
             self.result = rgb
             return
         image = as_image(rgb, photo, alpha)
-        if photo.icc:
-            image.info["icc_profile"] = photo.icc  # `save` writes it
+        if photo.metadata.icc:
+            image.info["icc_profile"] = photo.metadata.icc  # `save` writes it
         self.result = image
 
 
@@ -327,7 +335,7 @@ def _memory_job(picture: Any, name: str, max_pixels: int) -> MemoryJob:
     height, width = picture.shape[:2]
     if height * width > max_pixels:
         raise UserError(f"{name}: has {width}×{height} pixels, more than --max_pixels {max_pixels}")
-    photo = Photo(picture, alpha=None, gray=False, icc=None, exif=None)
+    photo = Photo(picture, alpha=None, gray=False)
     return MemoryJob(Path(name), _pixel_bytes(photo), photo, as_array=True)
 
 

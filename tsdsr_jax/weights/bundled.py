@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +16,30 @@ PROMPT = FOLDER / "prompt" / "default"
 
 
 def is_bundled(model: str | None) -> bool:
-    """Whether `model` is the bundled one, however its path is spelled."""
-    return (
-        model is not None
-        and model != ""
-        and os.path.realpath(os.path.expanduser(model)) == os.path.realpath(FOLDER)
-    )
+    """Whether `model` is the bundled one, however its path is spelled, or a copy of it.
+
+    A checkout has a copy if its scripts run the package that `pip install .` has put elsewhere.
+    """
+    if not model:
+        return False
+    path = os.path.realpath(os.path.expanduser(model))
+    return path == os.path.realpath(FOLDER) or _is_copy(path, str(FOLDER))
+
+
+@lru_cache
+def _is_copy(path: str, original: str) -> bool:
+    """Whether a folder holds a model with the original's files, byte for byte."""
+    files = [
+        file.relative_to(original)
+        for file in Path(original).rglob("*")
+        if file.suffix in (".json", ".safetensors")
+    ]
+    try:
+        return bool(files) and all(
+            filecmp.cmp(Path(path) / file, Path(original) / file, shallow=False) for file in files
+        )
+    except OSError:  # a file is missing
+        return False
 
 
 def prompt_folder(model: str | None, prompt: Literal["default", "null"]) -> Path:

@@ -123,10 +123,16 @@ def test_flags_that_changed():
     assert differing_flags(text, mode) == expected
 
 
-def test_models_are_named_briefly(tmp_path):
-    lora = tmp_path / "runs" / "a" / "checkpoint_10" / "lora"
-    lora.mkdir(parents=True)
-    assert model_in_words(str(lora)) == "a/checkpoint_10/lora"
+def test_models_are_named_without_their_paths(tmp_path):
+    """Results are passed on; but two checkpoints of a run, whose folders have one name, are told apart."""
+    names = []
+    for step, weights in enumerate([b"a" * 10**6, b"a" * 500_000 + b"b" * 500_000, b"a" * 10**6]):
+        file = tmp_path / f"checkpoint_{step}" / "lora" / "transformer.safetensors"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(weights)
+        names.append(model_in_words(str(file.parent)))
+    assert names[0] == names[2] != names[1]
+    assert all(name.startswith("lora ") and len(name) == 13 for name in names)
     assert model_in_words("stabilityai/sd3") == "stabilityai/sd3" and model_in_words("none") == "none"
 
 

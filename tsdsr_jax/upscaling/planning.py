@@ -236,11 +236,10 @@ def unfinished(groups: Sequence[Group[FileJob]], report: Report) -> list[Group[F
     """
     incomplete = []
     for group in groups:
-        finished = [job for job, _ in group.jobs if job.is_finished()]
+        finished = [(job, plan) for job, plan in group.jobs if job.is_finished()]
         report.skipped += len(finished)
-        report.outdated += sum(job.is_outdated() for job in finished)
-        differences = (job.difference(plan.output) for job, plan in group.jobs if job in finished)
-        report.different += filter(None, differences)
+        report.outdated += sum(job.is_outdated() for job, _ in finished)
+        report.different += filter(None, (job.difference(plan.output) for job, plan in finished))
         if len(finished) < len(group.jobs):
             incomplete.append(group)
     return incomplete

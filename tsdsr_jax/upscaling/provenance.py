@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from pathlib import Path
 from tsdsr_jax.errors import printable
 from tsdsr_jax.weights.bundled import is_bundled
 
+_WEIGHTS = (".safetensors", ".pt", ".bin")
+_SAMPLE = 2**16
+
 
 def as_text(flags: Mapping[str, object]) -> str:
     """Flags as the text that is stored in a result, without those that are None."""
@@ -17,13 +21,25 @@ def as_text(flags: Mapping[str, object]) -> str:
 
 
 def model_in_words(model: str) -> str:
-    """A folder by the last three parts of its path: no more of it is of use elsewhere. A hub id or "none" stays."""
+    """A folder by its name and a hash of its content, not by its path: pictures are passed on. Other names stay."""
     if is_bundled(model):
         return "bundled"
-    if not os.path.exists(os.path.expanduser(model)):
-        return printable(model)
     path = Path(os.path.abspath(os.path.expanduser(model)))
-    return printable("/".join(path.parts[-3:]))
+    return f"{printable(path.name)} {_fingerprint(path)}" if path.is_dir() else printable(model)
+
+
+def _fingerprint(folder: Path) -> str:
+    """A short hash of the sizes and of parts of the weights in a folder and in the folders right below it."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        if path.suffix in _WEIGHTS and path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+            with open(path, "rb") as file:
+                for start in (0, size // 2, max(0, size - _SAMPLE)):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:8]
 
 
 def differing_flags(before: str | None, now: str) -> str:

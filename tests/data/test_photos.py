@@ -10,11 +10,12 @@ from PIL import Image
 
 import tiny_checkpoint as tiny
 from photos import data_folder
-from tsdsr_jax.data.batches import Batches, RowPlan, SampleShapes, read_ahead
+from tsdsr_jax.data.batches import Batches, RowPlan, SampleShapes
 from tsdsr_jax.data.degradation import DegradationConfig
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.photos import CropConfig, Photographs, left_out, random_crop, survey
 from tsdsr_jax.data.sources import open_data
+from tsdsr_jax.data.workers import read_ahead
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.search import find_photographs
 from tsdsr_jax.weights.prompt_files import save_prompt_embeds

@@ -21,9 +21,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.data.batches import BadSamples, Batches, RowPlan, read_ahead
+from tsdsr_jax.data.batches import BadSamples, Batches, RowPlan
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data
+from tsdsr_jax.data.workers import read_ahead
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions

@@ -45,6 +45,7 @@ AT_THE_ROOT = {
     "hints",
     "identity",
     "places",
+    "program_cache",
 }
 
 

@@ -38,10 +38,11 @@ from tsdsr_jax.data.preview import PREVIEW_DRAWS, check_preview_path, write_prev
 from tsdsr_jax.data.set_prompts import Embedder, PromptChoice, Prompts, find_prompts
 from tsdsr_jax.data.sources import look_at, open_sets
 from tsdsr_jax.data.writers import SetPlan, SetWriter, make_writer
-from tsdsr_jax.devices import DTYPES, cores, keep_programs, matmul_precision
+from tsdsr_jax.devices import DTYPES, cores, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.program_cache import keep_programs
 from tsdsr_jax.training.checkpoint import Hash
 from tsdsr_jax.training.latents import LatentEncoder
 from tsdsr_jax.training.networks import Networks, load_text, text_hash

@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax.cli import PathOrName, at_least, check_writable, finite
-from tsdsr_jax.devices import DTYPES, join_processes, keep_programs
+from tsdsr_jax.devices import DTYPES, join_processes
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.program_cache import keep_programs
 from tsdsr_jax.training.log import ReportTo, check_trackers
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.schedules import ScheduleName

@@ -270,10 +270,9 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
         dynamic_scale=options.dynamic_scale,
         branch=False,  # adapters are small
     )
-    key = jax.random.key(options.seed)
     validation = Validation(losses, mesh, base, records)
     return session.Task(
-        step=Step(trainer, mesh, base, key, beginning(networks, options.ranks(), key, loaded)),
+        step=Step(trainer, mesh, base, options.seed, beginning(networks, options.ranks(), loaded)),
         validate=lambda state: validation(state.averaged(STUDENT)),
         files=partial(student_files, networks),
         export=LORA,

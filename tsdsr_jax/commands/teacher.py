@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
@@ -190,8 +189,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
         {NETWORK: options.learning_rate},
         dynamic_scale=options.dynamic_scale,
     )
-    key = jax.random.key(options.seed)
-    step = Step(trainer, mesh, base, key, transformer.beginning, split=not options.adapter)
+    step = Step(trainer, mesh, base, options.seed, transformer.beginning, split=not options.adapter)
     validation = TeacherValidation(
         loss, mesh, base, records, options.sampling_steps, options.sampling_guidance
     )
@@ -255,9 +253,9 @@ def _starting_lora(options: Options, networks: Networks) -> Tree:
 def _load_transformer(options: Options, networks: Networks, lora: Tree | None, new: bool) -> TransformerStart:
     """Loads or creates the transformer; a resumed run keeps only its frozen part."""
     if options.adapter:
-        return start_lora(networks, options.rank, options.seed, lora)
+        return start_lora(networks, options.rank, lora)
     if options.from_scratch:
-        return start_from_scratch(networks, options.seed)
+        return start_from_scratch(networks)
     return start_from_base(networks, new)
 
 

@@ -39,6 +39,7 @@ AT_THE_ROOT = {
     "atomic",
     "cli",
     "cli_help",
+    "compile_watch",
     "devices",
     "errors",
     "flags",

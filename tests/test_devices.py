@@ -37,4 +37,15 @@ def test_commands_reserve_more_of_a_gpu_unless_told(monkeypatch, chosen):
     monkeypatch.setattr(entry.importlib, "import_module", lambda name: command)
     monkeypatch.setattr(entry.signal, "signal", lambda *_: None)
     entry.upscale()
-    assert seen == [chosen or {"XLA_CLIENT_MEM_FRACTION": "0.92"}]
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    assert seen == [(chosen or {"XLA_CLIENT_MEM_FRACTION": "0.92"}) | quiet]
+
+
+def test_alarms_of_xla_are_shown_to_who_asks_for_them(monkeypatch):
+    monkeypatch.setattr(entry.os, "environ", environment := {"TF_CPP_MIN_LOG_LEVEL": "0"})
+    monkeypatch.setattr(
+        entry.importlib, "import_module", lambda name: SimpleNamespace(main=None, run=lambda main: None)
+    )
+    monkeypatch.setattr(entry.signal, "signal", lambda *_: None)
+    entry.upscale()
+    assert environment["TF_CPP_MIN_LOG_LEVEL"] == "0"

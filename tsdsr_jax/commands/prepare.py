@@ -27,6 +27,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli, hints
 from tsdsr_jax.cli import check_writable
 from tsdsr_jax.commands.groups import PREPARING
+from tsdsr_jax.compile_watch import CompileWatch
 from tsdsr_jax.data import preparation
 from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.crops import Crops, Planned, SetLayout, plan
@@ -304,7 +305,7 @@ def _write_samples(
 ) -> None:
     keep_programs()
     dtype = DTYPES["fp32"]
-    with matmul_precision(dtype):
+    with matmul_precision(dtype), CompileWatch():
         networks = Networks(model.network("transformer"), model.network("vae"), make_mesh(), dtype)
         ((vae, _),) = networks.load([networks.vae])
         encoder = LatentEncoder(networks, vae, options.batch_size, options.seed)

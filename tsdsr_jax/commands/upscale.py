@@ -7,8 +7,9 @@ python infer/upscale.py --pretrained_model_name_or_path sd3 -i photos -o outputs
 from __future__ import annotations
 
 import dataclasses
-import sys
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from tsdsr_jax import cli
 from tsdsr_jax.commands.groups import UPSCALING
+from tsdsr_jax.compile_watch import CompileWatch, say_above_bar
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation.comparison import Comparison, Layer
@@ -33,7 +35,11 @@ from tsdsr_jax.upscaling.options import (
     several_on,
 )
 from tsdsr_jax.upscaling.planning import Settings, plan_groups, unfinished
+from tsdsr_jax.upscaling.progress import PhotoBar, duration
 from tsdsr_jax.upscaling.rehearsal import compile_ahead
+
+# From how many tiles on a photograph's tiles are counted, on a GPU and on a CPU. A GPU then waits after every few tiles.
+_TILES_TO_COUNT = (9, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,7 @@ class Options(UpscaleOptions):
 
 
 def main() -> None:
+    begun = time.perf_counter()
     options = complete_options(cli.parse(Options, description=__doc__, groups=UPSCALING))
     check_upscale_options(options)
     cli.at_least(options, 1, "batch_size")
@@ -71,22 +78,32 @@ def main() -> None:
 
     devices = select_devices(options.device)
     settings = options.settings(devices[0].platform)
-    report = Report(lambda line: tqdm.write(line, file=sys.stderr))
+    report = Report(say_above_bar)
     groups = plan_groups(found, settings, len(devices), report, part)
     jobs = [job for group in groups for job, _ in group.jobs]
     if not options.overwrite:
         groups = unfinished(groups, report)
-    from_others = 0
+    from_others, computing = 0, 0.0
     if groups:
         compile_first = partial(compile_ahead, groups=groups, settings=settings)
-        engine = load_engine(options, devices, meanwhile=compile_first)
-        unreadable, left = len(report.failures), len(jobs) - report.skipped
-        with tqdm(total=left, unit=" images", disable=None) as bar:
-            report.on_done = bar.update
-            upscale_groups(engine, groups, settings, report, overwrite=options.overwrite)
-            from_others = max(0, left - report.written - (len(report.failures) - unreadable))
-            bar.update(from_others)
-    print(_summary(options, report, from_others))
+        with CompileWatch() as watch:
+            engine = load_engine(options, devices, meanwhile=compile_first)
+            unreadable, left = len(report.failures), len(jobs) - report.skipped
+            with closing(PhotoBar(left, watch)) as bar:
+                report.on_done = bar.update
+                upscale_groups(
+                    engine,
+                    groups,
+                    settings,
+                    report,
+                    overwrite=options.overwrite,
+                    progress=bar.stages,
+                    progress_from=_TILES_TO_COUNT[devices[0].platform == "cpu"],
+                )
+                from_others = max(0, left - report.written - (len(report.failures) - unreadable))
+                bar.update(from_others)
+                computing = bar.seconds
+    print(_summary(options, report, from_others) + _times(report, time.perf_counter() - begun, computing))
     if options.report:
         _write_page(options, options.report, jobs, report.failures)
     if report.failures:
@@ -100,6 +117,13 @@ def _summary(options: Options, report: Report, from_others: int) -> str:
     meanwhile = f", {from_others} written by another process meanwhile" if from_others else ""
     failed = f", {len(report.failures)} failed" if report.failures else ""
     return f"{report.written} upscaled into {options.output_dir}{skipped}{meanwhile}{failed}"
+
+
+def _times(report: Report, total: float, computing: float) -> str:
+    """How long the run took, and how long an image took without loading and compiling."""
+    if not report.written:
+        return ""
+    return f"; {duration(total)} in all, {duration(computing / report.written)} an image"
 
 
 def _write_page(options: Options, page: Path, jobs: Sequence[FileJob], failures: Sequence[str]) -> None:

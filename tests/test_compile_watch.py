@@ -42,6 +42,19 @@ def test_a_long_compilation_is_announced_once_and_its_time_counted():
     assert watch.seconds < counted + 5
 
 
+def test_the_next_is_announced_half_a_minute_later_if_it_lasts():
+    said = []
+    with CompileWatch(said.append, patience=0.01, again=0.2):
+        begin()
+        assert soon(lambda: len(said) == 1)
+        end()
+        begin()
+        time.sleep(0.05)
+        assert len(said) == 1
+        assert soon(lambda: len(said) == 2)
+        end()
+
+
 def test_a_short_one_is_not():
     said = []
     with CompileWatch(said.append, patience=0.2) as watch:

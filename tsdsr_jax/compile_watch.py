@@ -15,7 +15,7 @@ _BEGIN = "/jax/compilation_cache/compile_requests_use_cache"
 _END = "/jax/core/compile/backend_compile_duration"
 # Loading a program from the cache takes less.
 _PATIENCE = 3.0
-_AGAIN = 60.0
+_AGAIN = 30.0
 
 COMPILING = "compiling (once; kept for later runs)"
 
@@ -31,9 +31,9 @@ class CompileWatch:
     Where programs are not kept, JAX does not report when a compilation begins, and this says nothing.
 
     Args:
-      say: called with `COMPILING` when compilations have lasted some seconds, but not twice within a minute.
+      say: called with `COMPILING` when compilations have lasted some seconds, but not twice within half a minute.
       ended: called when the last of the compilations that are under way has ended.
-      patience: how many seconds.
+      patience, again: these times, in seconds.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class CompileWatch:
         say: Callable[[str], object] = say_above_bar,
         ended: Callable[[], object] = lambda: None,
         patience: float = _PATIENCE,
+        again: float = _AGAIN,
     ):
         self.ended = ended
-        self._say, self._patience = say, patience
+        self._say, self._patience, self._again = say, patience, again
         self._lock = threading.Lock()
         self._threads: set[int] = set()
         self._since = self._done = 0.0
@@ -73,9 +74,7 @@ class CompileWatch:
         with self._lock:
             if not self._threads:
                 self._since = time.perf_counter()
-                self._timer = threading.Timer(self._patience, self._announce)
-                self._timer.daemon = True
-                self._timer.start()
+                self._start_timer(self._patience)
             self._threads.add(threading.get_ident())
 
     def _end(self, event: str, duration_secs: float, **_: Any) -> None:
@@ -91,10 +90,20 @@ class CompileWatch:
             self.ended()
 
     def _announce(self) -> None:
-        now = time.perf_counter()
-        if now - self._said > _AGAIN:
+        with self._lock:
+            if self._timer is None:
+                return
+            now = time.perf_counter()
+            if now < self._said + self._again:
+                self._start_timer(self._said + self._again - now)
+                return
             self._said = now
-            self._say(COMPILING)
+        self._say(COMPILING)
+
+    def _start_timer(self, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, self._announce)
+        self._timer.daemon = True
+        self._timer.start()
 
     def _stop(self) -> None:
         if self._timer is not None:

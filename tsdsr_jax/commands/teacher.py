@@ -40,6 +40,7 @@ from tsdsr_jax.pretraining.teacher_weights import (
 from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import LORA, MODEL
 from tsdsr_jax.training.loop import explained_memory
+from tsdsr_jax.training.missing import lack_own_prompts, missing_model, missing_prompts, refuse_missing
 from tsdsr_jax.training.networks import (
     Networks,
     check_latents,
@@ -137,6 +138,9 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__, groups=TRAINING)
     options = options.prompted(options.pretrained_model_name_or_path)
     options.check()
+    model_name = options.pretrained_model_name_or_path
+    missing = [*missing_model(model_name), *missing_prompts(options, lack_own_prompts(options.hr_dir))]
+    refuse_missing(missing, model_name, hints.first_run())
     mesh = options.start()
     start = find_start(options)
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)

@@ -43,6 +43,7 @@ AT_THE_ROOT = {
     "devices",
     "errors",
     "flags",
+    "git_lfs",
     "hints",
     "identity",
     "places",

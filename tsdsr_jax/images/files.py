@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.git_lfs import POINTER_BYTES, is_pointer, pointer_error
 from tsdsr_jax.images.metadata import (
     ORIENTATIONS,
     carried_exif,
@@ -140,9 +141,14 @@ def _opened_file(path: Path) -> BinaryIO:
         raise UserError(
             f"{path}: cannot be opened ({_reason(error)}); check the path and permissions"
         ) from error
-    if not file.peek(1):
+    start = file.peek(POINTER_BYTES)
+    if not start or is_pointer(start):
         file.close()
-        raise UserError(f"{path}: is empty (0 bytes); copy the image again")
+        raise (
+            UserError(f"{path}: is empty (0 bytes); copy the image again")
+            if not start
+            else pointer_error(path)
+        )
     return file
 
 

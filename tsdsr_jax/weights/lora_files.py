@@ -88,7 +88,8 @@ def read_lora(reader: TensorReader, config: Config, model: str = DESCRIBED) -> A
     Raises:
       UserError: like `open_lora`; the message names all missing, extra and misshapen tensors.
     """
-    names = understand(reader.specs, reader.source)
+    modules = (name.removesuffix(".weight") for entry in kernel_entries(config) for name in entry.names)
+    names = understand(reader.specs, reader.source, modules)
     specs = {name: reader.specs[stored] for name, stored in names.tensors.items()}
     runs = _adapted_runs(specs, config)
     check_names(specs, _expected_shapes(runs, config), reader.source, model)

@@ -168,6 +168,18 @@ def test_one_tensor_more_is_named(name: str, kind: str) -> None:
         read(tensors() | {name: np.zeros(64, np.float32)})
 
 
+def test_a_lora_for_a_larger_network_is_named_in_a_few_lines() -> None:
+    named = tensors()
+    for block in range(90):
+        for half in "AB":
+            name = f"transformer.transformer_blocks.{9 + block}.attn.to_q.lora_{half}.weight"
+            named[name] = named[f"transformer.{Q1}.lora_{half}.weight"]
+    with pytest.raises(UserError, match=r"\(180 unexpected\)") as caught:
+        read(named)
+    said = str(caught.value).splitlines()
+    assert len(said) == 5 and "blocks.9.attn.to_q.lora_A" in said[1] and said[-1] == "  and 177 more"
+
+
 def test_two_names_for_one_tensor_are_refused() -> None:
     with pytest.raises(
         UserError, match=rf"transformer\.{Q1}\.lora_A\.weight and {Q1}\.lora_A\.weight mean the same"

@@ -99,8 +99,15 @@ def new_folder(run: Path, word: str) -> Path:
 
 def first_run() -> str:
     """The command for a first training run, with nothing but what comes with this library."""
-    flags = dict(pretrained_model_name_or_path=shipped("tiny", "weights/tiny"), hr_dir=PHOTOS)
-    flags |= dict(lambda_tsd=0, lambda_lpips=0, train_batch_size=2, max_train_steps=20, mixed_precision="no")
+    flags: dict[str, Any] = dict(
+        pretrained_model_name_or_path=shipped("tiny", "weights/tiny"),
+        hr_dir=PHOTOS,
+        lambda_tsd=0,
+        lambda_lpips=0,
+        train_batch_size=2,
+        max_train_steps=20,
+        mixed_precision="no",
+    )
     return command("train/distill.py", **flags, output_dir=new_folder(Path("runs/first"), "run"))
 
 

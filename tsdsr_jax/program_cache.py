@@ -34,7 +34,7 @@ _CHECKED = ".tsdsr_jax_checked"
 _MONTH = 30 * 24 * 3600.0
 
 
-def keep_programs() -> None:
+def keep_programs(say: Callable[[str], object] = _LOG.warning) -> None:
     """Keeps compiled programs on disk, so that the next start does not compile them again.
 
     They are kept in ~/.cache/tsdsr_jax, up to 8 GB; if this cannot be written, in the folder for temporary files. JAX's own
@@ -42,6 +42,9 @@ def keep_programs() -> None:
     nothing. Programs that compile in less than 0.1 s, or JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, are not kept. Beside
     the programs, XLA keeps what it measured on a GPU to choose kernels: a changed program does not measure its unchanged
     parts again.
+
+    Args:
+      say: called with a line if the usual folder cannot be used as usual.
     """
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]  # JAX defines flags at run time
         return
@@ -53,18 +56,18 @@ def keep_programs() -> None:
         jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
-    folder = usable_folder()
+    folder = usable_folder(say)
     if folder is None:
         return
     remove_broken(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", size_limit(folder))
+    jax.config.update("jax_compilation_cache_max_size", size_limit(folder, say))
     # If the disk fills up meanwhile, JAX warns about every program. The next start removes what is broken or says why not.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
 
 
-def usable_folder() -> Path | None:
-    """The folder for this processor's programs; one line is logged if it is not the usual one, or if there is none."""
+def usable_folder(say: Callable[[str], object]) -> Path | None:
+    """The folder for this processor's programs; says so if it is not the usual one, or if there is none."""
     reasons = []
     for candidate in _candidates():
         folder = candidate / _processor()
@@ -76,12 +79,11 @@ def usable_folder() -> Path | None:
             reasons.append(f"{folder} ({getattr(error, 'strerror', None) or error})")
             continue
         if reasons:
-            _LOG.warning("compiled programs cannot be kept in %s; keeping them in %s", reasons[0], folder)
+            say(f"compiled programs cannot be kept in {reasons[0]}; keeping them in {folder}")
         return folder
-    _LOG.warning(
-        "compiled programs cannot be kept, so every run compiles them again: %s. JAX_COMPILATION_CACHE_DIR names another "
-        "folder",
-        ", ".join(reasons),
+    say(
+        f"compiled programs cannot be kept, so every run compiles them again: {', '.join(reasons)}. "
+        "JAX_COMPILATION_CACHE_DIR names another folder"
     )
     return None
 
@@ -186,13 +188,12 @@ def _mend(entry: Path) -> None:
             _time_of(entry).unlink(missing_ok=True)
 
 
-def size_limit(folder: Path) -> int:
+def size_limit(folder: Path, say: Callable[[str], object]) -> int:
     """The limit to pass to JAX: -1, none, if another program's file would keep it from finding the oldest programs."""
     foreign = sorted(path.name for path in folder.glob("*-cache") if not _time_of(path).exists())
     if not foreign:
         return PROGRAMS_BYTES
-    _LOG.warning(
-        "%s is not a compiled program; while it is there, this folder's size is not limited",
-        folder / foreign[0],
+    say(
+        f"{folder / foreign[0]} is not a compiled program; while it is there, this folder's size is not limited"
     )
     return -1

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli, hints
 from tsdsr_jax.cli import check_writable
 from tsdsr_jax.commands.groups import PREPARING
-from tsdsr_jax.compile_watch import CompileWatch
+from tsdsr_jax.compile_watch import CompileWatch, say_above_bar
 from tsdsr_jax.data import preparation
 from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.crops import Crops, Planned, SetLayout, plan
@@ -303,7 +303,7 @@ def _write_samples(
     writer: SetWriter,
     manifest: ManifestWriter,
 ) -> None:
-    keep_programs()
+    keep_programs(say_above_bar)
     dtype = DTYPES["fp32"]
     with matmul_precision(dtype), CompileWatch():
         networks = Networks(model.network("transformer"), model.network("vae"), make_mesh(), dtype)

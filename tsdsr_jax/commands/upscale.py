@@ -25,6 +25,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation.comparison import Comparison, Layer
 from tsdsr_jax.evaluation.html import check_report_path, write_report
 from tsdsr_jax.images.files import read_size
+from tsdsr_jax.program_cache import keep_programs
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.jobs import FileJob, Report, find_jobs
 from tsdsr_jax.upscaling.loading import load_engine
@@ -76,6 +77,7 @@ def main() -> None:
     if options.report:
         check_report_path(options.report)
 
+    keep_programs(say_above_bar)
     devices = select_devices(options.device)
     settings = options.settings(devices[0].platform)
     report = Report(say_above_bar)

@@ -39,12 +39,15 @@ AT_THE_ROOT = {
     "atomic",
     "cli",
     "cli_help",
+    "compile_watch",
     "devices",
     "errors",
     "flags",
+    "git_lfs",
     "hints",
     "identity",
     "places",
+    "program_cache",
 }
 
 

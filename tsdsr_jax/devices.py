@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import re
 from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
@@ -15,14 +13,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.program_cache import keep_programs
 
 _PLATFORMS = {"cuda": "cuda", "gpu": "cuda", "cpu": "cpu", "tpu": "tpu"}
 _INSTALL = {
     "cuda": "a GPU needs `pip install 'tsdsr_jax[cuda12]'`",
     "tpu": "a TPU needs `pip install 'tsdsr_jax[tpu]'`",
 }
-
-PROGRAMS_BYTES = 8 * 10**9
 
 # How XLA compiles for GPUs. cuBLASLt's products add biases, GELU and residuals themselves; Triton's leave them to other
 # kernels. And products of the same input are not merged into one, because XLA would copy their weights side by side.
@@ -79,44 +76,6 @@ def memory_of(device: jax.Device) -> int:
         with suppress(OSError, ValueError):  # "max"
             memory.append(int(Path(limit).read_text()))
     return min(memory) // 2
-
-
-def keep_programs() -> None:
-    """Keeps compiled programs on disk, so that the next start does not compile them again.
-
-    They are kept in ~/.cache/tsdsr_jax, up to 8 GB; without a writable home nothing is kept. JAX's own variables take
-    precedence: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Programs
-    that compile in less than 0.1 s, or JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, are not kept. Beside the programs, XLA
-    keeps what it measured on a GPU to choose kernels: a changed program does not measure its unchanged parts again.
-    """
-    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]  # JAX defines flags at run time
-        return
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX's default of 1 s would leave out half of what the small model compiles at its start.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
-        # JAX's default so far. The kernels themselves, its other cache, are in the programs already.
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")
-    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
-        return
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tsdsr_jax"
-        folder = base / _processor()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return
-    if os.access(folder, os.W_OK | os.X_OK):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
-
-
-def _processor() -> str:
-    """A name for this kind of processor. A program compiled for one kind may crash another that shares the folder."""
-    told = [platform.machine(), platform.processor()]
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        told += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 
 def join_processes(coordinator: str | None, processes: int | None, process: int | None, detect: bool) -> None:

@@ -97,6 +97,20 @@ def new_folder(run: Path, word: str) -> Path:
     return next(path for name in names if not (path := run.with_name(name)).exists())
 
 
+def first_run() -> str:
+    """The command for a first training run, with nothing but what comes with this library."""
+    flags: dict[str, Any] = dict(
+        pretrained_model_name_or_path=shipped("tiny", "weights/tiny"),
+        hr_dir=PHOTOS,
+        lambda_tsd=0,
+        lambda_lpips=0,
+        train_batch_size=2,
+        max_train_steps=20,
+        mixed_precision="no",
+    )
+    return command("train/distill.py", **flags, output_dir=new_folder(Path("runs/first"), "run"))
+
+
 def distilling(run: Path, flags: Mapping[str, Any]) -> str:
     """The command to distill with these flags after `run`; it leaves out LPIPS if there are no weights for it."""
     lpips = None if LPIPS_FILE.is_file() else 0

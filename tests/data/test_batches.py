@@ -1,7 +1,6 @@
 """The order of samples, for any number of readers, and what happens to bad samples."""
 
 from itertools import chain
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +14,6 @@ from tsdsr_jax.data.batches import (
     SampleShapes,
     first_sample,
     permutation,
-    read_ahead,
     sample_at,
 )
 from tsdsr_jax.data.record import Record
@@ -95,15 +93,6 @@ def test_a_run_continues_where_it_was():
     assert seen(batches(source, RowPlan(5 * 4, 4, 1, 4))) == whole[5:]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_reading_ahead_changes_nothing(workers):
-    ahead = list(read_ahead(batches(Numbers(10, bad=(4,)), RowPlan(0, 9, 1, 4)), workers))
-    direct = list(batches(Numbers(10, bad=(4,)), RowPlan(0, 9, 1, 4)))
-    assert seen(ahead) == seen(direct)
-    assert [batch.problems for batch in ahead] == [batch.problems for batch in direct]
-    assert all(type(leaf) is np.ndarray for leaf in ahead[0].records)
-
-
 def test_a_bad_sample_is_replaced_by_the_next_of_its_epoch():
     good = list(chain.from_iterable(seen(batches(Numbers(10), RowPlan(0, 5, 1, 2)))))
     stream = list(batches(Numbers(10, bad=(good[3],), odd=(good[6],)), RowPlan(0, 5, 1, 2)))
@@ -142,19 +131,3 @@ def test_text_gets_one_dtype():
     assert shapes.text_dtype == ml_dtypes.bfloat16
     record = shapes.cast(source.read(1))
     assert record.prompt.dtype == record.pooled.dtype == ml_dtypes.bfloat16
-
-
-def test_workers_need_no_jax_backend():
-    """Nothing that workers import starts a device; Grain itself may import jax."""
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; before = set(sys.modules); import tsdsr_jax.data.batches; "
-        "print([m for m in ('flax', 'torch') if m in sys.modules], 'jax._src.xla_bridge' in sys.modules "
-        "and sys.modules['jax._src.xla_bridge'].backends_are_initialized())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert done.stdout == "[] False\n", done.stderr

@@ -1,5 +1,6 @@
 """Folders of photographs as samples: which are found and left out, how they are cropped, and what draws depend on."""
 
+import dataclasses
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -11,12 +12,13 @@ from PIL.PngImagePlugin import PngInfo
 
 import tiny_checkpoint as tiny
 from photos import data_folder
-from tsdsr_jax.data.batches import Batches, RowPlan, SampleShapes, read_ahead
+from tsdsr_jax.data.batches import Batches, RowPlan, SampleShapes
 from tsdsr_jax.data.crops import plan
 from tsdsr_jax.data.degradation import DegradationConfig
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.photos import Box, CropConfig, Photographs, left_out, random_crop, survey
 from tsdsr_jax.data.sources import open_data
+from tsdsr_jax.data.workers import read_ahead
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.images.search import find_photographs
@@ -267,6 +269,29 @@ def test_the_fingerprint_follows_the_photographs_not_the_place(folder, tmp_path)
     assert source(moved).fingerprint() == before
     save(moved / "trip 1" / "5.png", seed=99)
     assert source(moved).fingerprint() != before
+
+
+def test_a_replaced_prompt_changes_the_identity(folder, tmp_path):
+    """Whichever photograph it is of, and the default that the other photographs get, but not a photograph's own place."""
+    config = tiny.tiny_mmdit_config()
+    options = DataOptions(hr_dir=(folder,), crop_size=(32,), default_embedding_dir=tmp_path / "default")
+
+    def identity(opened: DataOptions = options) -> dict[str, str]:
+        return dict(open_data(opened, 0, "latents", lambda line: None).identity)
+
+    assert "photographs' prompts" not in identity()
+    save_prompt_embeds(tmp_path / "default", tiny.random_prompt(config, 1))
+    for index in range(5):
+        save_prompt_embeds(folder / f"trip {index % 2}/{index}.safetensors", tiny.random_prompt(config, 2))
+    before = identity()
+    save_prompt_embeds(folder / "trip 1/3.safetensors", tiny.random_prompt(config, 3))
+    replaced = identity()
+    assert {name for name in before if before[name] != replaced[name]} == {"photographs' prompts"}
+    save_prompt_embeds(tmp_path / "default", tiny.random_prompt(config, 4))
+    other_default = identity()
+    assert {name for name in before if other_default[name] != replaced[name]} == {"photographs' prompts"}
+    moved = Path(shutil.move(folder, tmp_path / "elsewhere"))
+    assert identity(dataclasses.replace(options, hr_dir=(moved,))) == other_default
 
 
 def test_without_degradation_there_is_the_target_alone(folder):

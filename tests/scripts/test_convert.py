@@ -727,7 +727,7 @@ def test_mistakes_with_adapters(
     base = ("--base", pristine["diffusers"])
     with pytest.raises(
         UserError,
-        match=r"transformer_blocks\.0\.attn\.to_q\.lora_A\.weight is \(4, 64\), expected \(4, 1536\)",
+        match=r"transformer_blocks\.0\.attn\.add_k_proj\.lora_A\.weight is \(4, 64\), expected \(4, 1536\)",
     ):
         convert_lora("-i", peft_folder, "-o", tmp_path / "ours")  # without --base: SD3-medium
     with pytest.raises(UserError, match="input and output are the same file"):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -301,7 +302,8 @@ def mixed(tmp_path) -> Path:
 
 def test_finished_files_are_skipped(command, tmp_path):
     source, output = save(tmp_path / "in", a=SQUARE, b=SQUARE), tmp_path / "out"
-    assert command(source, output).out.splitlines()[-1] == f"2 upscaled into {output}"
+    last = command(source, output).out.splitlines()[-1]
+    assert re.fullmatch(rf"2 upscaled into {output}; [\d.]+ s in all, [\d.]+ s an image", last)
     again = command(source, output)
     assert again.status == 0 and again.err == ""
     assert "0 upscaled" in again.out and "2 already existed (--overwrite" in again.out
@@ -346,7 +348,9 @@ def test_results_of_another_process_are_kept_and_counted(command, tmp_path, monk
     monkeypatch.setattr(upscale, "load_engine", while_another_finishes)
     done = command(source, output)
     assert done.status == 0
-    assert done.out.splitlines()[-1] == f"1 upscaled into {output}, 1 written by another process meanwhile"
+    assert done.out.splitlines()[-1].startswith(
+        f"1 upscaled into {output}, 1 written by another process meanwhile; "
+    )
     assert (output / "a.png").read_bytes() == b"theirs"
 
 
@@ -517,7 +521,7 @@ def test_bad_files_cost_no_other_its_result(command, tmp_path):
     assert len(lines) == len(bad) + 1
     assert "--max_pixels" in next(line for line in lines if "grows" in line)
     assert outcome.out.splitlines()[-1].startswith(f"3 upscaled into {output}")
-    assert outcome.out.splitlines()[-1].endswith("7 failed")
+    assert "7 failed; " in outcome.out.splitlines()[-1]
     assert sorted(contents(output)) == ["folder.png/inside.png", "good.png", "last.png", "sub"]
 
 
@@ -638,8 +642,7 @@ def test_lora_of_another_base(on_models, copy):
     tiny.save_peft(copy / "lora/transformer.safetensors", lora, wide)
     text = on_models(copy).err
     assert str(copy / "lora/transformer.safetensors") in text
-    for name in ("transformer_blocks.0.attn.to_q.lora_A.weight", "proj_out.lora_A.weight"):
-        assert f"wrong shape: {name}" in text
+    assert "wrong shape: transformer_blocks.0.attn.to_q.lora_A.weight" in text and "\n  and 2 more" in text
 
 
 def test_lora_of_the_other_network(on_models, copy):

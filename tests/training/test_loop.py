@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -171,3 +172,20 @@ def test_other_device_errors_keep_their_traceback():
 def test_without_a_terminal_progress_is_printed_as_lines(capsys):
     run(Recorder())
     assert "step 10/10" in capsys.readouterr().out
+
+
+def test_compilation_is_no_part_of_the_rate_and_the_estimate(capsys):
+    """The first call compiles; the workers' start is before it."""
+    rates = []
+
+    def step(state, batch):
+        time.sleep(0.5 if state == 0 else 0.01)
+        return count(state, batch)
+
+    hooks = loop.Hooks(
+        log=lambda step, values: rates.append(values["images_per_s"]),
+        validate=lambda *_: None,
+        save=lambda *_: None,
+    )
+    loop.run_loop(0, step, itertools.repeat(1), schedule(log=5), hooks, loop.StopSignal())
+    assert len(rates) == 10 and min(rates) > 2 / 0.1

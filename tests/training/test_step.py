@@ -13,7 +13,7 @@ from tsdsr_jax.data.record import Record
 from tsdsr_jax.distillation.losses import Student
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.schedules import learning_rate
-from tsdsr_jax.training.step import Trainer
+from tsdsr_jax.training.step import Beginning, Step, Trainer
 
 KEY = jax.random.key(0)
 CONSTANT = OptimizerConfig(schedule="constant", max_grad_norm=0.5)
@@ -187,3 +187,21 @@ def test_the_average_follows_the_student():
         mean = 0.9 * mean + 0.1 * np.asarray(state.trained["student"].transformer["w"])
     np.testing.assert_allclose(state.averaged("student").transformer["w"], mean, rtol=1e-5)
     assert toy_trainer().init(start()).ema == {}
+
+
+def test_the_first_parameters_have_a_key_that_no_step_has():
+    """`split` and `fold_in` give the same keys: `split(key, 3)` are those of the steps 0, 1 and 2."""
+    used: list[jax.Array] = []
+
+    def create(key: jax.Array, loaded: Any) -> dict[str, Any]:
+        used.append(key)
+        return start()
+
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    step = Step(toy_trainer(), mesh, {}, 5, Beginning(create))
+    step.new_state()
+    firsts = {jax.random.key_data(key).tobytes() for key in (used[0], *jax.random.split(used[0], 3))}
+    run_key = jax.random.key(5)
+    steps = [run_key, *(jax.random.fold_in(run_key, index) for index in range(100))]
+    parts = [jax.random.fold_in(key, index) for key in steps for index in range(4)]
+    assert not firsts & {jax.random.key_data(key).tobytes() for key in steps + parts}

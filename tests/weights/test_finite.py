@@ -91,16 +91,6 @@ def test_views_of_shards(tmp_path: Path) -> None:
     assert [reader.view(name)[0] for name in "ab"] == [ord("a"), ord("b")]
 
 
-def test_a_git_lfs_pointer_is_called_that(tmp_path: Path) -> None:
-    file = tmp_path / "x.safetensors"
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4169084344\n")
-    with pytest.raises(UserError, match=r"x\.safetensors: is a Git LFS pointer, .*git lfs pull"):
-        open_tensors(file)
-    file.write_text("neither")
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        open_tensors(file)
-
-
 # --- checkpoints -------------------------------------------------------------------------------------
 
 FIRST, MIDDLE, LAST = (

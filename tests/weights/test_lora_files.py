@@ -108,9 +108,32 @@ def test_every_kind_of_name_gives_the_same_bits(changes: Any, dtype: type) -> No
     assert_same(read(renamed(plain, *changes)).tree, read(plain).tree)
 
 
+def as_kohya(named: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Underscores for the dots in modules; `.lora_down.weight`, `.lora_up.weight` and `.alpha` stay."""
+
+    def rename(name: str) -> str:
+        module, dot, rest = re.split(r"(\.)(?=lora_|alpha)", name.removeprefix("transformer."), maxsplit=1)
+        rest = rest.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        return f"{prefix}{module.replace('.', '_')}{dot}{rest}"
+
+    return {rename(name): array for name, array in named.items()}
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_transformer_"])
+def test_kohyas_names_of_diffusers_modules_are_read(prefix: str) -> None:
+    some = {name: array for name, array in tensors().items() if ".1." in name or "proj_out" in name}
+    assert_same(read(as_kohya(some, prefix)).tree, read(some).tree)
+    adapter = read(as_kohya(some | alphas(some, 2), prefix))
+    assert adapter.factors == (0.5,)
+    assert_same(adapter.tree, lora.scale(read(some).tree, np.float32(0.5)))
+
+
 OTHERS = {
-    "kohya": ((r"^transformer\.", "lora_unet_"), "kohya"),
-    "kohya's transformer": ((r"^transformer\.", "lora_transformer_"), "kohya"),
+    "kohya's, of Stability's modules": (
+        (r"^transformer\.transformer_blocks\.", "lora_unet_joint_blocks_"),
+        "kohya",
+    ),
+    "kohya's, of another network": ((r"^transformer\.", "lora_unet_other_"), "kohya"),
     "text encoder": ((r"^transformer\.", "text_encoder."), "text encoders"),
     "ComfyUI": ((r"^transformer\.", "diffusion_model."), "ComfyUI"),
     "LoKr": ((r"lora_A\.weight", "lokr_w1"), "LoKr"),
@@ -143,6 +166,18 @@ def test_other_kinds_are_called_by_name_with_three_examples(change: tuple[str, s
 def test_one_tensor_more_is_named(name: str, kind: str) -> None:
     with pytest.raises(UserError, match=rf"{kind}.*{re.escape(name)}$"):
         read(tensors() | {name: np.zeros(64, np.float32)})
+
+
+def test_a_lora_for_a_larger_network_is_named_in_a_few_lines() -> None:
+    named = tensors()
+    for block in range(90):
+        for half in "AB":
+            name = f"transformer.transformer_blocks.{9 + block}.attn.to_q.lora_{half}.weight"
+            named[name] = named[f"transformer.{Q1}.lora_{half}.weight"]
+    with pytest.raises(UserError, match=r"\(180 unexpected\)") as caught:
+        read(named)
+    said = str(caught.value).splitlines()
+    assert len(said) == 5 and "blocks.9.attn.to_q.lora_A" in said[1] and said[-1] == "  and 177 more"
 
 
 def test_two_names_for_one_tensor_are_refused() -> None:

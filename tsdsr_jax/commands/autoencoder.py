@@ -143,7 +143,7 @@ def _prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new:
     )
     whole = replicated(mesh)
     frozen = Frozen(jax.tree.map(lambda leaf: global_array(leaf, whole), lpips[1] if lpips else {}))
-    step = Step(trainer, mesh, frozen, jax.random.key(options.seed), beginning, split=True)
+    step = Step(trainer, mesh, frozen, options.seed, beginning, split=True)
     measured = max(options.num_validation_images, MEASURED)
     records = _validation_records(options, data, measured)
     validation = AutoencoderValidation(loss, mesh, records, options.num_validation_images)
@@ -188,11 +188,10 @@ def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: boo
     )  # measured later, so it identifies nothing
     described = json.dumps(dataclasses.asdict(config), sort_keys=True)
     if options.from_scratch:
-        key = jax.random.key(options.seed)
-        return Beginning(lambda _: {NETWORK: new_autoencoder_params(config, key)}), f"new, {described}"
+        return Beginning(lambda key, _: {NETWORK: new_autoencoder_params(config, key)}), f"new, {described}"
     ((params, digest),) = load_networks([files], mesh, jnp.float32)
     loaded = params if new else jax.eval_shape(lambda: params)
-    return Beginning(lambda loaded: {NETWORK: loaded}, loaded), f"{digest}, {described}"
+    return Beginning(lambda _, loaded: {NETWORK: loaded}, loaded), f"{digest}, {described}"
 
 
 def _export(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Export:

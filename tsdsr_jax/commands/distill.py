@@ -34,12 +34,20 @@ from tsdsr_jax.distillation.tsd import TSDConfig, Weighting
 from tsdsr_jax.distillation.validation import Validation
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
-from tsdsr_jax.models.lpips import LPIPS, Network
+from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.stacks import by_layer
 from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import LORA
 from tsdsr_jax.training.loop import explained_memory
+from tsdsr_jax.training.missing import (
+    lack_own_prompts,
+    missing_lpips,
+    missing_model,
+    missing_prompts,
+    missing_teacher,
+    refuse_missing,
+)
 from tsdsr_jax.training.networks import (
     Networks,
     check_latents,
@@ -56,7 +64,7 @@ from tsdsr_jax.training.step import Step, Trainer
 from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights import prompt_hints
-from tsdsr_jax.weights.lpips_files import how_to_get_lpips, load_lpips
+from tsdsr_jax.weights.lpips_files import load_lpips
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 from tsdsr_jax.weights.sd3_folder import Checkpoint, check_fit, open_checkpoint
 
@@ -201,12 +209,17 @@ class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
             )
         if self.use_teacher_lora and self.teacher_lora_path is None:
             raise UserError("--use_teacher_lora: give the LoRA with --teacher_lora_path")
-        if self.lambda_lpips and not self.lpips_path.is_file():
-            network: Network = "vgg" if "vgg" in self.lpips_path.name.lower() else "alex"
-            raise UserError(
-                f"--lpips_path {self.lpips_path}: not found; pass --lambda_lpips 0 to train without LPIPS, or make it: "
-                + how_to_get_lpips(network, self.lpips_path)
-            )
+
+    def check_files(self) -> None:
+        """Raises UserError if weights or embeddings are missing; the message names all of them."""
+        model = self.pretrained_model_name_or_path
+        found = [
+            *missing_model(model),
+            *(missing_lpips(self.lpips_path) if self.lambda_lpips else []),
+            *missing_prompts(self, self.use_default_prompt or lack_own_prompts(self.hr_dir)),
+            *missing_teacher(self.teacher_lora_path if self.use_teacher_lora else None),
+        ]
+        refuse_missing(found, model, hints.first_run())
 
     def all_notes(self, steps: int, merged: bool = False) -> list[str]:
         """Returns notes on flags that have no effect or may surprise; a `merged` model is already a student."""
@@ -229,6 +242,7 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__, groups=TRAINING)
     options = options.prompted(options.pretrained_model_name_or_path)
     options.check()
+    options.check_files()
     mesh = options.start()
     start = find_start(options)
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
@@ -273,10 +287,9 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
         dynamic_scale=options.dynamic_scale,
         branch=False,  # adapters are small
     )
-    key = jax.random.key(options.seed)
     validation = Validation(losses, mesh, base, records)
     return session.Task(
-        step=Step(trainer, mesh, base, key, beginning(networks, options.ranks(), key, loaded)),
+        step=Step(trainer, mesh, base, options.seed, beginning(networks, options.ranks(), loaded)),
         validate=lambda state: validation(state.averaged(STUDENT)),
         files=lambda _: partial(student_files, networks),
         export=LORA,

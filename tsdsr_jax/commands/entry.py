@@ -25,6 +25,8 @@ def _run(name: str) -> None:
     # `evaluate` leaves more to PyTorch's metrics, which may run on the same GPU.
     if name != "evaluate" and not any(variable in os.environ for variable in _GPU_MEMORY_VARIABLES):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = _GPU_SHARE
+    # XLA's alarms about slow compilations, in red, ask for a bug report. What fails raises an exception, too.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     main = importlib.import_module(f"tsdsr_jax.commands.{name}").main
     importlib.import_module("tsdsr_jax.cli").run(main)
 

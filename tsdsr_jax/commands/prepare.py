@@ -27,6 +27,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli, hints
 from tsdsr_jax.cli import check_writable
 from tsdsr_jax.commands.groups import PREPARING
+from tsdsr_jax.compile_watch import CompileWatch, say_above_bar
 from tsdsr_jax.data import preparation
 from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.crops import Crops, Planned, SetLayout, plan
@@ -38,10 +39,11 @@ from tsdsr_jax.data.preview import PREVIEW_DRAWS, check_preview_path, write_prev
 from tsdsr_jax.data.set_prompts import Embedder, PromptChoice, Prompts, find_prompts
 from tsdsr_jax.data.sources import look_at, open_sets
 from tsdsr_jax.data.writers import SetPlan, SetWriter, make_writer
-from tsdsr_jax.devices import DTYPES, cores, keep_programs, matmul_precision
+from tsdsr_jax.devices import DTYPES, cores, matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.models.mmdit import MMDiTConfig
+from tsdsr_jax.program_cache import keep_programs
 from tsdsr_jax.training.checkpoint import Hash
 from tsdsr_jax.training.latents import LatentEncoder
 from tsdsr_jax.training.networks import Networks, load_text, text_hash
@@ -312,9 +314,9 @@ def _write_samples(
     writer: SetWriter,
     manifest: ManifestWriter,
 ) -> None:
-    keep_programs()
+    keep_programs(say_above_bar)
     dtype = DTYPES["fp32"]
-    with matmul_precision(dtype):
+    with matmul_precision(dtype), CompileWatch():
         networks = Networks(model.network("transformer"), model.network("vae"), make_mesh(), dtype)
         ((vae, _),) = networks.load([networks.vae])
         encoder = LatentEncoder(networks, vae, options.batch_size, options.seed)

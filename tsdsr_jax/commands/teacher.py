@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
 from jax.sharding import Mesh
 
 from tsdsr_jax import cli, hints
@@ -41,6 +40,7 @@ from tsdsr_jax.pretraining.teacher_weights import (
 from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import LORA, MODEL, to_host
 from tsdsr_jax.training.loop import explained_memory
+from tsdsr_jax.training.missing import lack_own_prompts, missing_model, missing_prompts, refuse_missing
 from tsdsr_jax.training.networks import (
     Networks,
     check_latents,
@@ -138,6 +138,9 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__, groups=TRAINING)
     options = options.prompted(options.pretrained_model_name_or_path)
     options.check()
+    model_name = options.pretrained_model_name_or_path
+    missing = [*missing_model(model_name), *missing_prompts(options, lack_own_prompts(options.hr_dir))]
+    refuse_missing(missing, model_name, hints.first_run())
     mesh = options.start()
     start = find_start(options)
     model = open_checkpoint(options.pretrained_model_name_or_path, options.revision, options.variant)
@@ -190,8 +193,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
         {NETWORK: options.learning_rate},
         dynamic_scale=options.dynamic_scale,
     )
-    key = jax.random.key(options.seed)
-    step = Step(trainer, mesh, base, key, transformer.beginning, split=not options.adapter)
+    step = Step(trainer, mesh, base, options.seed, transformer.beginning, split=not options.adapter)
     validation = TeacherValidation(
         loss, mesh, base, records, options.sampling_steps, options.sampling_guidance
     )
@@ -258,9 +260,9 @@ def _starting_lora(options: Options, networks: Networks) -> Tree:
 def _load_transformer(options: Options, networks: Networks, lora: Tree | None, new: bool) -> TransformerStart:
     """Loads or creates the transformer; a resumed run keeps only its frozen part."""
     if options.adapter:
-        return start_lora(networks, options.rank, options.seed, lora)
+        return start_lora(networks, options.rank, lora)
     if options.from_scratch:
-        return start_from_scratch(networks, options.seed)
+        return start_from_scratch(networks)
     return start_from_base(networks, new)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,11 +21,13 @@ from tqdm import tqdm
 
 from tsdsr_jax import cli
 from tsdsr_jax.commands.groups import UPSCALING
+from tsdsr_jax.compile_watch import CompileWatch, say_above_bar
 from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError, listed, printable
 from tsdsr_jax.evaluation.comparison import Comparison, Layer
 from tsdsr_jax.evaluation.html import check_report_path, write_report
 from tsdsr_jax.images.files import read_size
+from tsdsr_jax.program_cache import keep_programs
 from tsdsr_jax.upscaling.batch_run import upscale_groups
 from tsdsr_jax.upscaling.jobs import FileJob, Report
 from tsdsr_jax.upscaling.limits import MemoryBudget, beyond_memory, too_large
@@ -36,8 +39,12 @@ from tsdsr_jax.upscaling.options import (
     several_on,
 )
 from tsdsr_jax.upscaling.planning import Settings, plan_groups, unfinished
+from tsdsr_jax.upscaling.progress import PhotoBar, duration
 from tsdsr_jax.upscaling.rehearsal import compile_ahead
 from tsdsr_jax.upscaling.targets import FoundJobs, Naming, find_jobs, format_for, is_file_name
+
+# From how many tiles on a photograph's tiles are counted, on a GPU and on a CPU. A GPU then waits after every few tiles.
+_TILES_TO_COUNT = (9, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +74,7 @@ class Options(UpscaleOptions):
 
 
 def main() -> None:
+    begun = time.perf_counter()
     parsed = cli.parse(Options, description=__doc__, groups=UPSCALING, positional="input_dir")
     options = complete_options(parsed)
     check_upscale_options(options)
@@ -76,9 +84,10 @@ def main() -> None:
     if options.report:
         check_report_path(options.report)
 
+    keep_programs(say_above_bar)
     devices = select_devices(options.device)
     settings = options.settings(devices[0].platform)
-    report = Report(lambda line: tqdm.write(line, file=sys.stderr))
+    report = Report(say_above_bar)
     if part.index == 0:  # not by every part
         for line in found.problems:
             report.left_out(line)
@@ -95,17 +104,27 @@ def main() -> None:
         [(str(job.source), plan) for group in groups for job, plan in group.jobs], budget
     ):
         report.note(f"note: {remark}")
-    from_others = 0
+    from_others, computing = 0, 0.0
     if groups:
         compile_first = partial(compile_ahead, groups=groups, settings=settings)
-        engine = load_engine(options, devices, meanwhile=compile_first)
-        unreadable, left = len(report.failures), len(jobs) - report.skipped
-        with tqdm(total=left, unit=" images", disable=None) as bar:
-            report.on_done = bar.update
-            upscale_groups(engine, groups, settings, report, overwrite=options.overwrite)
-            from_others = max(0, left - report.written - (len(report.failures) - unreadable))
-            bar.update(from_others)
-    print(_summary(options, report, from_others))
+        with CompileWatch() as watch:
+            engine = load_engine(options, devices, meanwhile=compile_first)
+            unreadable, left = len(report.failures), len(jobs) - report.skipped
+            with closing(PhotoBar(left, watch)) as bar:
+                report.on_done = bar.update
+                upscale_groups(
+                    engine,
+                    groups,
+                    settings,
+                    report,
+                    overwrite=options.overwrite,
+                    progress=bar.stages,
+                    progress_from=_TILES_TO_COUNT[devices[0].platform == "cpu"],
+                )
+                from_others = max(0, left - report.written - (len(report.failures) - unreadable))
+                bar.update(from_others)
+                computing = bar.seconds
+    print(_summary(options, report, from_others) + _times(report, time.perf_counter() - begun, computing))
     if options.report:
         _write_page(options, options.report, jobs, report.failures)
     if report.failures or report.different:
@@ -141,6 +160,13 @@ def _summary(options: Options, report: Report, from_others: int) -> str:
     skipped = f", {report.skipped} already existed{older}{other} ({again})" if report.skipped else ""
     failed = f", {len(report.failures)} failed" if report.failures else ""
     return f"{report.written} upscaled into {options.output_dir}{skipped}{meanwhile}{failed}"
+
+
+def _times(report: Report, total: float, computing: float) -> str:
+    """How long the run took, and how long an image took without loading and compiling."""
+    if not report.written:
+        return ""
+    return f"; {duration(total)} in all, {duration(computing / report.written)} an image"
 
 
 def _write_page(options: Options, page: Path, jobs: Sequence[FileJob], failures: Sequence[str]) -> None:

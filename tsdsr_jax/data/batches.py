@@ -1,4 +1,4 @@
-"""The order in which a run sees its samples, and how Grain reads them ahead.
+"""The order in which a run sees its samples.
 
 The order is a pure function: position -> epoch and place -> sample, with a new permutation each epoch. So one number, the
 position, says where a run is in its data, and the number of workers, devices or hosts may change when it resumes. Counted
@@ -10,14 +10,9 @@ No jax here: Grain's workers import this.
 from __future__ import annotations
 
 import dataclasses
-import gc
-import signal
-from collections.abc import Generator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import cv2
-import grain
 import numpy as np
 
 from tsdsr_jax.data.record import Record, Source
@@ -25,7 +20,6 @@ from tsdsr_jax.errors import UserError
 
 # How many samples are tried, starting at a bad one, before giving up.
 TRIES = 16
-_READ_AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,56 +199,6 @@ def first_sample(source: Source, tries: int = TRIES) -> tuple[str, Record]:
         except UserError as error:
             problems.append(str(error))
     raise UserError("none of the first samples can be used:\n" + "\n".join(f"  {line}" for line in problems))
-
-
-def read_ahead(elements: Any, workers: int) -> Generator[Any]:
-    """Yields the elements of a sequence in order; threads or worker processes make them ahead.
-
-    Args:
-      elements: has `__len__` and `__getitem__`; elements are named tuples of arrays. It is pickled for workers.
-      workers: number of processes; 0: threads of this one.
-    """
-    dataset = grain.MapDataset.source(elements)
-    threads = 1 if workers else 4
-    stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_READ_AHEAD))
-    if workers:
-        _mark_flags_parsed()
-        options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
-        stream = stream.mp_prefetch(options, worker_init_fn=_begin_worker)
-    iterator = iter(stream)
-    try:
-        for element in iterator:
-            # Copied out of the memory shared with a worker, so that the worker can reuse it.
-            yield _owned(element) if workers else element
-    finally:
-        # Without this, worker processes and the memory they share with this one would outlive it: Grain keeps the last
-        # elements in reference cycles.
-        iterator.close()
-        del iterator, stream, dataset
-        element = None
-        gc.collect()
-
-
-def _owned(element: Any) -> Any:
-    """An element with copies of all its arrays."""
-    if isinstance(element, tuple):
-        return type(element)(*map(_owned, element))
-    return np.array(element) if isinstance(element, np.ndarray) else element
-
-
-def _begin_worker(_worker: int, _workers: int) -> None:
-    # Ctrl-C reaches every process in a terminal; the parent stops its workers after saving.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The workers already use all cores.
-    cv2.setNumThreads(1)
-
-
-def _mark_flags_parsed() -> None:
-    """Marks absl's flags as parsed, because absl starts Grain's workers only in a process that has parsed them."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 class BadSamples:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.git_lfs import refuse_pointer
 
 MANIFEST = "manifest.json"
 SET_FORMAT = "tsdsr_jax training set 1"
@@ -22,6 +23,7 @@ def has_manifest(root: Path) -> bool:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         return str(manifest.get("format")).startswith("tsdsr_jax")
     except (OSError, ValueError, AttributeError):
+        refuse_pointer(root / MANIFEST)
         return False
 
 

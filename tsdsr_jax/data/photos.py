@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -317,6 +318,30 @@ class Photographs:
         for index in spread(len(self)):
             digest.update(self.photographs[index].path.read_bytes())
         return digest.hexdigest()
+
+    def prompts_fingerprint(self) -> str | None:
+        """A hash of the prompt of every photograph; None if none has its own.
+
+        Of each file it covers the size and the end, where the pooled embedding is, which depends on the whole text.
+        """
+        own = [path for path in self.prompts if path]
+        if not own:
+            return None
+        digest = hashlib.sha256()
+        with ThreadPoolExecutor(16) as pool:
+            for end in pool.map(_end_of, own):
+                digest.update(end)
+        if self.default:
+            digest.update(self.default.prompt.tobytes() + self.default.pooled.tobytes())
+        return digest.hexdigest()
+
+
+def _end_of(file: Path, most: int = 4096) -> bytes:
+    """The last bytes of a file, and its size."""
+    with open(file, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - most))
+        return stream.read() + size.to_bytes(8, "little")
 
 
 def own_prompt(path: Path) -> Path | None:

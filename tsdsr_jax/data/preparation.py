@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from tsdsr_jax.data.batches import read_ahead
 from tsdsr_jax.data.crops import EncodedPair, Pairs, Planned, SetLayout
 from tsdsr_jax.data.manifest_writer import ManifestWriter
 from tsdsr_jax.data.photos import Photographs
+from tsdsr_jax.data.workers import read_ahead
 from tsdsr_jax.data.writers import FinishedSample, SetWriter
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 

@@ -30,6 +30,7 @@ from tsdsr_jax.atomic import replacing
 from tsdsr_jax.data.manifest import MANIFEST, check_complete, read_manifest
 from tsdsr_jax.data.record import Record, spread
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.git_lfs import refuse_pointer
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 # Records are compressed already. In larger groups, reading one record would read its whole group.
@@ -104,6 +105,7 @@ def count_records(path: Path) -> int:
     try:
         return len(ArrayRecordDataSource([str(path)]))
     except (RuntimeError, ValueError) as error:
+        refuse_pointer(path)
         raise UserError(
             f"{path}: cannot be read ({error}); delete it, and train/prepare.py makes it again"
         ) from None

@@ -66,6 +66,8 @@ def open_data(
         source = _open_photographs(options, seed, parts, note, output)
         # Without pairs, nothing is degraded.
         identity = crop_identity(options) | (pair_identity(options) if parts == "pairs" else {})
+        if prompts := source.prompts_fingerprint():
+            identity["photographs' prompts"] = prompts
     return Data(source, SampleShapes.of_source(source), identity | content_identity(source))
 
 

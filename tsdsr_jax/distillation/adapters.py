@@ -97,12 +97,11 @@ def load_adapters(folder: Path, networks: Networks, ranks: Ranks) -> tuple[Stude
 def beginning(
     networks: Networks,
     ranks: Ranks,
-    key: jax.Array,
     loaded: tuple[Student | None, Tree | None] = (None, None),
 ) -> Beginning:
     """Starts from new adapters or from loaded ones, on every device."""
 
-    def create(loaded: tuple[Student | None, Tree | None]) -> Parts:
+    def create(key: jax.Array, loaded: tuple[Student | None, Tree | None]) -> Parts:
         student, auxiliary = new_adapters(networks, ranks, key)
         return {
             STUDENT: student if loaded[0] is None else loaded[0],

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import io
 
 from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.git_lfs import refuse_pointer
 
 FEATURES = 36  # 18 at each of two scales
 # Names in BasicSR's files and in those of the MATLAB release.
@@ -40,6 +41,7 @@ def load_pristine(path: Path) -> PristineModel:
     try:
         stored = io.loadmat(path) if path.suffix.lower() == ".mat" else _load_archive(path)
     except Exception as error:  # the readers share no error class for other files
+        refuse_pointer(path)
         raise UserError(
             f"{path}: not a file of NIQE's parameters ({first_line(error)}); {_how_to_get()}"
         ) from None

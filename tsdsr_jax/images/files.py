@@ -20,6 +20,7 @@ from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import TiffImageFile
 
 from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.git_lfs import is_pointer, pointer_error
 from tsdsr_jax.images.jpeg_end import with_end_marker
 from tsdsr_jax.images.metadata import (
     ORIENTATIONS,
@@ -209,8 +210,9 @@ def _opened_image(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.
     """The image with its header read and its size accepted; the file must stay open meanwhile."""
     start = file.read(_KIND_BYTES)
     file.seek(0)
-    kind = unread_kind(start)
-    if kind:
+    if is_pointer(start):
+        raise pointer_error(name)
+    if kind := unread_kind(start):
         raise UserError(f"{name}: is {kind}")
     try:
         image = Image.open(file, formats=_DECODERS)

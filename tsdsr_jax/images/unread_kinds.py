@@ -24,10 +24,6 @@ _STARTS = (
     (rb"%PDF", f"a PDF document, not a picture; {_EXPORT}"),
     (rb"(?:II\*\0|MM\0\*).{4}CR", f"a camera's raw file (CR2), which is not read; {_EXPORT}"),
     (rb"FUJIFILMCCD-RAW|IIU\0|IIRO|\0MRM", f"a camera's raw file, which is not read; {_EXPORT}"),
-    (
-        rb"version https://git-lfs",
-        "a Git LFS pointer, not the picture; run `git lfs pull` where it comes from",
-    ),
     (rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?<svg", f"an SVG drawing, which is not read; {_EXPORT}"),
     (rb"(?i)\s*<(?:!doctype )?html", "a web page, not a picture; download the picture itself"),
 )

@@ -45,24 +45,23 @@ class TransformerStart(NamedTuple):
     digest: str
 
 
-def start_lora(networks: Networks, rank: int, seed: int, lora: Tree | None) -> TransformerStart:
+def start_lora(networks: Networks, rank: int, lora: Tree | None) -> TransformerStart:
     """Loads the frozen transformer; trains the given LoRA, or a new one."""
     ((frozen, digest),) = networks.load([networks.transformer])
     if lora is None:
-        beginning = Beginning(lambda _: {NETWORK: _new_lora(networks, rank, seed)})
+        beginning = Beginning(lambda key, _: {NETWORK: _new_lora(networks, rank, key)})
         return TransformerStart(beginning, frozen, digest)
     whole = replicated(networks.mesh)
     placed = jax.tree.map(lambda leaf: global_array(np.asarray(leaf, np.float32), whole), lora)
     return TransformerStart(Beginning(_as_network, placed), frozen, digest)
 
 
-def start_from_scratch(networks: Networks, seed: int) -> TransformerStart:
+def start_from_scratch(networks: Networks) -> TransformerStart:
     """Creates a transformer with new weights; all of them are trained."""
     config, whole = networks.mmdit_config, replicated(networks.mesh)
-    key = jax.random.key(seed)
     frozen = jax.tree.map(lambda leaf: global_array(leaf, whole), fixed_params(config))
     digest = f"new, {json.dumps(dataclasses.asdict(config), sort_keys=True)}"
-    beginning = Beginning(lambda _: {NETWORK: split_fixed(new_transformer_params(config, key))[0]})
+    beginning = Beginning(lambda key, _: {NETWORK: split_fixed(new_transformer_params(config, key))[0]})
     return TransformerStart(beginning, frozen, digest)
 
 
@@ -75,12 +74,12 @@ def start_from_base(networks: Networks, new: bool) -> TransformerStart:
     return TransformerStart(Beginning(_as_network, loaded), frozen, digest)
 
 
-def _as_network(loaded: Tree) -> Parts:
+def _as_network(_key: jax.Array, loaded: Tree) -> Parts:
     return {NETWORK: loaded}
 
 
-def _new_lora(networks: Networks, rank: int, seed: int) -> Tree:
-    return new_adapter(abstract_params(networks.transformer.config), rank, jax.random.key(seed))
+def _new_lora(networks: Networks, rank: int, key: jax.Array) -> Tree:
+    return new_adapter(abstract_params(networks.transformer.config), rank, key)
 
 
 def teacher_file(path: Path) -> Path:
@@ -96,7 +95,7 @@ def load_starting_lora(path: Path, networks: Networks, rank: int) -> Tree:
     """
     adapter = load_lora(path, networks.transformer.config)
     check_rank(adapter, rank, path, "--rank")
-    check_start(adapter, jax.eval_shape(partial(_new_lora, networks, rank, 0)), path)
+    check_start(adapter, jax.eval_shape(partial(_new_lora, networks, rank), jax.random.key(0)), path)
     return adapter
 
 

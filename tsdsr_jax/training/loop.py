@@ -120,6 +120,8 @@ def run_loop(
             state, metrics = train_step(state, batch)
             step += 1
             watch.add(step, metrics)
+            if step == schedule.start + 1:
+                watch.paused()  # compilation, and the start of the workers
             last = step == schedule.end
             validating = last or step % schedule.validation == 0
             saving = last or step % schedule.checkpoint == 0
@@ -217,8 +219,9 @@ class _Watch:
             )
 
     def paused(self) -> None:
-        """Excludes the time since the last fetch from the rate."""
+        """Excludes the time since the last fetch from the rate and from the bar's estimate."""
         self.since = time.perf_counter()
+        self.bar.unpause()
 
     def close(self) -> None:
         self.bar.close()

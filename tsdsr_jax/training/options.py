@@ -11,8 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax.cli import PathOrName, at_least, check_writable, finite
-from tsdsr_jax.devices import DTYPES, join_processes, keep_programs
+from tsdsr_jax.compile_watch import say_above_bar
+from tsdsr_jax.devices import DTYPES, join_processes
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.program_cache import keep_programs
 from tsdsr_jax.training.log import ReportTo, check_trackers
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.schedules import ScheduleName
@@ -126,7 +128,7 @@ class RunOptions:
 
     def start(self) -> Mesh:
         """Turns on the compilation cache, joins the other processes, if any, and returns the mesh of devices."""
-        keep_programs()
+        keep_programs(say_above_bar)
         join_processes(self.coordinator_address, self.num_processes, self.process_id, self.multi_host)
         try:
             return make_mesh(fsdp=self.fsdp)

@@ -19,7 +19,7 @@ from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.options import RunOptions
 
 # Parts of a run's identity that checkpoints of earlier versions may lack.
-_LATER = ("schedule's shift",)
+_LATER = ("schedule's shift", "photographs' prompts")
 # Flags that may differ in a resumed run, because they do not change what it computes.
 _HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", "log_code", "report_to", "logging_steps",
              "coordinator_address", "process_id", "num_processes", "multi_host", "dataloader_num_workers",

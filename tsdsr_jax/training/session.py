@@ -21,9 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from tsdsr_jax.atomic import replacing
-from tsdsr_jax.data.batches import BadSamples, Batches, RowPlan, read_ahead
+from tsdsr_jax.compile_watch import CompileWatch
+from tsdsr_jax.data.batches import BadSamples, Batches, RowPlan
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data
+from tsdsr_jax.data.workers import read_ahead
 from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
@@ -98,7 +100,7 @@ def train(options: RunOptions, task: Task, data: Data, mesh: Mesh, start: Path |
         or the last checkpoint could not be saved.
       SystemExit: a signal stopped the run: 143 or 130 after saving, 1 if it could not save.
     """
-    with loop.explained_memory(task.memory_remedies):
+    with loop.explained_memory(task.memory_remedies), CompileWatch(say):
         _Run(options, task, data, mesh).all(start)
 
 

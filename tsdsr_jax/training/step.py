@@ -252,13 +252,17 @@ class Beginning(NamedTuple):
     """What a run starts training from.
 
     Attributes:
-      create: `loaded` -> the trained parts; pure.
+      create: (key, `loaded`) -> the trained parts; pure. The key is for parameters that are not loaded.
       loaded: arrays on their devices. They are donated, because a whole network would otherwise be in memory twice, and
         passed as an argument, so that they do not become constants of a program. Shapes are enough for a resumed run.
     """
 
-    create: Callable[[Any], Parts]
+    create: Callable[[jax.Array, Any], Parts]
     loaded: Any = ()
+
+
+# Steps fold their number into the run's key. This number, which no step has, makes the key of the first parameters.
+_FIRST_PARAMETERS = 0x66697273
 
 
 class Step:
@@ -268,7 +272,7 @@ class Step:
       trainer: defines the step.
       mesh: the devices.
       base: frozen arrays, already on the devices.
-      key: the run's key.
+      seed: seed of everything that is drawn on the devices.
       beginning: what the first state is made from.
       split: split the state over the mesh's fsdp axis, like a base; otherwise every device holds all of it.
     """
@@ -278,16 +282,17 @@ class Step:
         trainer: Trainer,
         mesh: Mesh,
         base: Any,
-        key: jax.Array,
+        seed: int,
         beginning: Beginning,
         *,
         split: bool = False,
     ):
-        self.base, self.key, self._loaded = base, key, beginning.loaded
+        self.base, self.key, self._loaded = base, jax.random.key(seed), beginning.loaded
+        first = jax.random.fold_in(self.key, _FIRST_PARAMETERS)
         self._rows = batch_sharding(mesh, axis=1)
 
         def make(loaded: Any) -> TrainState:
-            return trainer.init(beginning.create(loaded))
+            return trainer.init(beginning.create(first, loaded))
 
         self.shapes: TrainState = jax.eval_shape(make, beginning.loaded)
         whole = jax.tree.map(lambda leaf: replicated(mesh), self.shapes)

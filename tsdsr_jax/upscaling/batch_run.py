@@ -23,6 +23,7 @@ from tsdsr_jax.images.resize import pillow_bicubic
 from tsdsr_jax.upscaling.engine import Engine, Launched, Prepared, Progress
 from tsdsr_jax.upscaling.jobs import Job, Report
 from tsdsr_jax.upscaling.planning import Group, Settings, SizePlan, slices
+from tsdsr_jax.upscaling.tiling import cut_batch
 
 
 def upscale_groups(
@@ -34,6 +35,7 @@ def upscale_groups(
     overwrite: bool = False,
     threads: int = 4,
     progress: Progress | None = None,
+    progress_from: int = 0,
 ) -> None:
     """Computes the groups and delivers their results.
 
@@ -43,9 +45,12 @@ def upscale_groups(
       overwrite: replace results that exist; otherwise these are kept.
       threads: number of threads that read, and of threads that write.
       progress: see `Engine.launch`. An exception that it raises ends the run.
+      progress_from: only photographs of at least this many tiles report progress, because the device waits for it.
     """
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
-        run = _Run(engine, settings, report, overwrite, readers, writers, 2 * threads, progress)
+        run = _Run(
+            engine, settings, report, overwrite, readers, writers, 2 * threads, progress, progress_from
+        )
         try:
             run.all(groups)
         except BaseException as error:
@@ -123,6 +128,7 @@ class _Run:
     writers: ThreadPoolExecutor
     most_writing: int
     progress: Progress | None
+    progress_from: int
     crowded: set[Size] = dataclasses.field(default_factory=set)
     banded: set[Size] = dataclasses.field(default_factory=set)
     writing: deque[Future[None]] = dataclasses.field(default_factory=deque)
@@ -201,13 +207,17 @@ class _Run:
                 self.settings,
                 masked=batch.group.masked,
                 batch=batch.size,
-                progress=self.progress,
+                progress=self._progress_of(batch),
             )
         except jax.errors.JaxRuntimeError as error:
             again = self._after_failure(batch, error)
         # Outside `except`: the error's traceback holds the batch's arrays.
         self._compute(again, batch.group)
         return None
+
+    def _progress_of(self, batch: _Batch) -> Progress | None:
+        tiles = max(len(cut_batch([slot.plan], self.settings)) for slot in batch.slots)
+        return self.progress if tiles >= self.progress_from else None
 
     def _fetch(self, batch: _Batch, launched: Launched) -> None:
         """Waits for a batch and hands its pictures to the writers."""

@@ -24,6 +24,8 @@ from tsdsr_jax.weights.tensor_files import TensorReader, TensorSpec, open_tensor
 from tsdsr_jax.weights.torch_names import DESCRIBED, Entry, check_names, kernel_entries, lora_entry, to_tree
 
 LORA_FORMAT = "tsdsr_jax.lora"
+# A LoRA for another network has hundreds of tensors that do not fit.
+_NAMED = 3
 
 
 class Adapter(NamedTuple):
@@ -86,12 +88,13 @@ def read_lora(reader: TensorReader, config: Config, model: str = DESCRIBED) -> A
     """Reads an adapter with names like PEFT's.
 
     Raises:
-      UserError: like `open_lora`; the message names all missing, extra and misshapen tensors.
+      UserError: like `open_lora`; the message names a few of the missing, extra and misshapen tensors.
     """
-    names = understand(reader.specs, reader.source)
+    modules = (name.removesuffix(".weight") for entry in kernel_entries(config) for name in entry.names)
+    names = understand(reader.specs, reader.source, modules)
     specs = {name: reader.specs[stored] for name, stored in names.tensors.items()}
     runs = _adapted_runs(specs, config)
-    check_names(specs, _expected_shapes(runs, config), reader.source, model)
+    check_names(specs, _expected_shapes(runs, config), reader.source, model, _NAMED)
     ranks = {module: rank for run in runs for module, rank in run.ranks.items() if rank}
     factors = scalings(reader, names, ranks)
     leaves, broken = {}, []
@@ -192,7 +195,7 @@ def check_own(reader: TensorReader, config: Config, model: str = DESCRIBED) -> N
         kernel, rank = kernels[module], spec.shape[-1] if half == "a" else spec.shape[-2]
         for leaf, shape in zip(("a", "b"), lora_lib.pair_shapes(kernel, rank), strict=True):
             expected.setdefault(f"{module}/{leaf}", shape)
-    check_names(reader.specs, expected, reader.source, model)
+    check_names(reader.specs, expected, reader.source, model, _NAMED)
 
 
 def save_lora(path: Path, lora: Tree, part: Part) -> None:

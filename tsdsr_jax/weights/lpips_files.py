@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.git_lfs import refuse_pointer
 from tsdsr_jax.hints import command
 from tsdsr_jax.models.lpips import LPIPS, SLICES, Network, minimum_side
 from tsdsr_jax.models.params import Tree
@@ -178,6 +179,7 @@ def _open_torch_file(path: Path, network: Network) -> Tensors:
     if path.suffix == ".safetensors":
         reader = open_tensors(path)
         return Tensors(path, reader.specs, reader.read)
+    refuse_pointer(path)
     try:
         import torch
     except ImportError:

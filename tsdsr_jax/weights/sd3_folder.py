@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.git_lfs import refuse_pointer
 from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import LATENT_FACTOR, PATCH_SIZE, Config, Tree
@@ -327,6 +328,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except (OSError, ValueError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: not readable JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(values).__name__}")

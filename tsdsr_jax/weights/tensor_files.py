@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.git_lfs import refuse_pointer
 
 _DTYPE_CODES = {
     "F64": np.dtype(np.float64),
@@ -28,7 +29,6 @@ _DTYPE_CODES = {
 }
 # Bytes of a sample, and samples of a tensor, in a fingerprint.
 SAMPLE, SAMPLES = 4096, 32
-_LFS_START = b"version https://git-lfs.github.com/spec/"
 _CODES = {dtype: code for code, dtype in _DTYPE_CODES.items()}
 
 
@@ -92,10 +92,7 @@ class TensorReader:
             handle = safe_open(path, framework="np")
             file = os.open(path, os.O_RDONLY)
         except (SafetensorError, OSError) as error:
-            if _is_lfs_pointer(path):
-                raise UserError(
-                    f"{path}: is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
-                ) from None
+            refuse_pointer(path)
             raise UserError(
                 f"{path}: not a readable safetensors file ({error}); it may be truncated"
             ) from None
@@ -168,15 +165,6 @@ def _data_starts(path: Path) -> dict[str, int]:
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
 
-def _is_lfs_pointer(path: Path) -> bool:
-    """Whether the file is the placeholder that a clone without Git LFS has for a large file."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(_LFS_START)) == _LFS_START
-    except OSError:
-        return False
-
-
 def open_tensors(path: Path) -> TensorReader:
     """Opens a safetensors file, or the shards that a `*.index*.json` names."""
     if path.suffix != ".json":
@@ -184,6 +172,7 @@ def open_tensors(path: Path) -> TensorReader:
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: not an index of safetensors shards ({error!r})") from None
     return TensorReader(path, [path.parent / shard for shard in shards])
 

@@ -30,6 +30,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from tsdsr_jax.errors import UserError, first_line
+from tsdsr_jax.git_lfs import refuse_pointer
 from tsdsr_jax.weights.prompt_files import PromptEmbeds
 
 if TYPE_CHECKING:
@@ -261,6 +262,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        refuse_pointer(file)
         raise UserError(f"{file} cannot be read as JSON ({error}): copy or download it again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object, found a {type(value).__name__}: download it again.")

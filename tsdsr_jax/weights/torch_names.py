@@ -225,11 +225,12 @@ def check_names(
     expected: Mapping[str, tuple[int, ...]],
     source: object,
     model: str = DESCRIBED,
+    most: int | None = None,
 ) -> None:
     """Compares the tensors found with those expected.
 
     Raises:
-      UserError: tensors are missing, extra or misshapen; the message names all of them.
+      UserError: tensors are missing, extra or misshapen; the message names all of them, or at most this many of each kind.
     """
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
@@ -254,7 +255,8 @@ def check_names(
     counts = ", ".join(f"{len(names)} {title}" for title, names in groups)
     lines = [f"{source}: does not fit {model} ({counts})"]
     for title, names in groups:
-        lines += [f"  {title}: {name}" for name in names]
+        lines += [f"  {title}: {name}" for name in names[:most]]
+        lines += [f"  and {len(names) - most} more"] if most is not None and len(names) > most else []
     raise UserError("\n".join(lines))
 
 

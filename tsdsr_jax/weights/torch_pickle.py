@@ -26,6 +26,7 @@ import numpy as np
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.git_lfs import is_pointer, pointer_error
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype("<f4"),
@@ -45,7 +46,6 @@ MAX_ELEMENTS = 2**31
 
 _ZIP_START = b"PK\x03\x04"
 _OLD_FORMAT_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_LFS_START = b"version https://git-lfs"
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError)
 
 
@@ -108,8 +108,8 @@ def _check_start(path: Path) -> None:
             f"{path} is in the format of torch before 1.6, which is not supported. Save it again where torch is"
             f" installed: t = torch.load({path.name!r}, weights_only=True); torch.save(t, {path.name!r})"
         )
-    if start.startswith(_LFS_START):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.")
+    if is_pointer(start):
+        raise pointer_error(path)
     raise UserError(
         f"{path} is not a file of torch.save (expected a zip archive): check that it is the right file."
     )

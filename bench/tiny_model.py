@@ -4,7 +4,11 @@ python bench/tiny_model.py --runs runs/tiny --hr_dir drealsr/test_HR --lr_dir dr
     --niqe_params niqe_pris_params.npz --output_dir runs/tiny/table
 
 The table has bicubic; the autoencoder alone on the HR pictures, the upper bound for any student; bicubic with blurred noise
-at the last student's PSNR, which NIQE mistakes for detail; and every student, RUNS/model-NAME-SEED, with its seeds together.
+at the last student's PSNR, which NIQE mistakes for detail; bicubic with an unsharp mask in three strengths, which it likes,
+too; and every student, RUNS/model-NAME-SEED, with its seeds together. `--others` adds folders of results from elsewhere.
+
+Beside `infer/evaluate.py`'s metrics it has those of structure.py: VIF (more is better), GMSD (less is better), and the
+energy of patterns of eight pixels in flat areas, divided by the originals'.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import structure
 from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
@@ -28,7 +34,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli
 from tsdsr_jax.data.degradation import DegradationConfig, light, low_resolution, to_bytes
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation.measure import by_name, find_pairs, measure
+from tsdsr_jax.evaluation.measure import Pair, by_name, find_pairs, measure
 from tsdsr_jax.evaluation.psnr_ssim import psnr_y
 from tsdsr_jax.evaluation.registry import Metric, Sources, load_metrics
 from tsdsr_jax.evaluation.tables import layout_columns
@@ -38,11 +44,14 @@ from tsdsr_jax.weights.bundled import PROMPT
 from tsdsr_jax.weights.sd3_folder import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-METRICS = ("psnr", "ssim", "niqe", "detail")
+EVALUATED = ("psnr", "ssim", "niqe", "detail")
+METRICS = (*EVALUATED, "vif", "gmsd", "grid")
 MAX_PIXELS = 100_000_000
 FACTOR = 16
 # Pixels; of the control's noise.
 BLUR = 1.0
+# Pixels, and strengths; of the unsharp masks.
+UNSHARP, STRENGTHS = 1.5, (0.7, 1.2, 2.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,8 @@ class Options:
     """Folder of their low-resolution versions. Default: cut the photographs to multiples of 16 and degrade them lightly."""
     niqe_params: Path
     """NIQE's parameters."""
+    others: tuple[Path, ...] = ()
+    """Folder of other results for the same pictures; repeat for several. Its row has the folder's name."""
     output_dir: Path
     """Folder for all pictures and for table.json."""
 
@@ -84,7 +95,7 @@ def main() -> None:
     options = cli.parse(Options, description=__doc__)
     models = find_models(options.runs)
     lr, hr = pairs_of(options)
-    metrics, missing = load_metrics(METRICS, Sources(True, options.niqe_params))
+    metrics, missing = load_metrics(EVALUATED, Sources(True, options.niqe_params))
     if missing:
         raise UserError("; ".join(missing.values()))
 
@@ -102,6 +113,10 @@ def main() -> None:
     ]
     wanted = statistics.fmean(students[-1].values["psnr"])
     rows.append(row("bicubic + blurred noise (control)", control(lr, hr, output / "control", wanted)))
+    for strength in STRENGTHS:
+        folder = each(lr, output / f"unsharp-{strength:g}", partial(sharpened, strength=strength))
+        rows.append(row(f"bicubic + unsharp mask {strength:g} (control)", folder))
+    rows += [row(folder.name, folder) for folder in options.others]
     rows += students
     print(layout_columns([("", *METRICS), *(row.cells() for row in rows)]))
     (output / "table.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
@@ -152,7 +167,22 @@ def of_folder(results: Path, hr: Path, metrics: Sequence[Metric]) -> dict[str, f
     measured = measure(pairs, metrics, jax.devices()[0], MAX_PIXELS)
     if problems + measured.problems:
         raise UserError((problems + measured.problems)[0])
-    return {metric: statistics.fmean(measured.of(metric)) for metric in METRICS}
+    found = {metric: statistics.fmean(measured.of(metric)) for metric in EVALUATED}
+    return found | of_structure(pairs)
+
+
+def of_structure(pairs: Sequence[Pair]) -> dict[str, float]:
+    """The metrics of structure.py, means over all pictures; the grid's energies are summed before they are divided."""
+    vifs, gmsds, grids = [], [], []
+    for pair in pairs:
+        result, original = (
+            structure.luminance(read_photo(path, MAX_PIXELS).rgb) for path in (pair.result, pair.reference)
+        )
+        vifs.append(structure.vif(result, original))
+        gmsds.append(structure.gmsd(result, original))
+        grids.append(structure.grid_energy(result, original))
+    of_results, of_originals = map(sum, zip(*grids, strict=True))
+    return {"vif": statistics.fmean(vifs), "gmsd": statistics.fmean(gmsds), "grid": of_results / of_originals}
 
 
 def each(source: Path, target: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
@@ -171,6 +201,13 @@ def save(picture: np.ndarray, path: Path) -> None:
 def enlarged(picture: np.ndarray) -> np.ndarray:
     size = 4 * picture.shape[1], 4 * picture.shape[0]
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+
+
+def sharpened(picture: np.ndarray, strength: float) -> np.ndarray:
+    """Enlarges and sharpens: adds the difference from a blurred copy, times `strength`."""
+    large = enlarged(picture).astype(np.float32)
+    blurred = ndimage.gaussian_filter(large, (UNSHARP, UNSHARP, 0))
+    return np.clip(np.round(large + strength * (large - blurred)), 0, 255).astype(np.uint8)
 
 
 def rebuilt(model: Path) -> Callable[[np.ndarray], np.ndarray]:

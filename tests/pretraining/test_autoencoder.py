@@ -213,6 +213,59 @@ def test_the_hint_names_the_weights_that_were_validated(ema_decay, vae):
     assert f"the autoencoder is in run/c/{vae};" in autoencoder._how_to_use(options, Path("run/c"))
 
 
+ADVERSARIAL = (
+    "--lambda_adv", "0.5", "--adversarial_start", "1", "--discriminator_width", "8", "--latent_noise", "0.2",
+    "--optimizer", "muon", "--ema_decay", "0.9",
+)  # fmt: skip
+
+
+def test_a_discriminator_is_trained_saved_and_resumed(command, tmp_path):
+    said = command.done(tmp_path / "whole", *ADVERSARIAL)
+    assert "adversarial" in said
+    rows = {row["step"]: row for row in read_rows(tmp_path / "whole" / "log.jsonl") if "autoencoder" in row}
+    weights = [rows[step]["adversarial_weight"] for step in (1, 2, 3, 4)]
+    assert weights[0] == rows[1]["discriminator"] == 0 and all(weight > 0 for weight in weights[1:])
+    assert all(rows[step]["discriminator"] > 0 for step in (2, 3, 4))
+    middle = tmp_path / "whole" / "checkpoint_0000002"
+    command.done(tmp_path / "rest", *ADVERSARIAL, "--resume_from_checkpoint", str(middle))
+    for path in (tmp_path / "whole", tmp_path / "rest"):
+        assert sorted(file.name for file in (checkpoint.find(path, "latest") / "model" / "vae").iterdir()) == [
+            "config.json", "diffusion_pytorch_model.safetensors"
+        ]  # fmt: skip
+    for part in ("vae", "ema/vae"):
+        whole, rest = tensors(tmp_path / "whole", part), tensors(tmp_path / "rest", part)
+        assert all(np.array_equal(whole[name], rest[name]) for name in whole)
+    without = command.refused(
+        tmp_path / "other", "--ema_decay", "0.9", "--resume_from_checkpoint", str(middle)
+    )
+    assert "discriminator's width: 8 before, None now" in without
+
+
+def test_a_decoder_is_trained_with_the_encoder_as_it_was(command, tmp_path):
+    config = tiny.tiny_vae_config()
+    tiny.save_network(tmp_path / "given", config, tiny.random_params(config, 3))
+    given = load_file(tmp_path / "given" / "diffusion_pytorch_model.safetensors")
+    start = ("--vae_dir", str(tmp_path / "given"), "--no_from_scratch", "--train", "decoder")
+    command.done(tmp_path / "made", *start)
+    found = tensors(tmp_path / "made")
+    assert found.keys() == given.keys()
+    moved = {name for name in found if not np.array_equal(found[name], given[name])}
+    assert moved == {name for name in found if name.startswith("decoder.")}
+    again = ("--resume_from_checkpoint", str(tmp_path / "made" / "checkpoint_0000002"))
+    command.done(tmp_path / "rest", *start, *again)
+    rest = tensors(tmp_path / "rest")
+    assert all(np.array_equal(found[name], rest[name]) for name in found)
+    whole = start[:3]
+    assert "train: decoder before, None now" in command.refused(tmp_path / "whole", *whole, *again)
+
+
+def test_an_adversarial_loss_that_never_starts_is_noted(command, tmp_path):
+    said = command.done(
+        tmp_path / "out", "--lambda_adv", "1", "--adversarial_start", "4", "--max_train_steps", "1"
+    )
+    assert "--adversarial_start 4: training has only 1 steps, so --lambda_adv has no effect" in said
+
+
 @pytest.mark.slow  # 2026-11: passed
 def test_training_continues_from_given_weights(command, tmp_path):
     """At a learning rate of 0, the weights stay the same."""
@@ -247,6 +300,15 @@ def test_devices_share_the_work(command, tmp_path):
         (("--lambda_gradient", "inf"), "--lambda_gradient inf: expected a finite number"),
         (("--lambda_lpips", "1", "--lpips_path", "{root}/none"), "not found"),
         (("--lambda_lpips", "1", "--crop_size", "16"), "too small for LPIPS"),
+        (("--latent_noise", "-0.1"), "--latent_noise -0.1"),
+        (
+            ("--lambda_adv", "1", "--discriminator_width", "12"),
+            "--discriminator_width 12: expected a positive multiple",
+        ),
+        (
+            ("--train", "decoder"),
+            "--train decoder keeps the encoder of --vae_dir, so it cannot begin --from_scratch",
+        ),
     ],
 )
 def test_mistakes_are_refused(command, tmp_path, flags, message):

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,11 @@ from tsdsr_jax.data.options import CropOptions
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data, open_images
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.models.discriminator import PatchDiscriminator
 from tsdsr_jax.models.lpips import LPIPS, Network, minimum_side
+from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.pretraining.adversarial import DISCRIMINATOR, AdversarialAutoencoder
 from tsdsr_jax.pretraining.autoencoder import (
     AutoencoderConfig,
     AutoencoderLoss,
@@ -34,14 +38,14 @@ from tsdsr_jax.pretraining.autoencoder import (
 )
 from tsdsr_jax.pretraining.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.training import session
-from tsdsr_jax.training.checkpoint import MODEL, Export, Files
+from tsdsr_jax.training.checkpoint import MODEL, Export, Files, to_host
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import load_networks
 from tsdsr_jax.training.options import OptimizerOptions, RunOptions
 from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, placement, replicated
-from tsdsr_jax.training.step import NETWORK, Beginning, Step, Trainer, TrainState, objective_of
+from tsdsr_jax.training.step import NETWORK, Beginning, Parts, Step, Trainer, TrainState, objective_of
 from tsdsr_jax.training.summary import Curve
 from tsdsr_jax.training.validation import pick
 from tsdsr_jax.weights.lpips_files import load_lpips
@@ -55,11 +59,20 @@ CURVES = (
     Curve("divergence", ("kl", "validation_kl")),
     Curve("validation: PSNR (dB)", ("validation_psnr",)),
     Curve("standard deviation of the latents", ("latent_deviation",)),
-    Curve("gradient norm", ("gradient_norm",), log_scale=True),
+    Curve("adversarial: logits", ("logits_real", "logits_rebuilt")),
+    Curve("adversarial: losses", ("adversarial", "discriminator")),
+    Curve(
+        "gradient norm",
+        ("gradient_norm", "network_gradient_norm", "discriminator_gradient_norm"),
+        log_scale=True,
+    ),
 )
 MEMORY_REMEDIES = (
     "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, smaller crops"
 )
+
+# Makes the key of a new discriminator from the run's.
+_DISCRIMINATOR = 2**31
 
 # The scaling factor is measured on at least this many photographs, if there are enough.
 MEASURED = 32
@@ -86,12 +99,48 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
     learning_rate: float = 1e-4
     """Peak learning rate."""
 
+    train: Literal["all", "decoder"] = "all"
+    """Train the whole autoencoder, or its decoder alone: latents then stay what a transformer was trained on."""
+    latent_noise: float = 0.0
+    """Add noise to latents before they are decoded, of up to this share of their standard deviation, such as 0.15. Then
+    small errors in latents make small errors in pictures."""
+    lambda_adv: float = 0.0
+    """Weight of an adversarial loss on patches, relative to the other losses, such as 0.5; 0 trains without."""
+    adversarial_start: int = 0
+    """Number of steps before the adversarial loss begins."""
+    learning_rate_adv: float = 1e-4
+    """Peak learning rate of the discriminator, which AdamW trains with beta 1 of 0.5."""
+    discriminator_width: int = 64
+    """Channels of the discriminator's first convolution; a multiple of 8."""
+
     def check(self) -> None:
         """Raises UserError for flags that cannot work, before anything is loaded."""
         super().check()
         self.check_crop()
         self.check_optimizer()
-        cli.at_least(self, 0, "learning_rate", "lambda_gradient", "lambda_kl", "lambda_lpips")
+        cli.at_least(self, 0, "learning_rate", "lambda_gradient", "lambda_kl", "lambda_lpips", "latent_noise", "lambda_adv",
+                     "adversarial_start", "learning_rate_adv")  # fmt: skip
+        if self.discriminator_width < 8 or self.discriminator_width % 8:
+            raise UserError(
+                f"--discriminator_width {self.discriminator_width}: expected a positive multiple of 8"
+            )
+        if self.train == "decoder" and self.from_scratch:
+            raise UserError(
+                "--train decoder keeps the encoder of --vae_dir, so it cannot begin --from_scratch"
+            )
+
+    def kept_here(self) -> dict[str, Any]:
+        """Returns what decides on the form of the state, where it is not the default."""
+        found: dict[str, Any] = {"train": self.train} if self.train != "all" else {}
+        return found | ({"discriminator's width": self.discriminator_width} if self.lambda_adv else {})
+
+    def adversarial_notes(self, steps: int) -> list[str]:
+        if self.lambda_adv and self.adversarial_start >= steps:
+            return [
+                f"--adversarial_start {self.adversarial_start}: training has only {steps} steps, so --lambda_adv has no "
+                "effect"
+            ]
+        return []
 
 
 def main() -> None:
@@ -130,30 +179,33 @@ def _check_crop(options: Options, config: VAEConfig) -> None:
 def _prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new: bool) -> session.Task:
     """Loads the weights and describes the training."""
     lpips = load_lpips(options.lpips_path) if options.lambda_lpips else None
-    beginning, digest = _starting_params(options, files, mesh, new)
+    start, digest = _starting_params(options, files, mesh, new)
     steps = options.steps(len(data.source), mesh)
-    session.announce(options, mesh, data, steps, options.notes() + options.warmup_notes(steps))
+    session.announce(
+        options,
+        mesh,
+        data,
+        steps,
+        options.notes() + options.warmup_notes(steps) + options.adversarial_notes(steps),
+    )
     config = _config_of(files)
     loss = _make_loss(options, config, mesh, lpips[0] if lpips else None)
-    trainer = Trainer(
-        objective_of(loss.of_batch),
-        options.optimizer_config(steps),
-        {NETWORK: options.learning_rate},
-        dynamic_scale=options.dynamic_scale,
-    )
     whole = replicated(mesh)
-    frozen = Frozen(jax.tree.map(lambda leaf: global_array(leaf, whole), lpips[1] if lpips else {}))
-    step = Step(trainer, mesh, frozen, options.seed, beginning, split=True)
+    frozen = Frozen(
+        jax.tree.map(lambda leaf: global_array(leaf, whole), lpips[1] if lpips else {}), start.fixed
+    )
+    trainer = _trainer(options, loss, steps)
+    step = Step(trainer, mesh, frozen, options.seed, start.beginning, split=True)
     measured = max(options.num_validation_images, MEASURED)
     records = _validation_records(options, data, measured)
-    validation = AutoencoderValidation(loss, mesh, records, options.num_validation_images)
+    validation = AutoencoderValidation(loss, mesh, records, options.num_validation_images, start.fixed)
     return session.Task(
         step=step,
         validate=lambda state: validation(state.averaged()),
-        files=partial(_export, config, validation),
+        files=partial(_export, config, validation, to_host(start.fixed)),
         export=MODEL,
-        identity=options.kept() | {"autoencoder": digest},
-        losses=("autoencoder", "l1"),
+        identity=options.kept() | options.kept_here() | {"autoencoder": digest},
+        losses=("autoencoder", "l1", *(("adversarial",) if options.lambda_adv else ())),
         counts={},
         curves=CURVES,
         memory_remedies=MEMORY_REMEDIES,
@@ -168,7 +220,9 @@ def _how_to_use(options: Options, path: Path) -> str:
 
 
 def _make_loss(options: Options, config: VAEConfig, mesh: Mesh, lpips: Network | None) -> AutoencoderLoss:
-    weights = AutoencoderConfig(options.lambda_gradient, options.lambda_kl, options.lambda_lpips)
+    weights = AutoencoderConfig(
+        options.lambda_gradient, options.lambda_kl, options.lambda_lpips, options.latent_noise
+    )
     place = placement(mesh) if mesh.shape["fsdp"] > 1 else None
     network = AutoencoderKL(config, options.dtype, remat=options.gradient_checkpointing, placement=place)
     return AutoencoderLoss(network, weights, LPIPS(lpips, options.dtype) if lpips else None)
@@ -181,30 +235,74 @@ def _validation_records(options: Options, data: Data, count: int) -> list[Record
     return pick(source, SampleShapes.of_source(source), count, say)
 
 
-def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool) -> tuple[Beginning, str]:
-    """Creates new parameters or loads the folder's, and hashes them; a resumed run keeps only the shapes."""
+def _discriminator(options: Options) -> PatchDiscriminator:
+    return PatchDiscriminator(options.discriminator_width, dtype=options.dtype)
+
+
+def _trainer(options: Options, loss: AutoencoderLoss, steps: int) -> Trainer:
+    """Makes the trainer: of the autoencoder alone, or of autoencoder and discriminator."""
+    config, rates, objective = (
+        options.optimizer_config(steps),
+        {NETWORK: options.learning_rate},
+        objective_of(loss.of_batch),
+    )
+    others = {}
+    if options.lambda_adv:
+        rates[DISCRIMINATOR] = options.learning_rate_adv
+        others[DISCRIMINATOR] = dataclasses.replace(config, optimizer="adamw", beta1=0.5)
+        objective = AdversarialAutoencoder(
+            loss, _discriminator(options), options.lambda_adv, options.adversarial_start
+        )
+    return Trainer(objective, config, rates, others=others, dynamic_scale=options.dynamic_scale)
+
+
+class _Start(NamedTuple):
+    """What training begins with: the trained parts, and the parameters that are not trained."""
+
+    beginning: Beginning
+    fixed: Tree
+
+
+def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool) -> tuple[_Start, str]:
+    """Creates new parameters or loads the folder's, and hashes them; a resumed run keeps only the trained ones' shapes."""
     config = dataclasses.replace(
         _config_of(files), scaling_factor=1.0
     )  # measured later, so it identifies nothing
     described = json.dumps(dataclasses.asdict(config), sort_keys=True)
+
+    def parts(key: jax.Array, network: Tree) -> Parts:
+        if not options.lambda_adv:
+            return {NETWORK: network}
+        images = jnp.zeros((1, *(2 * [config.factor]), config.in_channels))
+        judge = _discriminator(options).init(jax.random.fold_in(key, _DISCRIMINATOR), images)["params"]
+        return {NETWORK: network, DISCRIMINATOR: judge}
+
     if options.from_scratch:
-        return Beginning(lambda key, _: {NETWORK: new_autoencoder_params(config, key)}), f"new, {described}"
+
+        def new_network(key: jax.Array, _: Any) -> Parts:
+            return parts(key, new_autoencoder_params(config, key))
+
+        return _Start(Beginning(new_network), {}), f"new, {described}"
     ((params, digest),) = load_networks([files], mesh, jnp.float32)
-    loaded = params if new else jax.eval_shape(lambda: params)
-    return Beginning(lambda _, loaded: {NETWORK: loaded}, loaded), f"{digest}, {described}"
+    fixed = {"encoder": params["encoder"]} if options.train == "decoder" else {}
+    trained = {name: part for name, part in params.items() if name not in fixed}
+    loaded = trained if new else jax.eval_shape(lambda: trained)
+    return _Start(Beginning(parts, loaded), fixed), f"{digest}, {described}"
 
 
-def _export(config: VAEConfig, validation: AutoencoderValidation, state: TrainState) -> Export:
+def _export(config: VAEConfig, validation: AutoencoderValidation, fixed: Tree, state: TrainState) -> Export:
     """Measures the scaling factors, and returns what exports the autoencoder with them."""
     factors = {folder: validation.scaling_factor(tree) for folder, tree in state.exported().items()}
-    return partial(_autoencoder_files, config, factors)
+    return partial(_autoencoder_files, config, factors, fixed)
 
 
-def _autoencoder_files(config: VAEConfig, factors: Mapping[str, float], state: TrainState) -> Files:
+def _autoencoder_files(
+    config: VAEConfig, factors: Mapping[str, float], fixed: Tree, state: TrainState
+) -> Files:
     """Exports the autoencoder in diffusers' layout; its moving average has its own folder."""
     files: dict[str, TensorStream | str] = {}
     for folder, tree in state.exported().items():
         scaled = dataclasses.replace(config, scaling_factor=factors[folder], shift_factor=None)
-        files[f"{folder}vae/{TORCH_STEM}.safetensors"] = base_tensors(tree, config)
+        files[f"{folder}vae/{TORCH_STEM}.safetensors"] = base_tensors({**fixed, **tree}, config)
         files[f"{folder}vae/config.json"] = json.dumps(torch_config(scaled), indent=2) + "\n"
     return files

@@ -25,7 +25,8 @@ TRAINING: Groups = {
              "dataloader_num_workers", "max_bad_samples"),
     "prompts": ("default_embedding_dir", "null_embedding_dir", "use_default_prompt", "prompt_dropout"),
     "losses": ("lambda_tsd", "lambda_mse", "lambda_lpips", "lpips_path", "lambda_gradient", "lambda_kl", "lambda_vsd",
-               "guidance_scale"),
+               "guidance_scale", "latent_noise"),
+    "adversarial": ("lambda_adv", "adversarial_start", "learning_rate_adv", "discriminator_width"),
     "trajectories": ("use_dasm", "dasm_points", "dasm_gamma", "dasm_stride", "use_random_bias"),
     "noise levels": ("first_index", "last_index", "weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
     "optimizer": (

@@ -31,7 +31,7 @@ from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.stacks import variables
 from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.training.batch import Metrics, decode, latents_of, repeated, text_of, to_unit
-from tsdsr_jax.training.step import Parts
+from tsdsr_jax.training.step import Moment, Parts
 
 # The trained parts: the student's two adapters, and the auxiliary network's.
 STUDENT, AUXILIARY = "student", "auxiliary"
@@ -171,9 +171,9 @@ class Losses:
     perceptual: Perceptual | None = None
 
     def __call__(
-        self, parts: Parts, base: Base, record: Record, key: jax.Array, scale: jax.Array
+        self, parts: Parts, base: Base, record: Record, key: jax.Array, moment: Moment
     ) -> tuple[Parts, Metrics]:
-        """Computes the gradients of both networks' losses times `scale`, and the losses: the objective of a `Trainer`.
+        """Computes the gradients of both networks' scaled losses, and the losses: the objective of a `Trainer`.
 
         Both losses use the adapters from before the step, as in the original, so they can be computed together.
 
@@ -182,7 +182,7 @@ class Losses:
           base: frozen arrays.
           record: a batch; photographs without latents are encoded here.
           key: key of every random number in the step.
-          scale: loss scale, for float16.
+          moment: provides the loss scale, for float16.
         """
         # `Draws` splits the same key; folding in a large number gives a key that is none of its parts.
         batch = self.batch(base, record, jax.random.fold_in(key, _HR_LATENTS))
@@ -190,14 +190,14 @@ class Losses:
 
         def scaled_student(student: Student) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
             loss, extra = self.student(student, base, parts[AUXILIARY], batch, draws)
-            return loss * scale, extra
+            return loss * moment.scale, extra
 
         def scaled_auxiliary(auxiliary: Tree, fake: jax.Array) -> jax.Array:
-            return self.auxiliary(auxiliary, base, fake, batch, draws) * scale
+            return self.auxiliary(auxiliary, base, fake, batch, draws) * moment.scale
 
         (total, (fake, metrics)), student = jax.value_and_grad(scaled_student, has_aux=True)(parts[STUDENT])
         value, auxiliary = jax.value_and_grad(scaled_auxiliary)(parts[AUXILIARY], fake)
-        metrics = metrics | {"student": total / scale, "auxiliary": value / scale}
+        metrics = metrics | {"student": total / moment.scale, "auxiliary": value / moment.scale}
         return {STUDENT: student, AUXILIARY: auxiliary}, metrics
 
     def schedule(self) -> jax.Array:

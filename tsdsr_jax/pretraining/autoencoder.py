@@ -1,4 +1,7 @@
-"""The loss of an autoencoder on photographs: L1, gradients at several scales, a small KL term, optionally LPIPS."""
+"""The loss of an autoencoder on photographs: L1, gradients at several scales, a KL term, optionally LPIPS.
+
+The encoder can be frozen, and noise can be added to the latents. `adversarial` adds a discriminator.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from tsdsr_jax.training.batch import Metrics, to_unit
 GRADIENT_SCALES = (1, 2, 4)
 # Log-variance of a new autoencoder's posteriors: a standard deviation of 0.05.
 FIRST_LOGVAR = -6.0
+# Makes the key of the latents' noise from that of the posteriors' samples.
+_NOISE = 2**31
 # The last kernel of every residual branch.
 LAST_OF_BRANCH = ("conv2/kernel", "to_out_0/kernel")
 
@@ -33,11 +38,14 @@ class AutoencoderConfig:
       gradient: weight of the absolute differences of gradients, which sharpens what L1 alone leaves blurred.
       kl: weight of the posterior's divergence from the standard normal; a small one keeps latents compact and smooth.
       lpips: weight of the perceptual distance.
+      latent_noise: the largest deviation of the noise that is added to latents before they are decoded, relative to the
+        latents' own deviation. It makes the decoder smooth: near latents become near images.
     """
 
     gradient: float = 1.0
     kl: float = 1e-6
     lpips: float = 0.0
+    latent_noise: float = 0.0
 
 
 def new_autoencoder_params(config: VAEConfig, key: jax.Array) -> Tree:
@@ -56,9 +64,17 @@ def new_autoencoder_params(config: VAEConfig, key: jax.Array) -> Tree:
 
 
 class Frozen(NamedTuple):
-    """What is not trained: the parameters of LPIPS; {} without LPIPS."""
+    """What is not trained: the parameters of LPIPS and the autoencoder's frozen part; {} without."""
 
     lpips: Tree = {}  # noqa: RUF012 (a NamedTuple's default, which nobody changes)
+    fixed: Tree = {}  # noqa: RUF012
+
+
+class Rebuilt(NamedTuple):
+    """An autoencoder's result: images (B, H, W, 3) float32, and what they were decoded from."""
+
+    images: jax.Array
+    posterior: Posterior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,21 +105,38 @@ class AutoencoderLoss:
         self, params: Tree, frozen: Frozen, images: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """Computes the weighted sum of the losses of images (B, H, W, 3) in [−1, 1], and each of its parts."""
+        rebuilt = self.rebuild(params, frozen, images, key)
+        distance, metrics = self.distance(frozen, rebuilt.images, images)
+        kl = divergence(rebuilt.posterior)
+        total = distance + self.config.kl * kl
+        return total, metrics | {"kl": kl, "autoencoder": total}
+
+    def rebuild(self, params: Tree, frozen: Frozen, images: jax.Array, key: jax.Array) -> Rebuilt:
+        """Encodes images, and decodes a sample of each posterior, with noise if the settings say so."""
+        params = {**frozen.fixed, **params}
         posterior = self.posterior(params, images)
         latents = posterior.sample(jax.random.normal(key, posterior.mean.shape))
-        rebuilt = self.decode(params, latents)
-        parts = {
-            "l1": jnp.abs(rebuilt - images).mean(),
-            "gradient": gradient_distance(rebuilt, images),
-            "kl": divergence(posterior),
-        }
-        weights = {"l1": 1.0, "gradient": self.config.gradient, "kl": self.config.kl}
+        if self.config.latent_noise:
+            latents += self._noise(latents, jax.random.fold_in(key, _NOISE))
+        return Rebuilt(self.decode(params, latents), posterior)
+
+    def _noise(self, latents: jax.Array, key: jax.Array) -> jax.Array:
+        """Draws noise of a deviation of its own for each sample, uniform up to the largest."""
+        level, noise = jax.random.split(key)
+        share = jax.random.uniform(level, (latents.shape[0], 1, 1, 1), maxval=self.config.latent_noise)
+        # Constant, or larger latents would come with a gradient that makes them larger still.
+        deviation = jax.lax.stop_gradient(latents.std())
+        return share * deviation * jax.random.normal(noise, latents.shape)
+
+    def distance(self, frozen: Frozen, rebuilt: jax.Array, images: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Computes the weighted sum of the distances between two batches of images, and each of them."""
+        parts = {"l1": jnp.abs(rebuilt - images).mean(), "gradient": gradient_distance(rebuilt, images)}
+        weights = {"l1": 1.0, "gradient": self.config.gradient}
         if self.lpips and self.config.lpips:
             distances: Any = self.lpips.apply({"params": frozen.lpips}, rebuilt, images)
             parts["lpips"] = distances.mean()
             weights["lpips"] = self.config.lpips
-        total = sum((weights[name] * part for name, part in parts.items()), jnp.zeros(()))
-        return total, parts | {"autoencoder": total}
+        return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(())), parts
 
 
 def gradient_distance(

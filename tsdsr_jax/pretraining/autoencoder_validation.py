@@ -30,9 +30,17 @@ class AutoencoderValidation:
       mesh: the devices; each takes a share of the samples.
       records: samples with `hr`; all of them are measured.
       shown: how many of the first samples the sheet shows.
+      fixed: parameters that are not trained.
     """
 
-    def __init__(self, loss: AutoencoderLoss, mesh: Mesh, records: Sequence[Record], shown: int):
+    def __init__(
+        self,
+        loss: AutoencoderLoss,
+        mesh: Mesh,
+        records: Sequence[Record],
+        shown: int,
+        fixed: Tree = {},  # noqa: B006 (nobody changes it)
+    ):
         self.records, self.shown = records, shown
         self._batches = place_samples(records, mesh)
 
@@ -41,11 +49,12 @@ class AutoencoderValidation:
             rebuilt = jnp.clip(loss.decode(params, posterior.mean), -1, 1)
             return jnp.round((rebuilt + 1) * 127.5).astype(jnp.uint8), posterior
 
-        self._look = jax.jit(look, out_shardings=replicated(mesh))
+        self._fixed, self._look = fixed, jax.jit(look, out_shardings=replicated(mesh))
 
     def _posteriors(self, params: Tree) -> tuple[np.ndarray, Posterior]:
         count = len(self.records)
-        looks = [self._look(params, batch) for batch in self._batches]
+        whole = {**self._fixed, **params}
+        looks = [self._look(whole, batch) for batch in self._batches]
         rebuilt = np.concatenate([np.asarray(images) for images, _ in looks])[:count]
         mean, logvar = (
             np.concatenate(parts)[:count]

@@ -35,23 +35,30 @@ from tsdsr_jax.training.sharding import base_shardings, batch_sharding, global_a
 
 # Part name -> what belongs to this part: parameters, gradients or optimizer state.
 Parts: TypeAlias = dict[str, Any]
-# (parts, frozen arrays, batch, key, loss scale) -> (gradients of the scaled losses, metrics of the unscaled ones); pure.
-Objective = Callable[[Parts, Any, Any, jax.Array, jax.Array], tuple[Parts, Metrics]]
+# (parts, frozen arrays, batch, key, moment) -> (gradients of the scaled losses, metrics of the unscaled ones); pure.
+Objective = Callable[[Parts, Any, Any, jax.Array, "Moment"], tuple[Parts, Metrics]]
 # (parameters, frozen arrays, batch, key) -> (loss, metrics); pure.
 Loss = Callable[[Tree, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
 
 NETWORK = "network"
 
 
+class Moment(NamedTuple):
+    """What an objective may know about the run: the loss scale, and the number of steps taken before."""
+
+    scale: jax.Array
+    step: jax.Array
+
+
 def objective_of(loss: Loss) -> Objective:
     """Makes the objective of a single part, `NETWORK`, from its loss."""
 
     def gradients(
-        parts: Parts, base: Any, batch: Any, key: jax.Array, scale: jax.Array
+        parts: Parts, base: Any, batch: Any, key: jax.Array, moment: Moment
     ) -> tuple[Parts, Metrics]:
         def scaled(params: Tree) -> tuple[jax.Array, Metrics]:
             value, metrics = loss(params, base, batch, key)
-            return value * scale, metrics
+            return value * moment.scale, metrics
 
         gradient, metrics = jax.grad(scaled, has_aux=True)(parts[NETWORK])
         return {NETWORK: gradient}, metrics
@@ -94,6 +101,7 @@ class Trainer:
       objective: computes the parts' gradients, and metrics to log.
       config: settings of the optimizers.
       rates: peak learning rate of each part. The first part is the one that is averaged and whose rate is logged.
+      others: settings of the optimizers of parts that differ from `config`.
       dynamic_scale: scale the loss, for float16.
       branch: skip the optimizers (`cond`) if a gradient is not finite. This saves memory on whole networks, because
         choosing between the old and the new state (`where`) keeps both in memory.
@@ -105,13 +113,15 @@ class Trainer:
         config: OptimizerConfig,
         rates: Mapping[str, float],
         *,
+        others: Mapping[str, OptimizerConfig] | None = None,
         dynamic_scale: bool = False,
         branch: bool = True,
     ):
         self.objective, self.config, self.rates = objective, config, dict(rates)
         self.dynamic_scale, self.branch = dynamic_scale, branch
         self._first = next(iter(self.rates))
-        self._optimizers = {name: config.transformation(rate) for name, rate in self.rates.items()}
+        configs = dict.fromkeys(self.rates, config) | dict(others or {})
+        self._optimizers = {name: configs[name].transformation(rate) for name, rate in self.rates.items()}
 
     def init(self, trained: Parts) -> TrainState:
         """Creates the state before the first step; trained parameters become float32."""
@@ -173,7 +183,7 @@ class Trainer:
     def gradients(self, state: TrainState, base: Any, batch: Any, key: jax.Array) -> tuple[Parts, Metrics]:
         """Computes the gradients of one accumulation step, with the loss scale divided out."""
         scale = state.loss_scale.value
-        gradients, metrics = self.objective(state.trained, base, batch, key, scale)
+        gradients, metrics = self.objective(state.trained, base, batch, key, Moment(scale, state.step))
         return jax.tree.map(lambda leaf: leaf / scale, gradients), metrics
 
     def _guarded(

@@ -1,0 +1,68 @@
+"""A discriminator that judges patches of images, for adversarial training (Isola et al. 2017, §3.2.2)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from tsdsr_jax.models.layers import Conv, GroupNorm
+
+# Group norm instead of the paper's batch norm, so that devices and accumulation steps do not depend on each other.
+GROUPS = 8
+
+
+class PatchDiscriminator(nn.Module):
+    """Convolutions with stride 2, each twice as wide as the one before, then one logit for each patch.
+
+    With three layers, a logit sees 38×38 pixels.
+
+    Attributes:
+      width: channels of the first convolution, a multiple of 8.
+      layers: number of convolutions with stride 2.
+      dtype: computation dtype.
+    """
+
+    width: int = 64
+    layers: int = 3
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """(B, H, W, 3) in [−1, 1] -> logits (B, H / 2^layers, W / 2^layers, 1) float32, high where a patch looks real."""
+        x = images
+        for layer in range(self.layers):
+            x = Conv(self.width * 2**layer, 4, 2, dtype=self.dtype, name=f"conv_{layer}")(x)
+            assert isinstance(x, jax.Array)
+            if layer:
+                scale, shift = GroupNorm(GROUPS, name=f"norm_{layer}")(x)
+                x = x.astype(jnp.float32) * scale + shift
+            x = nn.leaky_relu(x, 0.2)
+        logits = Conv(1, dtype=self.dtype, name="conv_out")(x)
+        assert isinstance(logits, jax.Array)
+        return logits.astype(jnp.float32)
+
+
+def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """Computes the discriminator's loss from logits of real and of generated images (Lim and Ye 2017)."""
+    return 0.5 * (nn.relu(1 - real).mean() + nn.relu(1 + fake).mean())
+
+
+def generator_loss(fake: jax.Array) -> jax.Array:
+    """Computes the generator's loss from the discriminator's logits of its images."""
+    return -fake.mean()
+
+
+def balance(of_rest: jax.Array, of_adversarial: jax.Array) -> jax.Array:
+    """Computes the weight that makes the adversarial gradient as large as that of the other losses.
+
+    Args:
+      of_rest, of_adversarial: gradients of both losses for the same images.
+
+    Source: Esser et al. 2021, eq. 7, with the gradients at the image instead of the last layer's weights. Those are a linear
+    function of these, and would cost a second backward pass.
+    """
+    norms = (jnp.sqrt(jnp.square(gradient).sum()) for gradient in (of_rest, of_adversarial))
+    rest, adversarial = norms
+    return jnp.minimum(rest / (adversarial + 1e-12), 1e4)

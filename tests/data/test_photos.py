@@ -17,7 +17,7 @@ from tsdsr_jax.data.crops import plan
 from tsdsr_jax.data.degradation import DegradationConfig
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.photos import Box, CropConfig, Photographs, left_out, random_crop, survey
-from tsdsr_jax.data.sources import open_data
+from tsdsr_jax.data.sources import look_at, open_data
 from tsdsr_jax.data.workers import read_ahead
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.resize import pillow_bicubic
@@ -74,6 +74,15 @@ def test_small_and_unreadable_ones_are_counted_and_named(folder):
         and "small.png" in said
     )
     assert "1 images cannot be read" in said and "broken.jpg" in said
+
+
+def test_training_names_what_the_search_leaves_out(folder, tmp_path):
+    (folder / "a.heic").touch()
+    (folder / "album").symlink_to(tmp_path / "nowhere")
+    notes = []
+    assert len(look_at([folder, folder / "trip 0"], CROP, notes.append).photographs) == 6
+    assert len(notes) == 2  # each once, although a folder is given twice
+    assert "album: is left out" in notes[0] and "1 picture cannot be used" in notes[1]
 
 
 def test_a_folder_without_usable_photographs_is_refused(tmp_path):

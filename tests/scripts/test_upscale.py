@@ -525,6 +525,20 @@ def test_bad_files_cost_no_other_its_result(command, tmp_path):
     assert sorted(contents(output)) == ["folder.png/inside.png", "good.png", "last.png", "sub"]
 
 
+def test_what_is_left_out_is_named_and_counted(command, tmp_path):
+    source = save(tmp_path / "in", a=SQUARE)
+    (source / "album").symlink_to(tmp_path / "nowhere")
+    (source / "b.heic").touch()
+    outcome = command(source, tmp_path / "out")
+    assert outcome.status == 1
+    assert outcome.out.splitlines()[-1] == f"1 upscaled into {tmp_path / 'out'}, 1 left out"
+    assert "album: is left out, because the link leads nowhere" in outcome.err
+    assert "note: 1 picture cannot be used (.heic is not read" in outcome.err
+    # A picture of an unread format is a remark, no error.
+    (source / "album").unlink()
+    assert command(source, tmp_path / "out").status == 0
+
+
 def test_a_huge_header_is_refused_before_decoding(command, tmp_path):
     # 60000 x 60000 pixels in a few bytes: decoding them would take gigabytes.
     bomb = io.BytesIO()

@@ -158,7 +158,9 @@ def _summary(options: Options, report: Report, from_others: int) -> str:
     meanwhile = f", {from_others} written by another process meanwhile" if from_others else ""
     other = f", {len(report.different)} of them with other settings" if report.different else ""
     skipped = f", {report.skipped} already existed{older}{other} ({again})" if report.skipped else ""
-    failed = f", {len(report.failures)} failed" if report.failures else ""
+    failures = len(report.failures) - report.omitted
+    failed = f", {failures} failed" if failures else ""
+    failed += f", {report.omitted} left out" if report.omitted else ""
     return f"{report.written} upscaled into {options.output_dir}{skipped}{meanwhile}{failed}"
 
 

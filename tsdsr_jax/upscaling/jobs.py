@@ -125,7 +125,8 @@ class Report:
     Attributes:
       written, skipped, outdated: results that were written, that existed, and of these, those older than their photographs.
       different: results that exist but are of other settings; see `FileJob.difference`.
-      failures: a line for each photograph without a result.
+      failures: a line for each photograph without a result, and for whatever else was left out because of an error.
+      omitted: how many of the failures are no photographs.
 
     Args:
       note: called with each line that the user should see.
@@ -133,7 +134,7 @@ class Report:
     """
 
     def __init__(self, note: Callable[[str], object], on_done: Callable[[], object] = lambda: None):
-        self.written, self.skipped, self.outdated = 0, 0, 0
+        self.written, self.skipped, self.outdated, self.omitted = 0, 0, 0, 0
         self.different: list[str] = []
         self.failures: list[str] = []
         self.note, self.on_done, self._lock = note, on_done, Lock()
@@ -153,5 +154,6 @@ class Report:
 
     def left_out(self, problem: str) -> None:
         """Records something that is no photograph of the run, because it cannot be used."""
+        self.omitted += 1
         self.failures.append(problem)
         self.note(problem)

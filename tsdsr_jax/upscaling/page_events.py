@@ -137,8 +137,9 @@ class Handlers:
 
     def upscale_on_page(self, *request: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, Any, str]:  # noqa: B008
         """`upscale` for the page: if there is no result, the summary says why, until the next outcome."""
+        upscale: Callable[..., tuple[Any, Any, str]] = self.upscale
         try:
-            return self.upscale(*request, progress)
+            return upscale(*request, progress)
         except gr.Error as error:
             if error.__cause__ is not None:  # a bug
                 traceback.print_exception(error.__cause__)

@@ -3,12 +3,16 @@
 import io
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from test_compile_watch import begin, end
 
 from tsdsr_jax.compile_watch import CompileWatch
+from tsdsr_jax.upscaling import batch_run
+from tsdsr_jax.upscaling.planning import Settings
 from tsdsr_jax.upscaling.progress import PhotoBar, duration
+from tsdsr_jax.upscaling.tiling import cut_batch
 
 
 class Terminal(io.StringIO):
@@ -59,3 +63,16 @@ def test_compilation_is_no_part_of_the_times(monkeypatch):
 )
 def test_durations_in_words(seconds, words):
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(("side", "tiles"), [(128, 1), (512, 9)])
+def test_only_photographs_of_many_tiles_make_the_device_wait(side, tiles):
+    """A batch counts by its largest photograph, not by all of its tiles."""
+    settings = Settings(1, process_size=128, latent_tile=32)
+    small, large = (settings.plan((size, size)) for size in (128, side))
+    slots = [SimpleNamespace(plan=plan) for plan in (small, small, large)]
+    assert len(cut_batch([large], settings)) == tiles
+    for progress_from in (0, tiles, tiles + 1):
+        run = SimpleNamespace(settings=settings, progress=print, progress_from=progress_from)
+        expected = print if tiles >= progress_from else None
+        assert batch_run._Run._progress_of(run, SimpleNamespace(slots=slots)) is expected

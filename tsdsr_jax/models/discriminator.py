@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from tsdsr_jax.models.banding import materialized
 from tsdsr_jax.models.layers import Conv, GroupNorm
 
 # Group norm instead of the paper's batch norm, so that devices and accumulation steps do not depend on each other.
@@ -33,14 +34,12 @@ class PatchDiscriminator(nn.Module):
         """(B, H, W, 3) in [−1, 1] -> logits (B, H / 2^layers, W / 2^layers, 1) float32, high where a patch looks real."""
         x = images
         for layer in range(self.layers):
-            x = Conv(self.width * 2**layer, 4, 2, dtype=self.dtype, name=f"conv_{layer}")(x)
-            assert isinstance(x, jax.Array)
+            x = materialized(Conv(self.width * 2**layer, 4, 2, dtype=self.dtype, name=f"conv_{layer}")(x))
             if layer:
                 scale, shift = GroupNorm(GROUPS, name=f"norm_{layer}")(x)
                 x = x.astype(jnp.float32) * scale + shift
             x = nn.leaky_relu(x, 0.2)
-        logits = Conv(1, dtype=self.dtype, name="conv_out")(x)
-        assert isinstance(logits, jax.Array)
+        logits = materialized(Conv(1, dtype=self.dtype, name="conv_out")(x))
         return logits.astype(jnp.float32)
 
 

@@ -251,7 +251,7 @@ def is_here(leaf: jax.Array) -> bool:
 class _Copied(np.ndarray):
     """An array that belongs to the checkpoint. Orbax copies host arrays before it saves them, which this one needs not."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> np.ndarray:
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> _Copied:
         return self
 
 

@@ -53,6 +53,19 @@ def test_the_next_is_announced_half_a_minute_later_if_it_lasts():
         assert len(said) == 1
         assert soon(lambda: len(said) == 2)
         end()
+    assert said[0] == COMPILING and said[1].startswith("still compiling (")
+
+
+def test_one_that_lasts_is_announced_again():
+    said = []
+    with CompileWatch(said.append, patience=0.01, again=0.02):
+        begin()
+        assert soon(lambda: len(said) == 3)
+        end()
+        count = len(said)
+        time.sleep(0.1)
+    assert said[0] == COMPILING and len(said) == count
+    assert all(line.startswith("still compiling (") and line.endswith(" s so far)") for line in said[1:])
 
 
 def test_a_short_one_is_not():

@@ -18,6 +18,7 @@ _PATIENCE = 3.0
 _AGAIN = 30.0
 
 COMPILING = "compiling (once; kept for later runs)"
+STILL_COMPILING = "still compiling ({:.0f} s so far)"
 
 
 def say_above_bar(line: str) -> None:
@@ -31,7 +32,8 @@ class CompileWatch:
     Where programs are not kept, JAX does not report when a compilation begins, and this says nothing.
 
     Args:
-      say: called with `COMPILING` when compilations have lasted some seconds, but not twice within half a minute.
+      say: called with `COMPILING` when compilations have lasted some seconds. While these or others last, it is called
+        again, every half a minute, with the time that all have taken so far.
       ended: called when the last of the compilations that are under way has ended.
       patience, again: these times, in seconds.
     """
@@ -97,8 +99,12 @@ class CompileWatch:
             if now < self._said + self._again:
                 self._start_timer(self._said + self._again - now)
                 return
+            line = COMPILING
+            if self._said > float("-inf"):
+                line = STILL_COMPILING.format(self._done + now - self._since)
             self._said = now
-        self._say(COMPILING)
+            self._start_timer(self._again)
+        self._say(line)
 
     def _start_timer(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, self._announce)

@@ -226,8 +226,8 @@ class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
         found = self.notes()
         if merged and self.lambda_tsd:
             found.append(
-                "this model has LoRAs merged in: it is a finished student and cannot be TSD's teacher; "
-                "--lambda_tsd 0 trains it with the other losses only"
+                "this model has LoRAs merged in: it is a finished student, not a teacher for TSD; "
+                "pass --lambda_tsd 0 to train it with the other losses only"
             )
         if self.use_random_bias and not self.use_dasm:
             found.append("--use_random_bias has no effect without --use_dasm")

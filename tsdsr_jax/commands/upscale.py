@@ -182,7 +182,7 @@ def _write_page(options: Options, page: Path, jobs: Sequence[FileJob], failures:
     title = printable(f"{sources} → {_last_part(options.output_dir)}")
     with tqdm(total=len(entries), desc="report", unit=" images", leave=False, disable=None) as bar:
         write_report(page, title, entries, notes=failures, progress=bar.update)
-    print(f"{len(entries)} photographs compared in {page}")
+    print(f"{len(entries)} photograph{'s' * (len(entries) != 1)} compared in {page}")
 
 
 def _last_part(path: Path) -> str:

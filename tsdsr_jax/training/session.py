@@ -84,9 +84,10 @@ def say(line: str) -> None:
 def announce(options: RunOptions, mesh: Mesh, data: Data, steps: int, notes: Sequence[str]) -> None:
     """Prints a one-line summary of the run, and notes about its flags."""
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    rows = options.rows(mesh)
     say(
         f"{mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, {np.dtype(options.dtype)}; {len(data.source)} samples, "
-        f"{steps} steps of {options.rows(mesh)} images"
+        f"{steps} step{'s' * (steps != 1)} of {rows} image{'s' * (rows != 1)}"
     )
     for note in notes:
         say(f"note: {note}")

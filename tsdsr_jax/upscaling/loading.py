@@ -180,7 +180,8 @@ def load_loras(
         return None, None
     if merged:
         say(
-            f"note: this model has LoRAs merged in already ({', '.join(merged)}); --lora_dir is added to them"
+            f"note: this model has LoRAs merged in already ({', '.join(merged)}); --lora_dir is added to them, "
+            "as is right for LoRAs that were trained on this model"
         )
     if Path(lora_dir).is_file():
         raise UserError(

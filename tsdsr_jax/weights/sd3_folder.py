@@ -23,7 +23,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
-from tsdsr_jax.errors import UserError
+from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.git_lfs import refuse_pointer
 from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiTConfig
@@ -317,7 +317,7 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"{repo_id}: neither a folder nor a repository on the hub") from None
     except Exception as error:  # the hub's client does not catch errors of its HTTP library
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error).removeprefix("Got: ")  # what the hub's client puts before some
         raise UserError(f"{repo_id}: no such folder, and fetching it from the hub failed: {reason}") from None
 
 

@@ -104,6 +104,7 @@ def first_run() -> str:
         hr_dir=PHOTOS,
         lambda_tsd=0,
         lambda_lpips=0,
+        degradation_strength="light",
         train_batch_size=2,
         max_train_steps=20,
         mixed_precision="no",

@@ -22,3 +22,12 @@ def test_a_small_input_is_enlarged_without_smoothing():
     cell = sheet[26:66, 8:48]
     assert set(np.unique(cell)) == {0, 255}
     assert (cell[0, :10] == cell[0, 0]).all() and (cell[0, 0] != cell[0, 10]).all()
+
+
+def test_long_titles_stay_within_narrow_columns():
+    rows = [[solid((0, 0, 0), 96, 96)] * 3]
+    sheet = comparison_sheet(rows, ["photograph", "target (sharpened)", "degraded 1"], cell_width=96)
+    titles = np.asarray(sheet)[:26]
+    margins = np.r_[0:8, 104:112, 208:216, 312:320]
+    background = titles[0, 0]
+    assert (titles[:, margins] == background).all() and (titles[:, 112:208] != background).any()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN, _TITLE = 8, 26
+_FONT_SIZES = range(15, 7, -1)  # the largest at which all titles fit their columns is used
 _BACKGROUND, _INK = (24, 24, 24), (235, 235, 235)
 
 
@@ -21,7 +22,7 @@ def comparison_sheet(
       titles: one per column.
       cell_width: width of a column in pixels.
     """
-    font = ImageFont.load_default(size=15)
+    font = _title_font(titles, cell_width)
     heights = [max(round(cell_width * p.height / p.width) for p in row) for row in rows]
     width = len(titles) * (cell_width + _MARGIN) + _MARGIN
     sheet = Image.new("RGB", (width, _TITLE + sum(h + _MARGIN for h in heights) + _MARGIN), _BACKGROUND)
@@ -37,3 +38,9 @@ def comparison_sheet(
             sheet.paste(cell, (_MARGIN + column * (cell_width + _MARGIN), top))
         top += height + _MARGIN
     return sheet
+
+
+def _title_font(titles: Sequence[str], width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    fonts = [ImageFont.load_default(size=size) for size in _FONT_SIZES]
+    fitting = (font for font in fonts if all(font.getlength(title) <= width for title in titles))
+    return next(fitting, fonts[-1])

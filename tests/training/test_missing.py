@@ -1,5 +1,6 @@
 """What a run needs and does not find is named at once, with what to do."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def test_one_message_names_all_that_is_missing_with_what_to_do(here):
     ):
         assert words in said
     assert "--lambda_tsd 0 --lambda_lpips 0" in said.splitlines()[-1] and str(FOLDER) in said.splitlines()[-1]
+
+
+def test_missing_photographs_and_sets_are_named_among_the_rest(here):
+    flags = dataclasses.replace(
+        options("sd3"), hr_dir=(Path("photos"), Path("nowhere")), data_dir=(Path("set"),), lambda_lpips=0.0
+    )
+    with pytest.raises(UserError) as caught:
+        flags.check_files()
+    said = str(caught.value)
+    assert "\n2. --hr_dir nowhere: no such folder" in said and "\n3. --data_dir set: no such folder" in said
+    assert "--hr_dir photos" not in said.splitlines()[1] + said.splitlines()[2]
 
 
 def test_a_model_that_the_hub_has_is_mentioned_only_beside_others(here, monkeypatch):

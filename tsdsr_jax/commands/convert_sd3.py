@@ -191,7 +191,9 @@ def _convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) 
         if options.to_diffusers
         else {"format": "tsdsr_jax", "version": tsdsr_jax.__version__}
     )
-    with tqdm(total=_count_values(network), desc=network.part, unit=" values", unit_scale=True) as bar:
+    with tqdm(
+        total=_count_values(network), desc=network.part, unit=" values", unit_scale=True, disable=None
+    ) as bar:
         write_tensors(target, specs, _counted(_cast(tensors, specs), bar), metadata)
     _copy_config(network, options.output)
 

@@ -42,6 +42,7 @@ from tsdsr_jax.training.checkpoint import LORA
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.missing import (
     lack_own_prompts,
+    missing_data,
     missing_lpips,
     missing_model,
     missing_prompts,
@@ -215,6 +216,7 @@ class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
         model = self.pretrained_model_name_or_path
         found = [
             *missing_model(model),
+            *missing_data(self),
             *(missing_lpips(self.lpips_path) if self.lambda_lpips else []),
             *missing_prompts(self, self.use_default_prompt or lack_own_prompts(self.hr_dir)),
             *missing_teacher(self.teacher_lora_path if self.use_teacher_lora else None),

@@ -40,7 +40,13 @@ from tsdsr_jax.pretraining.teacher_weights import (
 from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import LORA, MODEL, to_host
 from tsdsr_jax.training.loop import explained_memory
-from tsdsr_jax.training.missing import lack_own_prompts, missing_model, missing_prompts, refuse_missing
+from tsdsr_jax.training.missing import (
+    lack_own_prompts,
+    missing_data,
+    missing_model,
+    missing_prompts,
+    refuse_missing,
+)
 from tsdsr_jax.training.networks import (
     Networks,
     check_latents,
@@ -139,7 +145,11 @@ def main() -> None:
     options = options.prompted(options.pretrained_model_name_or_path)
     options.check()
     model_name = options.pretrained_model_name_or_path
-    missing = [*missing_model(model_name), *missing_prompts(options, lack_own_prompts(options.hr_dir))]
+    missing = [
+        *missing_model(model_name),
+        *missing_data(options),
+        *missing_prompts(options, lack_own_prompts(options.hr_dir)),
+    ]
     refuse_missing(missing, model_name, hints.first_run())
     mesh = options.start()
     start = find_start(options)

@@ -134,6 +134,10 @@ def main() -> None:
 def _find(options: Options) -> FoundJobs:
     """The photographs and their targets; refuses an output that cannot be written."""
     output = options.output_dir
+    if options.scale_in_names and is_file_name(output):
+        raise UserError(
+            f"--scale_in_names: --output_dir {output} is the result's name already; drop the flag, or name a folder"
+        )
     format = format_for(output, options.format)
     naming = Naming(format, options.upscale if options.scale_in_names else None, options.made_with())
     found = find_jobs(options.input_dir, output, naming, overwrite=options.overwrite)

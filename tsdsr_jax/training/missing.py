@@ -61,6 +61,19 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
+def missing_data(options: Any) -> list[str]:
+    """For folders of photographs and prepared sets."""
+    return [
+        f"--{name} {folder}: no such folder; {what}"
+        for name, what in (
+            ("hr_dir", "expected one with photographs"),
+            ("data_dir", "expected a set that train/prepare.py made"),
+        )
+        for folder in getattr(options, name)
+        if not folder.is_dir()
+    ]
+
+
 def missing_lpips(path: Path) -> list[str]:
     if path.is_file():
         return []

@@ -11,7 +11,7 @@ from tsdsr_jax.data.shard_sets import count_records
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.evaluation.niqe_params import load_pristine
 from tsdsr_jax.git_lfs import refuse_pointer
-from tsdsr_jax.images.files import read_content, read_photo, read_size
+from tsdsr_jax.images.files import decode_photo, read_content, read_photo, read_size
 from tsdsr_jax.weights.lpips_files import read_torch_lpips
 from tsdsr_jax.weights.sd3_folder import read_json
 from tsdsr_jax.weights.tensor_files import open_tensors
@@ -31,7 +31,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "niqe_modelparameters.mat": load_pristine,
     "a.png": lambda path: read_photo(path, 1000),
     "b.jpg": lambda path: read_size(path, 1000),
-    "c.tif": read_content,
+    "c.tif": lambda path: decode_photo(read_content(path), str(path), 1000),
     "samples-00000-of-00001.arrayrecord": count_records,
     "manifest.json": lambda path: has_manifest(path.parent) or read_manifest(path.parent),
 }
@@ -50,3 +50,22 @@ def test_other_damage_is_not(tmp_path):
         open_tensors(tmp_path / "x.safetensors")
     refuse_pointer(tmp_path / "x.safetensors")
     refuse_pointer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"\n<!DOCTYPE html><html><head>", r"is a web page.*/resolve/"),
+        (b"<html>", "is a web page"),
+        (b"PK\x03\x04archive/data.pkl", r"is a PyTorch file.*save_file"),
+    ],
+)
+def test_what_was_downloaded_or_renamed_instead_of_safetensors_is_named(tmp_path, start, words):
+    (tmp_path / "x.safetensors").write_bytes(start + bytes(500))
+    with pytest.raises(UserError, match=rf"x.safetensors: {words}"):
+        open_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"name": "\xc3\xa9"}')
+    assert read_json(tmp_path / "config.json") == {"name": "\u00e9"}

@@ -592,6 +592,15 @@ def test_damaged_pixels_of_a_png_are_refused(tmp_path: Path) -> None:
         read_photo(_put(tmp_path / "a.png", bytes(content)), LIMIT)
 
 
+def test_a_palette_that_is_missing_is_named(tmp_path: Path) -> None:
+    content = _saved(tmp_path / "whole.png", _palette_image()).read_bytes()
+    at = content.index(b"PLTE") - 4
+    without = content[:at] + content[at + 12 + int.from_bytes(content[at : at + 4], "big") :]
+    with pytest.raises(UserError, match="its palette is missing") as error:
+        read_photo(path := _put(tmp_path / "a.png", without), LIMIT)
+    _assert_one_line(error, path)
+
+
 @pytest.mark.parametrize("read", [read_photo, read_size])
 def test_large_pictures_are_refused_from_the_header(tmp_path: Path, read) -> None:
     path = _put(tmp_path / "a.png", _png(60000, 50000, 8, 2, b"no pixels at all"))

@@ -162,6 +162,23 @@ def test_a_bmp_whose_alpha_is_zero_throughout_is_opaque():
     assert (photo_from(bmp(128)).alpha == 128).all()
 
 
+def tiff(alpha: int, said: bool) -> bytes:
+    """A TIFF with four samples, which may say that the fourth is alpha."""
+    image = Image.new("RGBA", (3, 2), (10, 20, 30, alpha))
+    content = encoded(image, "TIFF")
+    at = content.index(
+        struct.pack("<HHI", 338, 3, 1)
+    )  # ExtraSamples; a private tag in its place says nothing
+    return content if said else content[:at] + struct.pack("<H", 65000) + content[at + 2 :]
+
+
+def test_a_tiff_that_does_not_speak_of_alpha_is_opaque_if_it_is_zero_throughout():
+    photo = photo_from(tiff(0, said=False))
+    assert photo.alpha is None and (photo.rgb == (10, 20, 30)).all()
+    assert (photo_from(tiff(128, said=False)).alpha == 128).all()
+    assert not photo_from(tiff(0, said=True)).alpha.any()
+
+
 def test_formats_without_transparency_show_white(tmp_path: Path):
     photo = photo_from(encoded(disc((230, 40, 40), disc_alpha(hard=True))))
     for format in ("jpg", "bmp"):

@@ -80,6 +80,18 @@ def test_several_photographs_and_folders(tmp_path):
         find_jobs([a, same], tmp_path / "out")
 
 
+def test_names_that_some_file_systems_do_not_tell_apart(tmp_path):
+    """Results may go to a disk that knows only one of the two names."""
+    for name in ("\u00e9.png", "e\u0301.bmp", "B.png", "b.bmp"):
+        save(tmp_path / "in" / name)
+    assert sorted(targets([tmp_path / "in"], tmp_path / "out", Naming())) == [
+        "out/B_png.png",
+        "out/b_bmp.png",
+        "out/e\u0301_bmp.png",
+        "out/\u00e9_png.png",
+    ]
+
+
 def test_what_a_folder_leaves_out_is_passed_on(tmp_path):
     save(tmp_path / "in" / "a.jfif".replace("jfif", "png")).rename(tmp_path / "in" / "a.jfif")
     (tmp_path / "in" / "b.heic").touch()

@@ -25,6 +25,10 @@ def decoded_pixels(image: Image.Image, raw_mode: str, name: str) -> Pixels:
         raise UserError(
             f"{name}: 16-bit TIFF with separate color planes; export it interleaved, or with 8 bits"
         )
+    if image.mode == "P" and image.palette is None:
+        raise UserError(
+            f"{name}: the image is damaged (its palette is missing); copy or export the file again"
+        )
     if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image.convert("L") if image.mode == "1" else image)
         return _three(_gray_bytes(image, values, raw_mode, name)), _key_alpha(image, values, raw_mode), True
@@ -33,13 +37,20 @@ def decoded_pixels(image: Image.Image, raw_mode: str, name: str) -> Pixels:
         return _three(gray[..., 0]), alpha, True
     if image.mode in ("PA", "RGBA", "RGBa") or (image.mode == "P" and image.has_transparency_data):
         rgb, alpha = _split_alpha(image.convert("RGBA"))
-        if image.format in ("BMP", "DIB") and not alpha.any():  # many programs leave the fourth byte at zero
+        if not alpha.any() and _may_lack_alpha(image):  # many programs leave the fourth byte at zero
             return rgb, None, False
         return rgb, alpha, raw_mode.startswith("LA")  # 16-bit gray with alpha is handed out as RGBA.
     if image.mode in ("CMYK", "LAB"):
         return np.asarray(through_profile(image)), None, False
     rgb = np.asarray(image.convert("RGB"))
     return rgb, _key_alpha(image, rgb, raw_mode), False
+
+
+def _may_lack_alpha(image: Image.Image) -> bool:
+    """Whether the file does not say that its fourth sample is alpha."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return Base.ExtraSamples not in image.tag_v2
+    return image.format in ("BMP", "DIB")
 
 
 def raw_mode_of(image: Image.Image) -> str:

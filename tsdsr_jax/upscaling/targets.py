@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images.search import find_photographs, unread_pictures
+from tsdsr_jax.images.search import composed, find_photographs, unread_pictures
 from tsdsr_jax.images.writing import FORMAT_OF_SUFFIX, FORMATS
 from tsdsr_jax.upscaling.jobs import FileJob
 
@@ -153,21 +153,26 @@ def _check_targets(
             raise UserError(
                 f"{target}: lies among the photographs, and the result would replace it; choose another --output_dir"
             )
-        other = taken.setdefault(str(target).casefold(), file)
+        other = taken.setdefault(_as_one_name(target), file)
         if other != file:
             raise UserError(
                 f"{other} and {file}: both results would be {target}; upscale them separately, into different --output_dir"
             )
 
 
+def _as_one_name(target: Path) -> str:
+    """The same for paths that some file system does not tell apart: by case, or by the Unicode form of é."""
+    return composed(str(target)).casefold()
+
+
 def _distinct_targets(files: Sequence[Path], targets: list[Path]) -> list[Path]:
-    """Puts the file's own suffix into the name (a_jpg.png) wherever targets coincide, ignoring case."""
+    """Puts the file's own suffix into the name (a_jpg.png) wherever targets coincide."""
     plain = targets
     while True:
-        taken = Counter(str(target).casefold() for target in targets)
+        taken = Counter(map(_as_one_name, targets))
         renamed = [
             target.with_name(f"{first.stem}_{file.suffix[1:]}{target.suffix}")
-            if taken[str(target).casefold()] > 1
+            if taken[_as_one_name(target)] > 1
             else target
             for file, first, target in zip(files, plain, targets, strict=True)
         ]

@@ -324,7 +324,9 @@ def _download(repo_id: str, revision: str | None, variant: str | None) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises UserError if the file is missing or holds anything else."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(
+            path.read_text(encoding="utf-8-sig")
+        )  # editors on Windows begin files with a mark
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except (OSError, ValueError) as error:

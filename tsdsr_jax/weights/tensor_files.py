@@ -93,9 +93,8 @@ class TensorReader:
             file = os.open(path, os.O_RDONLY)
         except (SafetensorError, OSError) as error:
             refuse_pointer(path)
-            raise UserError(
-                f"{path}: not a readable safetensors file ({error}); it may be truncated"
-            ) from None
+            reason = _other_kind(path) or f"not a readable safetensors file ({error}); it may be truncated"
+            raise UserError(f"{path}: {reason}") from None
         weakref.finalize(self, os.close, file)
         starts = _data_starts(path)
         self.metadata = self.metadata or dict(handle.metadata() or {})
@@ -154,6 +153,23 @@ class TensorReader:
         # One map per tensor, so that only one at a time counts as this process's memory.
         data = np.memmap(place.path, np.uint8, "r", place.start, (_bytes(spec),))
         return data.view(np.ndarray).view(spec.dtype).reshape(spec.shape)
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is instead of safetensors, if its first bytes tell."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(256).lstrip().lower()
+    except OSError:
+        return None
+    if start.startswith((b"<!doctype html", b"<html")):
+        return (
+            "is a web page, not a safetensors file; download the file itself (at the Hugging Face hub, its address has "
+            "/resolve/ instead of /blob/)"
+        )
+    if start.startswith(b"pk\x03\x04"):
+        return "is a PyTorch file, not a safetensors file; save its tensors with safetensors.torch.save_file"
+    return None
 
 
 def _data_starts(path: Path) -> dict[str, int]:

@@ -322,3 +322,14 @@ def test_run_closed_pipe_is_quiet(length):
     result = run_script(f"cli.run(lambda: print('x' * {length}))", stdout=writer)
     os.close(writer)
     assert result.stderr == "" and result.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path):
+    """Nothing could be written below it, which an hour's results would show one by one."""
+    (tmp_path / "outputs").symlink_to(tmp_path / "disk" / "outputs")
+    (tmp_path / "circle").symlink_to("circle")
+    for folder in ("outputs", "outputs/below", "circle"):
+        with pytest.raises(UserError, match=rf"--output_dir .*{folder}: .* is a link that leads nowhere"):
+            cli.check_writable(tmp_path / folder)
+    (tmp_path / "disk" / "outputs").mkdir(parents=True)
+    cli.check_writable(tmp_path / "outputs" / "below")

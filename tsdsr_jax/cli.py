@@ -291,6 +291,9 @@ def share(text: str, flag: str = "--shard") -> Share:
 
 def check_writable(folder: Path, flag: str = "--output_dir") -> None:
     """Raises UserError if a flag's folder cannot be created or written; does not create it."""
+    for link in (folder, *folder.parents):
+        if link.is_symlink() and not link.exists():
+            raise UserError(f"{flag} {folder}: {link} is a link that leads nowhere; is its disk mounted?")
     place = folder.resolve()
     while not place.exists() and place != place.parent:
         place = place.parent

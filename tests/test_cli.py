@@ -1,5 +1,6 @@
 """Command lines: what is accepted, and that every mistake is one line that names the flag."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -322,6 +323,33 @@ def test_run_closed_pipe_is_quiet(length):
     result = run_script(f"cli.run(lambda: print('x' * {length}))", stdout=writer)
     os.close(writer)
     assert result.stderr == "" and result.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize("length", [5, 1_000_000])
+def test_run_names_a_full_disk(length):
+    """A log file's disk, or any other."""
+    with open("/dev/full", "w") as full:
+        result = run_script(f"cli.run(lambda: print('x' * {length}))", stdout=full.fileno())
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "receives this command's output: the disk is full; make room" in result.stderr
+
+
+def test_run_names_a_full_disk_by_its_file(capsys):
+    with pytest.raises(SystemExit, match="1"):
+        cli.run(raising(OSError(errno.ENOSPC, "No space left on device", "logs/a")))
+    assert capsys.readouterr().err == "upscale.py: logs/a: the disk is full; make room and run it again\n"
+    with pytest.raises(PermissionError):
+        cli.run(raising(PermissionError(errno.EACCES, "Permission denied", "logs/a")))
+
+
+def test_run_names_a_current_folder_that_was_removed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="1"):
+        cli.run(lambda: None)
+    assert "the current folder was removed" in capsys.readouterr().err
 
 
 def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path):

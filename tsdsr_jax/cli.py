@@ -10,6 +10,7 @@ misspelled flags, and messages of one line. `cli_help` writes `--help`.
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import re
@@ -98,7 +99,8 @@ def run(main: Callable[[], object]) -> None:
     """Calls `main` and ends the process as a command-line tool should.
 
     A `UserError` becomes one line on stderr and status 1. Ctrl-C prints `interrupted` and gives status 130. A reader that
-    closes the pipe early (`... | head`) gets no message. Any other exception is a bug and keeps its traceback.
+    closes the pipe early (`... | head`) gets no message. A full disk, and a current folder that was removed, are named. Any
+    other exception is a bug and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         # Do not fail on characters that the terminal cannot show, nor on odd bytes in file names.
@@ -107,6 +109,7 @@ def run(main: Callable[[], object]) -> None:
     with contextlib.suppress(ValueError):  # outside the main thread, where handlers cannot be set
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        _check_current_folder()
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -116,10 +119,29 @@ def run(main: Callable[[], object]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The interpreter flushes stdout once more when it exits; let it write to nowhere.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        place = error.filename or "the file that receives this command's output"
+        print(f"{script_name()}: {place}: the disk is full; make room and run it again", file=sys.stderr)
+        _discard_output()
+        raise SystemExit(1) from None
+
+
+def _check_current_folder() -> None:
+    """Raises UserError if it was removed, after which no relative path means anything."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder was removed; change into another one") from None
+
+
+def _discard_output() -> None:
+    """The interpreter flushes stdout once more when it exits; lets it write to nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def at_least(options: Any, bound: int, *names: str) -> None:

@@ -63,6 +63,18 @@ def test_where_no_scale_fits():
     assert too_large_on_page("a.jpg", plan, settings).endswith("of this page; make it smaller")
 
 
+def test_a_thin_strip_is_not_told_to_become_smaller():
+    """A line or a banner: making it smaller would only make it thinner."""
+    plan = SETTINGS.plan((4, 3000))
+    said = too_large("a.png", plan, SETTINGS)
+    assert said.startswith(
+        "a.png: 3000×4 pixels enlarged 4 times make 12000×16, computed with at least 512 a side as 384000×512"
+    )
+    assert "; pass a smaller --process_size, or --max_pixels 196608000" in said
+    smaller = dataclasses.replace(SETTINGS, process_size=128)
+    assert not smaller.refuses(smaller.plan((4, 3000)))
+
+
 def test_results_within_the_limit_may_be_beyond_the_memory():
     plans = [(f"{side}.jpg", SETTINGS.plan((side, side))) for side in (500, 1500, 2000)]
     budget = MemoryBudget(1000, 20 * 10**9)

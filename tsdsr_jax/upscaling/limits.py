@@ -73,6 +73,8 @@ def too_large(name: str, plan: SizePlan, settings: Settings, budget: MemoryBudge
     if scale is not None:
         smaller = dataclasses.replace(settings, upscale=scale).plan(plan.source)
         message += f"; pass --upscale {scale:g} ({_in_words(smaller.output)}{_memory(smaller, budget, ', ')})"
+    elif _is_thin(plan, settings):
+        message += "; pass a smaller --process_size"
     else:
         message += "; make it smaller"
     return f"{message}, or --max_pixels {pixels}{_memory(plan, budget, ', which needs ')}"
@@ -101,10 +103,18 @@ def beyond_memory(plans: Sequence[tuple[str, SizePlan]], budget: MemoryBudget) -
 
 def _sizes(name: str, plan: SizePlan, settings: Settings) -> str:
     megapixels = plan.padded[0] * plan.padded[1] / 1e6
+    make = "make"
+    if plan.resized != plan.output:
+        make = f"make {_in_words(plan.output)}, computed with at least {settings.process_size} a side as"
     return (
-        f"{name}: {_in_words(plan.source)} pixels enlarged {settings.upscale:g} times make {_in_words(plan.padded)}, "
+        f"{name}: {_in_words(plan.source)} pixels enlarged {settings.upscale:g} times {make} {_in_words(plan.padded)}, "
         f"{megapixels:.3g} megapixels"
     )
+
+
+def _is_thin(plan: SizePlan, settings: Settings) -> bool:
+    """Whether a result has too many pixels only because its short side is enlarged to `process_size`."""
+    return plan.resized != plan.output and plan.output[0] * plan.output[1] <= settings.max_pixels
 
 
 def _memory(plan: SizePlan, budget: MemoryBudget | None, before: str) -> str:

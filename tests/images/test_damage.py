@@ -119,6 +119,21 @@ def test_results_with_a_large_profile_can_be_read_by_all(tmp_path: Path, format:
         assert moved < 5 and remark is None
 
 
+def test_a_jpegs_profile_that_lacks_a_piece_is_named(tmp_path: Path):
+    """Profiles of more than 64 kB are in several pieces, and programs that copy segments may lose some."""
+    content = encoded("JPEG", icc_profile=profile(150_000))
+    second = content.index(b"ICC_PROFILE\0\x02") - 4
+    without = (
+        content[:second] + content[second + 2 + int.from_bytes(content[second + 2 : second + 4], "big") :]
+    )
+    photo = read_photo(put(tmp_path, without), LIMIT)
+    assert photo.metadata.icc is None
+    assert [note.split(": ")[1] for note in photo.notes] == [
+        "a piece of its color profile is missing; the colors count as sRGB"
+    ]
+    assert read_photo(put(tmp_path, content), LIMIT).notes == ()
+
+
 def wide_profile(size: int) -> bytes:
     """sRGB's profile with the primaries exchanged: red looks blue."""
     whole = profile(size)

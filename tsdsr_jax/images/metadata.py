@@ -166,6 +166,8 @@ def _carried_profile(image: Image.Image, stored: Metadata, gray: bool, remarks: 
     """The profile, if it describes the pixels that `decoded_pixels` returns."""
     if image.mode in ("CMYK", "LAB"):  # these have become sRGB
         return None
+    if not stored.icc and isinstance(image, JpegImageFile) and _has_pieces_of_a_profile(image):
+        remarks.append("a piece of its color profile is missing; the colors count as sRGB")
     space, wanted = profile_space(stored.icc), "GRAY" if gray else "RGB"
     if stored.icc and space != wanted and not (space == "RGB" and is_srgb(stored.icc, gray=False)):
         described = f"is for {space}, not for {wanted}" if space else "is damaged"
@@ -173,6 +175,11 @@ def _carried_profile(image: Image.Image, stored: Metadata, gray: bool, remarks: 
     if b"cICP" not in stored.png_color and space == wanted:
         return stored.icc
     return profile_of_chunks(stored.png_color, gray) or (stored.icc if space == wanted else None)
+
+
+def _has_pieces_of_a_profile(image: JpegImageFile) -> bool:
+    """Whether there are segments of a profile, of which Pillow hands out none if one is missing."""
+    return any(kind == "APP2" and content.startswith(b"ICC_PROFILE\0") for kind, content in image.applist)
 
 
 # ---- orientation ---------------------------------------------------------------------------------

@@ -204,6 +204,33 @@ def test_a_jpeg_that_lacks_pixels_is_refused(tmp_path: Path, kind: str):
             read_photo(put(tmp_path, whole[:-cut]), LIMIT)
 
 
+@pytest.mark.parametrize("kind", ["baseline", "restarts", "optimized"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("rest", [b"", b"a film" * 100])
+def test_a_jpeg_that_lacks_pixels_before_its_end_marker_is_refused(
+    tmp_path: Path, kind: str, mode: str, rest: bytes
+):
+    """As programs that repair files leave it, or a transfer that lost a part; decoders fill in gray."""
+    whole = encoded("JPEG", Image.fromarray(pixels()).convert(mode), **JPEGS[kind])
+    scan = whole.rindex(b"\xff\xda")
+    for part in (0.2, 0.5, 0.8):
+        cut = whole[: scan + int((len(whole) - scan) * part)].rstrip(b"\xff")
+        with pytest.raises(UserError, match="its last pixels are missing"):
+            read_photo(put(tmp_path, cut + b"\xff\xd9" + rest), LIMIT)
+    assert read_photo(put(tmp_path, whole + rest), LIMIT).notes == ()
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_ends_in_gray_lacks_nothing(tmp_path: Path, kind: str, mode: str):
+    gray = np.full_like(pixels(), 128)
+    for image in (gray, np.vstack([pixels(), gray])):
+        for metadata in ({}, {"exif": b"Exif\0\0" + encoded("JPEG")}):  # a thumbnail is a JPEG, too
+            content = encoded("JPEG", Image.fromarray(image).convert(mode), **JPEGS[kind], **metadata)
+            for rest in (b"", content, b"a film"):
+                assert read_photo(put(tmp_path, content + rest), 2 * LIMIT).rgb.shape == image.shape
+
+
 def test_a_jpeg_cut_before_a_restart_marker_is_refused(tmp_path: Path):
     """There the data so far is complete, and decoders fill in the rest with gray."""
     whole = encoded("JPEG", **JPEGS["restarts"])

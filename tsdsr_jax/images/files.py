@@ -17,11 +17,12 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from tsdsr_jax.errors import UserError, first_line
 from tsdsr_jax.git_lfs import is_pointer, pointer_error
-from tsdsr_jax.images.jpeg_end import with_end_marker
+from tsdsr_jax.images.jpeg_end import lacks_pixels, with_end_marker
 from tsdsr_jax.images.metadata import (
     ORIENTATIONS,
     Metadata,
@@ -152,6 +153,8 @@ def _decoded(content: bytes, png: PngParts | None, name: str, max_pixels: int) -
         stored = png.metadata if png else stored_metadata(image)
         tiff = content if isinstance(image, TiffImageFile) else None
         photo = _photo_of(image, stored, name, max_pixels, tiff)
+        if isinstance(image, JpegImageFile) and lacks_pixels(image, content):
+            raise UserError(f"{name}: its last pixels are missing; copy or export the file again")
         pages = png.frames if png else _page_count(image)
     if pages == 1:
         return photo

@@ -1,4 +1,4 @@
-"""JPEG files that lack nothing but their end marker."""
+"""JPEG files that lack nothing but their end marker, and those that have it but lack pixels."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ _FILLINGS = (
     *(b"".join(bytes((0xFF, 0xD0 + number)) + bits for number in range(8)) for bits in _BITS[1:]),
 )
 _SCAN = re.compile(rb"\xff\xda")
+# Within a scan, 0xFF stands before a zero or the number of a restart; anything else ends the scan.
+_END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+# What decoders make of missing pixels, and how far conversion to RGB may move it.
+_MISSING, _TOLERANCE = 128, 2
 
 
 def with_end_marker(content: bytes) -> bytes | None:
@@ -34,6 +38,34 @@ def with_end_marker(content: bytes) -> bytes | None:
         if whole is None or other is None or not np.array_equal(whole, other):
             return None
     return content + _END
+
+
+def lacks_pixels(image: Image.Image, content: bytes) -> bool:
+    """Whether the last pixels of a decoded JPEG file are missing, although it has an end marker.
+
+    As after a repair, or a transfer that left out a part: decoders fill in gray without an error. A file is looked at
+    closely only if its last pixel is of this gray.
+    """
+    last = np.atleast_1d(image.getpixel((image.width - 1, image.height - 1))).astype(int)
+    end = _end_of_pixels(content) if np.abs(last - _MISSING).max() <= _TOLERANCE else None
+    return end is not None and with_end_marker(content[:end]) is None
+
+
+def _end_of_pixels(content: bytes) -> int | None:
+    """Where the end marker of a file's first picture is; None if there is none, or if the file is odd."""
+    at = 2
+    while content[at : at + 1] == b"\xff":
+        marker = content[at + 1 : at + 2]
+        if marker == _END[1:]:
+            return at
+        if marker == b"\xff":  # padding
+            at += 1
+            continue
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        if marker == b"\xda":
+            found = _END_OF_SCAN.search(content, at)
+            at = found.start() if found else len(content)
+    return None
 
 
 def _finishes_scans(content: bytes) -> bool:

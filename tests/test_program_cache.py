@@ -50,6 +50,27 @@ def test_jax_own_variables_come_first(tmp_path):
     assert not (tmp_path / "tsdsr_jax").exists()
 
 
+def test_a_folder_of_the_users_choice_that_cannot_be_used_costs_one_line(tmp_path):
+    """JAX would warn about every program."""
+    (tmp_path / "file").touch()
+    named = tmp_path / "file" / "below"
+    code = """
+import json, warnings
+warnings.simplefilter("error")
+import jax
+from tsdsr_jax.program_cache import keep_programs
+said = []
+keep_programs(said.append)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x * 2 + 1)(1.0).block_until_ready()
+print(json.dumps(said))
+"""
+    said = told(tmp_path, code=code, JAX_COMPILATION_CACHE_DIR=str(named))
+    assert said == [
+        f"JAX_COMPILATION_CACHE_DIR {named}: compiled programs cannot be kept there (Not a directory)"
+    ]
+
+
 def test_what_compiles_in_a_tenth_of_a_second_is_kept_too(monkeypatch):
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     try:

@@ -54,7 +54,13 @@ def keep_programs(say: Callable[[str], object] = _LOG.warning) -> None:
     if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
         # JAX's default so far. The kernels themselves, its other cache, are in the programs already.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")
-    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+    named: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if named is not None:
+        if "://" not in named and (
+            reason := _why_unusable(Path(named))
+        ):  # JAX also knows places that are no folders
+            say(f"JAX_COMPILATION_CACHE_DIR {named}: compiled programs cannot be kept there ({reason})")
+            jax.config.update("jax_enable_compilation_cache", False)
         return
     folder = usable_folder(say)
     if folder is None:
@@ -85,6 +91,17 @@ def usable_folder(say: Callable[[str], object]) -> Path | None:
         f"compiled programs cannot be kept, so every run compiles them again: {', '.join(reasons)}. "
         "JAX_COMPILATION_CACHE_DIR names another folder"
     )
+    return None
+
+
+def _why_unusable(folder: Path) -> str | None:
+    """Why a folder, which is made if missing, cannot store files; None if it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        return error.strerror or str(error)
     return None
 
 

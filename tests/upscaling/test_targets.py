@@ -164,3 +164,18 @@ def test_a_folder_where_a_result_belongs_is_named(tmp_path):
     job.target.mkdir()
     with pytest.raises(UserError, match=r"out.png: is a folder, where the result of .*a.png belongs"):
         job.check_output((5, 4))
+
+
+def test_overwriting_spares_photographs_that_lie_in_the_output_folder(tmp_path):
+    """photos/2024/a.jpg becomes photos/a.png, which may be another photograph; a result of an earlier run is replaced."""
+    photo, other = save(tmp_path / "photos" / "2024" / "a.jpg"), save(tmp_path / "photos" / "a.png")
+    find_jobs([photo.parent], other.parent)  # without --overwrite it is left alone
+    with pytest.raises(
+        UserError, match=r"photos/a.png: lies among the photographs, and the result would replace it"
+    ):
+        find_jobs([photo.parent], other.parent, overwrite=True)
+    read = read_photo(photo, 100)
+    write_photo(other, read.rgb, read, None, "png", '{"upscale": 4}')
+    assert find_jobs([photo.parent], other.parent, overwrite=True).jobs[0].target == other
+    # Elsewhere, files with results' names are results, or --overwrite is meant for them.
+    find_jobs([photo], save(tmp_path / "out" / "a.png").parent, overwrite=True)

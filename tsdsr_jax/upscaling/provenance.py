@@ -44,14 +44,15 @@ def _fingerprint(folder: Path) -> str:
 
 def differing_flags(before: str | None, now: str) -> str:
     """The flags that differ between two texts, in words; empty if none does or if a text names no flags."""
-    was, is_now = _read(before), _read(now)
+    was, is_now = flags_in(before), flags_in(now)
     if not was or not is_now:
         return ""
     names = [name for name in {**was, **is_now} if was.get(name) != is_now.get(name)]
     return ", ".join(f"--{name} {was.get(name)} instead of {is_now.get(name)}" for name in names)
 
 
-def _read(text: str | None) -> Mapping[str, object]:
+def flags_in(text: str | None) -> Mapping[str, object]:
+    """The flags in a text that `as_text` made; none for any other text."""
     try:
         flags = json.loads(text or "{}")
     except ValueError:  # somebody else's

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.search import composed, find_photographs, unread_pictures
-from tsdsr_jax.images.writing import FORMAT_OF_SUFFIX, FORMATS
+from tsdsr_jax.images.writing import FORMAT_OF_SUFFIX, FORMATS, read_made_with
 from tsdsr_jax.upscaling.jobs import FileJob
+from tsdsr_jax.upscaling.provenance import flags_in
 
 
 class FoundJobs(NamedTuple):
@@ -102,8 +103,7 @@ def find_jobs(
             raise UserError(f"{source}: no such file or folder")
     names = [file.relative_to(root) for file, root in files.items()]
     targets = _distinct_targets(list(files), [output / name.parent / naming.name(name) for name in names])
-    singles = {source for source in sources if not source.is_dir()}
-    _check_targets(list(files), targets, singles, overwrite)
+    _check_targets(list(files), targets, output if overwrite else None)
     for file, name, target in zip(files, names, targets, strict=True):
         found.jobs.append(FileJob(file, target, naming.made_with, name.as_posix()))
     return found
@@ -131,25 +131,23 @@ def _refuse_other_formats(output: Path) -> None:
         )
 
 
-def _check_targets(
-    files: Sequence[Path], targets: Sequence[Path], singles: set[Path], overwrite: bool
-) -> None:
+def _check_targets(files: Sequence[Path], targets: Sequence[Path], replaced_in: Path | None) -> None:
     """Refuses targets that are photographs, or that two photographs share.
 
     Args:
-      singles: the photographs that were given by themselves.
+      replaced_in: the output folder, if results in it are replaced.
     """
     photographs = {os.path.realpath(file) for file in files}
     taken: dict[str, Path] = {}
     for file, target in zip(files, targets, strict=True):
-        # Beside a single photograph, a file with the result's name may be another photograph.
-        beside = (
-            overwrite
-            and file in singles
-            and os.path.realpath(target.parent) == os.path.realpath(file.parent)
+        # Where photographs lie in the output folder, or below it, other files in it may be photographs, too.
+        foreign = (
+            replaced_in is not None
             and target.exists()
+            and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(replaced_in))
+            and not flags_in(read_made_with(target))
         )
-        if beside or os.path.realpath(target) in photographs:
+        if foreign or os.path.realpath(target) in photographs:
             raise UserError(
                 f"{target}: lies among the photographs, and the result would replace it; choose another --output_dir"
             )

@@ -316,11 +316,11 @@ def read_meta(path: Path) -> dict[str, Any]:
         missing = sorted(META_KEYS - meta.keys())
     except Exception as error:  # damaged in any way
         raise UserError(
-            f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another one"
+            f"{path}: this checkpoint cannot be read ({reason_of(error)}); move it away and resume from an earlier one"
         ) from None
     if missing:
         raise UserError(
-            f"{path}: this checkpoint's {META} lacks {', '.join(missing)}; resume from another one"
+            f"{path}: this checkpoint's {META} lacks {', '.join(missing)}; move it away and resume from an earlier one"
         )
     return meta
 
@@ -353,7 +353,7 @@ def read_state(path: Path, like: Any) -> Any:
         raise
     except Exception as error:  # damaged in any way
         raise UserError(
-            f"{path}: this checkpoint cannot be read ({reason_of(error)}); resume from another one"
+            f"{path}: this checkpoint cannot be read ({reason_of(error)}); move it away and resume from an earlier one"
         ) from None
     return jax.tree_util.tree_unflatten(structure, [found[name] for name in names])
 

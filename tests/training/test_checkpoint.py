@@ -153,7 +153,9 @@ def test_damaged_ones_are_refused(checkpoints, part):
     for file in (path / part).rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:5])
-    with pytest.raises(UserError, match=r"this checkpoint cannot be read .*move it away and resume from an earlier one"):
+    with pytest.raises(
+        UserError, match=r"this checkpoint cannot be read .*move it away and resume from an earlier one"
+    ):
         read_meta(path) if part == "meta" else read_state(path, state(1, 5000))
 
 
@@ -167,7 +169,9 @@ def test_missing_parts_are_named(checkpoints):
     ):
         read_meta(path)
     shutil.rmtree(path / "state")
-    with pytest.raises(UserError, match=r"cannot be read \(.*\); move it away and resume from an earlier one"):
+    with pytest.raises(
+        UserError, match=r"cannot be read \(.*\); move it away and resume from an earlier one"
+    ):
         read_state(path, state(1))
 
 

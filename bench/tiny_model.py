@@ -34,7 +34,7 @@ from tqdm import tqdm
 from tsdsr_jax import cli
 from tsdsr_jax.data.degradation import DegradationConfig, light, low_resolution, to_bytes
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.evaluation.measure import Pair, by_name, find_pairs, measure
+from tsdsr_jax.evaluation.measure import FilePair, by_name, find_pairs, measure
 from tsdsr_jax.evaluation.psnr_ssim import psnr_y
 from tsdsr_jax.evaluation.registry import Metric, Sources, load_metrics
 from tsdsr_jax.evaluation.tables import layout_columns
@@ -171,7 +171,7 @@ def of_folder(results: Path, hr: Path, metrics: Sequence[Metric]) -> dict[str, f
     return found | of_structure(pairs)
 
 
-def of_structure(pairs: Sequence[Pair]) -> dict[str, float]:
+def of_structure(pairs: Sequence[FilePair]) -> dict[str, float]:
     """The metrics of structure.py, means over all pictures; the grid's energies are summed before they are divided."""
     vifs, gmsds, grids = [], [], []
     for pair in pairs:

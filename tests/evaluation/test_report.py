@@ -518,11 +518,12 @@ def test_upscaling_reports_what_has_a_result(command, tmp_path, monkeypatch):
     (source / "bad.png").unlink()
     (output / "b.png").write_bytes(b"overwritten by something else")
     monkeypatch.setattr(upscale, "load_engine", None)  # nothing is left to compute
-    command.done(output, "--report", str(page), source=source)
+    outcome = command(output, "--report", str(page), source=source)
+    assert outcome.status == 1 and "b.png (not a readable picture)" in outcome.err
     entries = data_of(page.read_text("utf-8"))["entries"]
     assert len(entries) == 3 and "not a readable" in entries[1]["layers"][1]["error"]
     assert entries[1]["facts"] == []
-    command.done(output, "--report", str(page), "--shard", "1/3", source=source)
+    command(output, "--report", str(page), "--shard", "1/3", source=source)
     assert len(data_of(page.read_text("utf-8"))["entries"]) == 1
 
 

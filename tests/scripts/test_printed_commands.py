@@ -234,8 +234,8 @@ def test_distilling_a_finished_student_prints_a_note(root, monkeypatch, capsys):
             command.typed("train/distill.py", *map(command.relative, command.flags(root / "run", *flags)))
         return capsys.readouterr().out
 
-    assert "cannot be TSD's teacher; --lambda_tsd 0" in notes()
-    assert "TSD's teacher" not in notes("--lambda_tsd", "0")
+    assert "not a teacher for TSD; pass --lambda_tsd 0" in notes()
+    assert "a teacher for TSD" not in notes("--lambda_tsd", "0")
 
 
 # --- crops that fit -------------------------------------------------------------------------------

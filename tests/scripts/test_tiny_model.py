@@ -11,6 +11,9 @@ from PIL import Image
 
 import photos
 import tiny_checkpoint as tiny
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))  # which it imports from
+
 from bench import tiny_model
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.bundled import FOLDER

@@ -20,8 +20,9 @@ CONSTANT = OptimizerConfig(schedule="constant", max_grad_norm=0.5)
 RATES = {"student": 1e-2, "auxiliary": 3e-3}
 
 
-def toy_gradients(parts, base, batch, key, scale):
+def toy_gradients(parts, base, batch, key, moment):
     """Student: mean (x·(w + u) − y)²; auxiliary: mean (x·a − y)², where x is lr and y is hr."""
+    scale = moment.scale
 
     def student_loss(student):
         return scale * jnp.mean(

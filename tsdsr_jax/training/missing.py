@@ -67,7 +67,7 @@ def missing_data(options: Any) -> list[str]:
         f"--{name} {folder}: no such folder; {what}"
         for name, what in (
             ("hr_dir", "expected one with photographs"),
-            ("data_dir", "expected a set that train/prepare.py made"),
+            ("data_dir", "expected a prepared set, made by train/prepare.py"),
         )
         for folder in getattr(options, name)
         if not folder.is_dir()

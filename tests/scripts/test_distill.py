@@ -1,7 +1,9 @@
 """The training command as users see it: what it writes, how it resumes, and what it refuses."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import signal
 import sys
@@ -361,6 +363,25 @@ def test_a_run_that_cannot_continue_bit_for_bit_says_so(finished, command, tmp_p
         said = command(tmp_path / "out", "--resume_from_checkpoint", "latest", "--max_train_steps", "5").out
         assert f"note: steps round differently than before the checkpoint ({words}" in said
         shutil.rmtree(tmp_path / "out" / "checkpoint_0000005")
+
+
+def test_a_last_checkpoint_without_its_loras_is_not_recommended(finished, command, tmp_path, monkeypatch):
+    shutil.copytree(finished / "checkpoint_0000004", tmp_path / "out" / "checkpoint_0000004")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_write_file", full)
+    more = ("--resume_from_checkpoint", "latest", "--max_train_steps")
+    outcome = command(tmp_path / "out", *more, "5")
+    assert outcome.status == 1 and "upscale.py" not in outcome.out + outcome.err
+    assert (
+        "checkpoint_0000005: can be resumed, but its lora could not be written (No space left on"
+        in outcome.err
+    )
+    monkeypatch.undo()
+    assert command(tmp_path / "out", *more, "6").status == 0
+    assert (tmp_path / "out" / "checkpoint_0000006" / "lora" / "transformer.safetensors").is_file()
 
 
 def test_other_changes_are_reported(finished, command, tmp_path):

@@ -14,7 +14,7 @@ import tiny_checkpoint as tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))  # which it imports from
 
-from bench import tiny_model
+from bench import structure, tiny_model
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.bundled import FOLDER
 
@@ -120,3 +120,17 @@ def test_the_table(tmp_path, monkeypatch, capsys):
         assert rows[name]["psnr"][0] == pytest.approx(psnr(tmp_path / "out" / folder, hr), abs=0.01)
     printed = capsys.readouterr().out
     assert f"{rows['bicubic']['niqe'][0]:.3f}" in printed and "± 0.000" in printed
+
+
+def test_structure_is_told_from_sharpening_and_noise():
+    """A grid in flat areas shows in its energy alone, and equal pictures have the best values."""
+    original = structure.luminance(tiny.synthetic_photo(128, 192, 3))
+    assert structure.vif(original, original) == pytest.approx(1) and structure.gmsd(original, original) == 0
+    noisy = original + np.random.default_rng(0).normal(0, 8, original.shape).astype(np.float32)
+    assert structure.vif(noisy, original) < 0.9 and structure.gmsd(noisy, original) > 0.01
+    grid = original + 2 * (np.arange(192) % 8 == 0).astype(np.float32)
+    with_grid, without = structure.grid_energy(grid, original)
+    # A column of 2 in 8 has a variance of 4 · 1/8 · 7/8.
+    assert with_grid - without == pytest.approx(0.4375, rel=0.3)
+    other, _ = structure.grid_energy(original + 2 * (np.arange(192) % 7 == 0).astype(np.float32), original)
+    assert other - without < 0.1

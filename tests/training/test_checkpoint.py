@@ -271,13 +271,14 @@ def test_a_failed_export_costs_neither_the_run_nor_the_checkpoint(checkpoints, n
     )
     reason = "Disk quota exceeded" if "second" in moment else "cannot be made"
     path = checkpoints.path(3)
+    assert checkpoints.unexported == reason
     assert notes == [
         f"{path}: lora could not be written ({reason}); the checkpoint can be resumed, training continues"
     ]
     assert find(checkpoints.folder, "latest") == path and not list((path / "lora").rglob("*a*"))
     np.testing.assert_array_equal(read_state(path, state(3)).tree["a/b"], state(3).tree["a/b"])
     assert save(checkpoints, 4) and checkpoints.wait() and len(notes) == 1
-    assert (checkpoints.path(4) / "lora" / "x.safetensors").is_file()
+    assert (checkpoints.path(4) / "lora" / "x.safetensors").is_file() and checkpoints.unexported is None
 
 
 def test_hashes_depend_on_names_values_dtypes_and_shapes():

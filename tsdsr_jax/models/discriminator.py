@@ -62,6 +62,5 @@ def balance(of_rest: jax.Array, of_adversarial: jax.Array) -> jax.Array:
     Source: Esser et al. 2021, eq. 7, with the gradients at the image instead of the last layer's weights. Those are a linear
     function of these, and would cost a second backward pass.
     """
-    norms = (jnp.sqrt(jnp.square(gradient).sum()) for gradient in (of_rest, of_adversarial))
-    rest, adversarial = norms
+    rest, adversarial = (jnp.linalg.norm(gradient.ravel()) for gradient in (of_rest, of_adversarial))
     return jnp.minimum(rest / (adversarial + 1e-12), 1e4)

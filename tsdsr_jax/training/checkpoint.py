@@ -51,29 +51,25 @@ class _ExportHandler(ocp.AsyncCheckpointHandler):
         self.failed: str | None = None
 
     async def async_save(self, directory: Path, args: _ExportSave) -> list[ocp.future.Future]:
-        self.failed = None
-        if jax.process_index() > 0:
-            return []
-        # Orbax makes the folder in the background, too; this waits for it.
-        return [
-            ocp.future.CommitFutureAwaitingContractedSignals(
-                self._write(Path(directory), args), name="export"
-            )
-        ]
+        async def write() -> None:
+            self.save(directory, args)
 
-    async def _write(self, directory: Path, args: _ExportSave) -> None:
-        try:
-            for name, content in args.export(args.state).items():
-                _write_file(directory / name, content)
-        except (
-            Exception
-        ) as error:  # from the disk or from making the files: a user can export the state later
-            self.failed = reason_of(error)
-            for path in directory.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # Orbax makes the folder in the background, too; this waits for it.
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="export")]
 
     def save(self, directory: Path, args: _ExportSave) -> None:
-        raise NotImplementedError("saving is asynchronous")
+        self.failed = None
+        if jax.process_index() > 0:
+            return
+        folder = Path(directory)
+        try:
+            for name, content in args.export(args.state).items():
+                _write_file(folder / name, content)
+        except Exception as error:  # from the disk or from making the files; resuming needs none of them
+            self.failed = reason_of(error)
+            with suppress(OSError):  # on a file system that fails, what was written may stay
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def restore(self, directory: Path, args: Any = None) -> None:
         raise NotImplementedError("these files are exported only")
@@ -181,12 +177,17 @@ class Checkpoints:
             self._give_up(error)
             return False
         self.failed = None
-        if self._exports.failed:
+        if self.unexported:
             self.note(
-                f"{self.path(step)}: {self.export} could not be written ({self._exports.failed}); the checkpoint can be "
+                f"{self.path(step)}: {self.export} could not be written ({self.unexported}); the checkpoint can be "
                 "resumed, training continues"
             )
         return True
+
+    @property
+    def unexported(self) -> str | None:
+        """Why the latest checkpoint lacks its exported files; None if it has them."""
+        return self._exports.failed
 
     def _give_up(self, error: Exception) -> None:
         reason = reason_of(error)

@@ -282,6 +282,11 @@ class _Run:
             say(f"{len(self.bad.names)} samples were left out: {', '.join(self.bad.names[:5])}")
         if unsaved:
             raise UserError(f"{path}: the last checkpoint could not be saved ({self.checkpoints.failed})")
+        if self.checkpoints.unexported:
+            raise UserError(
+                f"{path}: can be resumed, but its {self.task.export} could not be written ({self.checkpoints.unexported}); "
+                "make room, and continue with --resume_from_checkpoint latest and a larger --max_train_steps"
+            )
         say(self.task.how_to_use(path))
 
     def summarize(self, step: int, log: RunLog) -> None:

@@ -94,8 +94,10 @@ class OurStep:
 
         @jax.jit
         def both(base: Base, student: Student, auxiliary: Any) -> dict[str, jax.Array]:
-            _, (fake, metrics) = self.objective.student(student, base, auxiliary, batch, draws)
-            return metrics | {"auxiliary": self.objective.auxiliary(auxiliary, base, fake, batch, draws)}
+            _, (made, metrics) = self.objective.student(student, base, auxiliary, batch, draws)
+            return metrics | {
+                "auxiliary": self.objective.auxiliary(auxiliary, base, made.latent, batch, draws)
+            }
 
         with devices.matmul_precision(self.dtype):
             found = both(self.base, self.student, self.auxiliary)

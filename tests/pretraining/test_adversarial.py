@@ -9,9 +9,15 @@ import pytest
 
 import tiny_checkpoint as tiny
 from tsdsr_jax.data.record import Record
-from tsdsr_jax.models.discriminator import PatchDiscriminator, balance, generator_loss, hinge_loss
+from tsdsr_jax.models.discriminator import (
+    DISCRIMINATOR,
+    PatchDiscriminator,
+    balance,
+    generator_loss,
+    hinge_loss,
+)
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.pretraining.adversarial import DISCRIMINATOR, AdversarialAutoencoder
+from tsdsr_jax.pretraining.adversarial import AdversarialAutoencoder
 from tsdsr_jax.pretraining.autoencoder import AutoencoderConfig, AutoencoderLoss, Frozen
 from tsdsr_jax.training.batch import to_unit
 from tsdsr_jax.training.step import NETWORK, Moment, objective_of

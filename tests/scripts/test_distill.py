@@ -439,6 +439,35 @@ def test_another_precision_gets_its_own_loss_scale(finished, command, tmp_path):
     assert scales[:4] == [1, 1, 1, 1] and scales[4] == 65536
 
 
+ADVERSARIAL = ("--lambda_adv", "0.1", "--adversarial_start", "1", "--discriminator_width", "8")
+
+
+def test_a_discriminator_is_trained_saved_and_resumed(command, tmp_path):
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    outcome = command(whole, *ADVERSARIAL, "--max_train_steps", "4")
+    assert outcome.status == 0 and " adversarial " in outcome.out and " discriminator " in outcome.out, (
+        outcome.err
+    )
+    rows = steps_of(whole)
+    # The discriminator learns from the first step on, the student is moved by it from the second.
+    assert all(row["discriminator_update_norm"] > 0 for row in rows)
+    for row, weight in zip(rows, (0, 0.1, 0.1, 0.1), strict=True):
+        terms = row["mse"] + row["tsd"] + weight * row["adversarial"]
+        assert row["student"] == pytest.approx(terms, rel=1e-5)
+    middle = str(whole / "checkpoint_0000002")
+    outcome = command(rest, *ADVERSARIAL, "--max_train_steps", "4", "--resume_from_checkpoint", middle)
+    assert outcome.status == 0, outcome.err
+    expected, found = state_of(whole), state_of(rest)
+    assert any("discriminator" in name for name in expected)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    files = {path.name for path in (whole / "checkpoint_0000004" / "lora").glob("*.safetensors")}
+    assert files == {"transformer.safetensors", "vae.safetensors", "transformer_reg.safetensors"}
+    said = command.refused(tmp_path / "other", "--resume_from_checkpoint", middle)
+    assert "discriminator's width: 8 before, None now" in said
+
+
 # --- options --------------------------------------------------------------------------------------
 
 
@@ -456,7 +485,7 @@ def test_other_precisions_average_accumulation_teacher_and_start(finished, root,
         "--checkpoint_path", str(finished / "checkpoint_0000006" / "lora"), "--no_use_default_prompt", "--split_guidance",
         "--weighting_scheme", "mode", "--lr_scheduler", "cosine_with_restarts", "--lr_warmup_steps", "1",
         "--validation_dir", str(root / "held out"), "--max_train_steps", "5", "--set_grads_to_none",
-        "--checkpointing_steps", "5",
+        "--checkpointing_steps", "5", *ADVERSARIAL,
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     assert "--set_grads_to_none has no effect" in outcome.out and "starting from" in outcome.out
@@ -540,6 +569,8 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         (("--lambda_vsd", "1.5"), "expected a share from 0 to 1"),
         (("--first_index", "900", "--last_index", "800"), "expected first ≤ last ≤ 998"),
         (("--lambda_tsd", "0", "--lambda_mse", "0"), "nothing to train"),
+        (("--lambda_adv", "-1"), "--lambda_adv -1: expected at least 0"),
+        (("--discriminator_width", "12"), "--discriminator_width 12: expected a positive multiple of 8"),
         (("--use_teacher_lora",), "give the LoRA with --teacher_lora_path"),
         (
             ("--use_teacher_lora", "--teacher_lora_path", "/nowhere.safetensors"),

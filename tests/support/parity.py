@@ -197,11 +197,11 @@ def losses_and_gradients(
 
     @jax.jit
     def step(student, auxiliary):
-        (_, (fake, metrics)), gradients = jax.value_and_grad(losses.student, has_aux=True)(
+        (_, (made, metrics)), gradients = jax.value_and_grad(losses.student, has_aux=True)(
             student, base, auxiliary, batch, draws
         )
-        value, slope = jax.value_and_grad(losses.auxiliary)(auxiliary, base, fake, batch, draws)
-        return fake, metrics | {"auxiliary": value}, gradients, slope
+        value, slope = jax.value_and_grad(losses.auxiliary)(auxiliary, base, made.latent, batch, draws)
+        return made.latent, metrics | {"auxiliary": value}, gradients, slope
 
     fake, metrics, gradients, slope = step(student, auxiliary)
     transformer, vae = losses.mmdit.config, losses.vae.config

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from tsdsr_jax.data.record import Record
+from tsdsr_jax.distillation.adversary import Adversary
 from tsdsr_jax.distillation.losses import Base, LossConfig, Losses, Student
 from tsdsr_jax.models import lora
+from tsdsr_jax.models.discriminator import DISCRIMINATOR, PatchDiscriminator, new_discriminator_params
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import abstract_params
@@ -23,6 +25,7 @@ MMDIT = MMDiTConfig.tiny(num_layers=2)
 VAE = VAEConfig.tiny(block_out_channels=(8, 8), layers_per_block=1)
 BATCH, STEPS = 8, 3
 KEY = jax.random.key(7)
+ADVERSARY = Adversary(PatchDiscriminator(8), weight=0.1)
 
 
 def random_like(shapes, seed):
@@ -51,7 +54,8 @@ def problem():
     auxiliary = lora.init(jax.random.key(3), base.transformer, lora.AUXILIARY_TARGETS, 4)
     lr, hr = generator.integers(0, 256, (2, 1, BATCH, 8, 8, 3), np.uint8)
     batches = Record(lr, hr, normal(1, BATCH, 4, 4, 16), normal(1, BATCH, 5, 48), normal(1, BATCH, 40))
-    return base, {"student": student, "auxiliary": auxiliary}, batches
+    judge = new_discriminator_params(ADVERSARY.discriminator, jax.random.key(4))
+    return base, {"student": student, "auxiliary": auxiliary, DISCRIMINATOR: judge}, batches
 
 
 @lru_cache
@@ -63,6 +67,7 @@ def compiled(devices, fsdp):
         MMDiT(MMDIT, placement=placement(mesh)),
         AutoencoderKL(VAE, placement=placement(mesh)),
         LossConfig(weight_lpips=0),
+        adversary=ADVERSARY,
     )
     rates = dict.fromkeys(parts, 1e-3)
     trainer = Trainer(losses, OptimizerConfig(schedule="constant"), rates, branch=False)

@@ -25,11 +25,11 @@ from tsdsr_jax.data.options import CropOptions
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.data.sources import Data, open_images
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.models.discriminator import PatchDiscriminator
+from tsdsr_jax.models.discriminator import DISCRIMINATOR, PatchDiscriminator, new_discriminator_params
 from tsdsr_jax.models.lpips import LPIPS, Network, minimum_side
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
-from tsdsr_jax.pretraining.adversarial import DISCRIMINATOR, AdversarialAutoencoder
+from tsdsr_jax.pretraining.adversarial import AdversarialAutoencoder
 from tsdsr_jax.pretraining.autoencoder import (
     AutoencoderConfig,
     AutoencoderLoss,
@@ -41,7 +41,7 @@ from tsdsr_jax.training import session
 from tsdsr_jax.training.checkpoint import MODEL, Export, Files, to_host
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import load_networks
-from tsdsr_jax.training.options import OptimizerOptions, RunOptions
+from tsdsr_jax.training.options import AdversarialOptions, OptimizerOptions, RunOptions
 from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, placement, replicated
@@ -79,7 +79,7 @@ MEASURED = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RunOptions, OptimizerOptions, CropOptions):
+class Options(RunOptions, OptimizerOptions, AdversarialOptions, CropOptions):
     hr_dir: tuple[Path, ...]
     """Folder of photographs, including its subfolders; repeat the flag for several folders."""
     vae_dir: Path
@@ -106,24 +106,14 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
     small errors in latents make small errors in pictures."""
     lambda_adv: float = 0.0
     """Weight of an adversarial loss on patches, relative to the other losses, such as 0.5; 0 trains without."""
-    adversarial_start: int = 0
-    """Number of steps before the adversarial loss begins."""
-    learning_rate_adv: float = 1e-4
-    """Peak learning rate of the discriminator, which AdamW trains with beta 1 of 0.5."""
-    discriminator_width: int = 64
-    """Channels of the discriminator's first convolution; a multiple of 8."""
 
     def check(self) -> None:
         """Raises UserError for flags that cannot work, before anything is loaded."""
         super().check()
         self.check_crop()
         self.check_optimizer()
-        cli.at_least(self, 0, "learning_rate", "lambda_gradient", "lambda_kl", "lambda_lpips", "latent_noise", "lambda_adv",
-                     "adversarial_start", "learning_rate_adv")  # fmt: skip
-        if self.discriminator_width < 8 or self.discriminator_width % 8:
-            raise UserError(
-                f"--discriminator_width {self.discriminator_width}: expected a positive multiple of 8"
-            )
+        self.check_adversarial()
+        cli.at_least(self, 0, "learning_rate", "lambda_gradient", "lambda_kl", "lambda_lpips", "latent_noise")
         if self.train == "decoder" and self.from_scratch:
             raise UserError(
                 "--train decoder keeps the encoder of --vae_dir, so it cannot begin --from_scratch"
@@ -132,15 +122,7 @@ class Options(RunOptions, OptimizerOptions, CropOptions):
     def kept_here(self) -> dict[str, Any]:
         """Returns what decides on the form of the state, where it is not the default."""
         found: dict[str, Any] = {"train": self.train} if self.train != "all" else {}
-        return found | ({"discriminator's width": self.discriminator_width} if self.lambda_adv else {})
-
-    def adversarial_notes(self, steps: int) -> list[str]:
-        if self.lambda_adv and self.adversarial_start >= steps:
-            return [
-                f"--adversarial_start {self.adversarial_start}: training has only {steps} steps, so --lambda_adv has no "
-                "effect"
-            ]
-        return []
+        return found | self.kept_discriminator()
 
 
 def main() -> None:
@@ -249,7 +231,7 @@ def _trainer(options: Options, loss: AutoencoderLoss, steps: int) -> Trainer:
     others = {}
     if options.lambda_adv:
         rates[DISCRIMINATOR] = options.learning_rate_adv
-        others[DISCRIMINATOR] = dataclasses.replace(config, optimizer="adamw", beta1=0.5)
+        others[DISCRIMINATOR] = options.discriminator_config(config)
         objective = AdversarialAutoencoder(
             loss, _discriminator(options), options.lambda_adv, options.adversarial_start
         )
@@ -273,8 +255,7 @@ def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: boo
     def parts(key: jax.Array, network: Tree) -> Parts:
         if not options.lambda_adv:
             return {NETWORK: network}
-        images = jnp.zeros((1, *(2 * [config.factor]), config.in_channels))
-        judge = _discriminator(options).init(jax.random.fold_in(key, _DISCRIMINATOR), images)["params"]
+        judge = new_discriminator_params(_discriminator(options), jax.random.fold_in(key, _DISCRIMINATOR))
         return {NETWORK: network, DISCRIMINATOR: judge}
 
     if options.from_scratch:

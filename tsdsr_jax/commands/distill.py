@@ -29,11 +29,13 @@ from tsdsr_jax.distillation.adapters import (
     make_losses,
     student_files,
 )
+from tsdsr_jax.distillation.adversary import Adversary
 from tsdsr_jax.distillation.losses import AUXILIARY, STUDENT, Base, LossConfig, Student
 from tsdsr_jax.distillation.tsd import TSDConfig, Weighting
 from tsdsr_jax.distillation.validation import Validation
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
+from tsdsr_jax.models.discriminator import DISCRIMINATOR, PatchDiscriminator
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.stacks import by_layer
@@ -57,7 +59,7 @@ from tsdsr_jax.training.networks import (
     place_text,
     text_hash,
 )
-from tsdsr_jax.training.options import LayerOptions, OptimizerOptions, RunOptions
+from tsdsr_jax.training.options import AdversarialOptions, LayerOptions, OptimizerOptions, RunOptions
 from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
 from tsdsr_jax.training.sharding import global_array, replicated
@@ -75,13 +77,19 @@ CURVES = (
     Curve("latent MSE", ("mse",)),
     Curve("LPIPS", ("lpips",)),
     Curve("auxiliary network loss", ("auxiliary",)),
+    Curve("adversarial: logits", ("logits_real", "logits_student")),
+    Curve("adversarial: losses", ("adversarial", "discriminator")),
     Curve("validation: latent MSE", ("validation_mse",)),
     Curve("validation: PSNR (dB)", ("validation_psnr",)),
-    Curve("gradient norms", ("student_gradient_norm", "auxiliary_gradient_norm"), log_scale=True),
+    Curve(
+        "gradient norms",
+        ("student_gradient_norm", "auxiliary_gradient_norm", "discriminator_gradient_norm"),
+        log_scale=True,
+    ),
 )
 
 
-LOSSES = ("student", "tsd", "mse", "lpips", "auxiliary")
+LOSSES = ("student", "tsd", "mse", "lpips", "adversarial", "discriminator", "auxiliary")
 COUNTS = {"tsd_not_finite": "values of the TSD gradient were not finite or above 1024, and were replaced"}
 MEMORY_REMEDIES = (
     "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --split_guidance, --fsdp N "
@@ -90,7 +98,7 @@ MEMORY_REMEDIES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
+class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, DataOptions):
     pretrained_model_name_or_path: cli.PathOrName
     """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py."""
     revision: str | None = None
@@ -128,6 +136,11 @@ class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
     """Weight of the latent MSE; the authors turn it off if results are over-smoothed."""
     lambda_lpips: float = 1.0
     """Weight of LPIPS; 0 turns it off, and --lpips_path is not needed."""
+    lambda_adv: float = 0.0
+    """Weight of an adversarial loss on patches of the decoded photographs, such as 0.05; 0, as in TSD-SR, trains
+    without."""
+    adversarial_start: int = 0
+    """Number of steps in which the discriminator learns first, without moving the student."""
     lambda_vsd: float = 0.7
     """The paper's lambda: the share of variational score distillation in TSD. The rest is target score matching."""
     dasm_points: int = 4
@@ -191,6 +204,7 @@ class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
         super().check()
         self.check_data()
         self.check_optimizer()
+        self.check_adversarial()
         cli.at_least(self, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride")
         cli.at_least(self, 0, "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips", "dasm_gamma",
                  "first_index")  # fmt: skip
@@ -204,9 +218,9 @@ class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
             raise UserError(
                 "--dasm_points × --dasm_stride: expected at least 26 with --use_random_bias, which subtracts up to 25"
             )
-        if not any((self.lambda_tsd, self.lambda_mse, self.lambda_lpips)):
+        if not any((self.lambda_tsd, self.lambda_mse, self.lambda_lpips, self.lambda_adv)):
             raise UserError(
-                "--lambda_tsd, --lambda_mse and --lambda_lpips are all 0: there is nothing to train"
+                "--lambda_tsd, --lambda_mse, --lambda_lpips and --lambda_adv are all 0: there is nothing to train"
             )
         if self.use_teacher_lora and self.teacher_lora_path is None:
             raise UserError("--use_teacher_lora: give the LoRA with --teacher_lora_path")
@@ -223,6 +237,17 @@ class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
         ]
         refuse_missing(found, model, hints.first_run())
 
+    def adversary(self) -> Adversary | None:
+        if not self.lambda_adv:
+            return None
+        discriminator = PatchDiscriminator(self.discriminator_width, dtype=self.dtype)
+        return Adversary(discriminator, self.lambda_adv, self.adversarial_start)
+
+    def rates(self) -> dict[str, float]:
+        """Returns the peak learning rate of each trained part."""
+        rates = {STUDENT: self.learning_rate, AUXILIARY: self.learning_rate_reg}
+        return rates | ({DISCRIMINATOR: self.learning_rate_adv} if self.lambda_adv else {})
+
     def all_notes(self, steps: int, merged: bool = False) -> list[str]:
         """Returns notes on flags that have no effect or may surprise; a `merged` model is already a student."""
         found = self.notes()
@@ -237,7 +262,7 @@ class Options(RunOptions, OptimizerOptions, LayerOptions, DataOptions):
             found.append("--merge_teacher_lora has no effect without --use_teacher_lora")
         if self.teacher_lora_path and not self.use_teacher_lora:
             found.append("--teacher_lora_path has no effect without --use_teacher_lora")
-        return found + self.warmup_notes(steps)
+        return found + self.warmup_notes(steps) + self.adversarial_notes(steps)
 
 
 def main() -> None:
@@ -279,23 +304,30 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
     base, identity = _load_base(options, networks, null, default, lpips[1] if lpips else {})
     if new and data.shapes.latent_hr:
         check_latents(*first_sample(data.source), networks, base.vae)
+    adversary = options.adversary()
     losses = make_losses(
-        networks, options.loss_config(model.shift()), perceptual, options.gradient_checkpointing
+        networks, options.loss_config(model.shift()), perceptual, adversary, options.gradient_checkpointing
     )
+    config = options.optimizer_config(steps)
     trainer = Trainer(
         losses,
-        options.optimizer_config(steps),
-        {STUDENT: options.learning_rate, AUXILIARY: options.learning_rate_reg},
+        config,
+        options.rates(),
+        others={DISCRIMINATOR: options.discriminator_config(config)},
         dynamic_scale=options.dynamic_scale,
         branch=False,  # adapters are small
     )
     validation = Validation(losses, mesh, base, records)
     return session.Task(
-        step=Step(trainer, mesh, base, options.seed, beginning(networks, options.ranks(), loaded)),
+        step=Step(trainer, mesh, base, options.seed, beginning(networks, options.ranks(), loaded, adversary)),
         validate=lambda state: validation(state.averaged(STUDENT)),
         files=lambda _: partial(student_files, networks),
         export=LORA,
-        identity=identity | {"schedule's shift": model.shift()} | options.ranks()._asdict() | options.kept(),
+        identity=identity
+        | {"schedule's shift": model.shift()}
+        | options.ranks()._asdict()
+        | options.kept()
+        | options.kept_discriminator(),
         losses=LOSSES,
         counts=COUNTS,
         curves=CURVES,

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from tsdsr_jax.distillation.adversary import Adversary
 from tsdsr_jax.distillation.losses import AUXILIARY, STUDENT, LossConfig, Losses, Student
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
+from tsdsr_jax.models.discriminator import DISCRIMINATOR, new_discriminator_params
 from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.training.checkpoint import Hash
@@ -26,6 +28,9 @@ from tsdsr_jax.weights.torch_names import write_lora
 STUDENT_FILES = {"transformer": "transformer.safetensors", "vae": "vae.safetensors"}
 AUXILIARY_FILE = "transformer_reg.safetensors"
 
+# Makes the key of a new discriminator from the run's.
+_DISCRIMINATOR = 2**31
+
 
 class Ranks(NamedTuple):
     """Ranks of the student's two adapters and the auxiliary network's, named like the flags that set them."""
@@ -35,9 +40,11 @@ class Ranks(NamedTuple):
     rank_lora: int
 
 
-def make_losses(networks: Networks, config: LossConfig, perceptual: LPIPS | None, remat: bool) -> Losses:
+def make_losses(
+    networks: Networks, config: LossConfig, perceptual: LPIPS | None, adversary: Adversary | None, remat: bool
+) -> Losses:
     distance = None if perceptual is None else partial(_distance, perceptual)
-    return Losses(networks.mmdit(remat), networks.autoencoder(remat), config, distance)
+    return Losses(networks.mmdit(remat), networks.autoencoder(remat), config, distance, adversary)
 
 
 def _distance(network: LPIPS, params: Tree, result: jax.Array, target: jax.Array) -> jax.Array:
@@ -98,15 +105,20 @@ def beginning(
     networks: Networks,
     ranks: Ranks,
     loaded: tuple[Student | None, Tree | None] = (None, None),
+    adversary: Adversary | None = None,
 ) -> Beginning:
-    """Starts from new adapters or from loaded ones, on every device."""
+    """Starts from new adapters or from loaded ones, on every device; an adversary's discriminator is always new."""
 
     def create(key: jax.Array, loaded: tuple[Student | None, Tree | None]) -> Parts:
         student, auxiliary = new_adapters(networks, ranks, key)
-        return {
+        parts: Parts = {
             STUDENT: student if loaded[0] is None else loaded[0],
             AUXILIARY: auxiliary if loaded[1] is None else loaded[1],
         }
+        if adversary:
+            judge = jax.random.fold_in(key, _DISCRIMINATOR)
+            parts[DISCRIMINATOR] = new_discriminator_params(adversary.discriminator, judge)
+        return parts
 
     whole = replicated(networks.mesh)
     return Beginning(create, jax.tree.map(lambda leaf: global_array(np.asarray(leaf), whole), loaded))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tsdsr_jax.data.record import Record
+from tsdsr_jax.distillation.adversary import Adversary
 from tsdsr_jax.distillation.tsd import (
     TSDConfig,
     Weighting,
@@ -25,6 +26,7 @@ from tsdsr_jax.distillation.tsd import (
     tsd_loss,
 )
 from tsdsr_jax.models import flow
+from tsdsr_jax.models.discriminator import DISCRIMINATOR
 from tsdsr_jax.models.guidance import Predict, Text, guided
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree
@@ -33,7 +35,7 @@ from tsdsr_jax.models.vae import AutoencoderKL
 from tsdsr_jax.training.batch import Metrics, decode, latents_of, repeated, text_of, to_unit
 from tsdsr_jax.training.step import Moment, Parts
 
-# The trained parts: the student's two adapters, and the auxiliary network's.
+# The trained parts: the student's two adapters, and the auxiliary network's. An adversary's discriminator is a third.
 STUDENT, AUXILIARY = "student", "auxiliary"
 _HR_LATENTS = 2**31
 
@@ -115,6 +117,18 @@ class Batch(NamedTuple):
     student_text: Text
 
 
+class Made(NamedTuple):
+    """What the student makes of a batch.
+
+    Attributes:
+      latent: ẑ, (B, h, w, C) float32, times the scaling factor.
+      image: ẑ decoded, (B, H, W, 3) within [−1, 1]; None if no loss needs it.
+    """
+
+    latent: jax.Array
+    image: jax.Array | None
+
+
 class Draws(NamedTuple):
     """Every random number of a step.
 
@@ -163,22 +177,24 @@ class Losses:
       mmdit, vae: SD3's networks, in the computation dtype.
       config: see `LossConfig`.
       perceptual: LPIPS; None if its weight is 0.
+      adversary: the adversarial loss; None without.
     """
 
     mmdit: MMDiT
     vae: AutoencoderKL
     config: LossConfig
     perceptual: Perceptual | None = None
+    adversary: Adversary | None = None
 
     def __call__(
         self, parts: Parts, base: Base, record: Record, key: jax.Array, moment: Moment
     ) -> tuple[Parts, Metrics]:
-        """Computes the gradients of both networks' scaled losses, and the losses: the objective of a `Trainer`.
+        """Computes the gradients of all parts' scaled losses, and the losses: the objective of a `Trainer`.
 
-        Both losses use the adapters from before the step, as in the original, so they can be computed together.
+        All losses use the parts from before the step, as in the original, so they can be computed together.
 
         Args:
-          parts: "student": a `Student`; "auxiliary": its adapter.
+          parts: "student": a `Student`; "auxiliary": its adapter; "discriminator": the adversary's parameters, if any.
           base: frozen arrays.
           record: a batch; photographs without latents are encoded here.
           key: key of every random number in the step.
@@ -188,17 +204,28 @@ class Losses:
         batch = self.batch(base, record, jax.random.fold_in(key, _HR_LATENTS))
         draws = Draws.from_key(key, batch.latent_hr.shape, self.config)
 
-        def scaled_student(student: Student) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-            loss, extra = self.student(student, base, parts[AUXILIARY], batch, draws)
-            return loss * moment.scale, extra
+        def scaled_student(student: Student) -> tuple[jax.Array, tuple[Made, Metrics]]:
+            loss, (made, metrics) = self.student(student, base, parts[AUXILIARY], batch, draws)
+            if self.adversary and made.image is not None:
+                adversarial, terms = self.adversary.student(
+                    parts[DISCRIMINATOR], made.image, batch.lr, moment.step
+                )
+                loss, metrics = loss + adversarial, metrics | terms
+            return loss * moment.scale, (made, metrics)
 
         def scaled_auxiliary(auxiliary: Tree, fake: jax.Array) -> jax.Array:
             return self.auxiliary(auxiliary, base, fake, batch, draws) * moment.scale
 
-        (total, (fake, metrics)), student = jax.value_and_grad(scaled_student, has_aux=True)(parts[STUDENT])
-        value, auxiliary = jax.value_and_grad(scaled_auxiliary)(parts[AUXILIARY], fake)
+        (total, (made, metrics)), student = jax.value_and_grad(scaled_student, has_aux=True)(parts[STUDENT])
+        value, auxiliary = jax.value_and_grad(scaled_auxiliary)(parts[AUXILIARY], made.latent)
         metrics = metrics | {"student": total / moment.scale, "auxiliary": value / moment.scale}
-        return {STUDENT: student, AUXILIARY: auxiliary}, metrics
+        gradients = {STUDENT: student, AUXILIARY: auxiliary}
+        if self.adversary and made.image is not None:
+            gradients[DISCRIMINATOR], judged = self.adversary.gradient(
+                parts[DISCRIMINATOR], batch.hr, made.image, batch.lr, moment.scale
+            )
+            metrics |= judged
+        return gradients, metrics
 
     def schedule(self) -> jax.Array:
         return jnp.asarray(flow.sigmas(self.config.shift))
@@ -236,12 +263,8 @@ class Losses:
 
     def student(
         self, student: Student, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
-    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        """Computes the student's loss, ẑ and the terms of the loss.
-
-        Returns:
-          (loss, (ẑ, metrics)).
-        """
+    ) -> tuple[jax.Array, tuple[Made, Metrics]]:
+        """Computes the student's loss without the adversarial part, what it makes, and the terms of the loss."""
         config = self.config
         fake = self.student_latent(base, student, batch, draws.posterior)
         metrics: Metrics = {}
@@ -251,12 +274,13 @@ class Losses:
             metrics["tsd_gradient_norm"] = jnp.sqrt(jnp.mean(jnp.square(gradient)))
             metrics["tsd_not_finite"] = replaced.astype(jnp.float32)
         metrics["mse"] = jnp.mean(jnp.square(fake - batch.latent_hr))
-        if config.weight_lpips:
-            metrics["lpips"] = self.lpips(base, fake, batch)
+        image = self.decode(base, fake) if config.weight_lpips or self.adversary else None
+        if config.weight_lpips and image is not None:
+            metrics["lpips"] = self.lpips(base, image, batch)
         loss = config.weight_mse * metrics["mse"]
         loss += config.weight_tsd * metrics["tsd"] if config.weight_tsd else 0.0
         loss += config.weight_lpips * metrics["lpips"] if config.weight_lpips else 0.0
-        return loss, (fake, metrics)
+        return loss, (Made(fake, image), metrics)
 
     def tsd_gradient(
         self, fake: jax.Array, base: Base, auxiliary: Tree, batch: Batch, draws: Draws
@@ -283,10 +307,10 @@ class Losses:
             self.config.tsd,
         )
 
-    def lpips(self, base: Base, fake: jax.Array, batch: Batch) -> jax.Array:
+    def lpips(self, base: Base, image: jax.Array, batch: Batch) -> jax.Array:
         """Computes LPIPS between the decoded, clamped ẑ and the photograph, averaged over the batch."""
         assert self.perceptual is not None, "weight_lpips needs the network"
-        return self.perceptual(base.perceptual, self.decode(base, fake), batch.hr).mean()
+        return self.perceptual(base.perceptual, image, batch.hr).mean()
 
     def decode(self, base: Base, latents: jax.Array) -> jax.Array:
         return decode(self.vae, base.vae, latents)

@@ -9,7 +9,10 @@ from jax.typing import DTypeLike
 
 from tsdsr_jax.models.banding import materialized
 from tsdsr_jax.models.layers import Conv, GroupNorm
+from tsdsr_jax.models.params import Tree
 
+# Name of the discriminator's part of a training state.
+DISCRIMINATOR = "discriminator"
 # Group norm instead of the paper's batch norm, so that devices and accumulation steps do not depend on each other.
 GROUPS = 8
 
@@ -41,6 +44,13 @@ class PatchDiscriminator(nn.Module):
             x = nn.leaky_relu(x, 0.2)
         logits = materialized(Conv(1, dtype=self.dtype, name="conv_out")(x))
         return logits.astype(jnp.float32)
+
+
+def new_discriminator_params(discriminator: PatchDiscriminator, key: jax.Array) -> Tree:
+    """Initializes a discriminator's parameters for images of three channels."""
+    images = jnp.zeros((1, *(2 * [2**discriminator.layers]), 3))
+    params: Tree = discriminator.init(key, images)["params"]
+    return params
 
 
 def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:

@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from tsdsr_jax.data.record import Record
-from tsdsr_jax.models.discriminator import PatchDiscriminator, balance, generator_loss, hinge_loss
+from tsdsr_jax.models.discriminator import (
+    DISCRIMINATOR,
+    PatchDiscriminator,
+    balance,
+    generator_loss,
+    hinge_loss,
+)
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.pretraining.autoencoder import AutoencoderLoss, Frozen, divergence
 from tsdsr_jax.training.batch import Metrics, to_unit
 from tsdsr_jax.training.step import NETWORK, Moment, Parts
-
-DISCRIMINATOR = "discriminator"
 
 
 class _Judged(NamedTuple):

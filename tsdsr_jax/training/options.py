@@ -159,6 +159,43 @@ class LayerOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialOptions:
+    """The flags of a discriminator."""
+
+    lambda_adv: float = 0.0
+    """Weight of the adversarial loss; 0 trains without."""
+    adversarial_start: int = 0
+    """Number of steps before the adversarial loss begins."""
+    learning_rate_adv: float = 1e-4
+    """Peak learning rate of the discriminator, which AdamW trains with beta 1 of 0.5."""
+    discriminator_width: int = 64
+    """Channels of the discriminator's first convolution; a multiple of 8."""
+
+    def check_adversarial(self) -> None:
+        at_least(self, 0, "lambda_adv", "adversarial_start", "learning_rate_adv")
+        if self.discriminator_width < 8 or self.discriminator_width % 8:
+            raise UserError(
+                f"--discriminator_width {self.discriminator_width}: expected a positive multiple of 8"
+            )
+
+    def kept_discriminator(self) -> dict[str, Any]:
+        """Returns what decides on the form of the discriminator's state."""
+        return {"discriminator's width": self.discriminator_width} if self.lambda_adv else {}
+
+    def discriminator_config(self, config: OptimizerConfig) -> OptimizerConfig:
+        """Returns the settings of the discriminator's optimizer, from those of the others."""
+        return dataclasses.replace(config, optimizer="adamw", beta1=0.5)
+
+    def adversarial_notes(self, steps: int) -> list[str]:
+        if self.lambda_adv and self.adversarial_start >= steps:
+            return [
+                f"--adversarial_start {self.adversarial_start}: training has only {steps} steps, so --lambda_adv has no "
+                "effect"
+            ]
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """The flags of the optimizer and the learning-rate schedule; defaults are the original's."""
 

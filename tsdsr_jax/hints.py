@@ -19,7 +19,7 @@ LPIPS_FILE = Path("checkpoint/lpips_alex.safetensors")
 
 # Flags that commands share.
 MODEL = ("pretrained_model_name_or_path", "revision", "variant")
-CROPS = ("crop_size", "min_size", "small_photos", "sharpen_gt", "jpeg", "degradation_strength")
+CROPS = ("crop_size", "min_size", "small_photos", "photo_side", "sharpen_gt", "jpeg", "degradation_strength")
 DATA = ("data_dir", "hr_dir", *CROPS, "default_embedding_dir", "null_embedding_dir")
 STEPS = ("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "fsdp",
          "dataloader_num_workers")  # fmt: skip

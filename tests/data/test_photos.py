@@ -241,6 +241,53 @@ def test_a_grid_of_an_enlarged_photograph(tmp_path):
     np.testing.assert_array_equal(source.pair(0, 0, boxes[1]).hr, enlarged[:, 35:67])
 
 
+@pytest.mark.parametrize("size", [(60, 90), (300, 200), (41, 41)])
+def test_photographs_are_cropped_at_a_longer_side_of_their_own(size):
+    """Each crop is a window of the photograph at a size within the range; both ends of it are reached."""
+    image = tiny.synthetic_photo(*size, 0)
+    config = CropConfig(16, 32, flip=0.0, side=(48, 60))
+    sides = [max(config.fitted(*size, draw)) for draw in (0.0, 0.5, 1.0)]
+    assert sides == [48, 54, 60]
+    for seed in range(4):
+        crop = random_crop(image, config, np.random.default_rng(seed))
+        sizes = {config.fitted(*size, draw) for draw in np.linspace(0, 1, 200)}
+        assert any(
+            np.array_equal(crop, resized[y : y + 16, x : x + 32])
+            for resized in (pillow_bicubic(image, *each) for each in sizes)
+            for y in range(resized.shape[0] - 15)
+            for x in range(resized.shape[1] - 31)
+        )
+    fixed = CropConfig(16, 32, flip=0.0, side=(48, 48))
+    assert fixed.fitted(*size) == fixed.fitted(*size, 1.0)
+
+
+def test_photographs_too_narrow_at_that_side_are_left_out(tmp_path):
+    for name, size in (("a", (90, 60)), ("b", (200, 30))):
+        save(tmp_path / f"{name}.png", size)
+    crop = CropConfig(32, 32, 1, side=(48, 64))
+    found = survey(listed(tmp_path), crop)
+    assert [photo.name for photo in found.photographs] == ["a.png"]
+    (line,) = left_out(found, crop)
+    assert (
+        "1 photographs are smaller than the crops of 32×32 pixels at a longer side of 48 (see --photo_side)"
+        in line
+    )
+
+
+@pytest.mark.parametrize("crops", ["grid", "whole"])
+def test_crops_of_a_plan_lie_in_the_resized_photograph(tmp_path, crops):
+    save(tmp_path / "a.png", (40, 60))
+    crop = CropConfig(32, 32, 1, side=(96, 96))  # 64×96
+    photographs = survey(listed(tmp_path), crop).photographs
+    boxes = [sample.box for sample in plan(photographs, crops, crop)]
+    assert boxes == ([Box(top, left, 32, 32) for top in (0, 32) for left in (0, 32, 64)] if crops == "grid" else
+                     [Box(0, 0, 64, 96)])  # fmt: skip
+    source = Photographs(photographs, crop, DegradationConfig(sharpen=False), 0)
+    resized = pillow_bicubic(tiny.synthetic_photo(40, 60, 0), 64, 96)
+    box = boxes[-1]
+    np.testing.assert_array_equal(source.pair(0, 0, box).hr, resized[box.top :, box.left :])
+
+
 # --- what samples depend on -----------------------------------------------------------------------
 
 

@@ -21,8 +21,8 @@ UPSCALING: Groups = {
 TRAINING: Groups = {
     "model": (*_MODEL, "checkpoint_path", "teacher_lora_path", "use_teacher_lora", "train", "from_scratch", "rank",
               "rank_vae", "rank_lora"),
-    "data": ("data_dir", "hr_dir", "crop_size", "min_size", "small_photos", "sharpen_gt", "jpeg", "degradation_strength",
-             "dataloader_num_workers", "max_bad_samples"),
+    "data": ("data_dir", "hr_dir", "crop_size", "min_size", "small_photos", "photo_side", "sharpen_gt", "jpeg",
+             "degradation_strength", "dataloader_num_workers", "max_bad_samples"),
     "prompts": ("default_embedding_dir", "null_embedding_dir", "use_default_prompt", "prompt_dropout"),
     "losses": ("lambda_tsd", "lambda_mse", "lambda_lpips", "lpips_path", "lambda_gradient", "lambda_kl", "lambda_vsd",
                "guidance_scale", "latent_noise"),
@@ -47,7 +47,7 @@ TRAINING: Groups = {
 
 PREPARING: Groups = {
     "input and output": ("output_dir", "layout", "samples_per_file", "preview", "preview_photos"),
-    "photographs": ("crops", "crops_per_photo", "crop_size", "min_size", "small_photos", "sharpen_gt", "jpeg",
+    "photographs": ("crops", "crops_per_photo", "crop_size", "min_size", "small_photos", "photo_side", "sharpen_gt", "jpeg",
                     "degradation_strength", "seed"),
     "model": _MODEL,
     "prompts": ("prompts", "default_embedding_dir", "text_encoder_path", "no_t5", "max_sequence_length",

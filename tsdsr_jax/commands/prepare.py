@@ -151,6 +151,10 @@ def _check(options: Options) -> None:
     """Refuses flags that cannot work, before any file is read."""
     options.check_crop()
     cli.share(options.shard)
+    if options.crops != "random" and len(set(options.photo_side)) > 1:
+        raise UserError(
+            f"--photo_side {' '.join(map(str, options.photo_side))}: expected one number with --crops {options.crops}"
+        )
     options.encoder_options()
     cli.at_least(
         options,
@@ -208,7 +212,7 @@ def _prepare(options: Options, output: Path, model: Checkpoint, found: Survey) -
     photographs = Photographs(
         found.photographs, options.smallest_crop(), options.degradation(), options.seed, own_prompts=False
     )
-    samples = plan(found.photographs, options.crops, options.crop(), options.crops_per_photo)
+    samples = plan(found.photographs, options.crops, options.smallest_crop(), options.crops_per_photo)
     _note_sizes(options, samples)
     prompts = find_prompts(found.photographs, options.prompts)
     known = _known_prompts(options, model)
@@ -276,10 +280,10 @@ def _settings(
         digest.add(path, array)
     encoders = options.text_encoder_path or options.pretrained_model_name_or_path
     crop = dataclasses.asdict(options.crop())
-    if (
-        crop["small"] == "leave_out"
-    ):  # the photographs' fingerprint tells; sets made before there was a choice go on
-        del crop["small"]
+    # The photographs' fingerprint tells; sets made before there was a choice go on.
+    for name, default in (("small", "leave_out"), ("side", None)):
+        if crop[name] == default:
+            del crop[name]
     settings = {
         "photographs": photographs.fingerprint(),
         "samples": len(samples),

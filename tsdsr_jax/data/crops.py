@@ -48,13 +48,13 @@ def plan(
         if crops == "random":
             planned += [Planned(index, number, None) for number in range(per_photograph)]
         else:
-            boxes = [_whole(photograph)] if crops == "whole" else _grid(photograph, config)
+            boxes = [_whole(photograph, config)] if crops == "whole" else _grid(photograph, config)
             planned += [Planned(index, number, box) for number, box in enumerate(boxes)]
     return planned
 
 
-def _whole(photograph: Photograph) -> Box:
-    sides = photograph.height, photograph.width
+def _whole(photograph: Photograph, config: CropConfig) -> Box:
+    sides = config.fitted(photograph.height, photograph.width)
     height, width = (max(CROP_STEP, side // CROP_STEP * CROP_STEP) for side in sides)
     top, left = (max(0, side - kept) // 2 for side, kept in zip(sides, (height, width), strict=True))
     return Box(top, left, height, width)

@@ -24,6 +24,9 @@ class CropOptions:
     small_photos: SmallPhotos = "leave_out"
     """What to do with photographs that have a shorter side than the crops: leave_out; enlarge, which makes them blurred; or
     mirror, which extends them by their mirror image, as the published pipeline does."""
+    photo_side: tuple[int, ...] = ()
+    """Resize photographs to this longer side before they are cropped; with two numbers, to one between them, drawn for each
+    crop. Small and large photographs then show objects at about the same size. Default: photographs keep their size."""
     sharpen_gt: bool = True
     """Sharpen the photographs with an unsharp mask before they are used, as the published pipeline does by default."""
 
@@ -35,7 +38,8 @@ class CropOptions:
         sides = self.crop_size or (512,)
         height, width = sides if len(sides) == 2 else sides * 2
         minimum = min(height, width) * 3 // 4 if self.min_size is None else self.min_size
-        return CropConfig(height, width, minimum, small=self.small_photos)
+        side = (self.photo_side[0], self.photo_side[-1]) if self.photo_side else None
+        return CropConfig(height, width, minimum, small=self.small_photos, side=side)
 
     def degradation(self) -> DegradationConfig:
         return DegradationConfig(sharpen=self.sharpen_gt)
@@ -45,6 +49,13 @@ class CropOptions:
             given = " ".join(map(str, self.crop_size))
             raise UserError(
                 f"--crop_size {given}: expected one side, or height and width, multiples of {CROP_STEP}"
+            )
+        if len(self.photo_side) > 2 or any(side < CROP_STEP for side in self.photo_side):
+            given = " ".join(map(str, self.photo_side))
+            raise UserError(f"--photo_side {given}: expected one or two sides of at least {CROP_STEP} pixels")
+        if self.photo_side and self.photo_side[0] > self.photo_side[-1]:
+            raise UserError(
+                f"--photo_side {self.photo_side[0]} {self.photo_side[1]}: expected the smaller one first"
             )
         if self.min_size is not None and self.min_size < 1:
             raise UserError(f"--min_size {self.min_size}: expected at least 1")

@@ -46,6 +46,8 @@ class CropConfig:
       small: what becomes of photographs with a shorter side than the crops: they are left out, enlarged, or extended by
         their mirror image at the right and the bottom. Enlarged ones are blurred, and mirrored ones show objects upside
         down; the published training sets have hardly any of either.
+      side: range of the longer side to which photographs are resized before they are cropped, so that crops of all show
+        objects at about the same size; each draw has its own, uniform in its logarithm. None: they keep their size.
     """
 
     height: int = 512
@@ -53,17 +55,33 @@ class CropConfig:
     minimum: int = 384
     flip: float = 0.5
     small: SmallPhotos = "leave_out"
+    side: tuple[int, int] | None = None
 
     def exceeds(self, height: int, width: int) -> bool:
-        """Whether a crop does not fit into a photograph of this size."""
+        """Whether a crop does not fit into a photograph of this size, when it is resized to its smallest."""
+        height, width = self.resized(height, width, 0.0)
         return height < self.height or width < self.width
 
-    def fitted(self, height: int, width: int) -> tuple[int, int]:
-        """The size at which a photograph is cropped: its own, or a larger one if it is enlarged."""
-        if self.small == "mirror" or not self.exceeds(height, width):
+    def fitted(self, height: int, width: int, draw: float = 0.0) -> tuple[int, int]:
+        """The size at which a photograph is cropped: its own, or another if it is resized.
+
+        Args:
+          height, width: the photograph's size.
+          draw: place in the range of longer sides, from 0 to 1.
+        """
+        height, width = self.resized(height, width, draw)
+        if self.small == "mirror" or (height >= self.height and width >= self.width):
             return height, width
         scale = max(self.height / height, self.width / width)
         return max(self.height, round(height * scale)), max(self.width, round(width * scale))
+
+    def resized(self, height: int, width: int, draw: float = 0.0) -> tuple[int, int]:
+        """The size of a photograph whose longer side is brought to a place of the range, from 0 to 1."""
+        if self.side is None:
+            return height, width
+        low, high = self.side
+        scale = low * (high / low) ** draw / max(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 class Photograph(NamedTuple):
@@ -163,19 +181,23 @@ def _why_none(
     reasons = []
     if below:
         # What half of them would fit.
-        side = sorted(min(photo.height, photo.width) for photo in below)[len(below) // 2]
+        side = sorted(min(crop.resized(photo.height, photo.width)) for photo in below)[len(below) // 2]
         smaller = (
             f" (--crop_size {side // CROP_STEP * CROP_STEP} would fit most)" if side >= CROP_STEP else ""
         )
         reasons.append(
-            f"{len(below)} are smaller than the crops of {crop.height}×{crop.width} pixels; choose smaller ones{smaller}, "
-            "or --small_photos enlarge"
+            f"{len(below)} are smaller than the crops of {crop.height}×{crop.width} pixels{_when(crop)}; choose smaller "
+            f"ones{smaller}, or --small_photos enlarge"
         )
     if small:
         reasons.append(f"{len(small)} have fewer than {crop.minimum}×{crop.minimum} pixels (see --min_size)")
     if unreadable:
         reasons.append(f"{len(unreadable)} cannot be read, such as {unreadable[0]}")
     return reasons
+
+
+def _when(crop: CropConfig) -> str:
+    return f" at a longer side of {crop.side[0]} (see --photo_side)" if crop.side else ""
 
 
 def _has_text_name(path: Path) -> bool:
@@ -202,8 +224,8 @@ def left_out(found: Survey, crop: CropConfig) -> list[str]:
             "mirror": "extended by their mirror image, with objects upside down",
         }
         lines.append(
-            f"{len(found.below_crop)} photographs are smaller than the crops of {crop.height}×{crop.width} pixels and are "
-            f"{become[crop.small]} (see --small_photos): {listed(found.below_crop, 5)}"
+            f"{len(found.below_crop)} photographs are smaller than the crops of {crop.height}×{crop.width} pixels"
+            f"{_when(crop)} and are {become[crop.small]} (see --small_photos): {listed(found.below_crop, 5)}"
         )
     if found.unreadable:
         lines.append(f"{len(found.unreadable)} images cannot be read and are left out:")
@@ -216,7 +238,9 @@ def random_crop(image: np.ndarray, config: CropConfig, generator: np.random.Gene
     """A random crop, flipped left to right at random, of an (H, W, 3) image of any size -> (height, width, 3)."""
     if generator.random() < config.flip:
         image = image[:, ::-1]
-    image = _extended(_fitted(image, config), config.height, config.width)
+    # Without a range there is no draw, so that crops stay what they were before there were ranges.
+    draw = generator.random() if config.side and config.side[0] < config.side[1] else 0.0
+    image = _extended(_fitted(image, config, draw), config.height, config.width)
     top = int(generator.integers(image.shape[0] - config.height + 1))
     left = int(generator.integers(image.shape[1] - config.width + 1))
     return image[top : top + config.height, left : left + config.width]
@@ -228,9 +252,9 @@ def cut_out(image: np.ndarray, box: Box) -> np.ndarray:
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def _fitted(image: np.ndarray, config: CropConfig) -> np.ndarray:
-    """Enlarges an image that is smaller than the crops, unless it is to be mirrored."""
-    size = config.fitted(*image.shape[:2])
+def _fitted(image: np.ndarray, config: CropConfig, draw: float = 0.0) -> np.ndarray:
+    """Resizes an image to the size at which it is cropped."""
+    size = config.fitted(*image.shape[:2], draw)
     return image if size == image.shape[:2] else pillow_bicubic(np.ascontiguousarray(image), *size)
 
 

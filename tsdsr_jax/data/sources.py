@@ -91,8 +91,9 @@ def open_images(
 def crop_identity(options: CropOptions) -> dict[str, str]:
     crop = options.crop()
     small = {"leave_out": "", "enlarge": ", smaller ones enlarged", "mirror": ", smaller ones mirrored"}
+    side = ", longer side {} to {}".format(*crop.side) if crop.side else ""
     return {
-        "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels{small[crop.small]}",
+        "crops": f"{crop.height}×{crop.width} of photographs of at least {crop.minimum}² pixels{small[crop.small]}{side}",
         "sharpening": str(options.sharpen_gt),
     }
 

@@ -680,6 +680,38 @@ def test_own_adapter_file_holds_our_tree(
     assert leaves(adapter).keys() == read_all(tmp_path / "trained.safetensors").keys()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_adapters_are_stored_in_another_type(
+    peft_folder: Path,
+    pristine: dict[str, Path],
+    tmp_path: Path,
+    convert_lora: Callable[..., None],
+    dtype: str,
+) -> None:
+    base = ("--base", pristine["diffusers"], "--dtype", dtype)
+    convert_lora("-i", peft_folder, "-o", tmp_path / "ours", *base)
+    convert_lora("-i", tmp_path / "ours", "-o", tmp_path / "back", "--base", pristine["diffusers"])
+    for name in ADAPTERS:
+        found, given = (read_all(root / f"{name}.safetensors") for root in (tmp_path / "back", peft_folder))
+        assert found.keys() == given.keys()
+        for key, tensor in given.items():
+            assert str(found[key].dtype) == dtype
+            np.testing.assert_array_equal(found[key], tensor.astype(found[key].dtype))
+
+
+def test_adapters_too_large_for_a_type_are_refused(
+    tmp_path: Path, pristine: dict[str, Path], convert_lora: Callable[..., None]
+) -> None:
+    large = jax.tree.map(lambda leaf: leaf * 1e6, random_lora(CONFIGS["vae"], lora.VAE_ENCODER_TARGETS, 2))
+    save_lora(tmp_path / "large.safetensors", large, "vae")
+    with pytest.raises(UserError, match=r"large.safetensors: has values outside the range of float16"):
+        convert_lora(
+            "-i", tmp_path / "large.safetensors", "-o", tmp_path / "out", "--base", pristine["ours"],
+            "--dtype", "float16",
+        )  # fmt: skip
+    assert not (tmp_path / "out" / "large.safetensors").exists()
+
+
 def damaged_adapter(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> Path:
     tensors = read_all(folder / "transformer.safetensors")
     change(tensors)

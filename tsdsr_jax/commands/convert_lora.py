@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import jax
+import numpy as np
 import tyro
 
 from tsdsr_jax import cli
@@ -22,6 +24,7 @@ from tsdsr_jax.models import lora
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config
 from tsdsr_jax.models.vae import VAEConfig
+from tsdsr_jax.weights.finite import STORED_DTYPES, cast_finite
 from tsdsr_jax.weights.lora_files import Adapter, is_own_lora, open_lora, save_lora
 from tsdsr_jax.weights.lora_names import part_of
 from tsdsr_jax.weights.sd3_folder import NetworkFiles, Part
@@ -44,6 +47,8 @@ class Options:
     """Folder for the results; files keep their names."""
     base: Path | None = None
     """Checkpoint folder that the LoRA belongs to; only its config.json files are read. Default: SD3-medium's sizes."""
+    dtype: Literal["keep", "float16", "bfloat16", "float32"] = "keep"
+    """Data type to store tensors in; keep does not change it."""
     overwrite: bool = False
     """Replace existing files in the output folder."""
 
@@ -56,7 +61,7 @@ def main() -> None:
             raise UserError(f"{target}: input and output are the same file; choose another --output")
         if target.exists() and not options.overwrite:
             raise UserError(f"{target}: already exists; pass --overwrite to replace it")
-        print(_convert(source, target, options.base))
+        print(_convert(source, target, options))
 
 
 def _find_files(path: Path) -> list[Path]:
@@ -72,9 +77,9 @@ def _find_files(path: Path) -> list[Path]:
     return files
 
 
-def _convert(source: Path, target: Path, base: Path | None) -> str:
+def _convert(source: Path, target: Path, options: Options) -> str:
     """Converts one file and returns a line that says what was done."""
-    reader = open_tensors(source)
+    reader, base = open_tensors(source), options.base
     part = part_of(reader.specs)
     config = _read_config(base, part)
     if source.name in KNOWN_FILES and (source.name == "vae.safetensors") != (part == "vae"):
@@ -83,11 +88,14 @@ def _convert(source: Path, target: Path, base: Path | None) -> str:
         )
     model = "SD3-medium, the default without --base" if base is None else f"the {part} of {base}"
     adapter = open_lora(source, config, model)
-    ours = is_own_lora(reader)
+    tree, ours = adapter.tree, is_own_lora(reader)
+    if options.dtype != "keep":
+        dtype = STORED_DTYPES[options.dtype]
+        tree = jax.tree.map(lambda leaf: cast_finite(np.asarray(leaf), dtype, str(source)), tree)
     if ours:
-        save_tensors(target, write_lora(adapter.tree, config), {"format": "pt"})
+        save_tensors(target, write_lora(tree, config), {"format": "pt"})
     else:
-        save_lora(target, adapter.tree, part)
+        save_lora(target, tree, part)
     return f"{source} -> {target} ({'PEFT' if ours else 'tsdsr_jax'} layout, {part}, {_describe(adapter)})"
 
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import ml_dtypes
 import numpy as np
 import tyro
 from flax.traverse_util import flatten_dict
@@ -30,7 +29,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.models.lora import pair_of
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.weights.bundled import prompt_folder
-from tsdsr_jax.weights.finite import is_finite
+from tsdsr_jax.weights.finite import STORED_DTYPES, cast_finite, is_finite
 from tsdsr_jax.weights.folded_files import write_folded
 from tsdsr_jax.weights.lora_files import load_lora
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, check_widths, load_prompt_embeds
@@ -48,12 +47,6 @@ from tsdsr_jax.weights.sd3_folder import (
 )
 from tsdsr_jax.weights.tensor_files import TensorSpec, write_tensors
 from tsdsr_jax.weights.torch_names import base_entries
-
-DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +157,8 @@ def _fold(source: TransformerFiles, lora: Tree, prompt: PromptEmbeds, options: O
     select_devices("cpu")  # a GPU's memory may be in use
     target = options.output / "transformer" / FOLDED_FILE
     stored = {spec.dtype for spec in source.specs.values()}
-    kept = stored.pop() if len(stored) == 1 else DTYPES["float32"]
-    dtype = kept if options.dtype == "keep" else DTYPES[options.dtype]
+    kept = stored.pop() if len(stored) == 1 else STORED_DTYPES["float32"]
+    dtype = kept if options.dtype == "keep" else STORED_DTYPES[options.dtype]
     print(f"folding the transformer for this prompt, in {dtype.name}")
     if options.fold == "only":
         write_folded(target, source, prompt, dtype, lora)
@@ -184,7 +177,7 @@ def _convert(network: NetworkFiles, lora: Tree, target: Path, options: Options) 
     leaves = _merged(network.leaves(), lora)
     specs, tensors = _torch_tensors(network, leaves) if options.to_diffusers else (network.specs, leaves)
     if options.dtype != "keep":
-        specs = {name: TensorSpec(spec.shape, DTYPES[options.dtype]) for name, spec in specs.items()}
+        specs = {name: TensorSpec(spec.shape, STORED_DTYPES[options.dtype]) for name, spec in specs.items()}
     # diffusers requires its entry; ours says what wrote the file.
     metadata = (
         {"format": "pt"}
@@ -239,21 +232,7 @@ def _cast(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Casts each tensor to its spec's type; raises UserError if a finite value becomes infinite."""
     for name, array in tensors:
-        dtype = specs[name].dtype
-        if array.dtype == dtype:
-            yield name, array
-            continue
-        result = np.empty(array.shape, dtype)
-        # Layer by layer, and through float32 because NumPy cannot cast between float16 and bfloat16.
-        for target, source in zip(np.atleast_2d(result), np.atleast_2d(array), strict=True):
-            wide = source.astype(np.float32)
-            with np.errstate(over="ignore"):
-                target[...] = wide
-            if (np.isfinite(wide) & ~np.isfinite(target.astype(np.float32))).any():
-                raise UserError(
-                    f"{name}: has values outside the range of {dtype}; choose --dtype bfloat16 or float32"
-                )
-        yield name, result
+        yield name, cast_finite(array, specs[name].dtype, name)
 
 
 def _counted(tensors: Iterator[tuple[str, np.ndarray]], bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:

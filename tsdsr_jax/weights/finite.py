@@ -1,4 +1,4 @@
-"""Checks that tensors are finite: a single NaN in a weight would spread to every result."""
+"""Checks that tensors are finite, and that they stay so when cast: a NaN in a weight would spread to every result."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ CHUNK = 1 << 19
 _EXPONENTS = {
     np.dtype(np.float16): np.uint16(0x7C00),
     np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80),
+}
+
+# What `--dtype` of the conversion scripts calls the types that tensors are stored in.
+STORED_DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
 }
 
 
@@ -38,3 +45,24 @@ def refuse_broken(source: object, broken: Sequence[str]) -> None:
             f"{source}: has values that are NaN or infinite in {count}: {listed(broken, 10)}; "
             "download or save it again"
         )
+
+
+def cast_finite(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Casts a tensor, layer by layer.
+
+    Raises:
+      UserError: a finite value would become infinite.
+    """
+    if array.dtype == dtype:
+        return array
+    result = np.empty(array.shape, dtype)
+    # Through float32 because NumPy cannot cast between float16 and bfloat16.
+    for target, source in zip(np.atleast_2d(result), np.atleast_2d(array), strict=True):
+        wide = source.astype(np.float32)
+        with np.errstate(over="ignore"):
+            target[...] = wide
+        if (np.isfinite(wide) & ~np.isfinite(target.astype(np.float32))).any():
+            raise UserError(
+                f"{name}: has values outside the range of {dtype}; choose --dtype bfloat16 or float32"
+            )
+    return result

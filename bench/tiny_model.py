@@ -40,7 +40,6 @@ from tsdsr_jax.evaluation.registry import Metric, Sources, load_metrics
 from tsdsr_jax.evaluation.tables import layout_columns
 from tsdsr_jax.images.files import read_photo, read_size
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.weights.bundled import PROMPT
 from tsdsr_jax.weights.sd3_folder import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +129,7 @@ def find_models(runs: Path) -> dict[str, list[Path]]:
             models.setdefault(found[1], []).append(folder)
     if not models:
         raise UserError(f"{runs}: no folder called model-NAME-SEED, as train/recipes/tiny.sh makes them")
-    order = {name: place for place, name in enumerate(("mse", "tsd", "dasm"))}
+    order = {name: place for place, name in enumerate(("mse", "tsd", "dasm", "adv", "full"))}
     return dict(sorted(models.items(), key=lambda item: order.get(item[0], len(order))))
 
 
@@ -211,9 +210,8 @@ def sharpened(picture: np.ndarray, strength: float) -> np.ndarray:
 
 
 def rebuilt(model: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Encodes and decodes; without the student's LoRA on the encoder if the recipe's own autoencoder exists."""
-    plain = model.parent / "new"
-    files = open_checkpoint(plain if plain.is_dir() else model).network("vae")
+    """Encodes and decodes, without LoRAs."""
+    files = open_checkpoint(model).network("vae")
     network, params = AutoencoderKL(files.config), files.load(jnp.float32)
     run = jax.jit(lambda params, images: network.apply({"params": params}, images))
 
@@ -226,8 +224,9 @@ def rebuilt(model: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def upscaled(model: Path, lr: Path, output: Path) -> Path:
     command = [
-        sys.executable, "infer/upscale.py", "--pretrained_model_name_or_path", model.resolve(), "--lora_dir", "none",
-        "--embedding_dir", PROMPT, "--process_size", "16", "--overwrite", "-i", lr.resolve(), "-o", output.resolve(),
+        sys.executable, "infer/upscale.py", "--pretrained_model_name_or_path", model.resolve(),
+        "--lora_dir", (model / "lora").resolve(), "--embedding_dir", (model / "prompt" / "default").resolve(),
+        "--process_size", "16", "--overwrite", "-i", lr.resolve(), "-o", output.resolve(),
     ]  # fmt: skip
     if subprocess.run([str(word) for word in command], cwd=ROOT).returncode:
         raise UserError(f"{model}: infer/upscale.py failed")

@@ -26,8 +26,13 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
         "--photos", photos, "--validation", photos, "--output", tmp_path / "runs", "--budget", "minimal"
     )
     assert made.returncode == 0, made.stderr
-    model = tmp_path / "runs" / "model-dasm-0"
-    assert {path.name for path in model.iterdir()} == {"transformer", "vae", "scheduler", "merged.json"}
+    model = tmp_path / "runs" / "model-full-0"
+    assert {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()} == {
+        "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json",
+        "lora/transformer.safetensors", "lora/vae.safetensors", "teacher/teacher.safetensors",
+        "prompt/default/prompt.safetensors", "prompt/null/prompt.safetensors",
+    }  # fmt: skip
     stages = {
         "autoencoder",
         "new",
@@ -35,8 +40,8 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
         "base",
         "teacher",
         "start",
-        "student-dasm-0",
-        "model-dasm-0",
+        "student-full-0",
+        "model-full-0",
         "recipe",
     }
     assert {path.name for path in (tmp_path / "runs").iterdir()} == stages
@@ -56,9 +61,9 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
         "--pretrained_model_name_or_path",
         model,
         "--lora_dir",
-        "none",
+        model / "lora",
     ]
-    command += ["--embedding_dir", ROOT / "weights/tiny/prompt/default", "--process_size", "16"]
+    command += ["--embedding_dir", model / "prompt/default", "--process_size", "16"]
     command += ["-i", ROOT / "examples/photos/coffee.png", "-o", tmp_path / "results"]
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
     assert Image.open(tmp_path / "results" / "coffee.png").size == (512, 512)

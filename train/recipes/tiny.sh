@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the model of weights/tiny from scratch, on photographs only: autoencoder, teacher, student, merged model.
+# Trains the model of weights/tiny from scratch, on photographs only: autoencoder, teacher, student.
 #
 #   train/recipes/tiny.sh --photos PHOTOS --validation OTHERS --output runs/tiny --budget cpu
 #
@@ -7,17 +7,18 @@
 #   --validation  folder of other photographs, to validate the autoencoder during training; up to 32 of them also serve to
 #                 measure the scaling factor of the latents
 #   --output      folder for everything; finished stages are not repeated, and an interrupted stage continues
-#   --budget      cpu: one to two hours on two cores; gpu: over a hundred times that, never tried; minimal: to
-#                 see it run. It changes only numbers of steps, crops and batch sizes.
+#   --budget      cpu: a night on two cores; lease: ten minutes of a large GPU, never tried; minimal: to see it run. It
+#                 changes only numbers of steps, crops and batch sizes.
 #   --seed        seed of the student's last stage (default 0); students share all stages before it
-#   --student     loss of the student after its start with MSE: mse, tsd or dasm (default)
+#   --student     losses of the student after its start with MSE: mse, tsd, dasm, adv (MSE and a discriminator) or full
+#                 (dasm and the discriminator; the default)
 #
 # PYTHON names the interpreter. Default: that of .venv, if `make` has made one.
 #
-# The result, OUTPUT/model-STUDENT-SEED, has the LoRAs merged in and is used like weights/tiny:
+# The result, OUTPUT/model-STUDENT-SEED, has the files of weights/tiny and is used like it:
 #
-#   python infer/upscale.py --pretrained_model_name_or_path OUTPUT/model-dasm-0 --lora_dir none \
-#     --embedding_dir weights/tiny/prompt/default -i PHOTOS -o RESULTS
+#   python infer/upscale.py --pretrained_model_name_or_path OUTPUT/model-full-0 --lora_dir OUTPUT/model-full-0/lora \
+#     --embedding_dir OUTPUT/model-full-0/prompt/default -i PHOTOS -o RESULTS
 #
 # The complete command is printed at the end.
 set -euo pipefail
@@ -28,7 +29,7 @@ fail() { echo "tiny.sh: $*" >&2; exit 2; }
 folder() { (CDPATH='' cd -- "$2" 2>/dev/null && pwd -P) || fail "$1 $2: no such folder"; }
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$PWD/$1" ;; esac; }
 
-photos=() folders=() validation="" output="" budget=cpu seed=0 student=dasm
+photos=() folders=() validation="" output="" budget=cpu seed=0 student=full
 while (($#)); do
   case "$1" in -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0"; exit 0 ;; esac
   (($# > 1)) || fail "$1: needs a value"
@@ -46,21 +47,25 @@ done
 ((${#photos[@]})) && [[ $validation && $output ]] || fail "give --photos, --validation and --output"
 [[ $seed =~ ^[0-9]{1,9}$ ]] || fail "--seed $seed: expected a whole number"
 
-# steps and batch size of each stage
+# Steps and batch size of each stage; from which step on discriminators move the autoencoder and the student.
 case "$budget" in
-  cpu)     ae=(6200 4)     crops=6  base=(2000 32)    lora=(100 32)   start=(600 8)    end=(150 8) ;;
-  gpu)     ae=(100000 32)  crops=64 base=(100000 256) lora=(2000 256) start=(20000 64) end=(5000 64) ;;
-  minimal) ae=(2 2)        crops=1  base=(2 2)        lora=(2 2)      start=(2 2)      end=(2 2) ;;
-  *) fail "--budget $budget: expected cpu, gpu or minimal" ;;
+  cpu)     ae=(5000 4)  ae_adv=2000 crops=8  base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
+  lease)   ae=(6000 16) ae_adv=2000 crops=16 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
+  minimal) ae=(2 2)     ae_adv=1    crops=1  base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
+  *) fail "--budget $budget: expected cpu, lease or minimal" ;;
 esac
 # With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
 # (docs/tiny.md), so the moving average of the student is used.
 tsd=(--lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
+dasm=("${tsd[@]}" --use_dasm --use_random_bias)
+adversary=(--lambda_adv 0.05 --adversarial_start "$end_adv" --discriminator_width 32 --learning_rate_adv 2e-4)
 case "$student" in
-  mse)  losses=(--lambda_tsd 0 --lambda_mse 1) ;;
+  mse)  losses=(--lambda_tsd 0) ;;
   tsd)  losses=("${tsd[@]}") ;;
-  dasm) losses=("${tsd[@]}" --use_dasm --use_random_bias) ;;
-  *) fail "--student $student: expected mse, tsd or dasm" ;;
+  dasm) losses=("${dasm[@]}") ;;
+  adv)  losses=(--lambda_tsd 0 "${adversary[@]}") ;;
+  full) losses=("${dasm[@]}" "${adversary[@]}") ;;
+  *) fail "--student $student: expected mse, tsd, dasm, adv or full" ;;
 esac
 
 python=${PYTHON:-}
@@ -90,7 +95,9 @@ fi
 
 weights=$root/weights/tiny
 prompts=(--default_embedding_dir "$weights/prompt/default" --null_embedding_dir "$weights/prompt/null")
-crop=(--crop_size 128 --min_size 128)
+# Crops of photographs of one scale, about that of what people upscale: small ones are enlarged, large ones shrunk.
+scale=(--photo_side 700 1000 --no_sharpen_gt)
+crop=(--crop_size 128 --min_size 128 "${scale[@]}")
 common=(--mixed_precision no --resume_from_checkpoint latest --checkpoints_total_limit 2)
 
 say() { printf '\n== %s\n' "$*"; }
@@ -106,9 +113,10 @@ train() {
 say "autoencoder: ${ae[0]} steps of ${ae[1]} crops"
 made=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
 [[ -d $made ]] || train autoencoder "${ae[@]}" --vae_dir "$weights/vae" --from_scratch "${photos[@]}" \
-  --validation_dir "$validation" --crop_size 96 --min_size 96 --num_validation_images 16 \
-  --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 0 \
-  --ema_decay 0.998 --output_dir "$output/autoencoder"
+  --validation_dir "$validation" --crop_size 96 --min_size 96 "${scale[@]}" --num_validation_images 16 \
+  --latent_noise 0.25 --lambda_kl 1e-5 --lambda_adv 0.4 --adversarial_start "$ae_adv" --discriminator_width 32 \
+  --learning_rate_adv 2e-4 --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 \
+  --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/autoencoder"
 
 # The scaling factor was measured with it. Of the transformer there is only a config yet.
 mkdir -p "$output/new/transformer"
@@ -132,7 +140,7 @@ teacher=$output/teacher/checkpoint_$(steps "${lora[0]}")/lora
   "${prompts[@]}" --rank 16 --learning_rate 1e-4 --output_dir "$output/teacher"
 
 distil=(--pretrained_model_name_or_path "$model" --data_dir "$output/pairs" "${prompts[@]}" --use_default_prompt
-  --use_teacher_lora --teacher_lora_path "$teacher" --lambda_lpips 0 --guidance_scale 1 --rank_lora 64
+  --use_teacher_lora --teacher_lora_path "$teacher" --merge_teacher_lora --lambda_lpips 0 --guidance_scale 1 --rank_lora 64
   --learning_rate_reg 1e-3 --num_validation_images 8)
 
 say "student, MSE only: ${start[0]} steps of ${start[1]}"
@@ -146,20 +154,27 @@ student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora
   --checkpoint_path "$begun" --learning_rate 2e-4 --ema_decay 0.98 --seed "$seed" \
   --output_dir "$output/student-$student-$seed"
 
-say "merging"
-merged=$output/merged-$student-$seed
-rm -rf -- "$merged"
-"$python" "$root/convert/sd3.py" --input "$model" --lora_dir "$student_lora" --output "$merged"
-"$python" "$root/convert/sd3.py" --input "$merged" --to_diffusers --dtype float16 --overwrite \
-  --output "$output/model-$student-$seed"
-rm -rf -- "$merged"
-echo "made $output/model-$student-$seed"
+say "collecting"
+result=$output/model-$student-$seed
+rm -rf -- "$output/collected"
+mkdir -p "$output/collected/loras"
+cp "$student_lora/transformer.safetensors" "$student_lora/vae.safetensors" "$teacher/teacher.safetensors" \
+  "$output/collected/loras"
+"$python" "$root/convert/sd3.py" --input "$model" --output "$output/collected/base"
+"$python" "$root/convert/sd3.py" --input "$output/collected/base" --to_diffusers --dtype float16 --overwrite --output "$result"
+"$python" "$root/convert/lora.py" --input "$output/collected/loras" --output "$output/collected/ours" --base "$model" --dtype float16
+"$python" "$root/convert/lora.py" --input "$output/collected/ours" --output "$result/lora" --base "$model" --overwrite
+mkdir -p "$result/teacher"
+mv "$result/lora/teacher.safetensors" "$result/teacher"
+cp -r "$weights/prompt" "$result"
+rm -rf -- "$output/collected"
+echo "made $result"
 "$python" -c '
 import sys
 from pathlib import Path
 from tsdsr_jax import hints
-model, prompt = sys.argv[1:]
-flags = {"pretrained_model_name_or_path": model, "lora_dir": "none", "embedding_dir": prompt}
-results = hints.new_folder(Path(model), "upscaled")
+model = Path(sys.argv[1])
+flags = {"pretrained_model_name_or_path": model, "lora_dir": model / "lora", "embedding_dir": model / "prompt/default"}
+results = hints.new_folder(model, "upscaled")
 print("upscale with it:", hints.command("infer/upscale.py", **flags, input_dir=hints.PHOTOS, output_dir=results))
-' "$output/model-$student-$seed" "$weights/prompt/default"
+' "$result"

@@ -15,7 +15,7 @@ from tsdsr_jax.models.params import PATCH_SIZE
 from tsdsr_jax.upscaling.engine import Bands
 from tsdsr_jax.upscaling.planning import Settings
 from tsdsr_jax.upscaling.provenance import as_text, model_in_words
-from tsdsr_jax.weights.bundled import bundled_model, is_bundled, prompt_folder
+from tsdsr_jax.weights.bundled import LORAS, bundled_model, is_bundled, prompt_folder
 from tsdsr_jax.weights.sd3_folder import NetworkFiles
 
 LARGEST_TILE = 64
@@ -32,7 +32,7 @@ class UpscaleOptions:
     """SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py. Default: the small bundled model."""
     lora_dir: cli.PathOrName | None = None
     """Folder with the LoRAs transformer.safetensors and vae.safetensors, in PEFT's layout or ours; "none" for no LoRA.
-    Default: checkpoint/tsdsr; for the bundled model, none, because its LoRAs are merged in."""
+    Default: checkpoint/tsdsr; for the bundled model, its own."""
     embedding_dir: Path | None = None
     """Folder with the prompt's embedding: prompt_embeds.pt and pool_embeds.pt, or prompt.safetensors. Default:
     dataset/default; for the bundled model, its own."""
@@ -145,22 +145,19 @@ def complete_options(options: GivenOptions, say: Say = print) -> GivenOptions:
     if model is None:
         model = str(bundled_model())
         say(f"no --pretrained_model_name_or_path: using the small model in {model}")
-        if (lora_dir or "none").lower() != "none":
+        if lora_dir is not None:
             raise UserError(
-                f"--lora_dir {lora_dir}: give the model it belongs to with --pretrained_model_name_or_path; "
-                "the small one in weights/tiny has its LoRAs merged in"
+                f"--lora_dir {lora_dir}: give the model it belongs to with --pretrained_model_name_or_path"
             )
-    if is_bundled(model):
-        lora_dir = lora_dir or "none"
-        if options.lora_scale != 1 and lora_dir.lower() == "none":
-            say("--lora_scale has no effect: the small model has its LoRAs merged in")
+    if lora_dir is None:
+        lora_dir = str(LORAS) if is_bundled(model) else "checkpoint/tsdsr"
     tile, overlap = options.latent_tiled_size, options.latent_tiled_overlap
     if tile is None:
         tile = _default_tile(model)
     return dataclasses.replace(
         options,
         pretrained_model_name_or_path=model,
-        lora_dir="checkpoint/tsdsr" if lora_dir is None else lora_dir,
+        lora_dir=lora_dir,
         embedding_dir=options.embedding_dir or prompt_folder(model, "default"),
         latent_tiled_size=tile,
         latent_tiled_overlap=default_overlap(tile) if overlap is None else overlap,

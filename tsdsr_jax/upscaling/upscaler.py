@@ -124,7 +124,7 @@ class Upscaler:
         Args:
           model: SD3: a diffusers folder, a hub id, or a folder written by convert/sd3.py. Default: the small bundled model.
           lora: folder with TSD-SR's transformer.safetensors and vae.safetensors; "none" for no LoRA. Default:
-            checkpoint/tsdsr; for the bundled model, none, because its LoRAs are merged in.
+            checkpoint/tsdsr; for the bundled model, its own.
           prompt: folder with the prompt's embedding. Default: dataset/default; for the bundled model, its own.
           lora_scale: factor on the LoRAs; below 1 the result stays closer to plain SD3.
           device: "cuda", "cuda:N", "cpu" or "tpu". Default: all devices of the best kind.

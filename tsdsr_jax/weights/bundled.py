@@ -13,6 +13,8 @@ from tsdsr_jax.places import shipped
 
 FOLDER = shipped("tiny", "weights/tiny")
 PROMPT = FOLDER / "prompt" / "default"
+# The student's LoRAs.
+LORAS = FOLDER / "lora"
 
 
 def is_bundled(model: str | None) -> bool:
@@ -48,7 +50,7 @@ def prompt_folder(model: str | None, prompt: Literal["default", "null"]) -> Path
 
 
 def bundled_model() -> Path:
-    """The folder of the bundled model, in diffusers' layout with LoRAs merged in.
+    """The folder of the bundled model, in diffusers' layout. Its LoRAs are in `LORAS`.
 
     Raises:
       UserError: it is missing from this installation.

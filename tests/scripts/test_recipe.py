@@ -36,7 +36,7 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
     stages = {
         "autoencoder",
         "new",
-        "pairs",
+        "pairs-0",
         "base",
         "teacher",
         "start",

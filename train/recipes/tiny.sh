@@ -3,7 +3,7 @@
 #
 #   train/recipes/tiny.sh --photos PHOTOS --validation OTHERS --output runs/tiny --budget cpu
 #
-#   --photos      folder of photographs; repeat for several
+#   --photos      folder of photographs; repeat for several, which give equally many crops
 #   --validation  folder of other photographs, to validate the autoencoder during training; up to 32 of them also serve to
 #                 measure the scaling factor of the latents
 #   --output      folder for everything; finished stages are not repeated, and an interrupted stage continues
@@ -47,11 +47,12 @@ done
 ((${#photos[@]})) && [[ $validation && $output ]] || fail "give --photos, --validation and --output"
 [[ $seed =~ ^[0-9]{1,9}$ ]] || fail "--seed $seed: expected a whole number"
 
-# Steps and batch size of each stage; from which step on discriminators move the autoencoder and the student.
+# Steps and batch size of each stage; from which step on discriminators move the autoencoder and the student; crops of each
+# folder.
 case "$budget" in
-  cpu)     ae=(5000 4)  ae_adv=2000 crops=8  base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
-  lease)   ae=(6000 16) ae_adv=2000 crops=16 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
-  minimal) ae=(2 2)     ae_adv=1    crops=1  base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
+  cpu)     ae=(5000 4)  ae_adv=2000 crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
+  lease)   ae=(6000 16) ae_adv=2000 crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
+  minimal) ae=(2 2)     ae_adv=1    crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
   *) fail "--budget $budget: expected cpu, lease or minimal" ;;
 esac
 # With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
@@ -123,23 +124,33 @@ mkdir -p "$output/new/transformer"
 cp -r "$made" "$weights/scheduler" "$output/new"
 cp "$weights/transformer/config.json" "$output/new/transformer"
 
-say "training set: $crops crops of each photograph, degraded and encoded"
-"$python" "$root/train/prepare.py" "${photos[@]}" --output_dir "$output/pairs" --pretrained_model_name_or_path "$output/new" \
-  --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$crops" \
-  --degradation_strength light "${crop[@]}"
+pairs=()
+for folder in "${folders[@]}"; do
+  count=$("$python" -c '
+import sys
+from pathlib import Path
+from tsdsr_jax.images.files import IMAGE_SUFFIXES
+print(sum(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(sys.argv[1]).rglob("*")))' "$folder")
+  each=$(((crops + count - 1) / count))
+  set=$output/pairs-$((${#pairs[@]} / 2))
+  pairs+=(--data_dir "$set")
+  say "training set: $each crops of each of the $count photographs in $folder, degraded and encoded"
+  "$python" "$root/train/prepare.py" --hr_dir "$folder" --output_dir "$set" --pretrained_model_name_or_path "$output/new" \
+    --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$each" --degradation_strength light "${crop[@]}"
+done
 
 say "teacher, from scratch: ${base[0]} steps of ${base[1]}"
 model=$output/base/checkpoint_$(steps "${base[0]}")/model/ema
 [[ -d $model ]] || train teacher "${base[@]}" --train base --from_scratch --pretrained_model_name_or_path "$output/new" \
-  --data_dir "$output/pairs" "${prompts[@]}" --optimizer muon --learning_rate 4e-3 --lr_scheduler cosine \
+  "${pairs[@]}" "${prompts[@]}" --optimizer muon --learning_rate 4e-3 --lr_scheduler cosine \
   --lr_warmup_steps 100 --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/base"
 
 say "teacher's LoRA: ${lora[0]} steps of ${lora[1]}"
 teacher=$output/teacher/checkpoint_$(steps "${lora[0]}")/lora
-[[ -d $teacher ]] || train teacher "${lora[@]}" --pretrained_model_name_or_path "$model" --data_dir "$output/pairs" \
+[[ -d $teacher ]] || train teacher "${lora[@]}" --pretrained_model_name_or_path "$model" "${pairs[@]}" \
   "${prompts[@]}" --rank 16 --learning_rate 1e-4 --output_dir "$output/teacher"
 
-distil=(--pretrained_model_name_or_path "$model" --data_dir "$output/pairs" "${prompts[@]}" --use_default_prompt
+distil=(--pretrained_model_name_or_path "$model" "${pairs[@]}" "${prompts[@]}" --use_default_prompt
   --use_teacher_lora --teacher_lora_path "$teacher" --merge_teacher_lora --lambda_lpips 0 --guidance_scale 1 --rank_lora 64
   --learning_rate_reg 1e-3 --num_validation_images 8)
 

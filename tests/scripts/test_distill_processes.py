@@ -194,3 +194,58 @@ def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):
     length = np.sqrt(sum(np.sum(np.square(expected[name]), dtype=float) for name in moved))
     assert length > 0 and distance <= 1e-4 * length
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.allclose(a, b, atol=1e-5)), found, expected))
+
+
+# --- processes that do not belong together --------------------------------------------------------
+
+
+def pair_with(start, *flags: tuple[Path, tuple[str, ...]]) -> list[subprocess.Popen]:
+    """Starts processes that train together, each with its own output folder and flags."""
+    together = ("--coordinator_address", f"localhost:{free_port()}", "--num_processes", str(len(flags)))
+    return [
+        start(output, *more, *together, "--process_id", str(index))
+        for index, (output, more) in enumerate(flags)
+    ]
+
+
+def test_processes_with_other_flags_or_devices_are_refused(start, tmp_path):
+    first = ("--learning_rate", "1e-4", "--train_batch_size", "1", "--checkpointing_steps", "3")
+    other = (
+        "--learning_rate",
+        "1e-2",
+        "--train_batch_size",
+        "2",
+        "--checkpointing_steps",
+        "4",
+        "--log_name",
+        "x",
+    )
+    for process in pair_with(start, (tmp_path / "run", first), (tmp_path / "run", other)):
+        said = finish(process, 1)
+        lines = said[said.index("the processes have different") :].splitlines()
+        assert lines == [
+            "the processes have different flags, versions or devices, so they cannot train together:",
+            "  --checkpointing_steps: 3 in process 0; 4 in process 1",
+            "  --learning_rate: 0.0001 in process 0; 0.01 in process 1",
+            "  --train_batch_size: 1 in process 0; 2 in process 1",
+        ], said
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_folders_of_their_own_are_refused(start, tmp_path):
+    for process in pair_with(start, (tmp_path / "here", ()), (tmp_path / "there", ())):
+        said = finish(process, 1)
+        assert (
+            "process 1 on " in said and f"do not see the folder {tmp_path / 'here'} of process 0" in said
+        ), said
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_processes_with_other_data_are_refused(start, root, tmp_path):
+    _, vae = tiny_training.save_models(tmp_path / "models")
+    tiny_training.save_set(tmp_path / "set", vae, 10, seed=5)
+    other = ("--data_dir", str(tmp_path / "set"))
+    for process in pair_with(start, (tmp_path / "run", ()), (tmp_path / "run", other)):
+        said = finish(process, 1)
+        assert "different data, weights or checkpoints" in said and "data set's content: " in said, said
+        assert "--" not in said.partition("together:")[2], said

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,11 +15,19 @@ from tsdsr_jax.cli import PathOrName, at_least, check_writable, finite
 from tsdsr_jax.compile_watch import say_above_bar
 from tsdsr_jax.devices import DTYPES, join_processes
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.identity import versions
 from tsdsr_jax.program_cache import keep_programs
+from tsdsr_jax.training.agreement import check_agreement, check_shared
 from tsdsr_jax.training.log import ReportTo, check_trackers
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.schedules import ScheduleName
 from tsdsr_jax.training.sharding import make_mesh
+
+# Flags that may differ between processes: where one is and what it does alone, and paths, whose contents are compared.
+_OWN = ("process_id", "coordinator_address", "local_rank", "dataloader_num_workers", "logging_dir", "log_name", "log_code",
+        "report_to", "output_dir", "resume_from_checkpoint", "data_dir", "hr_dir", "validation_dir",
+        "pretrained_model_name_or_path", "vae_dir", "default_embedding_dir", "null_embedding_dir", "teacher_lora_path",
+        "checkpoint_path", "lpips_path")  # fmt: skip
 
 # The original's `--mixed_precision` calls float32 "no".
 PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}
@@ -127,13 +136,25 @@ class RunOptions:
         return found
 
     def start(self) -> Mesh:
-        """Turns on the compilation cache, joins the other processes, if any, and returns the mesh of devices."""
+        """Turns on the compilation cache, joins the other processes, if any, and returns the mesh of devices.
+
+        Raises:
+          UserError: the processes cannot be joined, or have different flags, versions, devices or output folders.
+        """
         keep_programs(say_above_bar)
         join_processes(self.coordinator_address, self.num_processes, self.process_id, self.multi_host)
+        check_agreement(self.agreed(), "flags, versions or devices")
+        check_shared(self.output_dir)
         try:
             return make_mesh(fsdp=self.fsdp)
         except ValueError as error:
             raise UserError(f"--fsdp {self.fsdp}: {error}") from None
+
+    def agreed(self) -> dict[str, Any]:
+        """Returns what must be the same for all processes, and is known before anything is loaded."""
+        flags = {f"--{name}": value for name, value in self.as_json().items() if name not in _OWN}
+        found = {name: version for name, version in versions().items() if name != "python"}
+        return flags | found | {"devices": [device.device_kind for device in jax.local_devices()]}
 
     def rows(self, mesh: Mesh) -> int:
         """Returns the number of images in an optimizer step."""

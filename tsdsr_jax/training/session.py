@@ -31,6 +31,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.places import SOURCE_CODE
 from tsdsr_jax.training import checkpoint, loop
+from tsdsr_jax.training.agreement import check_agreement
 from tsdsr_jax.training.log import RunLog, TensorBoard, Tracker, Wandb, check_trackers, read_rows
 from tsdsr_jax.training.optimizer import with_new_scale
 from tsdsr_jax.training.options import RunOptions
@@ -39,7 +40,6 @@ from tsdsr_jax.training.resume import (
     changed_arithmetic,
     changed_flags,
     check_identity,
-    check_processes,
     check_rows,
 )
 from tsdsr_jax.training.step import Step, TrainState
@@ -56,6 +56,7 @@ class Task:
       files: state -> how to make the files that a checkpoint exports. Called by every process.
       export: name of the folder for these files.
       identity: what must match a checkpoint's for it to be resumed.
+      agreed: what else must be the same for all processes, though a resumed run may change it.
       losses: metrics that the progress bar shows.
       counts: metrics that should be 0 -> what it means if they are not.
       curves: what to plot.
@@ -68,6 +69,7 @@ class Task:
     files: Callable[[TrainState], checkpoint.Export]
     export: str
     identity: Mapping[str, Any]
+    agreed: Mapping[str, Any]
     losses: Sequence[str]
     counts: Mapping[str, str]
     curves: Sequence[Curve]
@@ -149,7 +151,13 @@ class _Run:
     def begin(self, path: Path | None) -> tuple[Start, Any] | None:
         """Creates a new state or loads a checkpoint's; None if all steps are done already."""
         meta = checkpoint.read_meta(path) if path else None
-        check_processes(meta["step"] if meta else 0, self.identity)
+        # Whatever a process has found by itself. Where nothing decides, nothing is compared.
+        found = {
+            "checkpoint's step": meta["step"] if meta else 0,
+            "images per step": self.rows,
+            "steps": self.steps,
+        }
+        check_agreement({**self.identity, **self.task.agreed, **found}, "data, weights or checkpoints")
         if path and meta:
             return self.resume(path, meta)
         if self.options.resume_from_checkpoint:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax._src import distributed  # the key-value store has no public name
 from jax.typing import DTypeLike
 
+from tsdsr_jax import peers
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.program_cache import keep_programs
 
@@ -78,13 +80,22 @@ def memory_of(device: jax.Device) -> int:
     return min(memory) // 2
 
 
-def join_processes(coordinator: str | None, processes: int | None, process: int | None, detect: bool) -> None:
+def join_processes(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    detect: bool,
+    join_timeout: int = 300,
+    peer_timeout: int = 15,
+) -> None:
     """Makes this process one of several that train together; call it before anything else uses a device.
 
     Args:
       coordinator: host:port of the first process; needed with `processes` and `process` when they are started by hand.
       processes, process: the number of processes, and this one's index from 0.
       detect: take all three from the launcher (SLURM, Open MPI, TPU pods).
+      join_timeout: seconds to wait for the other processes.
+      peer_timeout: seconds after which a process that does not answer is given up; see `peers`.
 
     Raises:
       UserError: flags are missing, or the processes cannot reach each other.
@@ -99,13 +110,25 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process_id {process}: expected 0 to {processes - 1}")
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        # JAX gives up later than we do: it aborts the process.
+        patience = max(100, 4 * peer_timeout)
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=join_timeout,
+            heartbeat_timeout_seconds=patience,
+        )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError among them
         reason = str(error).split("\n")[0]
         hint = (
             "check that --coordinator_address can be reached" if given else "is this run by SLURM or mpirun?"
         )
         raise UserError(f"the processes cannot be joined ({reason}); {hint}") from None
+    if jax.process_count() > 1:
+        store = distributed.global_state.client
+        assert store is not None, "initialize has made it"
+        peers.watch(peers.Peers(store, jax.process_index(), jax.process_count(), peer_timeout))
 
 
 def matmul_precision(dtype: DTypeLike) -> AbstractContextManager[None]:

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny_training
+from tsdsr_jax.peers import PEER_ENDED
 from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.log import read_rows
 
@@ -249,3 +252,63 @@ def test_processes_with_other_data_are_refused(start, root, tmp_path):
         said = finish(process, 1)
         assert "different data, weights or checkpoints" in said and "data set's content: " in said, said
         assert "--" not in said.partition("together:")[2], said
+
+
+# --- processes that end ---------------------------------------------------------------------------
+
+# Seconds within which the others end, by default.
+ENDED_WITHIN = 20
+
+
+def training_pair(start, output: Path, *more: str) -> list[subprocess.Popen]:
+    """Two processes that have begun to train for long."""
+    flags = ("--max_train_steps", "100000", "--logging_steps", "1", "--train_batch_size", "1", *more)
+    pair = pair_with(start, (output, flags), (output, flags))
+    while not (output / "log.jsonl").exists() or (output / "log.jsonl").read_text().count('"student"') < 3:
+        assert all(process.poll() is None for process in pair), [each.printed.read_text() for each in pair]
+        time.sleep(0.1)
+    return pair
+
+
+KILLED = [
+    pytest.param(1, signal.SIGKILL, "process 1 on .* has not answered for"),
+    pytest.param(0, signal.SIGKILL, "process 0 .*(has ended or )?cannot be reached", marks=pytest.mark.slow),
+    pytest.param(1, signal.SIGSTOP, "process 1 on .* has not answered for", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("victim", "kind", "words"), KILLED)
+def test_a_process_that_is_gone_ends_the_other_soon(start, tmp_path, victim, kind, words):
+    pair = training_pair(start, tmp_path / "run")
+    began = time.monotonic()
+    pair[victim].send_signal(kind)
+    status = pair[1 - victim].wait(timeout=60)
+    seconds = time.monotonic() - began
+    printed = pair[1 - victim].printed.read_text()
+    assert status == PEER_ENDED and seconds < ENDED_WITHIN, (status, seconds, printed)
+    assert re.search(f"^stopping process {1 - victim} on .*: {words}", printed, re.MULTILINE), printed
+    assert "Traceback" not in printed, printed
+
+
+@pytest.mark.slow  # a minute; 2026-11-28: passed
+def test_an_error_in_one_ends_the_other_with_its_reason(start, root, tmp_path):
+    """The second process's set has a hole that its fingerprint does not cover."""
+    output = tmp_path / "run"
+    copy = shutil.copytree(root / "set", tmp_path / "set")
+    pair = training_pair(start, output, "--data_dir", str(copy), "--max_bad_samples", "0")
+    began = time.monotonic()
+    for path in (copy / "gt").iterdir():
+        path.write_bytes(b"")
+    statuses = [process.wait(timeout=60) for process in pair]
+    printed = [process.printed.read_text() for process in pair]
+    assert set(statuses) <= {1, PEER_ENDED} and 1 in statuses, printed
+    assert time.monotonic() - began < ENDED_WITHIN and "Traceback" not in "".join(printed), printed
+
+
+@pytest.mark.slow  # a minute; 2026-11-28: passed
+def test_ctrl_c_in_one_saves_in_all(start, tmp_path):
+    pair = training_pair(start, tmp_path / "run")
+    pair[1].send_signal(signal.SIGINT)
+    assert [process.wait(timeout=60) for process in pair] == [143, 143]
+    assert "all processes save and stop" in pair[1].printed.read_text()
+    assert checkpoint.find(tmp_path / "run", "latest")

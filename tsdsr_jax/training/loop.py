@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -71,13 +72,16 @@ class StopSignal:
     """Catches SIGTERM and the first Ctrl-C, so that a run can save before it stops; a second Ctrl-C stops it at once.
 
     Several processes that train together must stop at the same step. JAX's coordination service notices a SIGTERM to any of
-    them and chooses the step. It does not handle Ctrl-C, so Ctrl-C then stops its process at once.
+    them and chooses the step. It does not handle Ctrl-C, which here becomes a SIGTERM to this process.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.together = jax.process_count() > 1
-        if not self.together:
+        self._interrupted = False
+        if self.together:
+            signal.signal(signal.SIGINT, self._pass_on)
+        else:
             signal.signal(signal.SIGTERM, self._receive)
             signal.signal(signal.SIGINT, self._receive)
 
@@ -88,6 +92,14 @@ class StopSignal:
         tqdm.write(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
         if number == signal.SIGINT:
             tqdm.write("(press Ctrl-C again to stop at once, without saving)", file=sys.stderr)
+
+    def _pass_on(self, _number: int, _frame: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        tqdm.write("SIGINT: all processes save and stop", file=sys.stderr)
+        tqdm.write("(press Ctrl-C again to stop at once, without saving)", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
         if self.together and multihost_utils.reached_preemption_sync_point(step):

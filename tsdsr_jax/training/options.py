@@ -94,6 +94,10 @@ class RunOptions:
     """For several machines, started by hand: index of this process, from 0."""
     multi_host: bool = False
     """Train on several machines, started by SLURM or mpirun."""
+    join_timeout: int = 300
+    """For several machines: seconds to wait for all processes at the start."""
+    peer_timeout: int = 15
+    """For several machines: seconds after which a process that does not answer is given up, and all end."""
 
     local_rank: int = -1
     """Has no effect: one process uses all its GPUs. Accepted for the original's command lines."""
@@ -116,7 +120,8 @@ class RunOptions:
         """Raises UserError for values that cannot work, before anything is loaded."""
         at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp",
                  "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
-                 "logging_steps", "max_bad_steps")  # fmt: skip
+                 "logging_steps", "max_bad_steps", "join_timeout")  # fmt: skip
+        at_least(self, 3, "peer_timeout")
         finite(self)
         at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")
         if self.seed >= 2**32:
@@ -142,7 +147,14 @@ class RunOptions:
           UserError: the processes cannot be joined, or have different flags, versions, devices or output folders.
         """
         keep_programs(say_above_bar)
-        join_processes(self.coordinator_address, self.num_processes, self.process_id, self.multi_host)
+        join_processes(
+            self.coordinator_address,
+            self.num_processes,
+            self.process_id,
+            self.multi_host,
+            self.join_timeout,
+            self.peer_timeout,
+        )
         check_agreement(self.agreed(), "flags, versions or devices")
         check_shared(self.output_dir)
         try:

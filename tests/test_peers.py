@@ -110,4 +110,4 @@ def test_a_store_that_is_gone_means_process_0():
 
 def test_alone_nothing_is_told():
     peers.ended(1, "a reason")
-    assert not peers.joined()
+    assert not peers.has_peers()

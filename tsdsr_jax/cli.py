@@ -29,6 +29,7 @@ from tsdsr_jax.cli_help import Groups, help_text
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.flags import Flag, expected, flags_of, join, members
 from tsdsr_jax.flags import PathOrName as PathOrName
+from tsdsr_jax.launchers import launched
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -145,7 +146,7 @@ def run(main: Callable[[], object]) -> None:
 
 def _end_by_bug(error: Exception) -> None:
     """Tells other processes, if there are any. They get the traceback's last line, this one prints all of it."""
-    if peers.joined():
+    if peers.has_peers():
         peers.wait_for_reason()  # the error may be another process's end, which ends this one, too
         traceback.print_exception(error)
         peers.ended(1, f"{type(error).__name__}: {error}")
@@ -324,8 +325,14 @@ class Share:
 EVERYTHING = Share(0, 1)
 
 
-def share(text: str, flag: str = "--shard") -> Share:
-    """Reads a flag's "i/n"; raises UserError for anything else."""
+def share(text: str | None, flag: str = "--shard") -> Share:
+    """Reads a flag's "i/n"; raises UserError for anything else.
+
+    Without it, each process that a launcher has started takes its part.
+    """
+    if text is None:
+        found = launched()
+        return Share(found.process, found.processes) if found else EVERYTHING
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"{flag} {text}: expected i/n with 0 ≤ i < n, such as 0/4")

@@ -167,7 +167,7 @@ def watch(peers: Peers) -> None:
     _explain_abort(peers)
 
 
-def joined() -> bool:
+def has_peers() -> bool:
     """Whether there are other processes."""
     return _joined is not None
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from tsdsr_jax.cli import PathOrName, at_least, check_writable, finite
 from tsdsr_jax.compile_watch import say_above_bar
-from tsdsr_jax.devices import DTYPES, join_processes
+from tsdsr_jax.devices import DTYPES, Joining, join_processes
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.program_cache import keep_programs
@@ -92,8 +92,9 @@ class RunOptions:
     """For several machines, started by hand: number of processes."""
     process_id: int | None = None
     """For several machines, started by hand: index of this process, from 0."""
-    multi_host: bool = False
-    """Train on several machines, started by SLURM or mpirun."""
+    multi_host: bool | None = None
+    """Train together with the other processes that srun, mpirun or torchrun has started. Default: if it has started
+    several."""
     join_timeout: int = 300
     """For several machines: seconds to wait for all processes at the start."""
     peer_timeout: int = 15
@@ -148,12 +149,15 @@ class RunOptions:
         """
         keep_programs(say_above_bar)
         join_processes(
-            self.coordinator_address,
-            self.num_processes,
-            self.process_id,
-            self.multi_host,
-            self.join_timeout,
-            self.peer_timeout,
+            Joining(
+                self.coordinator_address,
+                self.num_processes,
+                self.process_id,
+                self.multi_host,
+                self.join_timeout,
+                self.peer_timeout,
+            ),
+            say_above_bar,
         )
         check_agreement(self.agreed(), "flags, versions or devices")
         check_shared(self.output_dir)

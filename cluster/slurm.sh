@@ -26,12 +26,22 @@ script=${TSDSR:-train/distill.py}
 # Lets the adapters' gradients travel while the rest of the backward pass computes.
 export XLA_FLAGS="${XLA_FLAGS:-} ${TSDSR_XLA_FLAGS:---xla_gpu_enable_latency_hiding_scheduler=true}"
 
-# --kill-on-bad-exit: a task that is gone ends the step. Each says why before.
-srun --kill-on-bad-exit=1 "$python" "$script" --resume_from_checkpoint latest "$@"
+newest() { ls -d "$output"/checkpoint_* 2>/dev/null | tail -n 1; }
+output=runs/slurm-$SLURM_JOB_ID
+for ((i = 1; i < $#; i++)); do [[ ${!i} == --output_dir ]] && { i=$((i + 1)); output=${!i}; }; done
+before=$(newest)
+
+srun "$python" "$script" --output_dir "$output" --resume_from_checkpoint latest "$@"
 status=$?
 
-# 143: stopped by the signal above, after saving. 75: another task or its node failed. Anything else is an error to look at.
-if ((status == 143 || status == 75)) && [[ ${SLURM_RESTART_COUNT:-0} -lt ${TSDSR_RESTARTS:-100} ]]; then
+# 143: stopped by the signal above, after saving. 75: another task or its node failed. 137: a task was killed, perhaps because
+# memory ran out; then only once more for each new checkpoint. Anything else is an error to look at.
+again=no
+case "$status" in
+  75 | 143) again=yes ;;
+  134 | 137) [[ $(newest) != "$before" ]] && again=yes ;;
+esac
+if [[ $again == yes && ${SLURM_RESTART_COUNT:-0} -lt ${TSDSR_RESTARTS:-100} ]]; then
   echo "status $status: requeuing job $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID"
 fi

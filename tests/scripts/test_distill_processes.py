@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 import tiny_training
 from tsdsr_jax.peers import PEER_ENDED
 from tsdsr_jax.training import checkpoint
-from tsdsr_jax.training.log import read_rows
+from tsdsr_jax.training.log import TIMINGS, read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A checkpoint every few steps, so that some are being written when the process is killed.
@@ -87,7 +87,7 @@ def everything(output: Path) -> tuple[dict[str, bytes], list[dict]]:
 
     with ocp.StandardCheckpointer() as reader:
         state = reader.restore(checkpoint.find(output, "latest").resolve() / "state")
-    rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_rows(output / "log.jsonl")]
+    rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(output / "log.jsonl")]
     return {name: np.asarray(leaf).tobytes() for name, leaf in state.items()}, rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,9 @@ class RunOptions:
     """Also report to TensorBoard, wandb or both (all)."""
     logging_steps: int = 10
     """Fetch losses from the devices every N steps. Every step is logged either way."""
+
+    profile_steps: str | None = None
+    """Write a trace of these steps to OUTPUT/profile, such as 10:15; XProf shows it."""
 
     train_batch_size: int = 4
     """Images per device in a batch."""
@@ -125,10 +129,27 @@ class RunOptions:
         at_least(self, 3, "peer_timeout")
         finite(self)
         at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")
+        self.profiled()
         if self.seed >= 2**32:
             raise UserError(f"--seed {self.seed}: expected less than 2**32")
         check_writable(self.output_dir)
         check_trackers(self.report_to)
+
+    def profiled(self) -> tuple[int, int] | None:
+        """Returns the first and the last step of --profile_steps.
+
+        Raises:
+          UserError: it is not of that form.
+        """
+        if self.profile_steps is None:
+            return None
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile_steps)
+        first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise UserError(
+                f"--profile_steps {self.profile_steps}: expected the first and the last step, such as 10:15"
+            )
+        return first, last
 
     def notes(self) -> list[str]:
         """Returns a note for each flag that has no effect."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -43,7 +44,7 @@ from tsdsr_jax.training.resume import (
     check_rows,
 )
 from tsdsr_jax.training.step import Step, TrainState
-from tsdsr_jax.training.summary import Curve, first_and_last, plot_curves, summary_table
+from tsdsr_jax.training.summary import Curve, first_and_last, in_steps, plot_curves, summary_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def train(options: RunOptions, task: Task, data: Data, mesh: Mesh, start: Path |
 class _Run:
     def __init__(self, options: RunOptions, task: Task, data: Data, mesh: Mesh):
         self.options, self.task, self.data = options, task, data
-        self.folder = options.output_dir
+        self.folder, self.began = options.output_dir, time.perf_counter()
         self.rows = options.rows(mesh)
         self.steps = options.steps(len(data.source), mesh)
         self.identity = {"seed": options.seed, **task.identity, **data.identity}
@@ -231,6 +232,7 @@ class _Run:
             max_bad_steps=options.max_bad_steps,
             images=self.rows,
             shown=tuple(self.task.losses),
+            profile=(*steps, self.folder / "profile") if (steps := options.profiled()) else None,
         )
 
     def hooks(self) -> loop.Hooks:
@@ -308,6 +310,10 @@ class _Run:
         for name, meaning in self.task.counts.items():
             if steps := sum((row.get(name) or 0) > 0 for row in rows):
                 say(f"in {steps} steps, {meaning} ({name} in the log)")
+        if self.options.profiled():
+            folder = shlex.quote(str(self.folder / "profile"))
+            say(f"trace: {folder}; look at it with: xprof --logdir {folder}")
+        say(in_steps(rows, self.start.step, self.rows, time.perf_counter() - self.began))
         say(f"curves: {self.folder / 'curves.png'}; pictures: {self.folder / 'validation'}; log: {log.path}")
         summary = {
             "steps": step,

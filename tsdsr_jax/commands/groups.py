@@ -60,7 +60,7 @@ EVALUATING: Groups = {
     "references and names": ("gt_imgs", "names"),
     "metrics": ("metrics", "compare", "niqe_params", "lpips_weights"),
     "output": ("log", "log_name", "overwrite", "report", "lr_imgs"),
-    "memory and devices": ("device", "max_pixels"),
+    "memory, devices and machines": ("device", "max_pixels", "shard"),
 }
 
 ENCODING: Groups = {

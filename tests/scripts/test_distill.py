@@ -354,7 +354,7 @@ def test_a_run_that_cannot_continue_bit_for_bit_says_so(finished, command, tmp_p
     shutil.copytree(finished / "checkpoint_0000004", tmp_path / "out" / "checkpoint_0000004")
     (path,) = (file for file in (tmp_path / "out").rglob("meta/*") if "versions" in file.read_text())
     made = json.loads(path.read_text())
-    changes = {"training arithmetic: None before, 2 now": "training arithmetic", "jax: 0.1 before": "jax"}
+    changes = {"training arithmetic: None before, 3 now": "training arithmetic", "jax: 0.1 before": "jax"}
     for words, name in changes.items():
         versions = {**made["versions"], name: "0.1"}
         if name != "jax":

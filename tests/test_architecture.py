@@ -46,6 +46,8 @@ AT_THE_ROOT = {
     "git_lfs",
     "hints",
     "identity",
+    "launchers",
+    "peers",
     "places",
     "program_cache",
 }

@@ -17,16 +17,19 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from tsdsr_jax import peers
 from tsdsr_jax.cli_help import Groups, help_text
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.flags import Flag, expected, flags_of, join, members
 from tsdsr_jax.flags import PathOrName as PathOrName
+from tsdsr_jax.launchers import launched
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -112,22 +115,41 @@ def run(main: Callable[[], object]) -> None:
         _check_current_folder()
         main()
         sys.stdout.flush()
+        peers.ended(0)
     except UserError as error:
         print(f"{script_name()}: {error}", file=sys.stderr)
+        peers.ended(1, str(error))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        peers.ended(130, "interrupted")
         raise SystemExit(130) from None
+    except SystemExit as end:
+        peers.ended(1, str(end.code) if end.code == 1 else "")
+        raise
     except BrokenPipeError:
         _discard_output()
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
     except OSError as error:
         if error.errno != errno.ENOSPC:
+            _end_by_bug(error)
             raise
         place = error.filename or "the file that receives this command's output"
         print(f"{script_name()}: {place}: the disk is full; make room and run it again", file=sys.stderr)
         _discard_output()
+        peers.ended(1, "the disk is full")
         raise SystemExit(1) from None
+    except Exception as error:
+        _end_by_bug(error)
+        raise
+
+
+def _end_by_bug(error: Exception) -> None:
+    """Tells other processes, if there are any. They get the traceback's last line, this one prints all of it."""
+    if peers.has_peers():
+        peers.wait_for_reason()  # the error may be another process's end, which ends this one, too
+        traceback.print_exception(error)
+        peers.ended(1, f"{type(error).__name__}: {error}")
 
 
 def _check_current_folder() -> None:
@@ -303,8 +325,14 @@ class Share:
 EVERYTHING = Share(0, 1)
 
 
-def share(text: str, flag: str = "--shard") -> Share:
-    """Reads a flag's "i/n"; raises UserError for anything else."""
+def share(text: str | None, flag: str = "--shard") -> Share:
+    """Reads a flag's "i/n"; raises UserError for anything else.
+
+    Without it, each process that a launcher has started takes its part.
+    """
+    if text is None:
+        found = launched()
+        return Share(found.process, found.processes) if found else EVERYTHING
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"{flag} {text}: expected i/n with 0 ≤ i < n, such as 0/4")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax._src import distributed  # the key-value store has no public name
 from jax.typing import DTypeLike
 
+from tsdsr_jax import launchers, peers
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.program_cache import keep_programs
 
@@ -78,34 +82,84 @@ def memory_of(device: jax.Device) -> int:
     return min(memory) // 2
 
 
-def join_processes(coordinator: str | None, processes: int | None, process: int | None, detect: bool) -> None:
-    """Makes this process one of several that train together; call it before anything else uses a device.
+class Joining(NamedTuple):
+    """How a process joins those that it trains with.
 
-    Args:
-      coordinator: host:port of the first process; needed with `processes` and `process` when they are started by hand.
+    Attributes:
+      coordinator: host:port of the first process; needed with the next two when processes are started by hand.
       processes, process: the number of processes, and this one's index from 0.
-      detect: take all three from the launcher (SLURM, Open MPI, TPU pods).
+      multi_host: take all three from the launcher. None: if there is one that has started several processes.
+      join_timeout: seconds to wait for the other processes.
+      peer_timeout: seconds after which a process that does not answer is given up; see `peers`.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    multi_host: bool | None = None
+    join_timeout: int = 300
+    peer_timeout: int = 15
+
+    def by_hand(self) -> bool:
+        """Whether the three flags for processes started by hand are given.
+
+        Raises:
+          UserError: some are missing, or they contradict each other.
+        """
+        flags = {
+            "--coordinator_address": self.coordinator,
+            "--num_processes": self.processes,
+            "--process_id": self.process,
+        }
+        given = [flag for flag, value in flags.items() if value is not None]
+        if given and len(given) < len(flags):
+            missing = [flag for flag in flags if flag not in given]
+            raise UserError(
+                f"{' and '.join(given)} given without {' and '.join(missing)}; they belong together"
+            )
+        if self.processes is not None and self.process is not None and not 0 <= self.process < self.processes:
+            raise UserError(f"--process_id {self.process}: expected 0 to {self.processes - 1}")
+        return bool(given)
+
+
+def join_processes(joining: Joining, say: Callable[[str], object]) -> None:
+    """Makes this process one of several that train together; call it before anything else uses a device.
 
     Raises:
       UserError: flags are missing, or the processes cannot reach each other.
     """
-    by_hand = {"--coordinator_address": coordinator, "--num_processes": processes, "--process_id": process}
-    given = [flag for flag, value in by_hand.items() if value is not None]
-    if not given and not detect:
-        return
-    if given and len(given) < len(by_hand):
-        missing = [flag for flag in by_hand if flag not in given]
-        raise UserError(f"{' and '.join(given)} given without {' and '.join(missing)}; they belong together")
-    if processes is not None and process is not None and not 0 <= process < processes:
-        raise UserError(f"--process_id {process}: expected 0 to {processes - 1}")
+    launched = None
+    if not (by_hand := joining.by_hand()):
+        launched = None if joining.multi_host is False else launchers.launched()
+        if launched is None and not joining.multi_host:
+            return
+        if launched and launched.process == 0:
+            say(
+                f"joining {launched.processes} processes started by {launched.by} (--no_multi_host trains alone)"
+            )
+    coordinator, processes, process, devices = joining.coordinator, joining.processes, joining.process, None
+    if launched:
+        coordinator, processes, process = launched.coordinator, launched.processes, launched.process
+        devices = launched.devices
+    # JAX gives up later than we do: it aborts the process.
+    patience = max(100, 4 * joining.peer_timeout)
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(
+            coordinator, processes, process, devices,
+            initialization_timeout=joining.join_timeout, heartbeat_timeout_seconds=patience,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError among them
         reason = str(error).split("\n")[0]
         hint = (
-            "check that --coordinator_address can be reached" if given else "is this run by SLURM or mpirun?"
+            "check that --coordinator_address can be reached"
+            if by_hand
+            else "is this run by srun, mpirun or torchrun?"
         )
         raise UserError(f"the processes cannot be joined ({reason}); {hint}") from None
+    if jax.process_count() > 1:
+        store = distributed.global_state.client
+        assert store is not None, "initialize has made it"
+        peers.watch(peers.Peers(store, jax.process_index(), jax.process_count(), joining.peer_timeout))
 
 
 def matmul_precision(dtype: DTypeLike) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from parity import config_of, leaves, random_lora, random_params, uniform
 from tsdsr_jax.models import lora
+from tsdsr_jax.models.layers import trained_product
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.models.params import Config, Tree, abstract_params
 from tsdsr_jax.models.vae import VAEConfig
@@ -225,3 +226,23 @@ def test_errors_of_merge(module: str, a: tuple[int, ...], b: tuple[int, ...], me
     outer, inner = module.split("/")
     with pytest.raises(ValueError, match=message):
         lora.merge(params, {outer: {inner: {"a": uniform("a", a), "b": uniform("b", b)}}})
+
+
+# --- gradients in 16 bits -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_an_adapters_gradient_is_float32s(dtype: Any) -> None:
+    """Only the factors are rounded to 16 bits, not their product; sums beyond float16's range do not overflow."""
+    generator = np.random.default_rng(0)
+    x, slope = (jnp.asarray(generator.standard_normal((2, 64, 8)) * 40, dtype) for _ in range(2))
+    weight = jnp.asarray(generator.standard_normal((8, 8)), jnp.float32)
+    _, backward = jax.vjp(trained_product, x, weight)
+    of_x, of_weight = backward(slope)
+    wide = [np.asarray(array, np.float64).reshape(-1, 8) for array in (x, slope)]
+    expected = wide[0].T @ wide[1]
+    assert of_weight.dtype == jnp.float32 and of_x.dtype == dtype
+    np.testing.assert_allclose(of_weight, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(expected).max() > 65504 / 2
+    plain = jax.grad(lambda x: (x @ weight.astype(dtype) * slope).sum())(x)
+    np.testing.assert_array_equal(of_x, plain)

@@ -29,7 +29,7 @@ from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.vae import AutoencoderKL as FlaxVAE
 from tsdsr_jax.training import checkpoint, options, sharding, step
-from tsdsr_jax.training.log import read_rows
+from tsdsr_jax.training.log import TIMINGS, read_rows
 from tsdsr_jax.training.step import JittedStep, Trainer, TrainState
 from tsdsr_jax.weights.prompt_files import save_prompt_embeds
 from tsdsr_jax.weights.torch_names import to_tree
@@ -107,7 +107,7 @@ def state_of(output: Path) -> dict[str, np.ndarray]:
 
 
 def log_of(output: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_rows(output / "log.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(output / "log.jsonl")]
 
 
 def steps_of(output: Path) -> list[dict]:
@@ -354,7 +354,7 @@ def test_a_run_that_cannot_continue_bit_for_bit_says_so(finished, command, tmp_p
     shutil.copytree(finished / "checkpoint_0000004", tmp_path / "out" / "checkpoint_0000004")
     (path,) = (file for file in (tmp_path / "out").rglob("meta/*") if "versions" in file.read_text())
     made = json.loads(path.read_text())
-    changes = {"training arithmetic: None before, 2 now": "training arithmetic", "jax: 0.1 before": "jax"}
+    changes = {"training arithmetic: None before, 3 now": "training arithmetic", "jax: 0.1 before": "jax"}
     for words, name in changes.items():
         versions = {**made["versions"], name: "0.1"}
         if name != "jax":
@@ -569,6 +569,8 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         (("--lambda_vsd", "1.5"), "expected a share from 0 to 1"),
         (("--first_index", "900", "--last_index", "800"), "expected first ≤ last ≤ 998"),
         (("--lambda_tsd", "0", "--lambda_mse", "0"), "nothing to train"),
+        (("--profile_steps", "5"), "--profile_steps 5: expected the first and the last step, such as 10:15"),
+        (("--profile_steps", "7:5"), "--profile_steps 7:5: expected"),
         (("--lambda_adv", "-1"), "--lambda_adv -1: expected at least 0"),
         (("--discriminator_width", "12"), "--discriminator_width 12: expected a positive multiple of 8"),
         (("--use_teacher_lora",), "give the LoRA with --teacher_lora_path"),

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny_training
+from tsdsr_jax.peers import PEER_ENDED
 from tsdsr_jax.training import checkpoint
-from tsdsr_jax.training.log import read_rows
+from tsdsr_jax.training.log import TIMINGS, read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A checkpoint every few steps, so that some are being written when the process is killed.
@@ -84,7 +87,7 @@ def everything(output: Path) -> tuple[dict[str, bytes], list[dict]]:
 
     with ocp.StandardCheckpointer() as reader:
         state = reader.restore(checkpoint.find(output, "latest").resolve() / "state")
-    rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_rows(output / "log.jsonl")]
+    rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(output / "log.jsonl")]
     return {name: np.asarray(leaf).tobytes() for name, leaf in state.items()}, rows
 
 
@@ -194,3 +197,118 @@ def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):
     length = np.sqrt(sum(np.sum(np.square(expected[name]), dtype=float) for name in moved))
     assert length > 0 and distance <= 1e-4 * length
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.allclose(a, b, atol=1e-5)), found, expected))
+
+
+# --- processes that do not belong together --------------------------------------------------------
+
+
+def pair_with(start, *flags: tuple[Path, tuple[str, ...]]) -> list[subprocess.Popen]:
+    """Starts processes that train together, each with its own output folder and flags."""
+    together = ("--coordinator_address", f"localhost:{free_port()}", "--num_processes", str(len(flags)))
+    return [
+        start(output, *more, *together, "--process_id", str(index))
+        for index, (output, more) in enumerate(flags)
+    ]
+
+
+def test_processes_with_other_flags_or_devices_are_refused(start, tmp_path):
+    first = ("--learning_rate", "1e-4", "--train_batch_size", "1", "--checkpointing_steps", "3")
+    other = (
+        "--learning_rate",
+        "1e-2",
+        "--train_batch_size",
+        "2",
+        "--checkpointing_steps",
+        "4",
+        "--log_name",
+        "x",
+    )
+    for process in pair_with(start, (tmp_path / "run", first), (tmp_path / "run", other)):
+        said = finish(process, 1)
+        lines = said[said.index("the processes have different") :].splitlines()
+        assert lines == [
+            "the processes have different flags, versions or devices, so they cannot train together:",
+            "  --checkpointing_steps: 3 in process 0; 4 in process 1",
+            "  --learning_rate: 0.0001 in process 0; 0.01 in process 1",
+            "  --train_batch_size: 1 in process 0; 2 in process 1",
+        ], said
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_folders_of_their_own_are_refused(start, tmp_path):
+    for process in pair_with(start, (tmp_path / "here", ()), (tmp_path / "there", ())):
+        said = finish(process, 1)
+        assert (
+            "process 1 on " in said and f"do not see the folder {tmp_path / 'here'} of process 0" in said
+        ), said
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_processes_with_other_data_are_refused(start, root, tmp_path):
+    _, vae = tiny_training.save_models(tmp_path / "models")
+    tiny_training.save_set(tmp_path / "set", vae, 10, seed=5)
+    other = ("--data_dir", str(tmp_path / "set"))
+    for process in pair_with(start, (tmp_path / "run", ()), (tmp_path / "run", other)):
+        said = finish(process, 1)
+        assert "different data, weights or checkpoints" in said and "data set's content: " in said, said
+        assert "--" not in said.partition("together:")[2], said
+
+
+# --- processes that end ---------------------------------------------------------------------------
+
+# Seconds within which the others end, by default.
+ENDED_WITHIN = 20
+
+
+def training_pair(start, output: Path, *more: str) -> list[subprocess.Popen]:
+    """Two processes that have begun to train for long."""
+    flags = ("--max_train_steps", "100000", "--logging_steps", "1", "--train_batch_size", "1", *more)
+    pair = pair_with(start, (output, flags), (output, flags))
+    while not (output / "log.jsonl").exists() or (output / "log.jsonl").read_text().count('"student"') < 3:
+        assert all(process.poll() is None for process in pair), [each.printed.read_text() for each in pair]
+        time.sleep(0.1)
+    return pair
+
+
+KILLED = [
+    pytest.param(1, signal.SIGKILL, "process 1 on .* has not answered for"),
+    pytest.param(0, signal.SIGKILL, "process 0 .*(has ended or )?cannot be reached", marks=pytest.mark.slow),
+    pytest.param(1, signal.SIGSTOP, "process 1 on .* has not answered for", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("victim", "kind", "words"), KILLED)
+def test_a_process_that_is_gone_ends_the_other_soon(start, tmp_path, victim, kind, words):
+    pair = training_pair(start, tmp_path / "run")
+    began = time.monotonic()
+    pair[victim].send_signal(kind)
+    status = pair[1 - victim].wait(timeout=60)
+    seconds = time.monotonic() - began
+    printed = pair[1 - victim].printed.read_text()
+    assert status == PEER_ENDED and seconds < ENDED_WITHIN, (status, seconds, printed)
+    assert re.search(f"^stopping process {1 - victim} on .*: {words}", printed, re.MULTILINE), printed
+    assert "Traceback" not in printed, printed
+
+
+@pytest.mark.slow  # a minute; 2026-11-28: passed
+def test_an_error_in_one_ends_the_other_with_its_reason(start, root, tmp_path):
+    """The second process's set has a hole that its fingerprint does not cover."""
+    output = tmp_path / "run"
+    copy = shutil.copytree(root / "set", tmp_path / "set")
+    pair = training_pair(start, output, "--data_dir", str(copy), "--max_bad_samples", "0")
+    began = time.monotonic()
+    for path in (copy / "gt").iterdir():
+        path.write_bytes(b"")
+    statuses = [process.wait(timeout=60) for process in pair]
+    printed = [process.printed.read_text() for process in pair]
+    assert set(statuses) <= {1, PEER_ENDED} and 1 in statuses, printed
+    assert time.monotonic() - began < ENDED_WITHIN and "Traceback" not in "".join(printed), printed
+
+
+@pytest.mark.slow  # a minute; 2026-11-28: passed
+def test_ctrl_c_in_one_saves_in_all(start, tmp_path):
+    pair = training_pair(start, tmp_path / "run")
+    pair[1].send_signal(signal.SIGINT)
+    assert [process.wait(timeout=60) for process in pair] == [143, 143]
+    assert "all processes save and stop" in pair[1].printed.read_text()
+    assert checkpoint.find(tmp_path / "run", "latest")

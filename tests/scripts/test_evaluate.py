@@ -130,7 +130,7 @@ def test_names_that_are_no_text(command, tmp_path):
 
 
 def test_a_log_that_cannot_be_written_is_told_before_the_work(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "measure", None)
+    monkeypatch.setattr(evaluate, "measure_pictures", None)
     assert "is a file" in command.refused(tmp_path / "sr/a.png/log", "--metrics", "psnr")
     (tmp_path / "log/METRICS.json").mkdir(parents=True)
     assert "METRICS.json: is a folder" in command.refused(tmp_path / "log", "--overwrite")
@@ -295,3 +295,46 @@ def test_report_of_different_references(command, tmp_path):
     assert f"Look at {page.name}" in printed
     text = page.read_text()
     assert "other/a" in text and "sr/a" in text
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def test_parts_joined_are_the_whole(command, tmp_path):
+    """Whoever comes last joins them, in any order; nothing else stays behind."""
+    flags = ("--metrics", "psnr", "ssim", "--inp_imgs", f"{tmp_path}/sr", f"{tmp_path}/other", "--compare")
+    whole = command.done(tmp_path / "whole", *flags)
+    for index in (2, 0):
+        said = command.done(tmp_path / "log", *flags, "--shard", f"{index}/3")
+        assert said == f"part {index} of 3 is measured; the process that comes last writes the tables\n"
+    said = command.done(tmp_path / "log", *flags, "--shard", "1/3")
+    assert said.partition("\nin ")[0] == whole.partition("\nin ")[0]
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in (tmp_path / "log").iterdir()} == names
+    for name in ("METRICS.csv", "METRICS.txt"):
+        assert (tmp_path / "log" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_part_of_other_pictures_is_not_joined(command, tmp_path):
+    flags = ("--metrics", "psnr")
+    command.done(tmp_path / "log", *flags, "--shard", "0/2")
+    Image.fromarray(np.zeros((24, 30, 3), np.uint8)).save(tmp_path / "sr" / "a.png")
+    assert "comes last" in command.done(tmp_path / "log", *flags, "--shard", "1/2")
+    assert "images" in command.done(tmp_path / "log", *flags, "--shard", "0/2")
+
+
+def test_more_parts_than_pictures_and_what_cannot_be_measured(command, tmp_path):
+    (tmp_path / "sr" / "b.png").write_bytes(b"no picture")
+    flags = ("--metrics", "psnr")
+    whole = command.refused(tmp_path / "whole", *flags)
+    for index in range(4):
+        command.done(tmp_path / "log", *flags, "--shard", f"{index}/5")
+    said = command.refused(tmp_path / "log", *flags, "--shard", "4/5")
+    assert said.replace(f"{tmp_path}/", "") == whole.replace(f"{tmp_path}/", "") and "b.png" in said
+
+
+def test_parts_need_a_folder(command, tmp_path):
+    said = command.typed(
+        "infer/evaluate.py", "--inp_imgs", f"{tmp_path}/sr", "--gt_imgs", f"{tmp_path}/hr", "--shard", "0/2"
+    )
+    assert said.status == 1 and "--shard: needs --log" in said.err

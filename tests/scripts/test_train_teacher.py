@@ -19,7 +19,7 @@ from commands import Command, Outcome, resume_by_every_spelling
 from tsdsr_jax.commands import distill, teacher
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.training import checkpoint, options, sharding
-from tsdsr_jax.training.log import read_rows
+from tsdsr_jax.training.log import TIMINGS, read_rows
 from tsdsr_jax.weights.lora_files import load_lora
 from tsdsr_jax.weights.sd3_folder import open_checkpoint
 from tsdsr_jax.weights.torch_pickle import write_tensor
@@ -94,7 +94,7 @@ def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> floa
 
 
 def steps_of(output: Path) -> list[dict]:
-    rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_rows(output / "log.jsonl")]
+    rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(output / "log.jsonl")]
     return [row for row in rows if "flow" in row]
 
 

@@ -1,5 +1,6 @@
 """When the loop logs, validates, saves and stops; its training step only counts."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -189,3 +190,26 @@ def test_compilation_is_no_part_of_the_rate_and_the_estimate(capsys):
     )
     loop.run_loop(0, step, itertools.repeat(1), schedule(log=5), hooks, loop.StopSignal())
     assert len(rates) == 10 and min(rates) > 2 / 0.1
+
+
+def test_waiting_for_data_is_logged_apart():
+    rows = []
+    hooks = loop.Hooks(
+        log=lambda step, values: rows.append(values), validate=lambda *_: None, save=lambda *_: None
+    )
+
+    def slow():
+        for number in itertools.count():
+            time.sleep(0.2 if number == 3 else 0)
+            yield 1
+
+    loop.run_loop(0, count, slow(), schedule(log=1), hooks, loop.StopSignal())
+    waits = [row["waiting_s"] for row in rows]
+    assert waits[3] > 0.19 and max(waits[:3] + waits[4:]) < 0.1
+    assert "waiting_longest" not in rows[0]  # there is only one process
+
+
+def test_steps_are_traced(tmp_path):
+    settings = dataclasses.replace(schedule(), profile=(2, 3, tmp_path / "profile"))
+    loop.run_loop(0, count, itertools.repeat(1), settings, Recorder().hooks(), loop.StopSignal())
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

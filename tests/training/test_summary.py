@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tsdsr_jax.training.summary import Curve, first_and_last, plot_curves, summary_table
+from tsdsr_jax.training.summary import Curve, first_and_last, in_steps, plot_curves, summary_table
 
 
 def rows(count: int) -> list[dict]:
@@ -36,3 +36,13 @@ def test_the_summary_compares_beginning_and_end():
     assert summary["loss"]["first"] == pytest.approx(np.mean([10 / (1 + s) for s in range(10)]))
     assert summary["loss"]["last"] == pytest.approx(np.mean([10 / (1 + s) for s in range(90, 100)]))
     assert "loss" in summary_table(summary) and summary_table({})
+
+
+def test_time_in_steps_leaves_out_earlier_runs_and_validations():
+    rows = [
+        {"step": 10, "images_per_s": 1.0, "waiting_s": 5.0},
+        {"step": 11, "images_per_s": 2.0, "waiting_s": 0.5},
+        {"step": 12, "images_per_s": 4.0},
+        {"step": 12, "validation_psnr": 30.0},
+    ]
+    assert in_steps(rows, 10, 8, 12.0).startswith("6 of 12 s went into steps (50%), 0 of them into waiting")

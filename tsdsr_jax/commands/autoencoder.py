@@ -38,7 +38,7 @@ from tsdsr_jax.pretraining.autoencoder import (
 )
 from tsdsr_jax.pretraining.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.training import session
-from tsdsr_jax.training.checkpoint import MODEL, Export, Files, to_host
+from tsdsr_jax.training.checkpoint import MODEL, Export, Files, Hash, to_host
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import load_networks
 from tsdsr_jax.training.options import AdversarialOptions, OptimizerOptions, RunOptions
@@ -187,6 +187,10 @@ def _prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new:
         files=partial(_export, config, validation, to_host(start.fixed)),
         export=MODEL,
         identity=options.kept() | options.kept_here() | {"autoencoder": digest},
+        agreed={
+            "LPIPS": Hash.of(lpips[1] if lpips else {}),
+            "validation samples": Hash.of(records),
+        },
         losses=("autoencoder", "l1", *(("adversarial",) if options.lambda_adv else ())),
         counts={},
         curves=CURVES,

@@ -40,7 +40,7 @@ from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.stacks import by_layer
 from tsdsr_jax.training import session
-from tsdsr_jax.training.checkpoint import LORA
+from tsdsr_jax.training.checkpoint import LORA, Hash
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.missing import (
     lack_own_prompts,
@@ -328,6 +328,11 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
         | options.ranks()._asdict()
         | options.kept()
         | options.kept_discriminator(),
+        agreed={
+            "starting LoRAs": Hash.of(loaded),
+            "LPIPS": Hash.of(lpips[1] if lpips else {}),
+            "validation samples": Hash.of(records),
+        },
         losses=LOSSES,
         counts=COUNTS,
         curves=CURVES,

@@ -25,8 +25,9 @@ from tsdsr_jax.devices import select_devices
 from tsdsr_jax.errors import UserError, printable
 from tsdsr_jax.evaluation import report, tables
 from tsdsr_jax.evaluation.html import check_report_path
-from tsdsr_jax.evaluation.measure import by_name, find_pairs, measure
+from tsdsr_jax.evaluation.measure import Measured, by_name, complete, find_pairs, measure_pictures
 from tsdsr_jax.evaluation.registry import PAPER, Metric, Sources, load_metrics
+from tsdsr_jax.evaluation.shared import SharedEvaluation
 from tsdsr_jax.evaluation.tables import MeasuredMethod
 from tsdsr_jax.identity import versions
 
@@ -58,6 +59,9 @@ class Options:
     """Replace existing files in --log."""
     report: Path | None = None
     """HTML file that shows the pictures side by side, with sliders; needs only a browser."""
+    shard: str | None = None
+    """Share the work between processes: i/n measures the i-th of n parts, counted from 0, and leaves it in --log; who comes
+    last writes the tables. Default: each process that srun, mpirun or torchrun has started does its part."""
     lr_imgs: Path | None = None
     """Folder of the low-resolution inputs, for the report."""
     device: str | None = None
@@ -116,6 +120,9 @@ class _Evaluation:
 def main() -> None:
     options = cli.parse(Options, description=__doc__, groups=EVALUATING)
     references, names = _check(options)
+    part = cli.share(options.shard)
+    if part.of > 1 and options.log is None:
+        raise UserError("--shard: needs --log, the folder where the parts are left")
     logs = _log_files(options)
     inputs, unusable = by_name(options.lr_imgs) if options.lr_imgs else ({}, [])
     for line in unusable:
@@ -130,13 +137,19 @@ def main() -> None:
         raise UserError(
             f"nothing to compute; {'; '.join(_Evaluation((), (), missing, False).not_computed())}"
         )
-    device = select_devices(options.device)[0]
+    pairs = {name: of_name for name, (of_name, _) in zip(names, found, strict=True)}
+    parts = SharedEvaluation(
+        options.log or Path(), options.log_name, part.of, pairs, [metric.name for metric in metrics]
+    )
+    measured = _measured(options, parts, part.index, metrics)
+    if measured is None:
+        print(f"part {part.index} of {part.of} is measured; the process that comes last writes the tables")
+        return
     methods = []
-    with tqdm(total=sum(len(pairs) for pairs, _ in found), unit=" images", disable=None, leave=False) as bar:
-        for name, (pairs, problems) in zip(names, found, strict=True):
-            measured = measure(pairs, metrics, device, options.max_pixels, bar.update)
-            measured.problems[:0] = problems
-            methods.append(MeasuredMethod(name, measured))
+    for name, (_, problems) in zip(names, found, strict=True):
+        complete(measured[name], metrics)
+        measured[name].problems[:0] = problems
+        methods.append(MeasuredMethod(name, measured[name]))
     evaluation = _Evaluation(methods, metrics, missing, options.compare)
     print(evaluation.tables, flush=True)
     for line in dict.fromkeys(note for method in methods for note in method.measured.notes):
@@ -144,11 +157,28 @@ def main() -> None:
     _complain(evaluation.problems)
     if logs:
         _write_logs(options, logs, evaluation)
+        parts.remove()
     if options.report:
         _write_report(options.report, evaluation, inputs, together=len(set(references)) == 1)
     asked = missing if options.metrics else {}  # metrics of the default may be missing
     if evaluation.problems or asked or any(method.measured.missing for method in methods):
         raise SystemExit(1)
+
+
+def _measured(
+    options: Options, parts: SharedEvaluation, index: int, metrics: Sequence[Metric]
+) -> dict[str, Measured] | None:
+    """Measures a part of the pictures; returns all measurements, or None while other parts are missing."""
+    device = select_devices(options.device)[0]
+    shares = {method: parts.share(method, index) for method in parts.pairs}
+    found = {}
+    with tqdm(total=sum(map(len, shares.values())), unit=" images", disable=None, leave=False) as bar:
+        for method, share in shares.items():
+            found[method] = measure_pictures(share, metrics, device, options.max_pixels, bar.update)
+    if parts.of == 1:
+        return found
+    parts.write(index, found)
+    return parts.joined()
 
 
 def _check(options: Options) -> tuple[list[Path | None], list[str]]:

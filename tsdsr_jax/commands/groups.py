@@ -40,8 +40,9 @@ TRAINING: Groups = {
     "validation": ("validation_steps", "validation_dir", "num_validation_images", "sampling_steps",
                    "sampling_guidance"),
     "memory and speed": ("mixed_precision", "gradient_checkpointing", "split_guidance", "merge_teacher_lora", "scan_layers"),
-    "devices and machines": ("fsdp", "multi_host", "coordinator_address", "num_processes", "process_id"),
-    "logging": ("report_to", "logging_steps", "logging_dir", "log_name", "log_code"),
+    "devices and machines": ("fsdp", "multi_host", "coordinator_address", "num_processes", "process_id",
+                             "join_timeout", "peer_timeout"),
+    "logging": ("report_to", "logging_steps", "profile_steps", "logging_dir", "log_name", "log_code"),
     "without effect": ("local_rank", "set_grads_to_none"),
 }  # fmt: skip
 
@@ -59,7 +60,7 @@ EVALUATING: Groups = {
     "references and names": ("gt_imgs", "names"),
     "metrics": ("metrics", "compare", "niqe_params", "lpips_weights"),
     "output": ("log", "log_name", "overwrite", "report", "lr_imgs"),
-    "memory and devices": ("device", "max_pixels"),
+    "memory, devices and machines": ("device", "max_pixels", "shard"),
 }
 
 ENCODING: Groups = {

@@ -84,8 +84,9 @@ class Options(PairOptions):
     """Images per device that are encoded together."""
     dataloader_num_workers: int | None = None
     """Processes that crop and degrade; 0 uses threads. Default: one per core."""
-    shard: str = "0/1"
-    """Share the work between machines: i/n makes the i-th of n parts, counted from 0."""
+    shard: str | None = None
+    """Share the work between machines: i/n makes the i-th of n parts, counted from 0. Default: each process that srun,
+    mpirun or torchrun has started makes its part."""
 
     prompts: PromptChoice = "default"
     """default: TSD-SR's default prompt for all photographs; txt: the text in the .txt beside each; txt_or_default: that text

@@ -63,8 +63,9 @@ class Options(UpscaleOptions):
     """Add the scale to the results' names: cat_x4.png."""
     overwrite: bool = False
     """Replace results that exist; otherwise their photographs are skipped."""
-    shard: str = "0/1"
-    """Share the folder between processes: i/n does the i-th of n parts, counted from 0."""
+    shard: str | None = None
+    """Share the folder between processes: i/n does the i-th of n parts, counted from 0. Default: each process that srun,
+    mpirun or torchrun has started does its part."""
     report: Path | None = None
     """Write an .html file that compares each photograph with its result under a slider."""
 

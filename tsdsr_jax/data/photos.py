@@ -254,8 +254,9 @@ def cut_out(image: np.ndarray, box: Box) -> np.ndarray:
 
 def _fitted(image: np.ndarray, config: CropConfig, draw: float = 0.0) -> np.ndarray:
     """Resizes an image to the size at which it is cropped."""
-    size = config.fitted(*image.shape[:2], draw)
-    return image if size == image.shape[:2] else pillow_bicubic(np.ascontiguousarray(image), *size)
+    height, width = image.shape[:2]
+    size = config.fitted(height, width, draw)
+    return image if size == (height, width) else pillow_bicubic(np.ascontiguousarray(image), *size)
 
 
 def _extended(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -141,13 +141,36 @@ def measure(
     max_pixels: int,
     on_done: Callable[[int], object] = lambda count: None,
 ) -> Measured:
-    """Computes all metrics for all pairs that can be read and agree in size.
+    """Computes all metrics for all pairs that can be read and agree in size; see `measure_pictures` and `complete`."""
+    measured = measure_pictures(pairs, metrics, device, max_pixels, on_done)
+    complete(measured, metrics)
+    return measured
+
+
+def complete(measured: Measured, metrics: Sequence[Metric]) -> None:
+    """Adds what all pictures together decide: metrics of folders, and which metrics have no value."""
+    measured.pairs.sort(key=lambda pair: pair.name)
+    for metric in metrics:
+        if metric.over_folders:
+            _of_folder(metric, measured)
+        elif not measured.of(metric.name):
+            measured.missing[metric.name] = "no picture could be measured"
+
+
+def measure_pictures(
+    pairs: Sequence[FilePair],
+    metrics: Sequence[Metric],
+    device: jax.Device,
+    max_pixels: int,
+    on_done: Callable[[int], object] = lambda count: None,
+) -> Measured:
+    """Computes the metrics of pictures for all pairs that can be read and agree in size.
 
     Threads read files while the device computes. Pictures of similar size share a batch and a compiled program.
 
     Args:
       pairs: the pairs to measure.
-      metrics: metrics of pictures and of folders.
+      metrics: the metrics; those of folders are left out.
       device: where JAX computes.
       max_pixels: pictures with more pixels are left out.
       on_done: called with the number of pairs finished since the last call.
@@ -183,12 +206,6 @@ def measure(
         measured.notes.append(
             f"{names}: measured over white, because they or their references are transparent"
         )
-    measured.pairs.sort(key=lambda pair: pair.name)
-    for metric in metrics:
-        if metric.over_folders:
-            _of_folder(metric, measured)
-        elif not measured.of(metric.name):
-            measured.missing[metric.name] = "no picture could be measured"
     return measured
 
 

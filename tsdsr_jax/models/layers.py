@@ -74,10 +74,42 @@ class Dense(nn.Module):
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "a"):
-            a: jax.Array = self.get_variable("lora", "a").astype(self.dtype)
-            b: jax.Array = self.get_variable("lora", "b").astype(self.dtype)
-            y = y + checkpoint_name(x @ a, KEPT) @ b
+            a: jax.Array = self.get_variable("lora", "a")
+            b: jax.Array = self.get_variable("lora", "b")
+            y = y + trained_product(checkpoint_name(trained_product(x, a), KEPT), b)
         return checkpoint_name(y + bias.astype(self.dtype), KEPT)
+
+
+def trained_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x W in the dtype of x, with a gradient of W in the dtype of W.
+
+    Devices add up these gradients. In 16 bits each sum would be rounded to 16 bits, and float16's could overflow; PyTorch's
+    DDP, too, adds up the gradients of float32 parameters.
+
+    Args:
+      x: (..., in).
+      weight: (in, out), usually float32.
+    """
+    return x @ weight if x.dtype == weight.dtype else _mixed_product(x, weight)
+
+
+@jax.custom_vjp
+def _mixed_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return x @ weight.astype(x.dtype)
+
+
+def _mixed_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _mixed_product(x, weight), (x, weight)
+
+
+def _mixed_backward(saved: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    rows = tuple(range(x.ndim - 1))
+    of_weight = jax.lax.dot_general(x, slope, ((rows, rows), ((), ())), preferred_element_type=weight.dtype)
+    return slope @ weight.astype(x.dtype).T, of_weight
+
+
+_mixed_product.defvjp(_mixed_forward, _mixed_backward)
 
 
 class Conv(nn.Module):

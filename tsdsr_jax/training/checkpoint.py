@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from tsdsr_jax import peers
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.tensor_files import TensorStream, save_tensors, write_tensors
@@ -192,7 +193,10 @@ class Checkpoints:
     def _give_up(self, error: Exception) -> None:
         reason = reason_of(error)
         if jax.process_count() > 1:
-            # The other processes do not know about it, and this one cannot continue without them.
+            # The other processes do not know about it, and this one cannot continue without them. Unless the reason is
+            # the disk, it may be that one of them has ended.
+            if not isinstance(error, OSError):
+                peers.wait_for_reason()
             raise UserError(
                 f"{self.folder}: a checkpoint could not be saved ({reason}); earlier ones are kept"
             ) from None
@@ -401,3 +405,11 @@ class Hash:
 
     def value(self) -> str:
         return self._digest.hexdigest()
+
+    @classmethod
+    def of(cls, tree: Any) -> str:
+        """Hashes all arrays of a tree on the host."""
+        digest = cls()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            digest.add(leaf_name(path), np.asarray(leaf))
+        return digest.value()

@@ -19,6 +19,8 @@ from tsdsr_jax.errors import UserError
 
 ReportTo = Literal["none", "tensorboard", "wandb", "all"]
 LOG_FILE = "log.jsonl"
+# What a row says about time; everything else in it is computed, and the same in a repeated run.
+TIMINGS = ("images_per_s", "waiting_s", "waiting_longest", "waiting_longest_s")
 Row = Mapping[str, Any]
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -39,6 +42,7 @@ class LoopSchedule:
       checkpoint, validation: save and validate every N steps, and at the end.
       max_bad_steps: consecutive skipped steps that end the run.
       images: images per step, to compute the rate.
+      profile: first and last step of a trace, and the folder to write it to; None for no trace.
       shown: names of the metrics that the progress bar shows.
     """
 
@@ -50,6 +54,7 @@ class LoopSchedule:
     max_bad_steps: int
     images: int
     shown: tuple[str, ...]
+    profile: tuple[int, int, Path] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +76,16 @@ class StopSignal:
     """Catches SIGTERM and the first Ctrl-C, so that a run can save before it stops; a second Ctrl-C stops it at once.
 
     Several processes that train together must stop at the same step. JAX's coordination service notices a SIGTERM to any of
-    them and chooses the step. It does not handle Ctrl-C, so Ctrl-C then stops its process at once.
+    them and chooses the step. It does not handle Ctrl-C, which here becomes a SIGTERM to this process.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.together = jax.process_count() > 1
-        if not self.together:
+        self._interrupted = False
+        if self.together:
+            signal.signal(signal.SIGINT, self._pass_on)
+        else:
             signal.signal(signal.SIGTERM, self._receive)
             signal.signal(signal.SIGINT, self._receive)
 
@@ -88,6 +96,14 @@ class StopSignal:
         tqdm.write(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
         if number == signal.SIGINT:
             tqdm.write("(press Ctrl-C again to stop at once, without saving)", file=sys.stderr)
+
+    def _pass_on(self, _number: int, _frame: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        tqdm.write("SIGINT: all processes save and stop", file=sys.stderr)
+        tqdm.write("(press Ctrl-C again to stop at once, without saving)", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
         if self.together and multihost_utils.reached_preemption_sync_point(step):
@@ -113,13 +129,17 @@ def run_loop(
         after bad steps.
     """
     step = saved = schedule.start
-    watch = _Watch(schedule)
+    watch, trace = _Watch(schedule), _Trace(schedule.profile)
     try:
         while step < schedule.end and not stop.requested(step):
+            began = time.perf_counter()
             batch = next(batches)
+            waited = time.perf_counter() - began
+            trace.before(step + 1)
             state, metrics = train_step(state, batch)
             step += 1
-            watch.add(step, metrics)
+            watch.add(step, metrics, waited)
+            trace.after(step, metrics)
             if step == schedule.start + 1:
                 watch.paused()  # compilation, and the start of the workers
             last = step == schedule.end
@@ -144,6 +164,7 @@ def run_loop(
             hooks.save(state, step)
         raise
     finally:
+        trace.close()
         watch.close()
     return state, step
 
@@ -168,6 +189,7 @@ class _Watch:
     def __init__(self, schedule: LoopSchedule):
         self.schedule = schedule
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self.waits: list[float] = []
         self.since, self.last_line = time.perf_counter(), 0.0
         self.quiet = jax.process_index() != 0
         self.bar = tqdm(
@@ -178,8 +200,9 @@ class _Watch:
             disable=True if self.quiet else None,
         )
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
         self.pending.append((step, metrics))
+        self.waits.append(waited)
 
     def fetch(self, log: Callable[[int, dict[str, float]], object]) -> None:
         """Waits for the pending metrics, logs them, and checks for bad steps."""
@@ -191,11 +214,14 @@ class _Watch:
         now = time.perf_counter()
         rate = self.schedule.images * len(steps) / (now - self.since)
         self.since = now
+        slowest = _slowest(float(np.mean(self.waits)))
         most_bad = 0.0
-        for step, metrics in zip(steps, fetched, strict=True):
+        for step, metrics, waited in zip(steps, fetched, self.waits, strict=True):
             values = {name: float(value) for name, value in metrics.items()}
-            log(step, values | {"images_per_s": round(rate, 3)})
+            timings = {"images_per_s": round(rate, 3), "waiting_s": round(waited, 4)} | slowest
+            log(step, values | timings)
             most_bad = max(most_bad, values["bad_steps"])
+        self.waits.clear()
         self._show(steps[-1], values, rate, len(steps))
         if most_bad >= self.schedule.max_bad_steps:
             raise BadSteps(
@@ -225,6 +251,40 @@ class _Watch:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _slowest(waited: float) -> dict[str, float]:
+    """With several processes: which waits longest for its data, and how long for a step. All wait for it in the next one."""
+    if jax.process_count() == 1:
+        return {}
+    waits = multihost_utils.process_allgather(np.float32(waited)).ravel()
+    return {"waiting_longest": int(waits.argmax()), "waiting_longest_s": round(float(waits.max()), 4)}
+
+
+class _Trace:
+    """Writes a trace of some steps, to be opened with XProf.
+
+    Args:
+      wanted: the first and the last step, and the folder; None for no trace.
+    """
+
+    def __init__(self, wanted: tuple[int, int, Path] | None):
+        self.wanted, self.running = wanted, False
+
+    def before(self, step: int) -> None:
+        if self.wanted and step == self.wanted[0]:
+            jax.profiler.start_trace(self.wanted[2])
+            self.running = True
+
+    def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        if self.running and self.wanted and step >= self.wanted[1]:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
 
 
 def _clock(seconds: float) -> str:

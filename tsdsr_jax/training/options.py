@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from tsdsr_jax.cli import PathOrName, at_least, check_writable, finite
 from tsdsr_jax.compile_watch import say_above_bar
-from tsdsr_jax.devices import DTYPES, join_processes
+from tsdsr_jax.devices import DTYPES, Joining, join_processes
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.identity import versions
 from tsdsr_jax.program_cache import keep_programs
+from tsdsr_jax.training.agreement import check_agreement, check_shared
 from tsdsr_jax.training.log import ReportTo, check_trackers
 from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.schedules import ScheduleName
 from tsdsr_jax.training.sharding import make_mesh
+
+# Flags that may differ between processes: where one is and what it does alone, and paths, whose contents are compared.
+_OWN = ("process_id", "coordinator_address", "local_rank", "dataloader_num_workers", "logging_dir", "log_name", "log_code",
+        "report_to", "output_dir", "resume_from_checkpoint", "data_dir", "hr_dir", "validation_dir",
+        "pretrained_model_name_or_path", "vae_dir", "default_embedding_dir", "null_embedding_dir", "teacher_lora_path",
+        "checkpoint_path", "lpips_path")  # fmt: skip
 
 # The original's `--mixed_precision` calls float32 "no".
 PRECISIONS = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"], "no": DTYPES["fp32"]}
@@ -40,6 +50,9 @@ class RunOptions:
     """Also report to TensorBoard, wandb or both (all)."""
     logging_steps: int = 10
     """Fetch losses from the devices every N steps. Every step is logged either way."""
+
+    profile_steps: str | None = None
+    """Write a trace of these steps to OUTPUT/profile, such as 10:15; XProf shows it."""
 
     train_batch_size: int = 4
     """Images per device in a batch."""
@@ -83,8 +96,13 @@ class RunOptions:
     """For several machines, started by hand: number of processes."""
     process_id: int | None = None
     """For several machines, started by hand: index of this process, from 0."""
-    multi_host: bool = False
-    """Train on several machines, started by SLURM or mpirun."""
+    multi_host: bool | None = None
+    """Train together with the other processes that srun, mpirun or torchrun has started. Default: if it has started
+    several."""
+    join_timeout: int = 300
+    """For several machines: seconds to wait for all processes at the start."""
+    peer_timeout: int = 15
+    """For several machines: seconds after which a process that does not answer is given up, and all end."""
 
     local_rank: int = -1
     """Has no effect: one process uses all its GPUs. Accepted for the original's command lines."""
@@ -107,13 +125,31 @@ class RunOptions:
         """Raises UserError for values that cannot work, before anything is loaded."""
         at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp",
                  "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
-                 "logging_steps", "max_bad_steps")  # fmt: skip
+                 "logging_steps", "max_bad_steps", "join_timeout")  # fmt: skip
+        at_least(self, 3, "peer_timeout")
         finite(self)
         at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")
+        self.profiled()
         if self.seed >= 2**32:
             raise UserError(f"--seed {self.seed}: expected less than 2**32")
         check_writable(self.output_dir)
         check_trackers(self.report_to)
+
+    def profiled(self) -> tuple[int, int] | None:
+        """Returns the first and the last step of --profile_steps.
+
+        Raises:
+          UserError: it is not of that form.
+        """
+        if self.profile_steps is None:
+            return None
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile_steps)
+        first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise UserError(
+                f"--profile_steps {self.profile_steps}: expected the first and the last step, such as 10:15"
+            )
+        return first, last
 
     def notes(self) -> list[str]:
         """Returns a note for each flag that has no effect."""
@@ -127,13 +163,35 @@ class RunOptions:
         return found
 
     def start(self) -> Mesh:
-        """Turns on the compilation cache, joins the other processes, if any, and returns the mesh of devices."""
+        """Turns on the compilation cache, joins the other processes, if any, and returns the mesh of devices.
+
+        Raises:
+          UserError: the processes cannot be joined, or have different flags, versions, devices or output folders.
+        """
         keep_programs(say_above_bar)
-        join_processes(self.coordinator_address, self.num_processes, self.process_id, self.multi_host)
+        join_processes(
+            Joining(
+                self.coordinator_address,
+                self.num_processes,
+                self.process_id,
+                self.multi_host,
+                self.join_timeout,
+                self.peer_timeout,
+            ),
+            say_above_bar,
+        )
+        check_agreement(self.agreed(), "flags, versions or devices")
+        check_shared(self.output_dir)
         try:
             return make_mesh(fsdp=self.fsdp)
         except ValueError as error:
             raise UserError(f"--fsdp {self.fsdp}: {error}") from None
+
+    def agreed(self) -> dict[str, Any]:
+        """Returns what must be the same for all processes, and is known before anything is loaded."""
+        flags = {f"--{name}": value for name, value in self.as_json().items() if name not in _OWN}
+        found = {name: version for name, version in versions().items() if name != "python"}
+        return flags | found | {"devices": [device.device_kind for device in jax.local_devices()]}
 
     def rows(self, mesh: Mesh) -> int:
         """Returns the number of images in an optimizer step."""

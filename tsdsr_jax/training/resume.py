@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import mismatches
@@ -22,6 +16,7 @@ from tsdsr_jax.training.options import RunOptions
 _LATER = ("schedule's shift", "photographs' prompts")
 # Flags that may differ in a resumed run, because they do not change what it computes.
 _HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", "log_code", "report_to", "logging_steps",
+             "profile_steps", "join_timeout", "peer_timeout",
              "coordinator_address", "process_id", "num_processes", "multi_host", "dataloader_num_workers",
              "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_dir",
              "num_validation_images", "scan_layers",
@@ -109,23 +104,3 @@ def changed_arithmetic(saved: Mapping[str, str], now: Mapping[str, str]) -> list
     """Describes the versions by which a step rounds differently than the checkpoint's, one line each."""
     before, after = ({name: versions.get(name) for name in _ARITHMETIC} for versions in (saved, now))
     return mismatches(before, after)
-
-
-def check_processes(step: int, identity: Mapping[str, Any]) -> None:
-    """Raises UserError in every process unless all start at the same step, with the same data and weights."""
-    if jax.process_count() == 1:
-        return
-    steps = multihost_utils.process_allgather(np.int32(step)).ravel().tolist()
-    if len(set(steps)) > 1:
-        raise UserError(
-            f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}); --output_dir must be a "
-            "folder that they all share"
-        )
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).digest()[:4]
-    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.int32)).ravel().tolist()
-    if len(set(digests)) > 1:
-        ours = ", ".join(f"{name} {str(value)[:12]}" for name, value in identity.items())
-        raise UserError(
-            f"the processes see different data or weights; process {jax.process_index()} has: {ours}. Photographs, data "
-            "sets and models must be identical for all processes"
-        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -31,6 +32,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.places import SOURCE_CODE
 from tsdsr_jax.training import checkpoint, loop
+from tsdsr_jax.training.agreement import check_agreement
 from tsdsr_jax.training.log import RunLog, TensorBoard, Tracker, Wandb, check_trackers, read_rows
 from tsdsr_jax.training.optimizer import with_new_scale
 from tsdsr_jax.training.options import RunOptions
@@ -39,11 +41,10 @@ from tsdsr_jax.training.resume import (
     changed_arithmetic,
     changed_flags,
     check_identity,
-    check_processes,
     check_rows,
 )
 from tsdsr_jax.training.step import Step, TrainState
-from tsdsr_jax.training.summary import Curve, first_and_last, plot_curves, summary_table
+from tsdsr_jax.training.summary import Curve, first_and_last, in_steps, plot_curves, summary_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Task:
       files: state -> how to make the files that a checkpoint exports. Called by every process.
       export: name of the folder for these files.
       identity: what must match a checkpoint's for it to be resumed.
+      agreed: what else must be the same for all processes, though a resumed run may change it.
       losses: metrics that the progress bar shows.
       counts: metrics that should be 0 -> what it means if they are not.
       curves: what to plot.
@@ -68,6 +70,7 @@ class Task:
     files: Callable[[TrainState], checkpoint.Export]
     export: str
     identity: Mapping[str, Any]
+    agreed: Mapping[str, Any]
     losses: Sequence[str]
     counts: Mapping[str, str]
     curves: Sequence[Curve]
@@ -108,7 +111,7 @@ def train(options: RunOptions, task: Task, data: Data, mesh: Mesh, start: Path |
 class _Run:
     def __init__(self, options: RunOptions, task: Task, data: Data, mesh: Mesh):
         self.options, self.task, self.data = options, task, data
-        self.folder = options.output_dir
+        self.folder, self.began = options.output_dir, time.perf_counter()
         self.rows = options.rows(mesh)
         self.steps = options.steps(len(data.source), mesh)
         self.identity = {"seed": options.seed, **task.identity, **data.identity}
@@ -149,7 +152,13 @@ class _Run:
     def begin(self, path: Path | None) -> tuple[Start, Any] | None:
         """Creates a new state or loads a checkpoint's; None if all steps are done already."""
         meta = checkpoint.read_meta(path) if path else None
-        check_processes(meta["step"] if meta else 0, self.identity)
+        # Whatever a process has found by itself. Where nothing decides, nothing is compared.
+        found = {
+            "checkpoint's step": meta["step"] if meta else 0,
+            "images per step": self.rows,
+            "steps": self.steps,
+        }
+        check_agreement({**self.identity, **self.task.agreed, **found}, "data, weights or checkpoints")
         if path and meta:
             return self.resume(path, meta)
         if self.options.resume_from_checkpoint:
@@ -223,6 +232,7 @@ class _Run:
             max_bad_steps=options.max_bad_steps,
             images=self.rows,
             shown=tuple(self.task.losses),
+            profile=(*steps, self.folder / "profile") if (steps := options.profiled()) else None,
         )
 
     def hooks(self) -> loop.Hooks:
@@ -300,6 +310,10 @@ class _Run:
         for name, meaning in self.task.counts.items():
             if steps := sum((row.get(name) or 0) > 0 for row in rows):
                 say(f"in {steps} steps, {meaning} ({name} in the log)")
+        if self.options.profiled():
+            folder = shlex.quote(str(self.folder / "profile"))
+            say(f"trace: {folder}; look at it with: xprof --logdir {folder}")
+        say(in_steps(rows, self.start.step, self.rows, time.perf_counter() - self.began))
         say(f"curves: {self.folder / 'curves.png'}; pictures: {self.folder / 'validation'}; log: {log.path}")
         summary = {
             "steps": step,

@@ -84,3 +84,21 @@ def summary_table(summary: Mapping[str, Mapping[str, float]]) -> str:
     lines = [f"  {'':{width}}  {'first':>11}  {'last':>11}"]
     lines += [f"  {name:{width}}  {v['first']:11.4g}  {v['last']:11.4g}" for name, v in summary.items()]
     return "\n".join(lines)
+
+
+def in_steps(rows: Sequence[Row], start: int, images: int, seconds: float) -> str:
+    """Says how much of a run's time went into steps.
+
+    Args:
+      rows: the log.
+      start: the step that the run started from.
+      images: images per step.
+      seconds: how long the run took in all.
+    """
+    own = [row for row in rows if row["step"] > start and row.get("images_per_s")]
+    trained = sum(images / row["images_per_s"] for row in own)
+    waited = sum(row.get("waiting_s") or 0 for row in own)
+    return (
+        f"{trained:.0f} of {seconds:.0f} s went into steps ({trained / seconds:.0%}), {waited:.0f} of them into waiting for "
+        "data; the rest into starting, compiling, validating and saving"
+    )

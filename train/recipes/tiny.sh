@@ -129,8 +129,8 @@ for folder in "${folders[@]}"; do
   count=$("$python" -c '
 import sys
 from pathlib import Path
-from tsdsr_jax.images.files import IMAGE_SUFFIXES
-print(sum(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(sys.argv[1]).rglob("*")))' "$folder")
+from tsdsr_jax.images.search import find_photographs
+print(len(find_photographs(Path(sys.argv[1])).files))' "$folder")
   each=$(((crops + count - 1) / count))
   set=$output/pairs-$((${#pairs[@]} / 2))
   pairs+=(--data_dir "$set")

@@ -9,9 +9,8 @@ import pytest
 
 import tiny_checkpoint as tiny
 from tsdsr_jax.data.record import Record
-from tsdsr_jax.distillation.adversary import Adversary, with_colors_of
+from tsdsr_jax.distillation.adversary import Adversary
 from tsdsr_jax.distillation.losses import AUXILIARY, STUDENT, Base, LossConfig, Losses, Student
-from tsdsr_jax.images import color
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.discriminator import (
     DISCRIMINATOR,
@@ -75,15 +74,6 @@ def close(ours, theirs, scale: float = 1.0) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(2, 128, 96, 3), (1, 24, 40, 3)])
-def test_colors_are_corrected_as_on_the_host(shape):
-    generator = np.random.default_rng(3)
-    images, lr = generator.uniform(-1, 1, (2, *shape)).astype(np.float32)
-    found = np.asarray(with_colors_of(lr, images))
-    for ours, image, reference in zip(found, images, lr, strict=True):
-        np.testing.assert_allclose(ours, color.wavelet(image, reference), atol=2e-6)
-
-
 def test_gradients_are_those_of_the_whole_losses(parts, base, record):
     """Against one differentiation of each loss; the student is moved from the third step on, the discriminator always."""
     losses = losses_with(Adversary(JUDGE, weight=0.3, start=3))
@@ -97,11 +87,11 @@ def test_gradients_are_those_of_the_whole_losses(parts, base, record):
 
     def fooled(student, judge):
         latent = losses.student_latent(base, student, batch, posterior)
-        image = with_colors_of(batch.lr, decode(losses.vae, base.vae, latent))
+        image = decode(losses.vae, base.vae, latent)
         return generator_loss(logits(judge, image)), image
 
     def judged(judge, image):
-        return hinge_loss(logits(judge, with_colors_of(batch.lr, batch.hr)), logits(judge, image))
+        return hinge_loss(logits(judge, batch.hr), logits(judge, image))
 
     (value, image), slope = jax.jit(jax.value_and_grad(fooled, has_aux=True))(
         parts[STUDENT], parts[DISCRIMINATOR]
@@ -122,10 +112,9 @@ def test_gradients_are_those_of_the_whole_losses(parts, base, record):
 
 def test_only_detail_tells_photographs_apart(parts, base, record):
     """A cast over the whole picture reaches neither the discriminator nor the student."""
-    lr, image = to_unit(record.lr), to_unit(record.hr)
+    image = to_unit(record.hr)
     adversary = Adversary(JUDGE, weight=1.0)
     plain, cast = (
-        adversary.student(parts[DISCRIMINATOR], picture, lr, jnp.int32(0))[0]
-        for picture in (image, image + 0.3)
+        adversary.student(parts[DISCRIMINATOR], picture, jnp.int32(0))[0] for picture in (image, image + 0.3)
     )
     assert float(cast) == pytest.approx(float(plain), rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from tsdsr_jax.models.discriminator import (
     DISCRIMINATOR,
     PatchDiscriminator,
     balance,
+    detail,
     generator_loss,
     hinge_loss,
 )
@@ -57,6 +59,22 @@ def test_patches_are_judged_each_from_its_own_place(parts):
     apart = np.abs(first - second)[0, :, :, 0]
     assert first.shape == (1, 16, 24, 1) and first.dtype == jnp.float32
     assert apart[:3, :3].max() > 10 * apart[8:, 8:].max()
+
+
+@pytest.mark.parametrize("size", [(40, 56), (8, 8)])
+def test_a_discriminator_sees_the_three_finest_bands(size):
+    """Those of the wavelet color correction on the host; with what the blurs leave over, they are the picture."""
+    image = np.random.default_rng(0).uniform(-1, 1, (*size, 3)).astype(np.float32)
+    found = np.asarray(detail(image[None]))[0]
+    assert found.shape == (*size, 9)
+    left = image
+    for index, (spacing, gain) in enumerate(zip((1, 2, 4), (8, 4, 2), strict=True)):
+        taps = np.zeros(2 * spacing + 1, np.float32)
+        taps[[0, spacing, -1]] = 0.25, 0.5, 0.25
+        blurred = cv2.sepFilter2D(left, cv2.CV_32F, taps, taps, borderType=cv2.BORDER_REPLICATE)
+        np.testing.assert_allclose(found[..., 3 * index : 3 * index + 3], gain * (left - blurred), atol=1e-5)
+        left = blurred
+    np.testing.assert_allclose(detail(image[None] + 0.5), found[None], atol=1e-5)
 
 
 def test_hinge_losses():

@@ -178,6 +178,29 @@ def test_the_loss_scale_grows_after_enough_good_steps(monkeypatch):
     assert [row["loss_scale"] for row in history] == [65536] * 3 + [131072] * 3 + [262144] * 2
 
 
+def test_a_part_that_starts_late_begins_with_steps_of_usual_size():
+    """As a discriminator does. Adam's moments of zeros would make its first step ten times as large as its rate."""
+
+    def late(parts, base, batch, key, moment):
+        gradients, metrics = toy_gradients(parts, base, batch, key, moment)
+        begun = moment.step >= 300
+        return gradients | {
+            "auxiliary": jax.tree.map(lambda leaf: leaf * begun, gradients["auxiliary"])
+        }, metrics
+
+    config = dataclasses.replace(CONSTANT, max_grad_norm=1e9, weight_decay=0.0)
+    trainer = Trainer(late, config, RATES, others={"auxiliary": dataclasses.replace(config, beta1=0.5)})
+    state, step = trainer.init(start()), jax.jit(trainer.step, donate_argnums=0)
+    sizes = []
+    for index in range(302):
+        before = np.asarray(state.trained["auxiliary"]["a"])
+        state, metrics = step(state, {}, batches(index), KEY)
+        sizes.append(np.abs(np.asarray(state.trained["auxiliary"]["a"]) - before).max())
+    assert max(sizes[:300]) == 0
+    assert sizes[300] == pytest.approx(RATES["auxiliary"], rel=1e-3)
+    assert float(metrics["auxiliary_update_norm"]) > 0
+
+
 def test_the_average_follows_the_student():
     config = dataclasses.replace(CONSTANT, ema_decay=0.9)
     trainer = toy_trainer(config)

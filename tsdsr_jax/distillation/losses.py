@@ -207,9 +207,7 @@ class Losses:
         def scaled_student(student: Student) -> tuple[jax.Array, tuple[Made, Metrics]]:
             loss, (made, metrics) = self.student(student, base, parts[AUXILIARY], batch, draws)
             if self.adversary and made.image is not None:
-                adversarial, terms = self.adversary.student(
-                    parts[DISCRIMINATOR], made.image, batch.lr, moment.step
-                )
+                adversarial, terms = self.adversary.student(parts[DISCRIMINATOR], made.image, moment.step)
                 loss, metrics = loss + adversarial, metrics | terms
             return loss * moment.scale, (made, metrics)
 
@@ -222,7 +220,7 @@ class Losses:
         gradients = {STUDENT: student, AUXILIARY: auxiliary}
         if self.adversary and made.image is not None:
             gradients[DISCRIMINATOR], judged = self.adversary.gradient(
-                parts[DISCRIMINATOR], batch.hr, made.image, batch.lr, moment.scale
+                parts[DISCRIMINATOR], batch.hr, made.image, moment.scale
             )
             metrics |= judged
         return gradients, metrics

@@ -15,12 +15,18 @@ from tsdsr_jax.models.params import Tree
 DISCRIMINATOR = "discriminator"
 # Group norm instead of the paper's batch norm, so that devices and accumulation steps do not depend on each other.
 GROUPS = 8
+# Spacing in pixels of the blurs between which the detail lies, and what brings each band to about the size of the pictures.
+SPACINGS, GAINS = (1, 2, 4), (8.0, 4.0, 2.0)
 
 
 class PatchDiscriminator(nn.Module):
     """Convolutions with stride 2, each twice as wide as the one before, then one logit for each patch.
 
-    With three layers, a logit sees 38×38 pixels.
+    It sees the pictures' finest bands alone (see `detail`), where good reconstructions differ from photographs. Shown whole
+    pictures, it has to find these small differences first: of reconstructions with 32 dB it told none from photographs after
+    300 steps, with the bands nearly all after 60. Nor can colors give pictures away.
+
+    With three layers, a logit sees 38×38 pixels of the bands.
 
     Attributes:
       width: channels of the first convolution, a multiple of 8.
@@ -35,7 +41,7 @@ class PatchDiscriminator(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """(B, H, W, 3) in [−1, 1] -> logits (B, H / 2^layers, W / 2^layers, 1) float32, high where a patch looks real."""
-        x = images
+        x = detail(images)
         for layer in range(self.layers):
             x = materialized(Conv(self.width * 2**layer, 4, 2, dtype=self.dtype, name=f"conv_{layer}")(x))
             if layer:
@@ -44,6 +50,30 @@ class PatchDiscriminator(nn.Module):
             x = nn.leaky_relu(x, 0.2)
         logits = materialized(Conv(1, dtype=self.dtype, name="conv_out")(x))
         return logits.astype(jnp.float32)
+
+
+def detail(images: jax.Array) -> jax.Array:
+    """(B, H, W, C) -> their three finest bands, (B, H, W, 3·C): differences between blurs of growing width, amplified."""
+    bands = []
+    for spacing, gain in zip(SPACINGS, GAINS, strict=True):
+        blurred = _blurred(images, spacing)
+        bands.append(gain * (images - blurred))
+        images = blurred
+    return jnp.concatenate(bands, axis=-1)
+
+
+def _blurred(images: jax.Array, spacing: int) -> jax.Array:
+    """Blurs with [1, 2, 1] / 4 along rows and columns; taps are `spacing` pixels apart, and edges are repeated."""
+    for axis in (1, 2):
+        side = images.shape[axis]
+        padding = [(spacing, spacing) if index == axis else (0, 0) for index in range(images.ndim)]
+        padded = jnp.pad(images, padding, mode="edge")
+        before, here, after = (
+            jax.lax.slice_in_dim(padded, start, start + side, axis=axis)
+            for start in (0, spacing, 2 * spacing)
+        )
+        images = before / 4 + here / 2 + after / 4
+    return images
 
 
 def new_discriminator_params(discriminator: PatchDiscriminator, key: jax.Array) -> Tree:

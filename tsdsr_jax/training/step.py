@@ -101,7 +101,9 @@ class Trainer:
       objective: computes the parts' gradients, and metrics to log.
       config: settings of the optimizers.
       rates: peak learning rate of each part. The first part is the one that is averaged and whose rate is logged.
-      others: settings of the optimizers of parts that differ from `config`.
+      others: settings of the optimizers of parts that differ from `config`. A part of these that has no gradient at all is
+        left alone, as if there were no step for it: zeros would wear out Adam's moments, and its first real step would be
+        many times too large.
       dynamic_scale: scale the loss, for float16.
       branch: skip the optimizers (`cond`) if a gradient is not finite. This saves memory on whole networks, because
         choosing between the old and the new state (`where`) keeps both in memory.
@@ -119,7 +121,7 @@ class Trainer:
     ):
         self.objective, self.config, self.rates = objective, config, dict(rates)
         self.dynamic_scale, self.branch = dynamic_scale, branch
-        self._first = next(iter(self.rates))
+        self._first, self._others = next(iter(self.rates)), set(others or {})
         configs = dict.fromkeys(self.rates, config) | dict(others or {})
         self._optimizers = {name: configs[name].transformation(rate) for name, rate in self.rates.items()}
 
@@ -221,10 +223,15 @@ class Trainer:
 
     def _updates(self, state: TrainState, gradients: Parts) -> tuple[Parts, Parts]:
         """Computes each part's update and its new optimizer state."""
-        results = {
-            name: optimizer.update(gradients[name], state.optimizer[name], state.trained[name])
-            for name, optimizer in self._optimizers.items()
-        }
+        results = {}
+        for name, optimizer in self._optimizers.items():
+            before = state.optimizer[name]
+            results[name] = optimizer.update(gradients[name], before, state.trained[name])
+            if name in self._others:
+                nothing = jax.tree.map(jnp.zeros_like, gradients[name])
+                results[name] = kept_where(
+                    optax.global_norm(gradients[name]) > 0, results[name], (nothing, before)
+                )
         updates, states = ({name: result[index] for name, result in results.items()} for index in (0, 1))
         return updates, states
 

@@ -47,12 +47,11 @@ done
 ((${#photos[@]})) && [[ $validation && $output ]] || fail "give --photos, --validation and --output"
 [[ $seed =~ ^[0-9]{1,9}$ ]] || fail "--seed $seed: expected a whole number"
 
-# Steps and batch size of each stage; from which step on discriminators move the autoencoder and the student; crops of each
-# folder.
+# Steps and batch size of each stage; from which step on the discriminator moves the student; crops of each folder.
 case "$budget" in
-  cpu)     ae=(5000 4)  ae_adv=2000 crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
-  lease)   ae=(6000 16) ae_adv=2000 crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
-  minimal) ae=(2 2)     ae_adv=1    crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
+  cpu)     ae=(5000 4)  decoder=(2000 4)  crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
+  lease)   ae=(6000 16) decoder=(4000 16) crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
+  minimal) ae=(2 2)     decoder=(2 2)     crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
   *) fail "--budget $budget: expected cpu, lease or minimal" ;;
 esac
 # With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
@@ -115,9 +114,18 @@ say "autoencoder: ${ae[0]} steps of ${ae[1]} crops"
 made=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
 [[ -d $made ]] || train autoencoder "${ae[@]}" --vae_dir "$weights/vae" --from_scratch "${photos[@]}" \
   --validation_dir "$validation" --crop_size 96 --min_size 96 "${scale[@]}" --num_validation_images 16 \
-  --latent_noise 0.25 --lambda_kl 1e-5 --lambda_adv 0.4 --adversarial_start "$ae_adv" --discriminator_width 32 \
-  --learning_rate_adv 2e-4 --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 \
+  --latent_noise 0.25 --lambda_kl 1e-5 --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 \
   --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/autoencoder"
+
+# The noise makes latents smooth, and the decoder blurred; the discriminator sharpens the decoder alone.
+say "decoder, adversarial: ${decoder[0]} steps of ${decoder[1]} crops"
+smooth=$made
+made=$output/decoder/checkpoint_$(steps "${decoder[0]}")/model/ema/vae
+[[ -d $made ]] || train autoencoder "${decoder[@]}" --vae_dir "$smooth" --train decoder "${photos[@]}" \
+  --validation_dir "$validation" --crop_size 96 --min_size 96 "${scale[@]}" --num_validation_images 16 \
+  --latent_noise 0.25 --lambda_kl 0 --lambda_adv 0.5 --discriminator_width 32 --learning_rate_adv 2e-4 \
+  --learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 50 --adam_weight_decay 0 --ema_decay 0.998 \
+  --output_dir "$output/decoder"
 
 # The scaling factor was measured with it. Of the transformer there is only a config yet.
 mkdir -p "$output/new/transformer"

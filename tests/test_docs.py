@@ -38,6 +38,8 @@ NOT_RUN = {
     "python convert/prompts.py --prompt": "the same",
     "python convert/lpips.py": "needs torchvision's AlexNet; tests/models/test_lpips.py has a random one",
     "srun": "needs SLURM and several machines",
+    "sbatch cluster/slurm.sh": "needs SLURM; tests/clusters/test_slurm.py runs it under a real one",
+    "torchrun": "needs PyTorch and several GPUs; tests/test_launchers.py has its variables",
     "python train/distill.py --coordinator_address": "needs two machines; test_distill_processes.py has two processes",
     "train/recipes/tiny.sh": "takes two hours; tests/scripts/test_recipe.py runs it at its smallest",
     "python bench/inference.py": "needs PyTorch; tests/scripts/test_benchmarks.py runs it at its smallest",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,13 +68,13 @@ def _blurred(images: jax.Array, spacing: int) -> jax.Array:
     """Blurs with [1, 2, 1] / 4 along rows and columns; taps are `spacing` pixels apart, and edges are repeated."""
     for axis in (1, 2):
         side = images.shape[axis]
-        padding = [(spacing, spacing) if index == axis else (0, 0) for index in range(images.ndim)]
-        padded = jnp.pad(images, padding, mode="edge")
-        before, here, after = (
-            jax.lax.slice_in_dim(padded, start, start + side, axis=axis)
-            for start in (0, spacing, 2 * spacing)
-        )
-        images = before / 4 + here / 2 + after / 4
+        reach = min(spacing, side)
+        rows = partial(jax.lax.slice_in_dim, images, axis=axis)
+        # Not `jnp.pad`: its gradient would make XLA send pictures between devices.
+        first, last = (jnp.repeat(edge, reach, axis) for edge in (rows(0, 1), rows(side - 1, side)))
+        before = jnp.concatenate([first, rows(0, side - reach)], axis)
+        after = jnp.concatenate([rows(reach, side), last], axis)
+        images = before / 4 + images / 2 + after / 4
     return images
 
 

@@ -28,7 +28,12 @@ export XLA_FLAGS="${XLA_FLAGS:-} ${TSDSR_XLA_FLAGS:---xla_gpu_enable_latency_hid
 
 newest() { ls -d "$output"/checkpoint_* 2>/dev/null | tail -n 1; }
 output=runs/slurm-$SLURM_JOB_ID
-for ((i = 1; i < $#; i++)); do [[ ${!i} == --output_dir ]] && { i=$((i + 1)); output=${!i}; }; done
+for ((i = 1; i <= $#; i++)); do
+  case "${!i}" in
+    --output_dir) i=$((i + 1)) && output=${!i:-} ;;
+    --output_dir=*) output=${!i#*=} ;;
+  esac
+done
 before=$(newest)
 
 srun "$python" "$script" --output_dir "$output" --resume_from_checkpoint latest "$@"

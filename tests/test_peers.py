@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from tsdsr_jax import peers
+from tsdsr_jax import cli, peers
+from tsdsr_jax.errors import UserError
 from tsdsr_jax.peers import PEER_ENDED, Peers
 
 
@@ -111,3 +112,32 @@ def test_a_store_that_is_gone_means_process_0():
 def test_alone_nothing_is_told():
     peers.ended(1, "a reason")
     assert not peers.has_peers()
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (SystemExit(0), []),
+        (SystemExit(None), []),
+        (SystemExit(143), []),
+        (SystemExit(1), [(1, "it ended with status 1")]),
+        (SystemExit("a message"), [(1, "it ended with status a message")]),
+        (UserError("photos: not there"), [(1, "photos: not there")]),
+        (KeyboardInterrupt(), [(130, "interrupted")]),
+    ],
+)
+def test_only_what_is_at_fault_ends_the_others(monkeypatch, end, told):
+    failed, left = [], []
+
+    class Watched:
+        fail = staticmethod(lambda *reason: failed.append(reason))
+        leave = staticmethod(lambda: left.append(True))
+
+    monkeypatch.setattr(peers, "_joined", Watched)
+
+    def main():
+        raise end
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    assert failed == told and bool(left) == (not told)

@@ -125,7 +125,9 @@ def run(main: Callable[[], object]) -> None:
         peers.ended(130, "interrupted")
         raise SystemExit(130) from None
     except SystemExit as end:
-        peers.ended(1, str(end.code) if end.code == 1 else "")
+        # Statuses above 128 are those of signals, which stop all processes alike.
+        fault = end.code is not None and not (isinstance(end.code, int) and (end.code == 0 or end.code > 128))
+        peers.ended(1, f"it ended with status {end.code}" if fault else "")
         raise
     except BrokenPipeError:
         _discard_output()

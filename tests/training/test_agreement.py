@@ -1,6 +1,9 @@
 """What processes must have in common; test_distill_processes.py runs it with real ones."""
 
-from tsdsr_jax.training.agreement import check_agreement, check_shared, differing_views
+import jax
+import numpy as np
+
+from tsdsr_jax.training.agreement import check_agreement, check_shared, content_of, differing_views
 
 
 def test_only_what_differs_is_named_with_who_has_which():
@@ -23,3 +26,12 @@ def test_a_single_process_agrees_and_shares_without_a_file(tmp_path):
     check_agreement({"anything": 1}, "flags")
     check_shared(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_contents_differ_where_a_value_a_shape_or_a_name_does(monkeypatch):
+    tree = {"a": np.arange(4, dtype=np.float32), "b": {}}
+    assert content_of(tree) == ""  # alone, nothing is hashed
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    others = [{"a": tree["a"] + [0, 0, 0, 1]}, {"a": tree["a"].reshape(2, 2)}, {"c": tree["a"]}, {}]
+    hashes = {content_of(each) for each in (tree, *others)}
+    assert len(hashes) == 5 and content_of(dict(tree)) in hashes

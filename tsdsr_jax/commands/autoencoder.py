@@ -38,7 +38,8 @@ from tsdsr_jax.pretraining.autoencoder import (
 )
 from tsdsr_jax.pretraining.autoencoder_validation import AutoencoderValidation
 from tsdsr_jax.training import session
-from tsdsr_jax.training.checkpoint import MODEL, Export, Files, Hash, to_host
+from tsdsr_jax.training.agreement import content_of
+from tsdsr_jax.training.checkpoint import MODEL, Export, Files, to_host
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.networks import load_networks
 from tsdsr_jax.training.options import AdversarialOptions, OptimizerOptions, RunOptions
@@ -188,8 +189,8 @@ def _prepare(options: Options, files: NetworkFiles, mesh: Mesh, data: Data, new:
         export=MODEL,
         identity=options.kept() | options.kept_here() | {"autoencoder": digest},
         agreed={
-            "LPIPS": Hash.of(lpips[1] if lpips else {}),
-            "validation samples": Hash.of(records),
+            "LPIPS": content_of(lpips[1] if lpips else {}),
+            "validation samples": content_of(records),
         },
         losses=("autoencoder", "l1", *(("adversarial",) if options.lambda_adv else ())),
         counts={},

@@ -40,7 +40,8 @@ from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.models.stacks import by_layer
 from tsdsr_jax.training import session
-from tsdsr_jax.training.checkpoint import LORA, Hash
+from tsdsr_jax.training.agreement import content_of
+from tsdsr_jax.training.checkpoint import LORA
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.missing import (
     lack_own_prompts,
@@ -329,9 +330,9 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
         | options.kept()
         | options.kept_discriminator(),
         agreed={
-            "starting LoRAs": Hash.of(loaded),
-            "LPIPS": Hash.of(lpips[1] if lpips else {}),
-            "validation samples": Hash.of(records),
+            "starting LoRAs": content_of(loaded),
+            "LPIPS": content_of(lpips[1] if lpips else {}),
+            "validation samples": content_of(records),
         },
         losses=LOSSES,
         counts=COUNTS,

@@ -38,7 +38,8 @@ from tsdsr_jax.pretraining.teacher_weights import (
     teacher_files,
 )
 from tsdsr_jax.training import session
-from tsdsr_jax.training.checkpoint import LORA, MODEL, Hash, to_host
+from tsdsr_jax.training.agreement import content_of
+from tsdsr_jax.training.checkpoint import LORA, MODEL, to_host
 from tsdsr_jax.training.loop import explained_memory
 from tsdsr_jax.training.missing import (
     lack_own_prompts,
@@ -227,7 +228,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
             "null prompt": text_hash(null),
             "default prompt": text_hash(default) if default else "none",
         },
-        agreed={"validation samples": Hash.of(records)},
+        agreed={"validation samples": content_of(records)},
         losses=("flow",),
         counts={},
         curves=CURVES,

@@ -405,11 +405,3 @@ class Hash:
 
     def value(self) -> str:
         return self._digest.hexdigest()
-
-    @classmethod
-    def of(cls, tree: Any) -> str:
-        """Hashes all arrays of a tree on the host."""
-        digest = cls()
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            digest.add(leaf_name(path), np.asarray(leaf))
-        return digest.value()

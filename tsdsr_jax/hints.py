@@ -99,10 +99,14 @@ def new_folder(run: Path, word: str) -> Path:
 
 def first_run() -> str:
     """The command for a first training run, with nothing but what comes with this library."""
+    model = shipped("tiny", "weights/tiny")
     flags: dict[str, Any] = dict(
-        pretrained_model_name_or_path=shipped("tiny", "weights/tiny"),
+        pretrained_model_name_or_path=model,
         hr_dir=PHOTOS,
-        lambda_tsd=0,
+        use_teacher_lora=True,
+        teacher_lora_path=model / "teacher",
+        checkpoint_path=model / "lora",
+        guidance_scale=1,
         lambda_lpips=0,
         degradation_strength="light",
         train_batch_size=2,

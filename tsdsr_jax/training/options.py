@@ -103,6 +103,8 @@ class RunOptions:
     """For several machines: seconds to wait for all processes at the start."""
     peer_timeout: int = 15
     """For several machines: seconds after which a process that does not answer is given up, and all end."""
+    save_timeout: int = 1800
+    """For several machines: seconds in which a checkpoint must be saved; a process that waits longer for the others ends."""
 
     local_rank: int = -1
     """Has no effect: one process uses all its GPUs. Accepted for the original's command lines."""
@@ -125,7 +127,7 @@ class RunOptions:
         """Raises UserError for values that cannot work, before anything is loaded."""
         at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp",
                  "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
-                 "logging_steps", "max_bad_steps", "join_timeout")  # fmt: skip
+                 "logging_steps", "max_bad_steps", "join_timeout", "save_timeout")  # fmt: skip
         at_least(self, 3, "peer_timeout")
         finite(self)
         at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")

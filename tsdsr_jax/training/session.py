@@ -128,7 +128,7 @@ class _Run:
             except OSError as error:
                 raise UserError(f"--output_dir {self.folder}: cannot be created ({error.strerror})") from None
             self.checkpoints = checkpoint.Checkpoints(
-                self.folder, options.checkpoints_total_limit, say, self.task.export
+                self.folder, options.checkpoints_total_limit, say, self.task.export, options.save_timeout
             )
             self.bad = BadSamples(len(self.data.source), options.max_bad_samples)
             self.log = self.open_log() if jax.process_index() == 0 else None
@@ -183,7 +183,7 @@ class _Run:
         if meta["options"].get("mixed_precision") != self.options.mixed_precision:
             state = with_new_scale(state, self.options.dynamic_scale)
         say(f"resuming from {path}: {meta['step']} steps done, {meta['samples']} samples seen")
-        return Start(meta["step"], meta["samples"], path), self.task.step.put_state(state)
+        return Start(meta["step"], meta["samples"], path), state
 
     def open_log(self) -> RunLog:
         options = self.options

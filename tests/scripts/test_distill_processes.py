@@ -202,7 +202,7 @@ def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):
 
 @pytest.mark.slow
 def test_a_network_spread_over_two_processes_is_resumed_by_one(start, tmp_path):
-    """As if it had always had the same devices, to the rounding of sums over devices; 67 s on two cores, 2026-11-29: passed."""
+    """Equal to a whole run but for the rounding of sums over devices. 67 s on two cores; 2026-11-29: passed."""
     flags = (
         "--train",
         "base",

@@ -51,6 +51,7 @@ AT_THE_ROOT = {
     "peers",
     "places",
     "program_cache",
+    "storage",
 }
 
 

@@ -67,6 +67,9 @@ class StoredArray:
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
+_ONLY_FIRST = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+
+
 class _ExportHandler(ocp.AsyncCheckpointHandler):
     """Writes extra files into a checkpoint, in the background, when its state has been written.
 
@@ -145,6 +148,8 @@ class Checkpoints:
       note: called with a one-line message when a checkpoint could not be saved.
       export: name of the folder of exported files.
       timeout: seconds in which a checkpoint must be saved where several processes save it together.
+      alone: the first process saves, and the others have nothing to do with it; they need not share the folder. For states
+        of which each process has a copy.
     """
 
     def __init__(
@@ -154,14 +159,20 @@ class Checkpoints:
         note: Callable[[str], object],
         export: str = LORA,
         timeout: int = 1800,
+        alone: bool = False,
     ):
         self.folder, self.keep, self.note, self.export = folder.resolve(), keep, note, export
-        self.timeout = timeout
+        self.timeout, self.alone = timeout, alone and jax.process_count() > 1
         self.failed: str | None = None
         self._pending: int | None = None  # the step that is being saved
         self._exports = _ExportHandler()
         _quiet()
-        self._manager = self._open()
+        self._manager: Any = None if self.absent else self._open()
+
+    @property
+    def absent(self) -> bool:
+        """Whether another process saves."""
+        return self.alone and jax.process_index() > 0
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -174,6 +185,8 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 async_options=ocp.options.AsyncOptions(timeout_secs=self.timeout),
+                multiprocessing_options=_ONLY_FIRST if self.alone else ocp.options.MultiprocessingOptions(),
+                create=not self.alone,
             ),
             # They are finished in this order: the exported files are made from the finished state.
             item_handlers={
@@ -182,6 +195,14 @@ class Checkpoints:
                 self.export: self._exports,
             },
         )
+
+    def check(self, state: Any) -> None:
+        """Raises UserError, in every process, if this state cannot be saved here."""
+        if self.alone and not all(is_here(leaf) for leaf in jax.tree.leaves(state)):
+            raise UserError(
+                f"--output_dir {self.folder}: several processes that share one network (--fsdp) cannot save it in an object "
+                "store; give a folder on a file system that they share"
+            )
 
     def path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}_{step:0{DIGITS}d}"
@@ -197,6 +218,10 @@ class Checkpoints:
         Returns:
           Whether the save has started.
         """
+        if self.absent:
+            return True
+        if self.alone:
+            state = to_host(state)  # Orbax takes no other arrays that one process has for itself
         if not self.wait():
             self.note("the previous checkpoint was not saved; saving a new one now")
         try:
@@ -261,7 +286,8 @@ class Checkpoints:
 
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        if self._manager:
+            self._manager.close()
 
 
 def _quiet() -> None:

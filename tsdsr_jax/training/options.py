@@ -18,6 +18,7 @@ from tsdsr_jax.devices import DTYPES, Joining, join_processes
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.program_cache import keep_programs
+from tsdsr_jax.storage import is_copy
 from tsdsr_jax.training.agreement import check_agreement, check_shared
 from tsdsr_jax.training.log import ReportTo, check_trackers
 from tsdsr_jax.training.optimizer import OptimizerConfig
@@ -183,7 +184,8 @@ class RunOptions:
             say_above_bar,
         )
         check_agreement(self.agreed(), "flags, versions or devices")
-        check_shared(self.output_dir)
+        if not is_copy(self.output_dir):  # each process has a copy of its own; the first one's counts
+            check_shared(self.output_dir)
         try:
             return make_mesh(fsdp=self.fsdp)
         except ValueError as error:

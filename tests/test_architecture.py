@@ -42,6 +42,7 @@ AT_THE_ROOT = {
     "compile_watch",
     "devices",
     "errors",
+    "exchange",
     "flags",
     "git_lfs",
     "hints",
@@ -50,6 +51,7 @@ AT_THE_ROOT = {
     "peers",
     "places",
     "program_cache",
+    "storage",
 }
 
 

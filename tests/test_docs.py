@@ -38,6 +38,8 @@ NOT_RUN = {
     "python convert/prompts.py --prompt": "the same",
     "python convert/lpips.py": "needs torchvision's AlexNet; tests/models/test_lpips.py has a random one",
     "srun": "needs SLURM and several machines",
+    "python train/distill.py --pretrained_model_name_or_path s3:": "needs a store; tests/test_storage.py has one",
+    "python infer/upscale.py --pretrained_model_name_or_path s3:": "the same",
     "sbatch cluster/slurm.sh": "needs SLURM; tests/clusters/test_slurm.py runs it under a real one",
     "torchrun": "needs PyTorch and several GPUs; tests/test_launchers.py has its variables",
     "python train/distill.py --coordinator_address": "needs two machines; test_distill_processes.py has two processes",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from tsdsr_jax import peers
+from tsdsr_jax import peers, storage
 from tsdsr_jax.cli_help import Groups, help_text
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.flags import Flag, expected, flags_of, join, members
@@ -40,6 +40,9 @@ _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "0"), False
 )
 _NEGATIVE_NUMBER = re.compile(r"-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
+# Flags that name what a command writes; all other paths are read.
+_WRITTEN_FOLDER = "output_dir"
+_WRITTEN = ("output", "log", "report", "preview", "logging_dir")
 _LARGEST_FLOAT32 = 3.4028234e38
 
 
@@ -60,7 +63,7 @@ def parse(
     `--align_method` and `--align-method` are the same flag, and so are `--flag value` and `--flag=value`. A boolean can be
     bare (`--is_use_tile`), negated (`--no_is_use_tile`) or have a value (`--is_use_tile false`). Flags of type
     `tuple[T, ...]` may be repeated; for other flags the last one counts. In paths `~` means the home folder, because shells
-    do not expand it in `--flag=~/x`.
+    do not expand it in `--flag=~/x`. Instead of a path, a URL of an object store may be given; see `storage`.
 
     Args:
       options_class: a frozen dataclass of plain values. The docstring below a field is its help text; short
@@ -71,6 +74,9 @@ def parse(
       argv: the arguments without the script's name; `sys.argv[1:]` when absent.
 
     A mistake in the command line ends the process with status 2 and one line on stderr.
+
+    Raises:
+      UserError: something in an object store is not there or cannot be read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = flags_of(options_class)
@@ -81,7 +87,7 @@ def parse(
         given = _read(argv, flags, positional)
         for flag in flags:
             if flag.takes_paths and flag.name in given:
-                given[flag.name] = [os.path.expanduser(value) for value in given[flag.name]]
+                given[flag.name] = [_on_this_machine(flag, value) for value in given[flag.name]]
         missing = [f.display for f in flags if f.required and f.name not in given]
         if missing:
             raise _UsageError(f"{join(missing, 'and')} must be given; --help explains the flags")
@@ -96,6 +102,19 @@ def parse(
         if f.repeatable and f.name in given and not f.required
     }
     return dataclasses.replace(options, **own) if own else options
+
+
+def _on_this_machine(flag: Flag, value: str) -> str:
+    """The path that a flag's text means; of something in an object store, the copy on this machine."""
+    if not storage.is_url(value):
+        return os.path.expanduser(value)
+    if flag.name == _WRITTEN_FOLDER:
+        return str(storage.output_folder(value, flag.display))
+    if flag.name in _WRITTEN:
+        raise UserError(
+            f"{flag.display} {value}: cannot be written there; give a path on this machine, and copy the result"
+        )
+    return str(storage.fetched(value, flag.display))
 
 
 def run(main: Callable[[], object]) -> None:
@@ -113,12 +132,17 @@ def run(main: Callable[[], object]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _check_current_folder()
-        main()
+        with storage.urls_in_output():
+            try:
+                main()
+            finally:
+                storage.finish_all()
         sys.stdout.flush()
         peers.ended(0)
     except UserError as error:
-        print(f"{script_name()}: {error}", file=sys.stderr)
-        peers.ended(1, str(error))
+        message = storage.as_given(str(error))
+        print(f"{script_name()}: {message}", file=sys.stderr)
+        peers.ended(1, message)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -16,7 +16,8 @@ from tsdsr_jax.data.batches import Batches, RowPlan, SampleShapes
 from tsdsr_jax.data.crops import plan
 from tsdsr_jax.data.degradation import DegradationConfig
 from tsdsr_jax.data.options import DataOptions
-from tsdsr_jax.data.photos import Box, CropConfig, Photographs, left_out, random_crop, survey
+from tsdsr_jax.data.photos import Box, CropConfig, Photographs, Survey, left_out, random_crop, survey
+from tsdsr_jax.data.sizes import KnownSizes
 from tsdsr_jax.data.sources import look_at, open_data
 from tsdsr_jax.data.workers import read_ahead
 from tsdsr_jax.errors import UserError
@@ -25,6 +26,10 @@ from tsdsr_jax.images.search import find_photographs
 from tsdsr_jax.weights.prompt_files import save_prompt_embeds
 
 CROP = CropConfig(32, 32, 24)
+
+
+def surveyed(files: list[tuple[Path, Path]], crop: CropConfig) -> Survey:
+    return survey(files, KnownSizes([root for _, root in files]).look(files), crop)
 
 
 def save(path: Path, size: tuple[int, int] = (40, 48), seed: int = 0, mode: str = "RGB") -> Path:
@@ -46,7 +51,7 @@ def listed(root: Path) -> list[tuple[Path, Path]]:
 
 
 def source(root: Path, seed: int = 5, **more) -> Photographs:
-    return Photographs(survey(listed(root), CROP).photographs, CROP, DegradationConfig(), seed, **more)
+    return Photographs(surveyed(listed(root), CROP).photographs, CROP, DegradationConfig(), seed, **more)
 
 
 # --- what is found --------------------------------------------------------------------------------
@@ -66,7 +71,7 @@ def test_small_and_unreadable_ones_are_counted_and_named(folder):
     save(folder / "small.png", (20, 20))
     save(folder / "tiny.png", (8, 8))
     (folder / "broken.jpg").write_bytes(b"no image")
-    found = survey(listed(folder), CROP)
+    found = surveyed(listed(folder), CROP)
     assert len(found.photographs) == 6 and len(found.below_crop) == 2 and len(found.unreadable) == 1
     said = "\n".join(left_out(found, CROP))
     assert (
@@ -96,7 +101,7 @@ def test_a_folder_without_usable_photographs_is_refused(tmp_path):
         UserError,
         match=r"none of the 1 images can be used: 1 are smaller than the crops of 32×32 pixels; .*--small_photos",
     ):
-        survey(listed(tmp_path / "small"), CROP)
+        surveyed(listed(tmp_path / "small"), CROP)
 
 
 @pytest.mark.parametrize("kind", ["grey", "sixteen bits", "cmyk", "alpha", "palette", "turned"])
@@ -142,7 +147,7 @@ def test_hidden_colors_of_a_cut_out_are_white(tmp_path):
     Image.fromarray(np.dstack([np.where(visible, photo, rubbish), alpha])).save(tmp_path / "a.png")
     config = CropConfig(40, 48, 24, flip=0)
     samples = Photographs(
-        survey(listed(tmp_path), config).photographs, config, DegradationConfig(sharpen=False), 0
+        surveyed(listed(tmp_path), config).photographs, config, DegradationConfig(sharpen=False), 0
     )
     np.testing.assert_array_equal(samples.pair(0, 0).hr, np.where(visible, photo, 255))
 
@@ -153,7 +158,7 @@ def test_profiles_are_applied(tmp_path):
     linear.add(b"gAMA", (100000).to_bytes(4, "big"))
     Image.new("RGB", (48, 40), (128, 128, 128)).save(tmp_path / "a.png", pnginfo=linear)
     samples = Photographs(
-        survey(listed(tmp_path), CROP).photographs, CROP, DegradationConfig(sharpen=False), 0, with_lr=False
+        surveyed(listed(tmp_path), CROP).photographs, CROP, DegradationConfig(sharpen=False), 0, with_lr=False
     )
     assert (samples.read(0).hr == 188).all()
 
@@ -177,7 +182,7 @@ def test_crops_lie_everywhere_and_half_are_mirrored():
 def kept(folder: Path, small: str, minimum: int = 1) -> tuple[list[str], list[str]]:
     """The photographs that are used with crops of 32×48, and what is said about the others."""
     crop = CropConfig(32, 48, minimum, small=small)
-    found = survey(listed(folder), crop)
+    found = surveyed(listed(folder), crop)
     return [photo.name for photo in found.photographs], left_out(found, crop)
 
 
@@ -203,8 +208,8 @@ def test_a_set_of_small_photographs_stays_usable_at_a_smaller_crop(tmp_path):
     with pytest.raises(
         UserError, match=r"3 are smaller than the crops of 512×512 pixels; .*\(--crop_size 320 would fit most"
     ):
-        survey(listed(tmp_path), CropConfig())
-    assert len(survey(listed(tmp_path), CropConfig(320, 320, 240)).photographs) == 2
+        surveyed(listed(tmp_path), CropConfig())
+    assert len(surveyed(listed(tmp_path), CropConfig(320, 320, 240)).photographs) == 2
 
 
 @pytest.mark.parametrize("size", [(6, 5), (6, 100), (15, 16)])
@@ -233,7 +238,7 @@ def test_mirroring_is_at_the_right_and_the_bottom():
 def test_a_grid_of_an_enlarged_photograph(tmp_path):
     save(tmp_path / "a.png", (20, 64))
     crop = CropConfig(32, 32, 1, small="enlarge")
-    photographs = survey(listed(tmp_path), crop).photographs
+    photographs = surveyed(listed(tmp_path), crop).photographs
     boxes = [sample.box for sample in plan(photographs, "grid", crop)]
     assert boxes == [Box(0, left, 32, 32) for left in (3, 35, 67)]  # of 32×102
     source = Photographs(photographs, crop, DegradationConfig(sharpen=False), 0)
@@ -265,7 +270,7 @@ def test_photographs_too_narrow_at_that_side_are_left_out(tmp_path):
     for name, size in (("a", (90, 60)), ("b", (200, 30))):
         save(tmp_path / f"{name}.png", size)
     crop = CropConfig(32, 32, 1, side=(48, 64))
-    found = survey(listed(tmp_path), crop)
+    found = surveyed(listed(tmp_path), crop)
     assert [photo.name for photo in found.photographs] == ["a.png"]
     (line,) = left_out(found, crop)
     assert (
@@ -278,7 +283,7 @@ def test_photographs_too_narrow_at_that_side_are_left_out(tmp_path):
 def test_crops_of_a_plan_lie_in_the_resized_photograph(tmp_path, crops):
     save(tmp_path / "a.png", (40, 60))
     crop = CropConfig(32, 32, 1, side=(96, 96))  # 64×96
-    photographs = survey(listed(tmp_path), crop).photographs
+    photographs = surveyed(listed(tmp_path), crop).photographs
     boxes = [sample.box for sample in plan(photographs, crops, crop)]
     assert boxes == ([Box(top, left, 32, 32) for top in (0, 32) for left in (0, 32, 64)] if crops == "grid" else
                      [Box(0, 0, 64, 96)])  # fmt: skip
@@ -403,7 +408,7 @@ def test_what_a_run_must_agree_in(folder):
 def test_real_photographs(tmp_path):
     root = data_folder("bsds500", "val")
     crop = CropConfig(128, 160, 96)
-    photographs = Photographs(survey(listed(root), crop).photographs, crop, DegradationConfig(), 0)
+    photographs = Photographs(surveyed(listed(root), crop).photographs, crop, DegradationConfig(), 0)
     assert len(photographs) == 100
     records = list(chain(photographs.read(index) for index in range(0, 100, 20)))
     for record in records:

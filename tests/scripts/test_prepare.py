@@ -166,14 +166,12 @@ def test_grids_and_whole_photographs(command, tmp_path):
 
 def test_crops_are_those_of_training_on_the_way(command, root, tmp_path):
     from tsdsr_jax.data.degradation import DegradationConfig
-    from tsdsr_jax.data.photos import CropConfig, Photographs, survey
-    from tsdsr_jax.images.search import find_photographs
+    from tsdsr_jax.data.photos import CropConfig, Photographs
+    from tsdsr_jax.data.sources import look_at
 
     command.done(tmp_path / "set", "--crops_per_photo", "2", "--seed", "3")
-    files = [(path, root / "photos") for path in find_photographs(root / "photos").files]
-    source = Photographs(
-        survey(files, CropConfig(32, 32, 24)).photographs, CropConfig(32, 32, 24), DegradationConfig(), 3
-    )
+    crop = CropConfig(32, 32, 24)
+    source = Photographs(look_at([root / "photos"], crop, print).photographs, crop, DegradationConfig(), 3)
     prepared = records(tmp_path / "set")
     for index in range(10):
         for epoch in range(2):

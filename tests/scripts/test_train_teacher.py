@@ -26,8 +26,6 @@ from tsdsr_jax.weights.torch_pickle import write_tensor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-RANK = 2
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,18 +37,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def teacher_flags(root: Path, output: Path, *more: str) -> list[str]:
-    """The flags of a short training run in float32 on `root`; later flags win."""
-    data = [] if "--hr_dir" in more else ["--data_dir", str(root / "set")]
-    return [
-        "--pretrained_model_name_or_path", str(root / "sd3"), *data, "--output_dir", str(output),
-        "--default_embedding_dir", str(root / "default"), "--null_embedding_dir", str(root / "null"),
-        "--rank", str(RANK), "--learning_rate", "1e-3", "--train_batch_size", "2", "--mixed_precision", "no",
-        "--max_train_steps", "4", "--checkpointing_steps", "2", "--validation_steps", "4", "--sampling_steps", "3",
-        "--num_validation_images", "2", *more,
-    ]  # fmt: skip
-
-
 def on_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(options, "make_mesh", lambda fsdp: sharding.make_mesh(jax.devices()[:count], fsdp))
 
@@ -59,7 +45,7 @@ class Teacher(Command):
     """Runs the command, by default on one device."""
 
     def flags(self, output: Path, *more: str) -> list[str]:
-        return teacher_flags(self.root, output, *more)
+        return tiny_training.teacher_flags(self.root, output, *more)
 
     def __call__(self, output: Path, *more: str, devices: int = 1) -> Outcome:
         on_devices(self.monkeypatch, devices)
@@ -107,7 +93,11 @@ def finished(root, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         on_devices(patch, 1)
-        patch.setattr(sys, "argv", ["train/teacher.py", *teacher_flags(root, output, "--ema_decay", "0.9")])
+        patch.setattr(
+            sys,
+            "argv",
+            ["train/teacher.py", *tiny_training.teacher_flags(root, output, "--ema_decay", "0.9")],
+        )
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         teacher.main()
         for number, handler in before.items():

@@ -89,3 +89,18 @@ def flags(root: Path, output: Path, *more: str) -> list[str]:
         "--train_batch_size", "2", "--learning_rate", "1e-3", "--learning_rate_reg", "1e-3",
         "--mixed_precision", "no", "--max_train_steps", "6", "--checkpointing_steps", "2", "--validation_steps", "6", *more,
     ]  # fmt: skip
+
+
+TEACHER_RANK = 2
+
+
+def teacher_flags(root: Path, output: Path, *more: str) -> list[str]:
+    """The flags of a short run of train/teacher.py in float32 on `root`; later flags win."""
+    data = [] if "--hr_dir" in more else ["--data_dir", str(root / "set")]
+    return [
+        "--pretrained_model_name_or_path", str(root / "sd3"), *data, "--output_dir", str(output),
+        "--default_embedding_dir", str(root / "default"), "--null_embedding_dir", str(root / "null"),
+        "--rank", str(TEACHER_RANK), "--learning_rate", "1e-3", "--train_batch_size", "2", "--mixed_precision", "no",
+        "--max_train_steps", "4", "--checkpointing_steps", "2", "--validation_steps", "4", "--sampling_steps", "3",
+        "--num_validation_images", "2", *more,
+    ]  # fmt: skip

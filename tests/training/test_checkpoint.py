@@ -19,6 +19,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.checkpoint import Checkpoints, Hash, find, read_meta, read_state
 from tsdsr_jax.training.optimizer import LossScale
+from tsdsr_jax.training.sharding import base_shardings, make_mesh
 from tsdsr_jax.training.step import TrainState
 from tsdsr_jax.weights.tensor_files import TensorSpec, TensorStream
 
@@ -218,7 +219,7 @@ def test_a_failing_write_is_noted_and_the_next_one_works(checkpoints, notes, mon
     save(checkpoints, 1)
     checkpoints.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "to_host", full)
+        patch.setattr(checkpoint, "leaves_by_name", full)
         save(checkpoints, 2)
         checkpoints.wait()
     assert checkpoints.failed == "No space left on device" and len(notes) == 1
@@ -230,14 +231,14 @@ def test_a_failing_write_is_noted_and_the_next_one_works(checkpoints, notes, mon
 def test_exports_are_made_tensor_by_tensor_in_the_background(checkpoints):
     made, training = [], threading.current_thread()
 
-    def export(on_host: State) -> dict:
-        value = on_host.tree["a/b"]
-        assert isinstance(value, np.ndarray) and threading.current_thread() is not training
+    def export(saved: State) -> dict:
+        assert threading.current_thread() is not training
+        value = saved.tree["a/b"]
 
         def tensors() -> Iterator[tuple[str, np.ndarray]]:
             for name in "xy":
                 made.append(list(checkpoints.folder.rglob("*.part")))  # the file that is being written
-                yield name, value
+                yield name, np.asarray(value)
 
         spec = TensorSpec(value.shape, value.dtype)
         return {"b.safetensors": TensorStream({"x": spec, "y": spec}, tensors), "config.json": "{}"}
@@ -251,13 +252,45 @@ def test_exports_are_made_tensor_by_tensor_in_the_background(checkpoints):
     }
 
 
+def spread(tree: State, fsdp: int) -> State:
+    """The state with a matrix that is spread over `fsdp` of eight devices, as large networks are."""
+    where = base_shardings(tree, make_mesh(fsdp=fsdp))
+
+    def describe(leaf: jax.Array, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(describe, tree, where)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_each_process_saves_and_reads_its_own_part(checkpoints, monkeypatch, parts):
+    """Nothing is gathered, whatever number of devices a checkpoint is resumed on; only the exported files are whole."""
+    matrix = np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32)
+    here = State(jnp.int32(7), {"a": {"kernel": matrix}, "b": np.ones(3, np.float32)}, {})
+    four = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), here, spread(here, 4))
+    assert four.tree["a"]["kernel"].addressable_shards[0].data.shape == (16, 6)
+    monkeypatch.setattr(checkpoint, "leaf_to_host", lambda leaf: pytest.fail("gathered"))
+
+    def export(saved: State) -> dict:
+        return {"whole.safetensors": {"kernel": np.asarray(saved.tree["a"]["kernel"])}}
+
+    assert checkpoints.save(7, four, meta(7), export) and checkpoints.wait() and not checkpoints.unexported
+    like = spread(here, parts)
+    found = read_state(checkpoints.path(7), like)
+    for ours, wanted, expected in zip(*map(jax.tree.leaves, (found, like, here)), strict=True):
+        assert ours.sharding.is_equivalent_to(wanted.sharding, ours.ndim) and ours.dtype == wanted.dtype
+        np.testing.assert_array_equal(ours, expected)
+    whole = load_file(checkpoints.path(7) / "lora" / "whole.safetensors")
+    np.testing.assert_array_equal(whole["kernel"], matrix)
+
+
 @pytest.mark.parametrize("moment", ["before the first file", "within the second file"])
 def test_a_failed_export_costs_neither_the_run_nor_the_checkpoint(checkpoints, notes, moment):
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         yield "x", np.zeros(2)
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    def export(on_host: State) -> dict:
+    def export(saved: State) -> dict:
         if moment == "before the first file":
             raise RuntimeError("cannot be made")
         spec = TensorSpec((2,), np.dtype(float))

@@ -41,7 +41,7 @@ TRAINING: Groups = {
                    "sampling_guidance"),
     "memory and speed": ("mixed_precision", "gradient_checkpointing", "split_guidance", "merge_teacher_lora", "scan_layers"),
     "devices and machines": ("fsdp", "multi_host", "coordinator_address", "num_processes", "process_id",
-                             "join_timeout", "peer_timeout"),
+                             "join_timeout", "peer_timeout", "save_timeout"),
     "logging": ("report_to", "logging_steps", "profile_steps", "logging_dir", "log_name", "log_code"),
     "without effect": ("local_rank", "set_grads_to_none"),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,15 +19,14 @@ import numpy as np
 
 from tsdsr_jax.data.degradation import DegradationConfig, DegradedPair, degrade, target
 from tsdsr_jax.data.record import Record, spread
+from tsdsr_jax.data.sizes import MAX_PHOTOGRAPH_PIXELS, Found, KnownSize
 from tsdsr_jax.errors import UserError, listed
 from tsdsr_jax.images.display import displayed
-from tsdsr_jax.images.files import read_photo, read_size
+from tsdsr_jax.images.files import read_photo
 from tsdsr_jax.images.resize import pillow_bicubic, reflect_pad
 from tsdsr_jax.images.search import beside, composed
 from tsdsr_jax.weights.prompt_files import PromptEmbeds, load_prompt_embeds
 
-# Half a gigabyte decoded, one per worker; no camera's pictures are larger.
-MAX_PHOTOGRAPH_PIXELS = 180_000_000
 # The autoencoder's factor times the transformer's patch size.
 CROP_STEP = 16
 # What to do with photographs that a crop does not fit into.
@@ -123,38 +122,23 @@ class Survey(NamedTuple):
     unreadable: list[str]
 
 
-def survey(
-    files: Sequence[tuple[Path, Path]],
-    crop: CropConfig,
-    progress: Callable[[int], object] = lambda count: None,
-) -> Survey:
-    """Reads the header of every photograph.
+def survey(files: Sequence[Found], sizes: Sequence[KnownSize | str], crop: CropConfig) -> Survey:
+    """Sorts out the photographs that can be used.
 
     Args:
       files: pairs of a file and the folder below which it was found.
+      sizes: the size of each, or why it cannot be read; see `KnownSizes.look`.
       crop: decides which photographs are too small.
-      progress: called with the number of files read since the last call.
 
     Raises:
       UserError: no photograph can be used.
     """
-
-    def look(file: tuple[Path, Path]) -> Photograph | str:
-        size: tuple[int, int] | str
-        if not _has_text_name(file[0]):
-            size = f"{str(file[0])!a}: its name is not UTF-8"
-        else:
-            try:
-                size = read_size(file[0], MAX_PHOTOGRAPH_PIXELS)
-            except UserError as error:
-                size = str(error)
-        progress(1)
-        return size if isinstance(size, str) else Photograph(*file, *size)
-
-    with ThreadPoolExecutor(16) as pool:
-        looks = list(pool.map(look, files))
-    unreadable = [look for look in looks if isinstance(look, str)]
-    photographs = [look for look in looks if isinstance(look, Photograph)]
+    unreadable = [size for size in sizes if isinstance(size, str)]
+    photographs = [
+        Photograph(*file, size.height, size.width)
+        for file, size in zip(files, sizes, strict=True)
+        if isinstance(size, KnownSize)
+    ]
     small: list[Photograph] = []
     below: list[Photograph] = []
     used: list[Photograph] = []
@@ -198,15 +182,6 @@ def _why_none(
 
 def _when(crop: CropConfig) -> str:
     return f" at a longer side of {crop.side[0]} (see --photo_side)" if crop.side else ""
-
-
-def _has_text_name(path: Path) -> bool:
-    """Whether a name can be printed and stored in a manifest; on POSIX it may be any bytes."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def left_out(found: Survey, crop: CropConfig) -> list[str]:

@@ -11,7 +11,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from tsdsr_jax.atomic import replacing
 from tsdsr_jax.data.degradation import DegradationConfig, degrade, to_bytes
-from tsdsr_jax.data.photos import MAX_PHOTOGRAPH_PIXELS, CropConfig, Photograph, random_crop
+from tsdsr_jax.data.photos import CropConfig, Photograph, random_crop
+from tsdsr_jax.data.sizes import MAX_PHOTOGRAPH_PIXELS
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.images.display import displayed
 from tsdsr_jax.images.files import read_photo

@@ -20,8 +20,10 @@ from tsdsr_jax.data.options import CropOptions, DataOptions, PairOptions
 from tsdsr_jax.data.photos import CropConfig, Photographs, Survey, left_out, survey
 from tsdsr_jax.data.record import Record, Source
 from tsdsr_jax.data.shard_sets import PreparedShards
+from tsdsr_jax.data.sizes import Found, KnownSize, KnownSizes
 from tsdsr_jax.errors import UserError
-from tsdsr_jax.images.search import beside, find_photographs
+from tsdsr_jax.exchange import from_first, of_everyone, shared_out
+from tsdsr_jax.images.search import beside, composed, find_photographs
 from tsdsr_jax.weights.prompt_files import load_prompt_embeds
 from tsdsr_jax.weights.text_encoders import has_encoders
 
@@ -66,7 +68,7 @@ def open_data(
         source = _open_photographs(options, seed, parts, note, output)
         # Without pairs, nothing is degraded.
         identity = crop_identity(options) | (pair_identity(options) if parts == "pairs" else {})
-        if prompts := source.prompts_fingerprint():
+        if prompts := from_first(source.prompts_fingerprint):
             identity["photographs' prompts"] = prompts
     return Data(source, SampleShapes.of_source(source), identity | content_identity(source))
 
@@ -164,11 +166,37 @@ def look_at(
     files = list({os.path.realpath(path): (path, root) for path, root in reversed(found_below)}.values())[
         ::-1
     ]
-    with tqdm(total=len(files), desc="reading photographs' sizes", leave=False, disable=None) as bar:
-        found = survey(files, crop, bar.update)
+    found = survey(files, _sizes(files), crop)
     for line in left_out(found, crop):
         note(line)
     return found
+
+
+def _sizes(files: Sequence[Found]) -> list[KnownSize | str]:
+    """Reads the photographs' sizes, with a progress bar. Several processes read a share each."""
+    _check_same(files)
+    known = KnownSizes([root for _, root in files])
+
+    def look(share: Sequence[Found]) -> list[KnownSize | str]:
+        with tqdm(total=len(share), desc="reading photographs' sizes", leave=False, disable=None) as bar:
+            return known.look(share, bar.update)
+
+    # JSON knows no named tuples.
+    sizes = [size if isinstance(size, str) else KnownSize(*size) for size in shared_out(files, look)]
+    from_first(lambda: known.keep(files, sizes))
+    return sizes
+
+
+def _check_same(files: Sequence[Found]) -> None:
+    """Raises UserError, in every process, unless all of them have found the same photographs."""
+    names = "\n".join(composed(path.relative_to(root).as_posix()) for path, root in files)
+    digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    views = of_everyone([len(files), digest])
+    if len({digest for _, digest in views}) > 1:
+        counts = ", ".join(f"{count} in process {number}" for number, (count, _) in enumerate(views))
+        raise UserError(
+            f"--hr_dir: the processes find different photographs ({counts}); all need the same folder"
+        )
 
 
 def _open_photographs(

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.exchange import of_everyone
 from tsdsr_jax.identity import in_short
 from tsdsr_jax.training.checkpoint import Hash, leaf_name
 
@@ -37,7 +38,7 @@ def check_agreement(view: Mapping[str, Any], what: str) -> None:
     if jax.process_count() == 1:
         return
     texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in view.items()}
-    if lines := differing_views(_of_everyone(texts)):
+    if lines := differing_views(of_everyone(texts)):
         listed = "".join(f"\n  {line}" for line in lines)
         raise UserError(f"the processes have different {what}, so they cannot train together:{listed}")
 
@@ -101,9 +102,7 @@ def check_shared(folder: Path) -> None:
     if first:
         reason = _written(folder, name)
     seen = bool(reason) or _appears(folder / name)
-    views = _of_everyone(
-        {"reason": reason, "host": socket.gethostname(), "seen": seen, "folder": str(folder)}
-    )
+    views = of_everyone({"reason": reason, "host": socket.gethostname(), "seen": seen, "folder": str(folder)})
     if first:
         with suppress(OSError):
             (folder / name).unlink()
@@ -139,13 +138,3 @@ def _appears(path: Path) -> bool:
         if time.monotonic() > end:
             return False
         time.sleep(0.2)
-
-
-def _of_everyone(view: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Collects what each process has to say."""
-    text = np.frombuffer(json.dumps(view).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(text.size)).ravel()
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: text.size] = text
-    texts = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
-    return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]

@@ -6,6 +6,10 @@
     OUTPUT/checkpoint_0005000/model      instead of `lora` where whole networks are trained: a folder in diffusers' layout
 
 The frozen base is saved only as a hash. `lora` and `model` are for other programs; resuming needs neither.
+
+Each process writes and reads only the parts of arrays that its own devices hold. The first process makes the exported files
+in the end, from the saved state, one array at a time: where a network is spread over many devices, no process ever holds
+all of it.
 """
 
 from __future__ import annotations
@@ -35,12 +39,39 @@ STATE, META, LORA, MODEL = "state", "meta", "lora", "model"
 META_KEYS = {"step", "samples", "rows", "identity", "options"}
 # File name -> tensors or text.
 Files = Mapping[str, TensorStream | Mapping[str, np.ndarray] | str]
-# State of host arrays -> files. It is called by the first process only, in the background.
+# Saved state -> files. It is called by the first process only, in the background. The state's leaves are `StoredArray`s.
 Export = Callable[[Any], Files]
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """A leaf of a saved state. `numpy.asarray` reads its values.
+
+    Attributes:
+      shape, dtype: the array's.
+      folder: the checkpoint's `state`.
+      name: the leaf's name there.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    folder: Path
+    name: str
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # A handler without the checkpointer around it, which would wait for the other processes.
+        wanted = ocp.args.PyTreeRestore(
+            {self.name: 0}, {self.name: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
+        )
+        array = np.asarray(ocp.PyTreeCheckpointHandler().restore(self.folder, args=wanted)[self.name])
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+_ONLY_FIRST = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+
+
 class _ExportHandler(ocp.AsyncCheckpointHandler):
-    """Writes extra files into a checkpoint, in the background.
+    """Writes extra files into a checkpoint, in the background, when its state has been written.
 
     They appear together with the rest of the checkpoint. If they cannot be written, it appears without them.
 
@@ -50,21 +81,22 @@ class _ExportHandler(ocp.AsyncCheckpointHandler):
 
     def __init__(self) -> None:
         self.failed: str | None = None
+        self._next: _ExportSave | None = None
 
     async def async_save(self, directory: Path, args: _ExportSave) -> list[ocp.future.Future]:
-        async def write() -> None:
-            self.save(directory, args)
-
-        # Orbax makes the folder in the background, too; this waits for it.
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="export")]
+        self.save(directory, args)
+        return []
 
     def save(self, directory: Path, args: _ExportSave) -> None:
+        self._next = args
+
+    def finalize(self, directory: Path) -> None:
+        """Called in the first process, in the background, when all processes have written their parts."""
+        assert self._next
         self.failed = None
-        if jax.process_index() > 0:
-            return
         folder = Path(directory)
         try:
-            for name, content in args.export(args.state).items():
+            for name, content in self._next.export(_stored(self._next.shapes, folder.parent / STATE)).items():
                 _write_file(folder / name, content)
         except Exception as error:  # from the disk or from making the files; resuming needs none of them
             self.failed = reason_of(error)
@@ -74,6 +106,13 @@ class _ExportHandler(ocp.AsyncCheckpointHandler):
 
     def restore(self, directory: Path, args: Any = None) -> None:
         raise NotImplementedError("these files are exported only")
+
+
+def _stored(shapes: Any, folder: Path) -> Any:
+    """A state in a checkpoint's folder, with a `StoredArray` for each leaf."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: StoredArray(leaf.shape, np.dtype(leaf.dtype), folder, leaf_name(path)), shapes
+    )
 
 
 def _write_file(path: Path, content: TensorStream | Mapping[str, np.ndarray] | str) -> None:
@@ -91,7 +130,7 @@ def _write_file(path: Path, content: TensorStream | Mapping[str, np.ndarray] | s
 @dataclasses.dataclass
 class _ExportSave(ocp.args.CheckpointArgs):
     export: Export
-    state: Any
+    shapes: Any
 
 
 @ocp.args.register_with_handler(_ExportHandler, for_restore=True)
@@ -108,15 +147,32 @@ class Checkpoints:
       keep: how many of the latest checkpoints to keep; None keeps all.
       note: called with a one-line message when a checkpoint could not be saved.
       export: name of the folder of exported files.
+      timeout: seconds in which a checkpoint must be saved where several processes save it together.
+      alone: the first process saves, and the others have nothing to do with it; they need not share the folder. For states
+        of which each process has a copy.
     """
 
-    def __init__(self, folder: Path, keep: int | None, note: Callable[[str], object], export: str = LORA):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int | None,
+        note: Callable[[str], object],
+        export: str = LORA,
+        timeout: int = 1800,
+        alone: bool = False,
+    ):
         self.folder, self.keep, self.note, self.export = folder.resolve(), keep, note, export
+        self.timeout, self.alone = timeout, alone and jax.process_count() > 1
         self.failed: str | None = None
         self._pending: int | None = None  # the step that is being saved
         self._exports = _ExportHandler()
         _quiet()
-        self._manager = self._open()
+        self._manager: Any = None if self.absent else self._open()
+
+    @property
+    def absent(self) -> bool:
+        """Whether another process saves."""
+        return self.alone and jax.process_index() > 0
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -128,16 +184,32 @@ class Checkpoints:
                 ),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                async_options=ocp.options.AsyncOptions(timeout_secs=self.timeout),
+                multiprocessing_options=_ONLY_FIRST if self.alone else ocp.options.MultiprocessingOptions(),
+                create=not self.alone,
             ),
-            item_names=(STATE, META, self.export),
-            item_handlers={self.export: self._exports},
+            # They are finished in this order: the exported files are made from the finished state.
+            item_handlers={
+                STATE: ocp.StandardCheckpointHandler(),
+                META: ocp.JsonCheckpointHandler(),
+                self.export: self._exports,
+            },
         )
+
+    def check(self, state: Any) -> None:
+        """Raises UserError, in every process, if this state cannot be saved here."""
+        if self.alone and not all(is_here(leaf) for leaf in jax.tree.leaves(state)):
+            raise UserError(
+                f"--output_dir {self.folder}: several processes that share one network (--fsdp) cannot save it in an object "
+                "store; give a folder on a file system that they share"
+            )
 
     def path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}_{step:0{DIGITS}d}"
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], export: Export) -> bool:
-        """Starts to save a checkpoint. Returns when the state is copied to the host; the rest is done in the background.
+        """Starts to save a checkpoint. Returns when this process's part of the state is copied to the host; the rest is done
+        in the background.
 
         A failure of this save or the previous one does not end the run: it is noted, and existing checkpoints stay.
         `failed` holds the reason until a later save succeeds. If only the exported files cannot be written, the checkpoint
@@ -146,14 +218,17 @@ class Checkpoints:
         Returns:
           Whether the save has started.
         """
+        if self.absent:
+            return True
+        if self.alone:
+            state = to_host(state)  # Orbax takes no other arrays that one process has for itself
         if not self.wait():
             self.note("the previous checkpoint was not saved; saving a new one now")
         try:
-            on_host = to_host(state)
             args = {
-                STATE: ocp.args.StandardSave(leaves_by_name(on_host)),
+                STATE: ocp.args.StandardSave(leaves_by_name(state)),
                 META: ocp.args.JsonSave(dict(meta)),
-                self.export: _ExportSave(export, on_host),
+                self.export: _ExportSave(export, shapes_of(state)),
             }
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except (
@@ -211,7 +286,8 @@ class Checkpoints:
 
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        if self._manager:
+            self._manager.close()
 
 
 def _quiet() -> None:
@@ -253,18 +329,15 @@ def is_here(leaf: jax.Array) -> bool:
     return leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
-class _Copied(np.ndarray):
-    """An array that belongs to the checkpoint. Orbax copies host arrays before it saves them, which this one needs not."""
-
-    def __deepcopy__(self, memo: dict[int, Any] | None) -> _Copied:
-        return self
-
-
 def leaf_to_host(leaf: jax.Array) -> np.ndarray:
     """Copies an array to the host. If several processes hold parts of it, it is gathered, and every process must call
     this."""
     whole = leaf if is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True)
-    return np.array(whole, copy=True).view(_Copied)
+    return np.array(whole, copy=True)
+
+
+def shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -331,9 +404,14 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path, like: Any) -> Any:
-    """Reads a checkpoint's state as host arrays, in the structure of `like` (a `TrainState` of arrays or shapes).
+    """Reads a checkpoint's state in the structure of `like` (a `TrainState`).
 
     Checkpoints of earlier versions, whose leaves had other names, are read, too.
+
+    Args:
+      path: the checkpoint.
+      like: what each leaf is to be. A `jax.ShapeDtypeStruct` with a sharding becomes an array on these devices, of which
+        each process reads its own part; anything else with a shape becomes a host array.
 
     Raises:
       UserError: it is damaged or has another structure; the message names the first leaves that differ.
@@ -349,9 +427,7 @@ def read_state(path: Path, like: Any) -> Any:
                 raise OSError(0, f"{STATE} is missing or damaged")
             stored = stored.tree if hasattr(stored, "tree") else stored
             names = _stored_names(names, stored)
-            target = {
-                name: np.zeros(leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)
-            }
+            target = {name: _target(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
             _check_leaves(path, target, stored)
             found = checkpointer.restore(state, target)
     except UserError:
@@ -361,6 +437,13 @@ def read_state(path: Path, like: Any) -> Any:
             f"{path}: this checkpoint cannot be read ({reason_of(error)}); move it away and resume from an earlier one"
         ) from None
     return jax.tree_util.tree_unflatten(structure, [found[name] for name in names])
+
+
+def _target(leaf: Any) -> Any:
+    """What Orbax is to make of a stored leaf."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+        return leaf
+    return np.empty(leaf.shape, leaf.dtype)
 
 
 # Today's leaf names (a pattern), and what they were before all networks shared one kind of state.
@@ -380,7 +463,7 @@ def _stored_names(names: Sequence[str], stored: Mapping[str, Any]) -> list[str]:
     return earlier if not set(names) <= stored.keys() and set(earlier) <= stored.keys() else list(names)
 
 
-def _check_leaves(path: Path, target: Mapping[str, np.ndarray], stored: Mapping[str, Any]) -> None:
+def _check_leaves(path: Path, target: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     problems = [f"{name} is missing" for name in target if name not in stored]
     problems += [f"{name} is not expected" for name in stored if name not in target]
     problems += [

@@ -18,6 +18,7 @@ from tsdsr_jax.data.batches import SampleShapes
 from tsdsr_jax.data.options import DataOptions
 from tsdsr_jax.data.record import Record
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.exchange import from_first
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.layers import Placement
 from tsdsr_jax.models.lpips import LPIPS, minimum_side
@@ -25,6 +26,7 @@ from tsdsr_jax.models.mmdit import MMDiT, MMDiTConfig
 from tsdsr_jax.models.params import Tree, abstract_params
 from tsdsr_jax.models.stacks import take_apart
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
+from tsdsr_jax.training.agreement import check_agreement
 from tsdsr_jax.training.batch import to_unit
 from tsdsr_jax.training.checkpoint import Hash
 from tsdsr_jax.training.sharding import base_shardings, global_array, placement, replicated
@@ -80,7 +82,13 @@ class Networks:
         return AutoencoderKL(self.vae_config, dtype=self.dtype, remat=remat, placement=self.placement)
 
     def load(self, parts: Iterable[NetworkFiles]) -> list[tuple[Tree, str]]:
-        """Loads networks' parameters onto the mesh and hashes the stored values of each, whatever the file layout."""
+        """Loads networks' parameters onto the mesh and hashes the stored values of each, whatever the file layout.
+
+        Only the first process hashes all values. The others compare samples of their files' values with its.
+
+        Raises:
+          UserError: in every process, if files differ.
+        """
         parts = list(parts)
         loaded = load_networks(parts, self.mesh, self.dtype)
         if self.scan_layers:
@@ -106,13 +114,16 @@ def _load(
     network: NetworkFiles, mesh: Mesh, dtype: DTypeLike, progress: Callable[[int], object]
 ) -> tuple[Tree, str]:
     shardings = flatten_dict(base_shardings(abstract_params(network.config), mesh), sep="/")
-    digest = Hash()
+    if jax.process_count() > 1:
+        check_agreement({f"values in {network.folder.name}": network.reader.fingerprint()}, "weights")
+    digest, hashes = Hash(), jax.process_index() == 0
 
     def put(path: str, array: np.ndarray) -> jax.Array:
-        digest.add(path, array)
+        if hashes:
+            digest.add(path, array)
         return global_array(array, shardings[path])
 
-    return network.load(dtype, put=put, progress=progress), digest.value()
+    return network.load(dtype, put=put, progress=progress), from_first(digest.value)
 
 
 def load_text(options: Any, prompt: Literal["default", "null"], config: MMDiTConfig) -> PromptEmbeds:

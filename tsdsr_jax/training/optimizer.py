@@ -8,12 +8,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
 from tsdsr_jax.models.params import Tree
 from tsdsr_jax.training.schedules import RateSchedule, ScheduleName, learning_rate
+from tsdsr_jax.training.sharding import global_array
 
 Optimizer = Literal["adamw", "muon"]
 
@@ -142,9 +144,9 @@ def kept_where(finite: jax.Array, new: Any, old: Any) -> Any:
 
 
 def with_new_scale(state: Any, dynamic: bool) -> Any:
-    """Resets the loss scale of a state of host arrays, to continue training in another precision."""
-    value = INITIAL_SCALE if dynamic else 1
-    scale = LossScale(
-        jnp.full_like(state.loss_scale.value, value), jnp.zeros_like(state.loss_scale.good_steps)
+    """Resets the loss scale of a state, to continue training in another precision."""
+    fresh = LossScale.first(dynamic)
+    placed = jax.tree.map(
+        lambda new, old: global_array(np.asarray(new), old.sharding), fresh, state.loss_scale
     )
-    return state._replace(loss_scale=scale)
+    return state._replace(loss_scale=placed)

@@ -18,6 +18,7 @@ from tsdsr_jax.devices import DTYPES, Joining, join_processes
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.program_cache import keep_programs
+from tsdsr_jax.storage import is_copy
 from tsdsr_jax.training.agreement import check_agreement, check_shared
 from tsdsr_jax.training.log import ReportTo, check_trackers
 from tsdsr_jax.training.optimizer import OptimizerConfig
@@ -103,6 +104,8 @@ class RunOptions:
     """For several machines: seconds to wait for all processes at the start."""
     peer_timeout: int = 15
     """For several machines: seconds after which a process that does not answer is given up, and all end."""
+    save_timeout: int = 1800
+    """For several machines: seconds in which a checkpoint must be saved; a process that waits longer for the others ends."""
 
     local_rank: int = -1
     """Has no effect: one process uses all its GPUs. Accepted for the original's command lines."""
@@ -125,7 +128,7 @@ class RunOptions:
         """Raises UserError for values that cannot work, before anything is loaded."""
         at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "fsdp",
                  "checkpointing_steps", "validation_steps", "checkpoints_total_limit", "num_validation_images",
-                 "logging_steps", "max_bad_steps", "join_timeout")  # fmt: skip
+                 "logging_steps", "max_bad_steps", "join_timeout", "save_timeout")  # fmt: skip
         at_least(self, 3, "peer_timeout")
         finite(self)
         at_least(self, 0, "dataloader_num_workers", "max_bad_samples", "seed")
@@ -181,7 +184,8 @@ class RunOptions:
             say_above_bar,
         )
         check_agreement(self.agreed(), "flags, versions or devices")
-        check_shared(self.output_dir)
+        if not is_copy(self.output_dir):  # each process has a copy of its own; the first one's counts
+            check_shared(self.output_dir)
         try:
             return make_mesh(fsdp=self.fsdp)
         except ValueError as error:

@@ -16,7 +16,7 @@ from tsdsr_jax.training.options import RunOptions
 _LATER = ("schedule's shift", "photographs' prompts")
 # Flags that may differ in a resumed run, because they do not change what it computes.
 _HARMLESS = ("resume_from_checkpoint", "output_dir", "logging_dir", "log_name", "log_code", "report_to", "logging_steps",
-             "profile_steps", "join_timeout", "peer_timeout",
+             "profile_steps", "join_timeout", "peer_timeout", "save_timeout",
              "coordinator_address", "process_id", "num_processes", "multi_host", "dataloader_num_workers",
              "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_dir",
              "num_validation_images", "scan_layers",

@@ -31,6 +31,7 @@ from tsdsr_jax.devices import matmul_precision
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.places import SOURCE_CODE
+from tsdsr_jax.storage import is_copy
 from tsdsr_jax.training import checkpoint, loop
 from tsdsr_jax.training.agreement import check_agreement
 from tsdsr_jax.training.log import RunLog, TensorBoard, Tracker, Wandb, check_trackers, read_rows
@@ -128,8 +129,14 @@ class _Run:
             except OSError as error:
                 raise UserError(f"--output_dir {self.folder}: cannot be created ({error.strerror})") from None
             self.checkpoints = checkpoint.Checkpoints(
-                self.folder, options.checkpoints_total_limit, say, self.task.export
+                self.folder,
+                options.checkpoints_total_limit,
+                say,
+                self.task.export,
+                options.save_timeout,
+                alone=is_copy(self.folder),
             )
+            self.checkpoints.check(state)
             self.bad = BadSamples(len(self.data.source), options.max_bad_samples)
             self.log = self.open_log() if jax.process_index() == 0 else None
             stop = loop.StopSignal()
@@ -183,7 +190,7 @@ class _Run:
         if meta["options"].get("mixed_precision") != self.options.mixed_precision:
             state = with_new_scale(state, self.options.dynamic_scale)
         say(f"resuming from {path}: {meta['step']} steps done, {meta['samples']} samples seen")
-        return Start(meta["step"], meta["samples"], path), self.task.step.put_state(state)
+        return Start(meta["step"], meta["samples"], path), state
 
     def open_log(self) -> RunLog:
         options = self.options

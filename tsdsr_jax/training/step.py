@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -31,7 +30,7 @@ from tsdsr_jax.training.optimizer import (
     kept_where,
     updates_done,
 )
-from tsdsr_jax.training.sharding import base_shardings, batch_sharding, global_array, replicated
+from tsdsr_jax.training.sharding import base_shardings, batch_sharding, replicated
 
 # Part name -> what belongs to this part: parameters, gradients or optimizer state.
 Parts: TypeAlias = dict[str, Any]
@@ -292,6 +291,9 @@ class Step:
       seed: seed of everything that is drawn on the devices.
       beginning: what the first state is made from.
       split: split the state over the mesh's fsdp axis, like a base; otherwise every device holds all of it.
+
+    Attributes:
+      shapes: shapes, dtypes and shardings of the state.
     """
 
     def __init__(
@@ -311,19 +313,21 @@ class Step:
         def make(loaded: Any) -> TrainState:
             return trainer.init(beginning.create(first, loaded))
 
-        self.shapes: TrainState = jax.eval_shape(make, beginning.loaded)
-        whole = jax.tree.map(lambda leaf: replicated(mesh), self.shapes)
-        self._shardings = base_shardings(self.shapes, mesh) if split else whole
-        self._make = jax.jit(make, out_shardings=self._shardings, donate_argnums=0)
-        self._step = jit_step(trainer, mesh, self._shardings)
+        shapes = jax.eval_shape(make, beginning.loaded)
+        shardings = (
+            base_shardings(shapes, mesh) if split else jax.tree.map(lambda leaf: replicated(mesh), shapes)
+        )
+        self.shapes: TrainState = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            shapes,
+            shardings,
+        )
+        self._make = jax.jit(make, out_shardings=shardings, donate_argnums=0)
+        self._step = jit_step(trainer, mesh, shardings)
 
     def new_state(self) -> TrainState:
         """Creates the state before the first step. Call it only once: it donates the loaded arrays."""
         return self._make(self._loaded)
-
-    def put_state(self, state: TrainState) -> TrainState:
-        """Puts a state of host arrays on the devices."""
-        return jax.tree.map(lambda leaf, where: global_array(np.asarray(leaf), where), state, self._shardings)
 
     def put(self, batch: LocalBatch) -> Record:
         """Puts this process's rows on its devices, as its part of the global batch."""

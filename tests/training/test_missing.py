@@ -57,7 +57,10 @@ def test_one_message_names_all_that_is_missing_with_what_to_do(here):
         "teacher.py",
     ):
         assert words in said
-    assert "--guidance_scale 1 --lambda_lpips 0" in said.splitlines()[-1] and str(FOLDER) in said.splitlines()[-1]
+    assert (
+        "--guidance_scale 1 --lambda_lpips 0" in said.splitlines()[-1]
+        and str(FOLDER) in said.splitlines()[-1]
+    )
 
 
 def test_missing_photographs_and_sets_are_named_among_the_rest(here):

@@ -43,7 +43,7 @@ NOT_RUN = {
     "sbatch cluster/slurm.sh": "needs SLURM; tests/clusters/test_slurm.py runs it under a real one",
     "torchrun": "needs PyTorch and several GPUs; tests/test_launchers.py has its variables",
     "python train/distill.py --coordinator_address": "needs two machines; test_distill_processes.py has two processes",
-    "train/recipes/tiny.sh": "takes two hours; tests/scripts/test_recipe.py runs it at its smallest",
+    "train/recipes/tiny.sh": "takes hours; tests/scripts/test_recipe.py runs it at its smallest",
     "python bench/inference.py": "needs PyTorch; tests/scripts/test_benchmarks.py runs it at its smallest",
 }
 

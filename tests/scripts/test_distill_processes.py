@@ -201,6 +201,45 @@ def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_are_ended_ten_times(start, tmp_path):
+    """Either process, by either signal, at random moments; both are started again when both have ended, as a job is that is
+    put back in its queue. RECORDED"""
+    steps = ("--max_train_steps", "60", "--checkpointing_steps", "4", "--train_batch_size", "1")
+
+    def pair(output: Path) -> list[subprocess.Popen]:
+        together = (
+            "--coordinator_address",
+            f"localhost:{free_port()}",
+            "--num_processes",
+            "2",
+            "--peer_timeout",
+            "5",
+        )
+        flags = (*LONG, *steps, *together)
+        return [start(output, *flags, "--process_id", str(index), devices=2) for index in range(2)]
+
+    for process in pair(tmp_path / "whole"):
+        finish(process)
+    generator, output, ends = random.Random(5), tmp_path / "disturbed", []
+    for kind in generator.sample([signal.SIGKILL, signal.SIGTERM] * 5, 10):
+        processes = pair(output)
+        begun = time.monotonic()
+        # From the start of the interpreter to the middle of training.
+        while time.monotonic() < begun + generator.uniform(2, 25) and processes[0].poll() is None:
+            time.sleep(0.01)
+        processes[generator.randrange(2)].send_signal(kind)
+        ends.append([process.wait(timeout=120) for process in processes])
+        assert all(
+            status in (0, 1, 75, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT)
+            for status in ends[-1]
+        ), ends
+    assert any(ends), "every signal came too late"
+    for process in pair(output):
+        finish(process)
+    assert everything(output) == everything(tmp_path / "whole"), ends
+
+
+@pytest.mark.slow
 def test_a_network_spread_over_two_processes_is_resumed_by_one(start, tmp_path):
     """Equal to a whole run but for the rounding of sums over devices. 67 s on two cores; 2026-11-29: passed."""
     flags = (

@@ -22,7 +22,7 @@ from tsdsr_jax.models.discriminator import (
 from tsdsr_jax.models.guidance import Text
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.training.batch import decode, to_unit
+from tsdsr_jax.training.batch import decode_unclipped, to_unit
 from tsdsr_jax.training.step import Moment
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_whole_losses(parts, base, record):
 
     def fooled(student, judge):
         latent = losses.student_latent(base, student, batch, posterior)
-        image = decode(losses.vae, base.vae, latent)
+        image = decode_unclipped(losses.vae, base.vae, latent)
         return generator_loss(logits(judge, image)), image
 
     def judged(judge, image):

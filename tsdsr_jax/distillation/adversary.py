@@ -21,9 +21,10 @@ from tsdsr_jax.training.batch import Metrics
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """A discriminator of photographs. All images are (B, H, W, 3) in [−1, 1].
+    """A discriminator of photographs. All images are (B, H, W, 3), photographs in [−1, 1].
 
-    It judges detail alone, so the color correction with which upscaling ends, which changes nothing else, is left out.
+    It judges detail alone, so the color correction with which upscaling ends, which changes nothing else, is left out. The
+    student's images are not clipped: where they were, too much contrast would cost nothing and have no gradient.
 
     Attributes:
       discriminator: the network, high where a patch looks real.

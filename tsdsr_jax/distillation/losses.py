@@ -32,7 +32,15 @@ from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import STUDENT_TIMESTEP, Tree
 from tsdsr_jax.models.stacks import variables
 from tsdsr_jax.models.vae import AutoencoderKL
-from tsdsr_jax.training.batch import Metrics, decode, latents_of, repeated, text_of, to_unit
+from tsdsr_jax.training.batch import (
+    Metrics,
+    decode,
+    decode_unclipped,
+    latents_of,
+    repeated,
+    text_of,
+    to_unit,
+)
 from tsdsr_jax.training.step import Moment, Parts
 
 # The trained parts: the student's two adapters, and the auxiliary network's. An adversary's discriminator is a third.
@@ -122,7 +130,7 @@ class Made(NamedTuple):
 
     Attributes:
       latent: ẑ, (B, h, w, C) float32, times the scaling factor.
-      image: ẑ decoded, (B, H, W, 3) within [−1, 1]; None if no loss needs it.
+      image: ẑ decoded, (B, H, W, 3), not clipped to [−1, 1]; None if no loss needs it.
     """
 
     latent: jax.Array
@@ -272,7 +280,7 @@ class Losses:
             metrics["tsd_gradient_norm"] = jnp.sqrt(jnp.mean(jnp.square(gradient)))
             metrics["tsd_not_finite"] = replaced.astype(jnp.float32)
         metrics["mse"] = jnp.mean(jnp.square(fake - batch.latent_hr))
-        image = self.decode(base, fake) if config.weight_lpips or self.adversary else None
+        image = decode_unclipped(self.vae, base.vae, fake) if config.weight_lpips or self.adversary else None
         if config.weight_lpips and image is not None:
             metrics["lpips"] = self.lpips(base, image, batch)
         loss = config.weight_mse * metrics["mse"]
@@ -308,7 +316,7 @@ class Losses:
     def lpips(self, base: Base, image: jax.Array, batch: Batch) -> jax.Array:
         """Computes LPIPS between the decoded, clamped ẑ and the photograph, averaged over the batch."""
         assert self.perceptual is not None, "weight_lpips needs the network"
-        return self.perceptual(base.perceptual, image, batch.hr).mean()
+        return self.perceptual(base.perceptual, jnp.clip(image, -1, 1), batch.hr).mean()
 
     def decode(self, base: Base, latents: jax.Array) -> jax.Array:
         return decode(self.vae, base.vae, latents)

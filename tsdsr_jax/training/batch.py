@@ -42,8 +42,13 @@ def encode(vae: AutoencoderKL, params: Tree, images: jax.Array, key: jax.Array |
 
 def decode(vae: AutoencoderKL, params: Tree, latents: jax.Array) -> jax.Array:
     """Decodes latents (B, h, w, C), times the scaling factor, to images (B, H, W, 3) float32 within [−1, 1]."""
+    return jnp.clip(decode_unclipped(vae, params, latents), -1, 1)
+
+
+def decode_unclipped(vae: AutoencoderKL, params: Tree, latents: jax.Array) -> jax.Array:
+    """Decodes latents to images that may exceed [−1, 1]; see `decode`."""
     decoded: Any = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
-    return jnp.clip(decoded.astype(jnp.float32), -1, 1)
+    return decoded.astype(jnp.float32)
 
 
 def latents_of(vae: AutoencoderKL, params: Tree, batch: Record, key: jax.Array | None) -> jax.Array:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from safetensors.numpy import load
 
 import tiny_checkpoint as tiny
 import tiny_training
+from processes import TrainingProcesses, free_port
 from tsdsr_jax import cli, storage
 from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
@@ -28,12 +28,6 @@ from tsdsr_jax.weights.bundled import FOLDER
 moto = pytest.importorskip("moto.server", reason="needs moto, a store that speaks S3")
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
 REPOSITORY = Path(__file__).parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +368,7 @@ def machines(store, server, tmp_path):
     tiny_training.save_set(tmp_path / "made/set", vae, 10)
     for folder in ("sd3", "default", "null", "set"):
         store.put(f"{tmp_path / 'made' / folder}/", f"bucket/{folder}/", recursive=True)
-    running: list[subprocess.Popen] = []
+    processes = TrainingProcesses(tmp_path, tmp_path / "programs")
 
     def start(machine: str, run: str, *more: str) -> subprocess.Popen:
         often = ("--max_train_steps", "12", "--checkpointing_steps", "2", "--logging_steps", "1")
@@ -384,20 +378,12 @@ def machines(store, server, tmp_path):
             flag.replace("/given/run", f"s3://bucket/{run}").replace("/given", "s3://bucket")
             for flag in flags
         ]
-        environment = os.environ | server | {
-            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(tmp_path / machine),
-            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }  # fmt: skip
-        log = open(tmp_path / f"printed {len(running)}", "w")  # noqa: SIM115 (the process has it)
-        running.append(subprocess.Popen([sys.executable, "train/distill.py", *flags], cwd=REPOSITORY, env=environment,
-                                        stdout=log, stderr=subprocess.STDOUT))  # fmt: skip
-        running[-1].printed = tmp_path / f"printed {len(running) - 1}"
-        return running[-1]
+        return processes.start(
+            "distill", flags, variables=server | {"XDG_CACHE_HOME": str(tmp_path / machine)}
+        )
 
     yield start
-    for process in running:
-        process.kill()
-        process.wait()
+    processes.end()
 
 
 def adapters(store: s3fs.S3FileSystem, run: str) -> dict[str, np.ndarray]:

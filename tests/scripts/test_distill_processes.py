@@ -1,13 +1,10 @@
 """Training in separate processes: killed, stopped, and several together."""
 
-import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny_training
+from processes import TrainingProcesses, free_port
 from tsdsr_jax.peers import PEER_ENDED
 from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.log import TIMINGS, read_rows
@@ -43,29 +41,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def start(root: Path, cache: Path, tmp_path: Path):
     """Starts the command, with its output in a file."""
-    running = []
+    processes = TrainingProcesses(tmp_path, cache)
 
     def start(output: Path, *more: str, devices: int = 1, script: str = "distill") -> subprocess.Popen:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        log = open(tmp_path / f"printed {len(running)}", "w")  # noqa: SIM115 (the process has it)
         flags = tiny_training.flags if script == "distill" else tiny_training.teacher_flags
-        command = [sys.executable, f"train/{script}.py", *flags(root, output), *more]
-        running.append(
-            subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        )
-        running[-1].printed = tmp_path / f"printed {len(running) - 1}"
-        return running[-1]
+        return processes.start(script, [*flags(root, output), *more], devices)
 
     yield start
-    for process in running:
-        process.kill()
-        process.wait()
+    processes.end()
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -164,12 +147,6 @@ def test_two_processes_stop_together_and_resume(start, tmp_path):
 
 
 SHORT = ("--max_train_steps", "3", "--checkpointing_steps", "3", "--validation_steps", "3")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):

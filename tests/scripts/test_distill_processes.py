@@ -180,7 +180,7 @@ def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_ended_ten_times(start, tmp_path):
     """Either process, by either signal, at random moments; both are started again when both have ended, as a job is that is
-    put back in its queue. RECORDED"""
+    put back in its queue. Not yet run to its end."""
     steps = ("--max_train_steps", "60", "--checkpointing_steps", "4", "--train_batch_size", "1")
 
     def pair(output: Path) -> list[subprocess.Popen]:
@@ -189,6 +189,8 @@ def test_two_processes_are_ended_ten_times(start, tmp_path):
             f"localhost:{free_port()}",
             "--num_processes",
             "2",
+            "--join_timeout",
+            "30",
             "--peer_timeout",
             "5",
         )

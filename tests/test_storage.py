@@ -17,7 +17,7 @@ from safetensors.numpy import load
 
 import tiny_checkpoint as tiny
 import tiny_training
-from processes import TrainingProcesses, free_port
+from training_processes import TrainingProcesses, free_port
 from tsdsr_jax import cli, storage
 from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError

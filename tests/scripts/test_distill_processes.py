@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny_training
-from processes import TrainingProcesses, free_port
+from training_processes import TrainingProcesses, free_port
 from tsdsr_jax.peers import PEER_ENDED
 from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.log import TIMINGS, read_rows

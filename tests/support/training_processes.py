@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 class TrainingProcesses:
-    """TrainingProcesses that run a script of train/ on CPUs, each with its output in a file, `printed`.
+    """Processes that run a script of train/ on CPUs, each with its output in a file, `printed`.
 
     Args:
       folder: for these files.

@@ -46,7 +46,7 @@ test: $(TEST_STAMP)
 	@$(VENV_PYTHON) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTFLAGS)
 
 lint: $(TEST_STAMP)
-	@$(VENV_PYTHON) -m ruff check --quiet .
+	@$(VENV_PYTHON) -m ruff check --quiet --no-cache .
 	@$(VENV_PYTHON) -m ruff format --quiet --check .
 
 types: $(TEST_STAMP)

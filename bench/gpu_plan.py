@@ -4,6 +4,7 @@ python bench/gpu_plan.py                                  # upscaling: encoder, 
 python bench/gpu_plan.py --batch 1 --weights fp8 --card A100
 python bench/gpu_plan.py --programs step --batch 2        # a training step; some minutes
 python bench/gpu_plan.py --programs step --fsdp 8         # on eight GPUs that share one base
+python bench/gpu_plan.py --programs step --devices 8      # on eight that have one each, and what they send
 python bench/gpu_plan.py --programs student_gradient --layers 3   # the transformer's part of it alone
 python bench/gpu_plan.py --programs transformer --by kind # where the time goes
 
@@ -17,6 +18,7 @@ import dataclasses
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ import kernels
 import training_program
 from hlo import Program
 from inference_programs import InferenceOptions
-from kernels import Card, Kernel
+from kernels import Card, Collective, Kernel
 from training_program import StepOptions
 
 from tsdsr_jax import cli
@@ -69,6 +71,8 @@ class Options:
     """Layers of the transformer in a training step."""
     scan_layers: bool = False
     """Run the transformer's layers as a loop in a training step."""
+    devices: int | None = None
+    """Described GPUs that train together, each with `batch` images. Default: as many as share one base."""
     fsdp: int = 1
     """Described GPUs that share one base in a training step."""
     by: Literal["kind", "source", "kernel"] | None = None
@@ -83,7 +87,7 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
-    devices = described_gpu.describe(options.fsdp)
+    devices = described_gpu.describe(options.devices or options.fsdp)
     described_gpu.pretend(devices)
     card = kernels.CARDS[options.card]
     print(f"modelled for one {card.name}, jax {jax.__version__}\n{HEAD}   memory in GB", flush=True)
@@ -97,9 +101,11 @@ def main() -> None:
             (options.hlo / f"{name}.hlo").write_text(text)
         found = kernels.kernels(Program(text))
         images = options.batch or (8 if name in INFERENCE else 2)
-        row = {"program": name} | facts(found, card, images) | memory(compiled)
+        row: dict[str, Any] = {"program": name} | facts(found, card, images) | memory(compiled)
         rows.append(row | {"compile_s": round(time.perf_counter() - began, 1)})
         print(line(name, row), flush=True)
+        if len(devices) > 1:
+            row["sent"] = sent(kernels.collectives(Program(text)), len(devices))
         if options.by:
             print_shares(found, card, images, options)
     if len(rows) > 1:
@@ -181,6 +187,17 @@ def line(name: str, row: dict[str, Any]) -> str:
         f"{name:12} {row['kernels']:8} {row['tflop']:9.3f} {row['gb']:8.2f} {row['ms']:8.2f} {row['ms_at_peak']:8.2f}"
         f" {row['arguments_gb']:10.2f} {row['temporary_gb']:10.2f}"
     )
+
+
+def sent(found: Sequence[Collective], devices: int) -> dict[str, float]:
+    """Prints and returns what each device sends: kind and dtype -> bytes of a step."""
+    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0])
+    for each in found:
+        total = totals[f"{each.code} {each.dtype}"]
+        totals[f"{each.code} {each.dtype}"] = [total[0] + each.times, total[1] + each.sent(devices)]
+    for name, (count, nbytes) in totals.items():
+        print(f"{'':12} each device sends {nbytes / 1e9:.3f} GB in {int(count)} × {name}")
+    return {name: nbytes for name, (_, nbytes) in totals.items()}
 
 
 def print_shares(found: list[Kernel], card: Card, images: int, options: Options) -> None:

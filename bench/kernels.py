@@ -13,12 +13,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from hlo import Computation, Instruction, Program, Shape
 
 PRODUCT, CONVOLUTION = "matrix product", "convolution"
 ATTENTION, ATTENTION_BACKWARD = "attention", "attention backward"
 MOVE = "copy"
+COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
 
 _NO_KERNEL = {
     "parameter", "get-tuple-element", "constant", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
@@ -105,7 +107,43 @@ CARDS = {
 
 def kernels(program: Program) -> list[Kernel]:
     """All kernels in the order in which they run; those of loops once, with their number."""
-    return list(_walk(program, program.entry, 1, _Origins(program)))
+    return [_kernel(program, *found) for found in _walk(program, program.entry, 1, _Origins(program))]
+
+
+class Collective(NamedTuple):
+    """An operation in which all devices take part.
+
+    Attributes:
+      code: such as "all-reduce".
+      dtype: of what is sent.
+      nbytes: size of its result on each device, together for all of a tuple.
+      times: how often it runs.
+    """
+
+    code: str
+    dtype: str
+    nbytes: int
+    times: int
+
+    def sent(self, devices: int) -> float:
+        """Bytes that each device sends, as a ring does it."""
+        share = (devices - 1) / devices
+        return (
+            self.times * self.nbytes * share * {"all-reduce": 2, "reduce-scatter": devices}.get(self.code, 1)
+        )
+
+
+def collectives(program: Program) -> list[Collective]:
+    """All collective operations of a program, in the order in which they run."""
+    found = []
+    for _, instruction, times, _ in _walk(program, program.entry, 1, _Origins(program)):
+        code = instruction.code.removesuffix("-start")
+        if code in COLLECTIVES:
+            shapes = instruction.shapes
+            # A started gather's result has its operands first.
+            own = shapes[len(shapes) // 2 :] if instruction.code == "all-gather-start" else shapes
+            found.append(Collective(code, own[0].dtype, sum(shape.nbytes for shape in own), times))
+    return found
 
 
 def copies_weights(kernel: Kernel) -> bool:
@@ -123,7 +161,10 @@ def place(kernel: Kernel) -> str:
     return re.sub(r"(layers|blocks|resnets|down_blocks|up_blocks)_\d+", r"\1", names)
 
 
-def _walk(program: Program, name: str, times: int, origins: _Origins) -> Iterator[Kernel]:
+def _walk(
+    program: Program, name: str, times: int, origins: _Origins
+) -> Iterator[tuple[Computation, Instruction, int, _Origins]]:
+    """Yields what runs, with its computation, how often it runs, and what its operands are."""
     computation = program.computations[name]
     for instruction in computation.values():
         if instruction.code == "while":
@@ -137,7 +178,7 @@ def _walk(program: Program, name: str, times: int, origins: _Origins) -> Iterato
             branch = branches or instruction.attribute(r"true_computation=%?([\w.\-]+)")
             yield from _walk(program, branch, times, _Origins(program))
         elif instruction.code not in _NO_KERNEL and not instruction.code.endswith(("-done", "-update")):
-            yield _kernel(program, computation, instruction, times, origins)
+            yield computation, instruction, times, origins
 
 
 class _Origins:
@@ -208,7 +249,7 @@ def _kind(codes: set[str]) -> str:
             return code
     if (moves := codes & _MOVES) and not codes - _MOVES - _NEUTRAL:
         return MOVE if moves - {"convert"} else "conversion"
-    if codes & {"all-reduce-start", "all-gather-start", "all-reduce", "all-gather", "reduce-scatter"}:
+    if {code.removesuffix("-start") for code in codes} & COLLECTIVES:
         return "communication"
     return "elementwise" if codes - _NEUTRAL or "add" in codes else "fill"
 

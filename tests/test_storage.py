@@ -1,8 +1,8 @@
 """Object stores, tried with S3's protocol on this machine (moto)."""
 
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +17,7 @@ from safetensors.numpy import load
 
 import tiny_checkpoint as tiny
 import tiny_training
+from training_processes import TrainingProcesses, free_port
 from tsdsr_jax import cli, storage
 from tsdsr_jax.commands import upscale
 from tsdsr_jax.errors import UserError
@@ -27,12 +28,6 @@ from tsdsr_jax.weights.bundled import FOLDER
 moto = pytest.importorskip("moto.server", reason="needs moto, a store that speaks S3")
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
 REPOSITORY = Path(__file__).parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +98,9 @@ def test_only_what_has_changed_is_copied_again(store, monkeypatch):
     copied: list[str] = []
     get = storage._get
 
-    def counting(place: object, target: Path, names: list[str], flag: str) -> None:
-        copied.extend(names)
-        get(place, target, names, flag)
+    def counting(place: object, target: Path, wanted: dict[str, object], flag: str) -> Iterator[str]:
+        copied.extend(wanted)
+        return get(place, target, wanted, flag)
 
     monkeypatch.setattr(storage, "_get", counting)
     copy = fetched("s3://bucket/set/", "--data_dir")
@@ -118,6 +113,52 @@ def test_only_what_has_changed_is_copied_again(store, monkeypatch):
     fetched("s3://bucket/set", "--data_dir")
     assert copied == ["a.txt", "b/d e.txt"] and (copy / "a.txt").read_text() == "new"
     assert not (copy / "b/c.txt").exists()
+
+
+def test_a_copy_that_was_interrupted_is_not_taken_for_another_version(store, monkeypatch):
+    def put(version: str) -> None:
+        for name in "ab":
+            store.pipe(f"bucket/set/{name}", version.encode())
+
+    put("first")
+    copy = fetched("s3://bucket/set", "--data_dir")
+    put("later")
+    get = storage._get
+
+    def torn(*arguments: object) -> Iterator[str]:
+        yield next(get(*arguments))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "_get", torn)
+        fetched("s3://bucket/set", "--data_dir")
+    put("first")  # the same bytes have the same ETag again
+    fetched("s3://bucket/set", "--data_dir")
+    assert [(copy / name).read_text() for name in "ab"] == ["first", "first"]
+
+
+def test_markers_of_folders_and_names_that_lead_out(store, tmp_path):
+    store.pipe("bucket/marked/", b"")
+    store.pipe("bucket/marked/a/", b"")
+    store.pipe("bucket/marked/a/b.txt", b"b")
+    copy = fetched("s3://bucket/marked", "--data_dir")
+    assert [path.name for path in copy.rglob("*") if path.is_file()] == ["b.txt"]
+    store.rm("bucket/marked/a", recursive=True)
+    store.pipe("bucket/marked/a", b"a file now")
+    assert (fetched("s3://bucket/marked", "--data_dir") / "a").read_text() == "a file now"
+    store.pipe("bucket/evil/../../../out.txt", b"evil")
+    with pytest.raises(UserError, match="leads out of the folder"):
+        fetched("s3://bucket/evil", "--data_dir")
+    assert not list(tmp_path.rglob("out.txt"))
+
+
+def test_results_are_no_input(store):
+    store.pipe("bucket/photos/a.png", b"photo")
+    store.pipe("bucket/photos/large/a.png", b"result")
+    copy = fetched("s3://bucket/photos", "-i", ["s3://bucket/photos/large/"])
+    assert [path.relative_to(copy).as_posix() for path in copy.rglob("*.png")] == ["a.png"]
+    with pytest.raises(UserError, match="is also the output folder"):
+        fetched("s3://bucket/photos/", "-i", ["s3://bucket/photos"])
 
 
 def test_a_single_file_is_copied_under_its_name(store):
@@ -173,11 +214,66 @@ def test_checkpoints_in_a_store_are_complete_or_do_not_count(store, monkeypatch)
     assert find(elsewhere.local, "latest").name == "checkpoint_0000002"
     found = read_state(find(elsewhere.local, "latest"), {"a": jnp.zeros(4)})
     np.testing.assert_array_equal(found["a"], np.arange(4.0) + 2)
+    with pytest.raises(UserError, match="this checkpoint is incomplete in the store"):
+        fetched("s3://bucket/run/checkpoint_0000003", "--resume_from_checkpoint")
     copy = fetched("s3://bucket/run/checkpoint_0000002", "--resume_from_checkpoint")
     assert find(elsewhere.local, str(copy)) == copy and (copy / "lora/x.txt").read_text() == "made"
     elsewhere.finish()
     checkpoints.close()
     folder.finish()
+
+
+def test_checkpoints_of_earlier_starts_go_with_the_removed_ones(store):
+    """They are not copied here, because only the latest is needed."""
+
+    def checkpoint(folder: OutputFolder, step: int) -> None:
+        path = folder.local / f"checkpoint_{step:07d}"
+        path.mkdir()
+        (path / "_CHECKPOINT_METADATA").write_text("{}")
+
+    def there() -> set[str]:
+        return {name.split("/")[0] for name in names(store, "bucket/run")}
+
+    store.pipe("bucket/run/old_checkpoint_0000009/_CHECKPOINT_METADATA", b"{}")
+    first = OutputFolder("s3://bucket/run", "--output_dir", print)
+    for step in (9999999, 10000000):
+        checkpoint(first, step)
+    first.finish()
+    second = OutputFolder("s3://bucket/run", "--output_dir", print)
+    pulled = {path.name for path in second.local.iterdir()}
+    assert pulled == {"old_checkpoint_0000009", "checkpoint_10000000"}
+    checkpoint(second, 10000001)
+    second.push()
+    assert "checkpoint_9999999" in there()
+    checkpoint(second, 10000002)
+    shutil.rmtree(second.local / "checkpoint_10000000")
+    second.push()
+    assert there() == {"old_checkpoint_0000009", "checkpoint_10000001", "checkpoint_10000002"}
+    # A copy that is gone removes nothing.
+    shutil.rmtree(second.local)
+    with pytest.raises(OSError, match="No such file"):
+        second.push()
+    assert "checkpoint_10000002" in there()
+    wanted = OutputFolder("s3://bucket/run", "--output_dir", print, "checkpoint_10000001")
+    assert (wanted.local / "checkpoint_10000001").is_dir() and wanted.local != second.local
+    wanted.finish()
+    second._ended.set()
+
+
+def test_what_cannot_be_written_is_refused_at_once(store):
+    with pytest.raises(UserError, match="--output_dir s3://no-such-bucket/run: cannot be written: "):
+        OutputFolder("s3://no-such-bucket/run", "--output_dir", print)
+    with pytest.raises(UserError, match="names a file; in a store, give the folder"):
+        OutputFolder("s3://bucket/a.png", "-o", print)
+
+
+def test_one_file_that_cannot_be_brought_stops_no_other(store):
+    folder = OutputFolder("s3://bucket/run", "--output_dir", print)
+    for name in (b"a.png", b"b\xe9.png", b"c.png"):
+        (folder.local / os.fsdecode(name)).write_bytes(name)
+    with pytest.raises(UserError, match="all results are in"):
+        folder.finish()
+    assert names(store, "bucket/run") == ["a.png", "c.png"]
 
 
 def test_a_store_that_fails_loses_nothing(store, monkeypatch):
@@ -200,10 +296,12 @@ def test_a_store_that_fails_loses_nothing(store, monkeypatch):
         time.sleep(0.05)
     (folder.local / "b.txt").write_text("b")
     folder._ended.set()
+    folder._thread.join()
     monkeypatch.setattr(storage, "_put", broken)
-    with pytest.raises(UserError, match=r"the results are in (.*), copy them from there") as caught:
+    storage._given[folder.local] = folder.url
+    with pytest.raises(UserError, match=r"all results are in (.*), copy them from there") as caught:
         folder.finish()
-    assert str(folder.local) in str(caught.value) and (folder.local / "b.txt").read_text() == "b"
+    assert str(folder.local) in as_given(str(caught.value)) and (folder.local / "b.txt").read_text() == "b"
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -243,6 +341,26 @@ def test_what_cannot_be_written_to_a_store_is_refused(store, monkeypatch, capsys
     )
 
 
+def test_an_error_is_told_before_that_of_the_store(store, monkeypatch, capsys):
+    """And nothing is copied before the whole command line makes sense."""
+
+    def fails() -> None:
+        storage.output_folder("s3://bucket/run", "--output_dir").joinpath("a.txt").write_text("a")
+        monkeypatch.setattr(storage, "_put", lambda *_: (_ for _ in ()).throw(OSError("the line is cut")))
+        raise UserError("20 steps in a row were not finite")
+
+    monkeypatch.setattr(sys, "argv", ["train/distill.py"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(fails)
+    first, last = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and "the line is cut" in first and "outputs" in first
+    assert last == "distill.py: 20 steps in a row were not finite"
+    monkeypatch.setattr(sys, "argv", ["infer/upscale.py", "-i", "s3://bucket/no", "--process_size", "abc"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(upscale.main)
+    assert end.value.code == 2 and "--process_size" in capsys.readouterr().err
+
+
 @pytest.fixture
 def machines(store, server, tmp_path):
     """Starts train/distill.py as if on machines that share nothing but the store."""
@@ -250,7 +368,7 @@ def machines(store, server, tmp_path):
     tiny_training.save_set(tmp_path / "made/set", vae, 10)
     for folder in ("sd3", "default", "null", "set"):
         store.put(f"{tmp_path / 'made' / folder}/", f"bucket/{folder}/", recursive=True)
-    running: list[subprocess.Popen] = []
+    processes = TrainingProcesses(tmp_path, tmp_path / "programs")
 
     def start(machine: str, run: str, *more: str) -> subprocess.Popen:
         often = ("--max_train_steps", "12", "--checkpointing_steps", "2", "--logging_steps", "1")
@@ -260,20 +378,12 @@ def machines(store, server, tmp_path):
             flag.replace("/given/run", f"s3://bucket/{run}").replace("/given", "s3://bucket")
             for flag in flags
         ]
-        environment = os.environ | server | {
-            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(tmp_path / machine),
-            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }  # fmt: skip
-        log = open(tmp_path / f"printed {len(running)}", "w")  # noqa: SIM115 (the process has it)
-        running.append(subprocess.Popen([sys.executable, "train/distill.py", *flags], cwd=REPOSITORY, env=environment,
-                                        stdout=log, stderr=subprocess.STDOUT))  # fmt: skip
-        running[-1].printed = tmp_path / f"printed {len(running) - 1}"
-        return running[-1]
+        return processes.start(
+            "distill", flags, variables=server | {"XDG_CACHE_HOME": str(tmp_path / machine)}
+        )
 
     yield start
-    for process in running:
-        process.kill()
-        process.wait()
+    processes.end()
 
 
 def adapters(store: s3fs.S3FileSystem, run: str) -> dict[str, np.ndarray]:

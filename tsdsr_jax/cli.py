@@ -42,6 +42,7 @@ _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
 _NEGATIVE_NUMBER = re.compile(r"-(\.?\d|inf\b|nan\b)", re.IGNORECASE)
 # Flags that name what a command writes; all other paths are read.
 _WRITTEN_FOLDER = "output_dir"
+_RESUMED = "resume_from_checkpoint"
 _WRITTEN = ("output", "log", "report", "preview", "logging_dir")
 _LARGEST_FLOAT32 = 3.4028234e38
 
@@ -87,11 +88,14 @@ def parse(
         given = _read(argv, flags, positional)
         for flag in flags:
             if flag.takes_paths and flag.name in given:
-                given[flag.name] = [_on_this_machine(flag, value) for value in given[flag.name]]
+                given[flag.name] = [os.path.expanduser(value) for value in given[flag.name]]
         missing = [f.display for f in flags if f.required and f.name not in given]
         if missing:
             raise _UsageError(f"{join(missing, 'and')} must be given; --help explains the flags")
         options = _convert(options_class, flags, given)
+        # Nothing is copied before the whole line is known to make sense.
+        if _bring_here(flags, given):
+            options = _convert(options_class, flags, given)
     except _UsageError as error:
         print(f"{script_name()}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -104,17 +108,36 @@ def parse(
     return dataclasses.replace(options, **own) if own else options
 
 
-def _on_this_machine(flag: Flag, value: str) -> str:
-    """The path that a flag's text means; of something in an object store, the copy on this machine."""
+def _bring_here(flags: Sequence[Flag], given: dict[str, list[str]]) -> bool:
+    """Replaces the URLs among the values by paths of copies on this machine; returns whether there were any."""
+    named = [
+        flag for flag in flags if flag.takes_paths and any(map(storage.is_url, given.get(flag.name, [])))
+    ]
+    for flag in named:
+        if flag.name in _WRITTEN:
+            raise UserError(
+                f"{flag.display} {given[flag.name][-1]}: cannot be written there; give a path on this machine, and copy the "
+                "result"
+            )
+    outputs = [value for value in given.get(_WRITTEN_FOLDER, []) if storage.is_url(value)]
+    for url in outputs:
+        resumed = given.get(_RESUMED, [""])[-1]
+        within = resumed[len(url.rstrip("/")) + 1 :] if resumed.startswith(url.rstrip("/") + "/") else resumed
+        given[_WRITTEN_FOLDER] = [
+            str(storage.output_folder(url, f"--{_WRITTEN_FOLDER}", wanted=within.strip("/")))
+        ]
+    for flag in named:
+        if flag.name != _WRITTEN_FOLDER:
+            given[flag.name] = [_copy_of(flag, value, outputs) for value in given[flag.name]]
+    return bool(named)
+
+
+def _copy_of(flag: Flag, value: str, outputs: Sequence[str]) -> str:
     if not storage.is_url(value):
-        return os.path.expanduser(value)
-    if flag.name == _WRITTEN_FOLDER:
-        return str(storage.output_folder(value, flag.display))
-    if flag.name in _WRITTEN:
-        raise UserError(
-            f"{flag.display} {value}: cannot be written there; give a path on this machine, and copy the result"
-        )
-    return str(storage.fetched(value, flag.display))
+        return value
+    if flag.name == _RESUMED and (path := storage.below_output(value)):
+        return str(path)
+    return str(storage.fetched(value, flag.display, outputs))
 
 
 def run(main: Callable[[], object]) -> None:
@@ -135,8 +158,10 @@ def run(main: Callable[[], object]) -> None:
         with storage.urls_in_output():
             try:
                 main()
-            finally:
-                storage.finish_all()
+            except BaseException:
+                _bring_what_there_is()
+                raise
+            storage.finish_all()
         sys.stdout.flush()
         peers.ended(0)
     except UserError as error:
@@ -168,6 +193,14 @@ def run(main: Callable[[], object]) -> None:
     except Exception as error:
         _end_by_bug(error)
         raise
+
+
+def _bring_what_there_is() -> None:
+    """Brings results to a store after an error, which is what the command ends with; a second one is only told."""
+    try:
+        storage.finish_all()
+    except UserError as error:
+        print(f"{script_name()}: {error}", file=sys.stderr)
 
 
 def _end_by_bug(error: Exception) -> None:

@@ -19,6 +19,8 @@ from tsdsr_jax import launchers, peers
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.program_cache import keep_programs
 
+# Seconds; of the last save, and of bringing it to a store.
+_SHUTDOWN = 3600
 _PLATFORMS = {"cuda": "cuda", "gpu": "cuda", "cpu": "cpu", "tpu": "tpu"}
 _INSTALL = {
     "cuda": "a GPU needs `pip install 'tsdsr_jax[cuda12]'`",
@@ -141,12 +143,13 @@ def join_processes(joining: Joining, say: Callable[[str], object]) -> None:
     if launched:
         coordinator, processes, process = launched.coordinator, launched.processes, launched.process
         devices = launched.devices
-    # JAX gives up later than we do: it aborts the process.
+    # JAX gives up later than we do: it aborts the process. In the end the others wait for what the first one still saves.
     patience = max(100, 4 * joining.peer_timeout)
     try:
         jax.distributed.initialize(
             coordinator, processes, process, devices,
             initialization_timeout=joining.join_timeout, heartbeat_timeout_seconds=patience,
+            shutdown_timeout_seconds=_SHUTDOWN,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError among them
         reason = str(error).split("\n")[0]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tsdsr_jax import storage
 from tsdsr_jax.places import CHECKOUT, shipped
 
 PHOTOS = shipped("photos", "examples/photos")
@@ -65,6 +66,8 @@ def _place(file: str) -> tuple[str, str]:
 
 def shown(value: Any) -> str:
     """A flag's value as text; absolute paths below the current folder become relative."""
+    if (named := storage.as_given(str(value))) != str(value):
+        return named
     short = isinstance(value, Path) and value.is_relative_to(Path.cwd())
     return str(value.relative_to(Path.cwd()) if short else value)
 

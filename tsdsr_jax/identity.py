@@ -9,8 +9,8 @@ from typing import Any
 
 # Counts the ways in which steps of training were rounded. Raise it with every change after which a resumed run no longer
 # continues bit for bit. 2: queries of image and text come in two calls of attention. 3: gradients of the transformer's
-# adapters are float32 in 16-bit training, too.
-TRAINING_ARITHMETIC = 3
+# adapters are float32 in 16-bit training, too. 4: also where each layer has arrays of its own, as on GPUs.
+TRAINING_ARITHMETIC = 4
 
 
 def mismatches(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

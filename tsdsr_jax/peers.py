@@ -26,7 +26,16 @@ _INTERVAL = 1.0
 _GRACE = 3.0
 # Seconds that process 0 waits for the others to read why it ends: the store ends with it.
 _READING = 5.0
+# Seconds for each thing that is to be done before this process ends because of another one.
+_LAST_ACTS = 60.0
 _ROOT = "tsdsr_jax/"
+
+_last_acts: list[Callable[[], object]] = []
+
+
+def before_giving_up(act: Callable[[], object]) -> None:
+    """Has something done before this process ends because of another one, in at most a minute."""
+    _last_acts.append(act)
 
 
 class Store(Protocol):
@@ -129,6 +138,10 @@ class Peers:
         if self._left.wait(_GRACE):  # this process is ending, too
             return
         self._say(f"stopping process {self.index}{self._on(self.index)}: {reason}")
+        for act in _last_acts:
+            thread = threading.Thread(target=act, daemon=True)
+            thread.start()
+            thread.join(_LAST_ACTS)
         self._end(PEER_ENDED)
 
     def _end(self, status: int) -> None:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 from hlo import Program  # noqa: E402
-from kernels import CARDS, MOVE, PRODUCT, copies_weights, kernels, place  # noqa: E402
+from kernels import CARDS, MOVE, PRODUCT, collectives, copies_weights, kernels, place  # noqa: E402
 
 PROGRAM = Program((ROOT / "tests" / "support" / "counted.hlo").read_text())
 
@@ -58,3 +58,46 @@ def test_time_is_the_larger_of_arithmetic_and_traffic(counted):
     card, product = CARDS["H200"], counted["made"]
     assert card.seconds(product) == product.nbytes / (0.9 * 4.8e12)  # tiny: traffic takes longer
     assert card.arithmetic_seconds(product) == product.flop / (0.8 * 989e12)
+
+
+SENDING = Program("""
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %state = (s32[], bf16[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %part = bf16[1,4]{1,0} constant({...})
+  %started = (bf16[1,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%part), dimensions={0}
+  %whole = bf16[8,4]{1,0} all-gather-done(%started)
+  ROOT %next = (s32[], bf16[8,4]{1,0}) tuple(%i, %whole)
+}
+
+%goes_on (state: (s32[], bf16[8,4])) -> pred[] {
+  %state = (s32[], bf16[8,4]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[100], y: f32[20]) -> f32[100] {
+  %x = f32[100]{0} parameter(0)
+  %y = f32[20]{0} parameter(1)
+  %zero = (s32[], bf16[8,4]{1,0}) constant({...})
+  %loop = (s32[], bf16[8,4]{1,0}) while(%zero), body=%body, backend_config={"known_trip_count":{"n":"24"}}
+  %both = (f32[100]{0}, f32[20]{0}) all-reduce-start(%x, %y), to_apply=%sum
+  %summed = (f32[100]{0}, f32[20]{0}) all-reduce-done(%both)
+  %share = f32[5]{0} reduce-scatter(%y), dimensions={0}, to_apply=%sum
+  ROOT %first = f32[100]{0} get-tuple-element(%summed), index=0
+}
+""")
+
+
+def test_what_devices_send_is_counted():
+    """In loops as often as they turn; by the size of what is gathered or summed."""
+    found = collectives(SENDING)
+    assert [(each.code, each.dtype, each.nbytes, each.times) for each in found] == [
+        ("all-gather", "bf16", 64, 24), ("all-reduce", "f32", 480, 1), ("reduce-scatter", "f32", 20, 1),
+    ]  # fmt: skip
+    assert [each.sent(4) for each in found] == [24 * 48, 720, 60]

@@ -24,6 +24,7 @@ from tsdsr_jax import cli
 from tsdsr_jax.commands import distill
 from tsdsr_jax.distillation import validation
 from tsdsr_jax.errors import UserError
+from tsdsr_jax.identity import TRAINING_ARITHMETIC
 from tsdsr_jax.models import lora as lora_lib
 from tsdsr_jax.models.mmdit import MMDiT
 from tsdsr_jax.models.params import Tree
@@ -354,7 +355,8 @@ def test_a_run_that_cannot_continue_bit_for_bit_says_so(finished, command, tmp_p
     shutil.copytree(finished / "checkpoint_0000004", tmp_path / "out" / "checkpoint_0000004")
     (path,) = (file for file in (tmp_path / "out").rglob("meta/*") if "versions" in file.read_text())
     made = json.loads(path.read_text())
-    changes = {"training arithmetic: None before, 3 now": "training arithmetic", "jax: 0.1 before": "jax"}
+    arithmetic = f"training arithmetic: None before, {TRAINING_ARITHMETIC} now"
+    changes = {arithmetic: "training arithmetic", "jax: 0.1 before": "jax"}
     for words, name in changes.items():
         versions = {**made["versions"], name: "0.1"}
         if name != "jax":

@@ -1,13 +1,10 @@
 """Training in separate processes: killed, stopped, and several together."""
 
-import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny_training
+from training_processes import TrainingProcesses, free_port
 from tsdsr_jax.peers import PEER_ENDED
 from tsdsr_jax.training import checkpoint
 from tsdsr_jax.training.log import TIMINGS, read_rows
@@ -43,29 +41,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def start(root: Path, cache: Path, tmp_path: Path):
     """Starts the command, with its output in a file."""
-    running = []
+    processes = TrainingProcesses(tmp_path, cache)
 
     def start(output: Path, *more: str, devices: int = 1, script: str = "distill") -> subprocess.Popen:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        log = open(tmp_path / f"printed {len(running)}", "w")  # noqa: SIM115 (the process has it)
         flags = tiny_training.flags if script == "distill" else tiny_training.teacher_flags
-        command = [sys.executable, f"train/{script}.py", *flags(root, output), *more]
-        running.append(
-            subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        )
-        running[-1].printed = tmp_path / f"printed {len(running) - 1}"
-        return running[-1]
+        return processes.start(script, [*flags(root, output), *more], devices)
 
     yield start
-    for process in running:
-        process.kill()
-        process.wait()
+    processes.end()
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -166,12 +149,6 @@ def test_two_processes_stop_together_and_resume(start, tmp_path):
 SHORT = ("--max_train_steps", "3", "--checkpointing_steps", "3", "--validation_steps", "3")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):
     alone = start(tmp_path / "alone", *SHORT, "--train_batch_size", "8")
     together = ("--coordinator_address", f"localhost:{free_port()}", "--num_processes", "2")
@@ -198,6 +175,47 @@ def test_two_processes_of_four_devices_train_like_one_device(start, tmp_path):
     length = np.sqrt(sum(np.sum(np.square(expected[name]), dtype=float) for name in moved))
     assert length > 0 and distance <= 1e-4 * length
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.allclose(a, b, atol=1e-5)), found, expected))
+
+
+@pytest.mark.slow
+def test_two_processes_are_ended_ten_times(start, tmp_path):
+    """Either process, by either signal, at random moments; both are started again when both have ended, as a job is that is
+    put back in its queue. Not yet run to its end."""
+    steps = ("--max_train_steps", "60", "--checkpointing_steps", "4", "--train_batch_size", "1")
+
+    def pair(output: Path) -> list[subprocess.Popen]:
+        together = (
+            "--coordinator_address",
+            f"localhost:{free_port()}",
+            "--num_processes",
+            "2",
+            "--join_timeout",
+            "30",
+            "--peer_timeout",
+            "5",
+        )
+        flags = (*LONG, *steps, *together)
+        return [start(output, *flags, "--process_id", str(index), devices=2) for index in range(2)]
+
+    for process in pair(tmp_path / "whole"):
+        finish(process)
+    generator, output, ends = random.Random(5), tmp_path / "disturbed", []
+    for kind in generator.sample([signal.SIGKILL, signal.SIGTERM] * 5, 10):
+        processes = pair(output)
+        begun = time.monotonic()
+        # From the start of the interpreter to the middle of training.
+        while time.monotonic() < begun + generator.uniform(2, 25) and processes[0].poll() is None:
+            time.sleep(0.01)
+        processes[generator.randrange(2)].send_signal(kind)
+        ends.append([process.wait(timeout=120) for process in processes])
+        assert all(
+            status in (0, 1, 75, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT)
+            for status in ends[-1]
+        ), ends
+    assert any(ends), "every signal came too late"
+    for process in pair(output):
+        finish(process)
+    assert everything(output) == everything(tmp_path / "whole"), ends
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ from tsdsr_jax.errors import UserError
 from tsdsr_jax.identity import versions
 from tsdsr_jax.models.mmdit import MMDiTConfig
 from tsdsr_jax.program_cache import keep_programs
+from tsdsr_jax.storage import is_copy
 from tsdsr_jax.training.checkpoint import Hash
 from tsdsr_jax.training.latents import LatentEncoder
 from tsdsr_jax.training.networks import Networks, load_text, text_hash
@@ -219,6 +220,10 @@ def _prepare(options: Options, output: Path, model: Checkpoint, found: Survey) -
     known = _known_prompts(options, model)
     settings = _settings(options, photographs, samples, prompts, known, model)
     part = cli.share(options.shard)
+    if part.of > 1 and is_copy(output):
+        raise UserError(
+            "--output_dir in a store: several processes cannot write one set there; give a folder that they share"
+        )
     manifest = ManifestWriter(output, options.layout, settings, part)
     manifest.check()
     names = [f"{found.photographs[sample.photograph].name}#{sample.number}" for sample in samples]

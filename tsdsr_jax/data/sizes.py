@@ -1,7 +1,7 @@
 """The sizes of photographs, read from their headers.
 
-Large folders keep them in a hidden file, so that the next run need not open every photograph: on a network file system that
-takes minutes.
+Large folders keep them in a hidden file, so that the next run need not open every photograph, which network file systems
+make slow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tsdsr_jax.images.files import read_size
 # Half a gigabyte decoded, one per worker; no camera's pictures are larger.
 MAX_PHOTOGRAPH_PIXELS = 180_000_000
 KEPT_FILE = ".tsdsr-sizes.json"
-# A folder with fewer photographs gets no file: reading them takes a second at most.
+# A folder with fewer photographs gets no file.
 WORTH_KEEPING = 1000
 
 

@@ -68,7 +68,7 @@ def open_data(
         source = _open_photographs(options, seed, parts, note, output)
         # Without pairs, nothing is degraded.
         identity = crop_identity(options) | (pair_identity(options) if parts == "pairs" else {})
-        if prompts := from_first(source.prompts_fingerprint):
+        if prompts := _prompts_of(source):
             identity["photographs' prompts"] = prompts
     return Data(source, SampleShapes.of_source(source), identity | content_identity(source))
 
@@ -185,6 +185,17 @@ def _sizes(files: Sequence[Found]) -> list[KnownSize | str]:
     sizes = [size if isinstance(size, str) else KnownSize(*size) for size in shared_out(files, look)]
     from_first(lambda: known.keep(files, sizes))
     return sizes
+
+
+def _prompts_of(source: Photographs) -> str | None:
+    """A hash of the prompts beside photographs, made by the first process; the others compare some of theirs with its.
+
+    Raises:
+      UserError: in every process, if these differ.
+    """
+    if len(set(of_everyone(source.some_prompts()))) > 1:
+        raise UserError("--hr_dir: the processes have different prompt embeddings beside the photographs")
+    return from_first(source.prompts_fingerprint)
 
 
 def _check_same(files: Sequence[Found]) -> None:

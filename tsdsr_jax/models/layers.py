@@ -7,6 +7,7 @@ is an argument of `apply`, never a change to the module: `model.apply({"params":
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -61,7 +62,10 @@ def gathered(module: type[nn.Module], placement: Placement | None) -> type[nn.Mo
 
 
 class Dense(nn.Module):
-    """y = x W + b, plus x A B where the `lora` collection has `a` (in, r) and `b` (r, out)."""
+    """y = x W + b, plus x A B where the `lora` collection has `a` (in, r) and `b` (r, out).
+
+    It may also have both in the computation dtype, `a_rounded` and `b_rounded`, so that they need not be rounded here.
+    """
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -74,13 +78,17 @@ class Dense(nn.Module):
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "a"):
-            a: jax.Array = self.get_variable("lora", "a")
-            b: jax.Array = self.get_variable("lora", "b")
-            y = y + trained_product(checkpoint_name(trained_product(x, a), KEPT), b)
+            inner = trained_product(x, *self._adapter("a"))
+            y = y + trained_product(checkpoint_name(inner, KEPT), *self._adapter("b"))
         return checkpoint_name(y + bias.astype(self.dtype), KEPT)
 
+    def _adapter(self, name: str) -> tuple[jax.Array, jax.Array | None]:
+        """A matrix of the adapter, and the same in the computation dtype if that is at hand."""
+        rounded: Any = self.get_variable("lora", f"{name}_rounded", None)
+        return self.get_variable("lora", name), rounded
 
-def trained_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+
+def trained_product(x: jax.Array, weight: jax.Array, rounded: jax.Array | None = None) -> jax.Array:
     """x W in the dtype of x, with a gradient of W in the dtype of W.
 
     Devices add up these gradients. In 16 bits each sum would be rounded to 16 bits, and float16's could overflow; PyTorch's
@@ -89,24 +97,31 @@ def trained_product(x: jax.Array, weight: jax.Array) -> jax.Array:
     Args:
       x: (..., in).
       weight: (in, out), usually float32.
+      rounded: the weight in the dtype of x, if it is at hand.
     """
-    return x @ weight if x.dtype == weight.dtype else _mixed_product(x, weight)
+    if x.dtype == weight.dtype:
+        return x @ weight
+    return _mixed_product(weight.dtype, x, weight.astype(x.dtype) if rounded is None else rounded, weight)
 
 
-@jax.custom_vjp
-def _mixed_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return x @ weight.astype(x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed_product(dtype: DTypeLike, x: jax.Array, rounded: jax.Array, weight: jax.Array) -> jax.Array:
+    return x @ rounded
 
 
-def _mixed_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _mixed_product(x, weight), (x, weight)
+def _mixed_forward(
+    dtype: DTypeLike, x: jax.Array, rounded: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ rounded, (x, rounded)
 
 
-def _mixed_backward(saved: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight = saved
+def _mixed_backward(
+    dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], slope: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, rounded = saved
     rows = tuple(range(x.ndim - 1))
-    of_weight = jax.lax.dot_general(x, slope, ((rows, rows), ((), ())), preferred_element_type=weight.dtype)
-    return slope @ weight.astype(x.dtype).T, of_weight
+    of_weight = jax.lax.dot_general(x, slope, ((rows, rows), ((), ())), preferred_element_type=dtype)
+    return slope @ rounded.T, jnp.zeros_like(rounded), of_weight
 
 
 _mixed_product.defvjp(_mixed_forward, _mixed_backward)

@@ -36,8 +36,12 @@ def by_layer(config: MMDiTConfig, tree: Tree) -> Tree:
 def variables(model: MMDiT, params: Tree, adapter: Tree) -> dict[str, Tree]:
     """What `model.apply` takes: parameters as the model has them, and an adapter in stacks, or {}."""
     if not model.scanned:
-        # Cast first, so that the layers' parts need not be.
-        adapter = by_layer(model.config, jax.tree.map(lambda leaf: leaf.astype(model.dtype), adapter))
+        # Rounded before they are taken apart, so that not every layer's are rounded by themselves.
+        rounded = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf).astype(model.dtype), adapter)
+        leaves = flatten_dict(by_layer(model.config, adapter))
+        for path, leaf in flatten_dict(by_layer(model.config, rounded)).items():
+            leaves[(*path[:-1], f"{path[-1]}_rounded")] = leaf
+        adapter = unflatten_dict(leaves)
     return {"params": params, "lora": adapter}
 
 

@@ -115,7 +115,7 @@ def _load(
 ) -> tuple[Tree, str]:
     shardings = flatten_dict(base_shardings(abstract_params(network.config), mesh), sep="/")
     if jax.process_count() > 1:
-        check_agreement({f"values in {network.folder.name}": network.reader.fingerprint()}, "weights")
+        check_agreement({f"values of the {network.part}": network.reader.fingerprint()}, "weights")
     digest, hashes = Hash(), jax.process_index() == 0
 
     def put(path: str, array: np.ndarray) -> jax.Array:

@@ -65,11 +65,14 @@ def channels_first(array: np.ndarray) -> Any:
 # --- against diffusers and PEFT ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention", [True, False], ids=["attention", "no attention"])
 @pytest.mark.parametrize(("size", "batch"), [((48, 48), 1), ((40, 64), 3), ((72, 32), 1)], ids=str)
-def test_encoder_and_decoder_equal_diffusers(oracle: Any, size: tuple[int, int], batch: int) -> None:
+def test_encoder_and_decoder_equal_diffusers(
+    oracle: Any, size: tuple[int, int], batch: int, attention: bool
+) -> None:
     import torch
 
-    model = oracle.tiny_vae(seed=1)
+    model = oracle.tiny_vae(seed=1, mid_block_add_attention=attention)
     config, params = config_of(model), params_of(model)
     image = uniform("image", (batch, *size, 3), seed=batch)
     latents = uniform("latents", (batch, size[0] // 8, size[1] // 8, 16), seed=batch)
@@ -237,6 +240,23 @@ def test_bands_equal_whole(tiny: tuple[VAEConfig, Tree], side: int, use_valid: b
     assert bands_were_used(tiny, image[:1], side**2)
 
 
+def test_without_attention_padded_bands_equal_each_alone() -> None:
+    config = VAEConfig.tiny(
+        block_out_channels=(8, 16, 32, 32), norm_num_groups=4, mid_block_add_attention=False
+    )
+    params = random_params(config)
+    assert "attentions_0" not in params["encoder"]["mid_block"] | params["decoder"]["mid_block"]
+    valid = np.array([[136, 72], [104, 40]], np.int32)
+    image, latents = uniform("image", (2, 136, 72, 3)), uniform("latents", (2, 17, 9, 16))
+    moments = encode(config, params, image, valid=valid, band_pixels=41**2)
+    picture = np.asarray(decode(config, params, latents, valid=valid // 8, band_pixels=41**2 // 16))
+    for index, (height, width) in enumerate(valid):
+        here = slice(index, index + 1)
+        small, large = (here, slice(height // 8), slice(width // 8)), (here, slice(height), slice(width))
+        assert error(moments[small], encode(config, params, image[large])) <= BAND_TOLERANCE
+        assert error(picture[large], np.asarray(decode(config, params, latents[small]))) <= BAND_TOLERANCE
+
+
 def bands_were_used(tiny: tuple[VAEConfig, Tree], image: np.ndarray, pixels: int) -> bool:
     config, params = tiny
     jaxpr = jax.make_jaxpr(
@@ -380,7 +400,7 @@ def test_half_precision(tiny: tuple[VAEConfig, Tree], dtype: Any, tolerance: flo
 
 @pytest.mark.parametrize(
     "values",
-    [dict(use_quant_conv=True), dict(), dict(act_fn="relu"), dict(mid_block_add_attention=False)],
+    [dict(use_quant_conv=True), dict(), dict(act_fn="relu")],
     ids=str,
 )
 def test_other_autoencoders_are_refused(values: dict[str, Any]) -> None:

@@ -75,12 +75,12 @@ def autoencoder_shapes(config: VAEConfig) -> Shapes:
         "encoder": {
             **_ends(config.in_channels, widths[0], widths[-1], 2 * latent),
             **_levels("down", "downsamplers_0", widths, layers),
-            "mid_block": _mid_block(widths[-1]),
+            "mid_block": _mid_block(widths[-1], config.mid_block_add_attention),
         },
         "decoder": {
             **_ends(latent, widths[-1], widths[0], config.out_channels),
             **_levels("up", "upsamplers_0", widths[::-1], layers + 1),
-            "mid_block": _mid_block(widths[-1]),
+            "mid_block": _mid_block(widths[-1], config.mid_block_add_attention),
         },
     }
 
@@ -102,13 +102,12 @@ def _levels(direction: str, sampler: str, widths: tuple[int, ...], layers: int) 
     return shapes
 
 
-def _mid_block(width: int) -> Shapes:
-    attention = {name: _dense(width, width) for name in ("to_q", "to_k", "to_v", "to_out_0")}
-    return {
-        "resnets_0": _resnet(width, width),
-        "attentions_0": attention | {"group_norm": _norm(width)},
-        "resnets_1": _resnet(width, width),
-    }
+def _mid_block(width: int, attention: bool) -> Shapes:
+    shapes = {"resnets_0": _resnet(width, width), "resnets_1": _resnet(width, width)}
+    if attention:
+        dense = {name: _dense(width, width) for name in ("to_q", "to_k", "to_v", "to_out_0")}
+        shapes["attentions_0"] = dense | {"group_norm": _norm(width)}
+    return shapes
 
 
 def _resnet(inputs: int, outputs: int) -> Shapes:

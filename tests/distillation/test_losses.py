@@ -112,7 +112,9 @@ def ours(networks, data, config, teacher):
 
 CASES = {
     "dasm, teacher LoRA, bias": (LossConfig(weight_lpips=0), True, True, (32, 48)),
-    "one point, base as teacher": (LossConfig(tsd=TSDConfig().without_dasm(), weight_lpips=0), False, False, (32, 32)),
+    "one point, base as teacher, pixels": (
+        LossConfig(tsd=TSDConfig().without_dasm(), weight_lpips=0, weight_pixel=30.0), False, False, (32, 32),
+    ),
     "TSD alone, mode weighting": (LossConfig(weight_mse=0, weight_lpips=0, weighting="mode"), True, True, (48, 32)),
     "sigma weighting, split guidance": (
         LossConfig(weight_lpips=0, weighting="sigma_sqrt", split_guidance=True), True, False, (32, 32),

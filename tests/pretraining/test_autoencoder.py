@@ -26,7 +26,6 @@ from tsdsr_jax.pretraining.autoencoder import (
     AutoencoderConfig,
     AutoencoderLoss,
     Frozen,
-    gradient_distance,
     new_autoencoder_params,
 )
 from tsdsr_jax.training import checkpoint, options, sharding
@@ -84,14 +83,6 @@ def test_loss_and_gradients_are_pytorchs(oracle, size=(16, 24), batch=3):
     for name, part in theirs.items():
         # A bias before a norm has no gradient beyond rounding errors.
         assert error(ours[name], part) <= 1e-4 or np.abs(ours[name] - part).max() <= 1e-6 * largest, name
-
-
-def test_gradients_are_compared_at_three_scales():
-    """A ramp differs from a constant at every scale, a checkerboard only at the finest."""
-    ramp = np.broadcast_to(np.arange(16.0)[None, :, None, None], (1, 16, 16, 1))
-    assert float(gradient_distance(ramp, 0 * ramp)) == pytest.approx((1 + 2 + 4) / 3)
-    board = (np.indices((16, 16)).sum(0) % 2).astype(np.float32)[None, ..., None]
-    assert float(gradient_distance(board, 0 * board)) == pytest.approx(2 / 3)
 
 
 def test_a_new_autoencoder_starts_with_narrow_posteriors_and_no_residuals():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
+from torch.nn import functional
 
 from parity import nhwc
 from tsdsr_jax.distillation.losses import LossConfig
@@ -105,6 +106,16 @@ def auxiliary_loss(transformer, fake, noise, index, weight, text: TorchText) -> 
     return (0.5 * weight * ((clean - fake) ** 2).mean((1, 2, 3))).mean()
 
 
+def pixel_distance(images: Tensor, others: Tensor) -> Tensor:
+    """L1, and the mean absolute difference of gradients at three scales."""
+    difference = images - others
+    edges = torch.zeros(())
+    for scale in (1, 2, 4):
+        coarse = functional.avg_pool2d(difference, scale)
+        edges = edges + coarse.diff(dim=2).abs().mean() + coarse.diff(dim=3).abs().mean()
+    return difference.abs().mean() + edges / 3
+
+
 def flow_loss(
     transformer,
     adapter: str | None,
@@ -149,6 +160,8 @@ def losses_and_gradients(
         data["bias"], text, null, config.guidance_scale, config.tsd.point_weights, config.tsd.stride, config.tsd.balance,
     )  # fmt: skip
     values = {"tsd": tsd_loss(fake, gradient), "mse": torch.mean((fake - data["latent_hr"]) ** 2)}
+    if config.weight_pixel:
+        values["pixel"] = pixel_distance(vae.decode(fake / vae.config.scaling_factor).sample, data["hr"])
     # Switching adapters sets requires_grad anew: the student's back pass needs its own active again.
     student_parameters = named_lora(transformer, "student") | {
         "vae." + k: v for k, v in named_lora(vae, "default").items()
@@ -156,6 +169,7 @@ def losses_and_gradients(
     for parameter in student_parameters.values():
         parameter.requires_grad_(True)
     total = config.weight_tsd * values["tsd"] + config.weight_mse * values["mse"]
+    total = total + config.weight_pixel * values.get("pixel", 0)
     slopes = torch.autograd.grad(total, list(student_parameters.values()), allow_unused=True)
     student = {
         name: np.zeros(p.shape, np.float32) if g is None else g.numpy()

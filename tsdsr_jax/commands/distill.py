@@ -137,6 +137,9 @@ class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, Da
     """Weight of the latent MSE; the authors turn it off if results are over-smoothed."""
     lambda_lpips: float = 1.0
     """Weight of LPIPS; 0 turns it off, and --lpips_path is not needed."""
+    lambda_pixel: float = 0.0
+    """Weight of the pixels' distance between decoded results and photographs, such as 1: L1, and differences of gradients at
+    three scales. TSD-SR has none."""
     lambda_adv: float = 0.0
     """Weight of an adversarial loss on patches of the decoded photographs, such as 0.05; 0, as in TSD-SR, trains
     without."""
@@ -187,6 +190,7 @@ class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, Da
             weight_tsd=self.lambda_tsd,
             weight_mse=self.lambda_mse,
             weight_lpips=self.lambda_lpips,
+            weight_pixel=self.lambda_pixel,
             guidance_scale=self.guidance_scale,
             split_guidance=self.split_guidance,
             bias_range=(-25, 25) if self.use_random_bias else None,
@@ -207,8 +211,8 @@ class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, Da
         self.check_optimizer()
         self.check_adversarial()
         cli.at_least(self, 1, "rank", "rank_lora", "rank_vae", "dasm_points", "dasm_stride")
-        cli.at_least(self, 0, "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips", "dasm_gamma",
-                 "first_index")  # fmt: skip
+        cli.at_least(self, 0, "learning_rate", "learning_rate_reg", "lambda_tsd", "lambda_mse", "lambda_lpips",
+                 "lambda_pixel", "dasm_gamma", "first_index")  # fmt: skip
         if not 0 <= self.lambda_vsd <= 1:
             raise UserError(f"--lambda_vsd {self.lambda_vsd:g}: expected a share from 0 to 1")
         if not self.first_index <= self.last_index < 999:
@@ -219,10 +223,10 @@ class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, Da
             raise UserError(
                 "--dasm_points × --dasm_stride: expected at least 26 with --use_random_bias, which subtracts up to 25"
             )
-        if not any((self.lambda_tsd, self.lambda_mse, self.lambda_lpips, self.lambda_adv)):
-            raise UserError(
-                "--lambda_tsd, --lambda_mse, --lambda_lpips and --lambda_adv are all 0: there is nothing to train"
-            )
+        losses = ("lambda_tsd", "lambda_mse", "lambda_lpips", "lambda_pixel", "lambda_adv")
+        if not any(getattr(self, name) for name in losses):
+            flags = ", ".join(f"--{name}" for name in losses)
+            raise UserError(f"{flags} are all 0: there is nothing to train")
         if self.use_teacher_lora and self.teacher_lora_path is None:
             raise UserError("--use_teacher_lora: give the LoRA with --teacher_lora_path")
 

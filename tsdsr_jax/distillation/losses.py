@@ -41,6 +41,7 @@ from tsdsr_jax.training.batch import (
     text_of,
     to_unit,
 )
+from tsdsr_jax.training.pixels import absolute_distance, gradient_distance
 from tsdsr_jax.training.step import Moment, Parts
 
 # The trained parts: the student's two adapters, and the auxiliary network's. An adversary's discriminator is a third.
@@ -57,7 +58,8 @@ class LossConfig:
 
     Attributes:
       tsd: constants of Target Score Distillation.
-      weight_tsd, weight_mse, weight_lpips: weights of the student's three losses; 0 leaves a loss out.
+      weight_tsd, weight_mse, weight_lpips: weights of the student's three losses in TSD-SR; 0 leaves a loss out.
+      weight_pixel: weight of the decoded photograph's L1 distance and distance of gradients; TSD-SR has none.
       guidance_scale: guidance of the teacher and the auxiliary network inside TSD.
       split_guidance: evaluate the empty and the real prompt one after the other, which halves the memory for guidance.
       bias_range: half-open range of the trajectory's random bias; None for no bias.
@@ -70,6 +72,7 @@ class LossConfig:
     weight_tsd: float = 1.0
     weight_mse: float = 1.0
     weight_lpips: float = 1.0
+    weight_pixel: float = 0.0
     guidance_scale: float = 7.5
     split_guidance: bool = False
     bias_range: tuple[int, int] | None = (-25, 25)
@@ -280,12 +283,17 @@ class Losses:
             metrics["tsd_gradient_norm"] = jnp.sqrt(jnp.mean(jnp.square(gradient)))
             metrics["tsd_not_finite"] = replaced.astype(jnp.float32)
         metrics["mse"] = jnp.mean(jnp.square(fake - batch.latent_hr))
-        image = decode_unclipped(self.vae, base.vae, fake) if config.weight_lpips or self.adversary else None
+        needed = config.weight_lpips or config.weight_pixel or self.adversary
+        image = decode_unclipped(self.vae, base.vae, fake) if needed else None
         if config.weight_lpips and image is not None:
             metrics["lpips"] = self.lpips(base, image, batch)
+        if config.weight_pixel and image is not None:
+            # Not clipped, for the reason that `Adversary` gives.
+            metrics["pixel"] = absolute_distance(image, batch.hr) + gradient_distance(image, batch.hr)
         loss = config.weight_mse * metrics["mse"]
         loss += config.weight_tsd * metrics["tsd"] if config.weight_tsd else 0.0
         loss += config.weight_lpips * metrics["lpips"] if config.weight_lpips else 0.0
+        loss += config.weight_pixel * metrics["pixel"] if config.weight_pixel else 0.0
         return loss, (Made(fake, image), metrics)
 
     def tsd_gradient(

@@ -6,10 +6,8 @@ The encoder can be frozen, and noise can be added to the latents. `adversarial` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -19,9 +17,8 @@ from tsdsr_jax.models.lpips import LPIPS
 from tsdsr_jax.models.params import Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL, Posterior, VAEConfig
 from tsdsr_jax.training.batch import Metrics, to_unit
+from tsdsr_jax.training.pixels import absolute_distance, gradient_distance
 
-# Gradients are compared at these scales, in pixels, so that edges and texture of each width count.
-GRADIENT_SCALES = (1, 2, 4)
 # Log-variance of a new autoencoder's posteriors: a standard deviation of 0.05.
 FIRST_LOGVAR = -6.0
 # Makes the key of the latents' noise from that of the posteriors' samples.
@@ -130,31 +127,13 @@ class AutoencoderLoss:
 
     def distance(self, frozen: Frozen, rebuilt: jax.Array, images: jax.Array) -> tuple[jax.Array, Metrics]:
         """Computes the weighted sum of the distances between two batches of images, and each of them."""
-        parts = {"l1": jnp.abs(rebuilt - images).mean(), "gradient": gradient_distance(rebuilt, images)}
+        parts = {"l1": absolute_distance(rebuilt, images), "gradient": gradient_distance(rebuilt, images)}
         weights = {"l1": 1.0, "gradient": self.config.gradient}
         if self.lpips and self.config.lpips:
             distances: Any = self.lpips.apply({"params": frozen.lpips}, rebuilt, images)
             parts["lpips"] = distances.mean()
             weights["lpips"] = self.config.lpips
         return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(())), parts
-
-
-def gradient_distance(
-    first: jax.Array, second: jax.Array, scales: Sequence[int] = GRADIENT_SCALES
-) -> jax.Array:
-    """Computes the mean absolute difference of horizontal and vertical gradients, averaged over the scales.
-
-    At scale s, gradients are taken between means of s×s pixels.
-
-    Args:
-      first, second: (B, H, W, C), with sides larger than the largest scale.
-    """
-    difference = first - second  # gradients and means are linear
-    total = jnp.zeros(())
-    for scale in scales:
-        coarse = nn.avg_pool(difference, (scale, scale), strides=(scale, scale))
-        total += jnp.abs(jnp.diff(coarse, axis=1)).mean() + jnp.abs(jnp.diff(coarse, axis=2)).mean()
-    return total / len(scales)
 
 
 def divergence(posterior: Posterior) -> jax.Array:

@@ -116,7 +116,7 @@ def test_what_a_page_says_runs(page, reader, monkeypatch):
     Training has opened its data and loaded its networks when it ends here, before a step is compiled.
     """
     monkeypatch.setattr(session, "train", lambda *loaded: None)
-    reader.stands_in = docs_clone.bring_student
+    reader.stands_in = docs_clone.bring_trained
     reader.obey(page)
 
 
@@ -131,10 +131,10 @@ class Reader:
     """Does what a page says, in a fresh clone.
 
     Attributes:
-      stands_in: leaves LoRAs in a folder for a model, in place of a training that has not been computed.
+      stands_in: leaves a script's LoRAs in a folder for a model, in place of a training that has not been computed.
     """
 
-    stands_in: Callable[[Path, Path], None] | None = None
+    stands_in: Callable[[str, Path, Path], None] | None = None
 
     def __init__(
         self, brought: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -169,15 +169,15 @@ class Reader:
         outcome = command.typed(script, *flags, *added)
         assert outcome.status == 0, (str(snippet), outcome)
         if "--max_train_steps" in flags:
-            self.leave_last_checkpoint(dict(itertools.pairwise(flags)))
+            self.leave_last_checkpoint(script, dict(itertools.pairwise(flags)))
 
-    def leave_last_checkpoint(self, flags: dict[str, str]) -> None:
+    def leave_last_checkpoint(self, script: str, flags: dict[str, str]) -> None:
         """Under the name that it has after as many steps as the page says."""
         checkpoint = self.root / flags["--output_dir"] / f"checkpoint_{int(flags['--max_train_steps']):07d}"
         if self.stands_in is None:
             checkpoint.symlink_to("checkpoint_0000001")
         elif "--pretrained_model_name_or_path" in flags:
-            self.stands_in(checkpoint / "lora", self.root / flags["--pretrained_model_name_or_path"])
+            self.stands_in(script, checkpoint / "lora", self.root / flags["--pretrained_model_name_or_path"])
 
 
 def test_the_list_of_what_is_not_run_is_exact():

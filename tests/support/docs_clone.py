@@ -43,10 +43,9 @@ def bring_models(root: Path) -> None:
     config = tiny.tiny_mmdit_config()
     tiny.save_checkpoint(root / "sd3", config, tiny.tiny_vae_config())
     shutil.copytree(root / "sd3", root / HUB_ID)
-    for name in ("tsdsr", "tsdsr-mse", "teacher"):
+    for name in ("tsdsr", "tsdsr-mse"):
         bring_student(root / "checkpoint" / name, root / "sd3")
-    teacher = root / "checkpoint" / "teacher" / "teacher.safetensors"
-    (teacher.parent / "transformer.safetensors").rename(teacher)
+    bring_teacher(root / "checkpoint" / "teacher", root / "sd3")
     for seed, name in enumerate(("default", "null")):
         prompt = tiny.random_prompt(config, 10 + seed)
         write_tensor(root / "dataset" / name / "prompt_embeds.pt", prompt.prompt[None])
@@ -65,6 +64,19 @@ def bring_student(folder: Path, model: Path) -> None:
         config = open_checkpoint(model).network(part).config
         adapter = tiny.random_lora(abstract_params(config), targets, RANK, 5, 0.01)
         tiny.save_peft(folder / f"{part}.safetensors", adapter, config)
+
+
+def bring_teacher(folder: Path, model: Path) -> None:
+    """A teacher's LoRA for a model."""
+    bring_student(folder, model)
+    (folder / "vae.safetensors").unlink()
+    (folder / "transformer.safetensors").rename(folder / "teacher.safetensors")
+
+
+def bring_trained(script: str, folder: Path, model: Path) -> None:
+    """The LoRAs that a training script leaves in a folder."""
+    bring = bring_teacher if script == "train/teacher.py" else bring_student
+    bring(folder, model)
 
 
 def bring_photos(root: Path) -> None:

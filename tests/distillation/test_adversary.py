@@ -91,7 +91,8 @@ def test_gradients_are_those_of_the_whole_losses(parts, base, record):
         return generator_loss(logits(judge, image)), image
 
     def judged(judge, image):
-        return hinge_loss(logits(judge, batch.hr), logits(judge, image))
+        real = decode_unclipped(losses.vae, base.vae, record.latent_hr)
+        return hinge_loss(logits(judge, real), logits(judge, image))
 
     (value, image), slope = jax.jit(jax.value_and_grad(fooled, has_aux=True))(
         parts[STUDENT], parts[DISCRIMINATOR]

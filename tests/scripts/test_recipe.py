@@ -35,6 +35,7 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
     }  # fmt: skip
     stages = {
         "autoencoder",
+        "large",
         "decoder",
         "new",
         "pairs-0",

@@ -49,9 +49,9 @@ done
 
 # Steps and batch size of each stage; from which step on the discriminator moves the student; crops of each folder.
 case "$budget" in
-  cpu)     ae=(5000 4)  decoder=(2000 4)  crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
-  lease)   ae=(6000 16) decoder=(4000 16) crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
-  minimal) ae=(2 2)     decoder=(2 2)     crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
+  cpu)     ae=(5000 4)  large=(2000 1)  decoder=(800 1)   crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
+  lease)   ae=(6000 16) large=(2000 4)  decoder=(2000 4)  crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
+  minimal) ae=(2 2)     large=(2 1)     decoder=(2 1)     crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
   *) fail "--budget $budget: expected cpu, lease or minimal" ;;
 esac
 # With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
@@ -98,6 +98,7 @@ prompts=(--default_embedding_dir "$weights/prompt/default" --null_embedding_dir 
 # Crops of photographs of one scale, about that of what people upscale: small ones are enlarged, large ones shrunk.
 scale=(--photo_side 700 1000 --no_sharpen_gt)
 crop=(--crop_size 128 --min_size 128 "${scale[@]}")
+larger=(--validation_dir "$validation" --crop_size 256 --min_size 256 "${scale[@]}" --num_validation_images 16)
 common=(--mixed_precision no --resume_from_checkpoint latest --checkpoints_total_limit 2)
 
 say() { printf '\n== %s\n' "$*"; }
@@ -117,12 +118,19 @@ made=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
   --latent_noise 0.25 --lambda_kl 1e-5 --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 \
   --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/autoencoder"
 
+# Group norms meet other statistics in whole photographs than in small crops.
+say "autoencoder, larger crops: ${large[0]} steps of ${large[1]} crops"
+small=$made
+made=$output/large/checkpoint_$(steps "${large[0]}")/model/ema/vae
+[[ -d $made ]] || train autoencoder "${large[@]}" --vae_dir "$small" "${photos[@]}" "${larger[@]}" \
+  --latent_noise 0.25 --lambda_kl 1e-5 --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 50 \
+  --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/large"
+
 # The noise makes latents smooth, and the decoder blurred; the discriminator sharpens the decoder alone.
 say "decoder, adversarial: ${decoder[0]} steps of ${decoder[1]} crops"
 smooth=$made
 made=$output/decoder/checkpoint_$(steps "${decoder[0]}")/model/ema/vae
-[[ -d $made ]] || train autoencoder "${decoder[@]}" --vae_dir "$smooth" --train decoder "${photos[@]}" \
-  --validation_dir "$validation" --crop_size 96 --min_size 96 "${scale[@]}" --num_validation_images 16 \
+[[ -d $made ]] || train autoencoder "${decoder[@]}" --vae_dir "$smooth" --train decoder "${photos[@]}" "${larger[@]}" \
   --latent_noise 0.25 --lambda_kl 0 --lambda_adv 0.5 --discriminator_width 32 --learning_rate_adv 2e-4 \
   --learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 50 --adam_weight_decay 0 --ema_decay 0.998 \
   --output_dir "$output/decoder"

@@ -231,7 +231,10 @@ class Losses:
         gradients = {STUDENT: student, AUXILIARY: auxiliary}
         if self.adversary and made.image is not None:
             gradients[DISCRIMINATOR], judged = self.adversary.gradient(
-                parts[DISCRIMINATOR], batch.hr, made.image, moment.scale
+                parts[DISCRIMINATOR],
+                decode_unclipped(self.vae, base.vae, batch.latent_hr),
+                made.image,
+                moment.scale,
             )
             metrics |= judged
         return gradients, metrics

@@ -129,7 +129,7 @@ def find_models(runs: Path) -> dict[str, list[Path]]:
             models.setdefault(found[1], []).append(folder)
     if not models:
         raise UserError(f"{runs}: no folder called model-NAME-SEED, as train/recipes/tiny.sh makes them")
-    order = {name: place for place, name in enumerate(("mse", "tsd", "dasm", "adv", "full"))}
+    order = {name: place for place, name in enumerate(("mse", "pixel", "tsd", "dasm", "adv", "full"))}
     return dict(sorted(models.items(), key=lambda item: order.get(item[0], len(order))))
 
 

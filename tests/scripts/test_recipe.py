@@ -23,7 +23,16 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
     """Passed on 2 cores in 197 s, 2026-11-26."""
     photos = tiny_training.save_photos(tmp_path / "photos", 4, (144, 160))
     made = recipe(
-        "--photos", photos, "--validation", photos, "--output", tmp_path / "runs", "--budget", "minimal"
+        "--photos",
+        photos,
+        "--validation",
+        photos,
+        "--output",
+        tmp_path / "runs",
+        "--budget",
+        "minimal",
+        "--student",
+        "full",
     )
     assert made.returncode == 0, made.stderr
     model = tmp_path / "runs" / "model-full-0"
@@ -36,7 +45,6 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
     stages = {
         "autoencoder",
         "large",
-        "decoder",
         "new",
         "pairs-0",
         "base",
@@ -49,7 +57,16 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
     assert {path.name for path in (tmp_path / "runs").iterdir()} == stages
 
     again = recipe(
-        "--photos", photos, "--validation", photos, "--output", tmp_path / "runs", "--budget", "minimal"
+        "--photos",
+        photos,
+        "--validation",
+        photos,
+        "--output",
+        tmp_path / "runs",
+        "--budget",
+        "minimal",
+        "--student",
+        "full",
     )
     assert again.returncode == 0 and "step 2/2" in made.stdout and "step 2/2" not in again.stdout
     other = recipe(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the model of weights/tiny from scratch, on photographs only: autoencoder, teacher, student.
+# Trains a model like weights/tiny from scratch, on photographs only: autoencoder, teacher, student.
 #
 #   train/recipes/tiny.sh --photos PHOTOS --validation OTHERS --output runs/tiny --budget cpu
 #
@@ -10,15 +10,15 @@
 #   --budget      cpu: a night on two cores; lease: ten minutes of a large GPU, never tried; minimal: to see it run. It
 #                 changes only numbers of steps, crops and batch sizes.
 #   --seed        seed of the student's last stage (default 0); students share all stages before it
-#   --student     losses of the student after its start with MSE: mse, tsd, dasm, adv (MSE and a discriminator) or full
-#                 (dasm and the discriminator; the default)
+#   --student     losses of the student after its start with MSE: pixel (the default), mse, tsd, dasm, adv (pixel and a
+#                 discriminator) or full (dasm, pixel and the discriminator)
 #
 # PYTHON names the interpreter. Default: that of .venv, if `make` has made one.
 #
 # The result, OUTPUT/model-STUDENT-SEED, has the files of weights/tiny and is used like it:
 #
-#   python infer/upscale.py --pretrained_model_name_or_path OUTPUT/model-full-0 --lora_dir OUTPUT/model-full-0/lora \
-#     --embedding_dir OUTPUT/model-full-0/prompt/default -i PHOTOS -o RESULTS
+#   python infer/upscale.py --pretrained_model_name_or_path OUTPUT/model-pixel-0 --lora_dir OUTPUT/model-pixel-0/lora \
+#     --embedding_dir OUTPUT/model-pixel-0/prompt/default -i PHOTOS -o RESULTS
 #
 # The complete command is printed at the end.
 set -euo pipefail
@@ -29,7 +29,7 @@ fail() { echo "tiny.sh: $*" >&2; exit 2; }
 folder() { (CDPATH='' cd -- "$2" 2>/dev/null && pwd -P) || fail "$1 $2: no such folder"; }
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$PWD/$1" ;; esac; }
 
-photos=() folders=() validation="" output="" budget=cpu seed=0 student=full
+photos=() folders=() validation="" output="" budget=cpu seed=0 student=pixel
 while (($#)); do
   case "$1" in -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0"; exit 0 ;; esac
   (($# > 1)) || fail "$1: needs a value"
@@ -49,23 +49,26 @@ done
 
 # Steps and batch size of each stage; from which step on the discriminator moves the student; crops of each folder.
 case "$budget" in
-  cpu)     ae=(5000 4)  large=(2000 1)  decoder=(800 1)   crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
-  lease)   ae=(6000 16) large=(2000 4)  decoder=(2000 4)  crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
-  minimal) ae=(2 2)     large=(2 1)     decoder=(2 1)     crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
+  cpu)     ae=(5000 4)  large=(2000 1)  crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
+  lease)   ae=(6000 16) large=(2000 4)  crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
+  minimal) ae=(2 2)     large=(2 1)     crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
   *) fail "--budget $budget: expected cpu, lease or minimal" ;;
 esac
 # With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
 # (docs/tiny.md), so the moving average of the student is used.
 tsd=(--lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 dasm=("${tsd[@]}" --use_dasm --use_random_bias)
-adversary=(--lambda_adv 0.05 --adversarial_start "$end_adv" --discriminator_width 32 --learning_rate_adv 2e-4)
+pixel=(--lambda_mse 0.1 --lambda_pixel 1)
+rate=(--learning_rate 2e-4) falling=(--learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20)
+adversary=(--lambda_adv 0.02 --adversarial_start "$end_adv" --discriminator_width 32 --learning_rate_adv 2e-4)
 case "$student" in
-  mse)  losses=(--lambda_tsd 0) ;;
-  tsd)  losses=("${tsd[@]}") ;;
-  dasm) losses=("${dasm[@]}") ;;
-  adv)  losses=(--lambda_tsd 0 "${adversary[@]}") ;;
-  full) losses=("${dasm[@]}" "${adversary[@]}") ;;
-  *) fail "--student $student: expected mse, tsd, dasm, adv or full" ;;
+  pixel) losses=(--lambda_tsd 0 "${pixel[@]}") rate=("${falling[@]}") ;;
+  mse)   losses=(--lambda_tsd 0) rate=("${falling[@]}") ;;
+  tsd)   losses=("${tsd[@]}") ;;
+  dasm)  losses=("${dasm[@]}") ;;
+  adv)   losses=(--lambda_tsd 0 "${pixel[@]}" "${adversary[@]}") ;;
+  full)  losses=("${dasm[@]}" --lambda_pixel 1 "${adversary[@]}") ;;
+  *) fail "--student $student: expected pixel, mse, tsd, dasm, adv or full" ;;
 esac
 
 python=${PYTHON:-}
@@ -96,9 +99,12 @@ fi
 weights=$root/weights/tiny
 prompts=(--default_embedding_dir "$weights/prompt/default" --null_embedding_dir "$weights/prompt/null")
 # Crops of photographs of one scale, about that of what people upscale: small ones are enlarged, large ones shrunk.
-scale=(--photo_side 700 1000 --no_sharpen_gt)
+scale=(--photo_side 700 1000)
 crop=(--crop_size 128 --min_size 128 "${scale[@]}")
-larger=(--validation_dir "$validation" --crop_size 256 --min_size 256 "${scale[@]}" --num_validation_images 16)
+# The autoencoder learns photographs as they are; the student's targets are sharpened, as TSD-SR's.
+rebuilding=("${photos[@]}" --validation_dir "$validation" --num_validation_images 16 "${scale[@]}" --no_sharpen_gt
+  --latent_noise 0.25 --lambda_kl 1e-5 --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine
+  --adam_weight_decay 0 --ema_decay 0.998)
 common=(--mixed_precision no --resume_from_checkpoint latest --checkpoints_total_limit 2)
 
 say() { printf '\n== %s\n' "$*"; }
@@ -113,27 +119,15 @@ train() {
 
 say "autoencoder: ${ae[0]} steps of ${ae[1]} crops"
 made=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
-[[ -d $made ]] || train autoencoder "${ae[@]}" --vae_dir "$weights/vae" --from_scratch "${photos[@]}" \
-  --validation_dir "$validation" --crop_size 96 --min_size 96 "${scale[@]}" --num_validation_images 16 \
-  --latent_noise 0.25 --lambda_kl 1e-5 --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 100 \
-  --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/autoencoder"
+[[ -d $made ]] || train autoencoder "${ae[@]}" --vae_dir "$weights/vae" --from_scratch "${rebuilding[@]}" --crop_size 96 \
+  --min_size 96 --lr_warmup_steps 100 --output_dir "$output/autoencoder"
 
 # Group norms meet other statistics in whole photographs than in small crops.
-say "autoencoder, larger crops: ${large[0]} steps of ${large[1]} crops"
+say "autoencoder, larger crops: ${large[0]} steps of ${large[1]}"
 small=$made
 made=$output/large/checkpoint_$(steps "${large[0]}")/model/ema/vae
-[[ -d $made ]] || train autoencoder "${large[@]}" --vae_dir "$small" "${photos[@]}" "${larger[@]}" \
-  --latent_noise 0.25 --lambda_kl 1e-5 --optimizer muon --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 50 \
-  --adam_weight_decay 0 --ema_decay 0.998 --output_dir "$output/large"
-
-# The noise makes latents smooth, and the decoder blurred; the discriminator sharpens the decoder alone.
-say "decoder, adversarial: ${decoder[0]} steps of ${decoder[1]} crops"
-smooth=$made
-made=$output/decoder/checkpoint_$(steps "${decoder[0]}")/model/ema/vae
-[[ -d $made ]] || train autoencoder "${decoder[@]}" --vae_dir "$smooth" --train decoder "${photos[@]}" "${larger[@]}" \
-  --latent_noise 0.25 --lambda_kl 0 --lambda_adv 0.5 --discriminator_width 32 --learning_rate_adv 2e-4 \
-  --learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 50 --adam_weight_decay 0 --ema_decay 0.998 \
-  --output_dir "$output/decoder"
+[[ -d $made ]] || train autoencoder "${large[@]}" --vae_dir "$small" "${rebuilding[@]}" --crop_size 256 --min_size 256 \
+  --lr_warmup_steps 50 --output_dir "$output/large"
 
 # The scaling factor was measured with it. Of the transformer there is only a config yet.
 mkdir -p "$output/new/transformer"
@@ -177,8 +171,8 @@ begun=$output/start/checkpoint_$(steps "${start[0]}")/lora
 
 say "student, $student: ${end[0]} steps of ${end[1]}"
 student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora/ema
-[[ -d $student_lora ]] || train distill "${end[@]}" "${distil[@]}" "${losses[@]}" \
-  --checkpoint_path "$begun" --learning_rate 2e-4 --ema_decay 0.98 --seed "$seed" \
+[[ -d $student_lora ]] || train distill "${end[@]}" "${distil[@]}" "${losses[@]}" "${rate[@]}" \
+  --checkpoint_path "$begun" --ema_decay 0.98 --seed "$seed" \
   --output_dir "$output/student-$student-$seed"
 
 say "collecting"

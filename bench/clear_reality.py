@@ -50,8 +50,10 @@ def main() -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, path in tqdm(by_name(options.input_dir)[0].items(), disable=None):
         picture = read_photo(path, MAX_PIXELS).rgb.astype(np.float32) / 255
+        # A name, because ncnn does not copy the array: it would be freed before the network reads it.
+        planes = np.ascontiguousarray(picture.transpose(2, 0, 1))
         with network.create_extractor() as extractor:
-            extractor.input("data", ncnn.Mat(np.ascontiguousarray(picture.transpose(2, 0, 1))))
+            extractor.input("data", ncnn.Mat(planes))
             _, result = extractor.extract("output")
         made = np.clip(np.round(np.array(result).transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8)
         Image.fromarray(made).save(options.output_dir / f"{name}.png")

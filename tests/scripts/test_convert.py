@@ -699,6 +699,30 @@ def test_adapters_are_stored_in_another_type(
             np.testing.assert_array_equal(found[key], tensor.astype(found[key].dtype))
 
 
+@pytest.mark.parametrize(("factor", "dtype"), [(1.6, "keep"), (-0.5, "float16")])
+def test_adapters_are_made_stronger_or_weaker(
+    tmp_path: Path,
+    peft_folder: Path,
+    pristine: dict[str, Path],
+    convert_lora: Callable[..., None],
+    factor: float,
+    dtype: str,
+) -> None:
+    """B alone is multiplied, in float32, and stored in the file's own type or the one asked for."""
+    base = ("--base", pristine["diffusers"])
+    convert_lora("-i", peft_folder, "-o", tmp_path / "plain", *base)
+    convert_lora(
+        "-i", peft_folder, "-o", tmp_path / "scaled", *base, "--lora_scale", str(factor), "--dtype", dtype
+    )
+    plain, scaled = (read_all(tmp_path / name / "transformer.safetensors") for name in ("plain", "scaled"))
+    assert plain.keys() == scaled.keys()
+    for name, tensor in plain.items():
+        kind = tensor.dtype if dtype == "keep" else np.dtype(dtype)
+        wanted = tensor * np.float32(factor) if name.endswith("/b") else tensor
+        assert scaled[name].dtype == kind
+        np.testing.assert_array_equal(scaled[name], wanted.astype(kind), err_msg=name)
+
+
 def test_adapters_too_large_for_a_type_are_refused(
     tmp_path: Path, pristine: dict[str, Path], convert_lora: Callable[..., None]
 ) -> None:

@@ -59,10 +59,10 @@ esac
 tsd=(--lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 dasm=("${tsd[@]}" --use_dasm --use_random_bias)
 pixel=(--lambda_mse 0.1 --lambda_pixel 1)
-rate=(--learning_rate 2e-4) falling=(--learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20)
+strength=1 rate=(--learning_rate 2e-4) falling=(--learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20)
 adversary=(--lambda_adv 0.02 --adversarial_start "$end_adv" --discriminator_width 32 --learning_rate_adv 2e-4)
 case "$student" in
-  pixel) losses=(--lambda_tsd 0 "${pixel[@]}") rate=("${falling[@]}") ;;
+  pixel) losses=(--lambda_tsd 0 "${pixel[@]}") rate=("${falling[@]}") strength=1.6 ;;
   mse)   losses=(--lambda_tsd 0) rate=("${falling[@]}") ;;
   tsd)   losses=("${tsd[@]}") ;;
   dasm)  losses=("${dasm[@]}") ;;
@@ -178,15 +178,19 @@ student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora
 say "collecting"
 result=$output/model-$student-$seed
 rm -rf -- "$output/collected"
-mkdir -p "$output/collected/loras"
-cp "$student_lora/transformer.safetensors" "$student_lora/vae.safetensors" "$teacher/teacher.safetensors" \
-  "$output/collected/loras"
+mkdir -p "$output/collected/loras" "$output/collected/teacher"
+cp "$student_lora/transformer.safetensors" "$student_lora/vae.safetensors" "$output/collected/loras"
+cp "$teacher/teacher.safetensors" "$output/collected/teacher"
 "$python" "$root/convert/sd3.py" --input "$model" --output "$output/collected/base"
 "$python" "$root/convert/sd3.py" --input "$output/collected/base" --to_diffusers --dtype float16 --overwrite --output "$result"
-"$python" "$root/convert/lora.py" --input "$output/collected/loras" --output "$output/collected/ours" --base "$model" --dtype float16
-"$python" "$root/convert/lora.py" --input "$output/collected/ours" --output "$result/lora" --base "$model" --overwrite
-mkdir -p "$result/teacher"
-mv "$result/lora/teacher.safetensors" "$result/teacher"
+# lora FROM TO FLAG...: writes LoRAs in PEFT's layout, in float16.
+lora() {
+  "$python" "$root/convert/lora.py" --input "$1" --output "$1-ours" --base "$model" --dtype float16 "${@:3}"
+  "$python" "$root/convert/lora.py" --input "$1-ours" --output "$2" --base "$model" --overwrite
+}
+# Losses of pixels and latents favor blurred results; a stronger adapter makes edges crisp again (docs/tiny.md).
+lora "$output/collected/loras" "$result/lora" --lora_scale "$strength"
+lora "$output/collected/teacher" "$result/teacher"
 cp -r "$weights/prompt" "$result"
 rm -rf -- "$output/collected"
 echo "made $result"

@@ -49,6 +49,8 @@ class Options:
     """Checkpoint folder that the LoRA belongs to; only its config.json files are read. Default: SD3-medium's sizes."""
     dtype: Literal["keep", "float16", "bfloat16", "float32"] = "keep"
     """Data type to store tensors in; keep does not change it."""
+    lora_scale: float = 1.0
+    """Factor on the LoRAs' strength, folded into B; what infer/upscale.py's flag of this name does for one run."""
     overwrite: bool = False
     """Replace existing files in the output folder."""
 
@@ -89,8 +91,11 @@ def _convert(source: Path, target: Path, options: Options) -> str:
     model = "SD3-medium, the default without --base" if base is None else f"the {part} of {base}"
     adapter = open_lora(source, config, model)
     tree, ours = adapter.tree, is_own_lora(reader)
-    if options.dtype != "keep":
-        dtype = STORED_DTYPES[options.dtype]
+    if options.lora_scale != 1:
+        tree = lora.scale(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree), options.lora_scale)
+    if options.dtype != "keep" or options.lora_scale != 1:
+        stored = jax.tree.leaves(adapter.tree)[0].dtype
+        dtype = stored if options.dtype == "keep" else STORED_DTYPES[options.dtype]
         tree = jax.tree.map(lambda leaf: cast_finite(np.asarray(leaf), dtype, str(source)), tree)
     if ours:
         save_tensors(target, write_lora(tree, config), {"format": "pt"})

@@ -20,7 +20,7 @@ def recipe(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_from_photographs_to_an_upscaled_picture(tmp_path):
-    """Passed on 2 cores in 197 s, 2026-11-26."""
+    """Passed on 2 cores in 284 s, 2026-11-29."""
     photos = tiny_training.save_photos(tmp_path / "photos", 4, (144, 160))
     made = recipe(
         "--photos",

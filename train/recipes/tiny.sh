@@ -126,7 +126,7 @@ made=$output/autoencoder/checkpoint_$(steps "${ae[0]}")/model/ema/vae
 say "autoencoder, larger crops: ${large[0]} steps of ${large[1]}"
 small=$made
 made=$output/large/checkpoint_$(steps "${large[0]}")/model/ema/vae
-[[ -d $made ]] || train autoencoder "${large[@]}" --vae_dir "$small" "${rebuilding[@]}" --crop_size 256 --min_size 256 \
+[[ -d $made ]] || train autoencoder "${large[@]}" --vae_dir "$small" "${rebuilding[@]}" --crop_size 256 --min_size 128 \
   --lr_warmup_steps 50 --output_dir "$output/large"
 
 # The scaling factor was measured with it. Of the transformer there is only a config yet.

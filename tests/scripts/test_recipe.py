@@ -22,18 +22,8 @@ def recipe(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_from_photographs_to_an_upscaled_picture(tmp_path):
     """Passed on 2 cores in 284 s, 2026-11-29."""
     photos = tiny_training.save_photos(tmp_path / "photos", 4, (144, 160))
-    made = recipe(
-        "--photos",
-        photos,
-        "--validation",
-        photos,
-        "--output",
-        tmp_path / "runs",
-        "--budget",
-        "minimal",
-        "--student",
-        "full",
-    )
+    given = ("--photos", photos, "--validation", photos, "--output", tmp_path / "runs", "--student", "full")
+    made = recipe(*given, "--budget", "minimal")
     assert made.returncode == 0, made.stderr
     model = tmp_path / "runs" / "model-full-0"
     assert {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()} == {
@@ -56,22 +46,9 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
     }
     assert {path.name for path in (tmp_path / "runs").iterdir()} == stages
 
-    again = recipe(
-        "--photos",
-        photos,
-        "--validation",
-        photos,
-        "--output",
-        tmp_path / "runs",
-        "--budget",
-        "minimal",
-        "--student",
-        "full",
-    )
+    again = recipe(*given, "--budget", "minimal")
     assert again.returncode == 0 and "step 2/2" in made.stdout and "step 2/2" not in again.stdout
-    other = recipe(
-        "--photos", photos, "--validation", photos, "--output", tmp_path / "runs", "--budget", "cpu"
-    )
+    other = recipe(*given, "--budget", "cpu")
     assert other.returncode == 2 and "choose another --output" in other.stderr
 
     command = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections.abc import Iterator
@@ -83,6 +84,17 @@ def test_loss_and_gradients_are_pytorchs(oracle, size=(16, 24), batch=3):
     for name, part in theirs.items():
         # A bias before a norm has no gradient beyond rounding errors.
         assert error(ours[name], part) <= 1e-4 or np.abs(ours[name] - part).max() <= 1e-6 * largest, name
+
+
+def test_runs_of_versions_without_the_choice_of_attention_are_the_same_network():
+    """They described it by these values; one without attention is another."""
+    config = tiny.tiny_vae_config()
+    names = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups",
+             "scaling_factor", "shift_factor")  # fmt: skip
+    values = {name: getattr(config, name) for name in names} | {"scaling_factor": 1.0}
+    assert autoencoder.described(config) == json.dumps(values, sort_keys=True)
+    other = dataclasses.replace(config, mid_block_add_attention=False)
+    assert autoencoder.described(other) != autoencoder.described(config)
 
 
 def test_a_new_autoencoder_starts_with_narrow_posteriors_and_no_residuals():

@@ -721,6 +721,8 @@ def test_adapters_are_made_stronger_or_weaker(
         wanted = tensor * np.float32(factor) if name.endswith("/b") else tensor
         assert scaled[name].dtype == kind
         np.testing.assert_array_equal(scaled[name], wanted.astype(kind), err_msg=name)
+    with pytest.raises(UserError, match="--lora_scale nan: expected a finite number"):
+        convert_lora("-i", peft_folder, "-o", tmp_path / "none", *base, "--lora_scale", "nan")
 
 
 def test_adapters_too_large_for_a_type_are_refused(

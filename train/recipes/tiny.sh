@@ -7,7 +7,7 @@
 #   --validation  folder of other photographs, to validate the autoencoder during training; up to 32 of them also serve to
 #                 measure the scaling factor of the latents
 #   --output      folder for everything; finished stages are not repeated, and an interrupted stage continues
-#   --budget      cpu: a night on two cores; lease: ten minutes of a large GPU, never tried; minimal: to see it run. It
+#   --budget      cpu: about three hours on two quiet cores; lease: ten minutes of a large GPU, never tried; minimal: to see it run. It
 #                 changes only numbers of steps, crops and batch sizes.
 #   --seed        seed of the student's last stage (default 0); students share all stages before it
 #   --student     losses of the student after its start with MSE: pixel (the default), mse, tsd, dasm, adv (pixel and a

@@ -250,12 +250,18 @@ class _Start(NamedTuple):
     fixed: Tree
 
 
+def described(config: VAEConfig) -> str:
+    """What identifies a new network's sizes when a run is resumed."""
+    values = dataclasses.asdict(config) | {"scaling_factor": 1.0}  # measured later, so it identifies nothing
+    # Runs of versions that had no such field have attention, and can be resumed.
+    if config.mid_block_add_attention:
+        del values["mid_block_add_attention"]
+    return json.dumps(values, sort_keys=True)
+
+
 def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: bool) -> tuple[_Start, str]:
     """Creates new parameters or loads the folder's, and hashes them; a resumed run keeps only the trained ones' shapes."""
-    config = dataclasses.replace(
-        _config_of(files), scaling_factor=1.0
-    )  # measured later, so it identifies nothing
-    described = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    config = dataclasses.replace(_config_of(files), scaling_factor=1.0)
 
     def parts(key: jax.Array, network: Tree) -> Parts:
         if not options.lambda_adv:
@@ -268,7 +274,7 @@ def _starting_params(options: Options, files: NetworkFiles, mesh: Mesh, new: boo
         def new_network(key: jax.Array, _: Any) -> Parts:
             return parts(key, new_autoencoder_params(config, key))
 
-        return _Start(Beginning(new_network), {}), f"new, {described}"
+        return _Start(Beginning(new_network), {}), f"new, {described(config)}"
     ((params, digest),) = load_networks([files], mesh, jnp.float32)
     fixed = {"encoder": params["encoder"]} if options.train == "decoder" else {}
     trained = {name: part for name, part in params.items() if name not in fixed}

@@ -11,6 +11,7 @@ Any other alpha is folded into B, and the written file has alpha = rank.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,6 +58,8 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
+    if not math.isfinite(options.lora_scale):
+        raise UserError(f"--lora_scale {options.lora_scale}: expected a finite number")
     for source in _find_files(options.input):
         target = options.output / source.name
         if target.resolve() == source.resolve():
@@ -93,10 +96,12 @@ def _convert(source: Path, target: Path, options: Options) -> str:
     tree, ours = adapter.tree, is_own_lora(reader)
     if options.lora_scale != 1:
         tree = lora.scale(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree), options.lora_scale)
-    if options.dtype != "keep" or options.lora_scale != 1:
-        stored = jax.tree.leaves(adapter.tree)[0].dtype
-        dtype = stored if options.dtype == "keep" else STORED_DTYPES[options.dtype]
-        tree = jax.tree.map(lambda leaf: cast_finite(np.asarray(leaf), dtype, str(source)), tree)
+
+    def stored(leaf: np.ndarray, given: np.ndarray) -> np.ndarray:
+        dtype = given.dtype if options.dtype == "keep" else STORED_DTYPES[options.dtype]
+        return cast_finite(np.asarray(leaf), dtype, str(source))
+
+    tree = jax.tree.map(stored, tree, adapter.tree)
     if ours:
         save_tensors(target, write_lora(tree, config), {"format": "pt"})
     else:

@@ -141,7 +141,7 @@ class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, Da
     """Weight of the pixels' distance between decoded results and photographs, such as 1: L1, and differences of gradients at
     three scales. TSD-SR has none."""
     lambda_adv: float = 0.0
-    """Weight of an adversarial loss on patches of the decoded photographs, such as 0.05; 0, as in TSD-SR, trains
+    """Weight of an adversarial loss on patches of the decoded photographs, such as 0.02; 0, as in TSD-SR, trains
     without."""
     adversarial_start: int = 0
     """Number of steps in which the discriminator learns first, without moving the student."""

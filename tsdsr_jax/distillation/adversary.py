@@ -3,8 +3,8 @@
 TSD-SR has none. Later one-step methods added one to a diffusion model's knowledge: TAD-SR (He et al. 2024), AdcSR (Chen et
 al. 2025), HYPIR (Lin et al. 2025). Theirs judge latents, or features of a large network; this one judges patches of pixels
 through the frozen decoder (Isola et al. 2017, §3.2.2), so it needs no further weights, and what the decoder makes of wrong
-latents costs too. Real photographs are encoded and decoded first: otherwise the decoder's own marks would give the student
-away, whatever it did. Hinge losses, as in Lim and Ye 2017.
+latents costs too. Real photographs are encoded and decoded first, so that the decoder's own marks, which the student cannot
+avoid, tell nothing. Hinge losses, as in Lim and Ye 2017.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from scipy import ndimage
 import tiny_checkpoint as tiny
 from tsdsr_jax.data import degradation
 from tsdsr_jax.data.blur_kernels import blur_kernel, pulse, sinc_kernel
-from tsdsr_jax.data.degradation import DegradationConfig, Order, degrade, light
+from tsdsr_jax.data.degradation import DegradationConfig, Order, camera, degrade, light
 from tsdsr_jax.data.jpeg_model import CHROMA, LUMA, jpeg, jpeg_codec
 
 CONFIG = DegradationConfig()
@@ -308,3 +308,22 @@ def test_light_degradation_leaves_more_of_the_photograph():
         return np.mean([np.square(pair.lr.astype(float) - pair.hr).mean() for pair in pairs])
 
     assert error(light(config)) < 0.6 * error(config)
+
+
+def test_a_cameras_degradation_has_more_blur_and_less_noise_than_the_light_one():
+    def blur(config: DegradationConfig) -> float:
+        """How much of the finest detail is left, of noise as a photograph."""
+        noise = np.random.default_rng(0).random((64, 64, 3)).astype(np.float32)
+        pairs = [degrade(noise, np.random.default_rng(seed), config) for seed in range(40)]
+        return np.mean([pair.lr.astype(float).std() for pair in pairs])
+
+    plain = DegradationConfig(sharpen=False)
+    assert blur(camera(plain)) < 0.9 * blur(light(plain))
+
+    def noise(config: DegradationConfig) -> float:
+        flat = np.full((64, 64, 3), 0.5, np.float32)
+        return np.mean(
+            [degrade(flat, np.random.default_rng(seed), config).lr.astype(float).std() for seed in range(40)]
+        )
+
+    assert noise(camera(plain)) < 0.5 * noise(light(plain))

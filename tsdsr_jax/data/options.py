@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, Self
 
-from tsdsr_jax.data.degradation import DegradationConfig, light
+from tsdsr_jax.data.degradation import STRENGTHS, DegradationConfig
 from tsdsr_jax.data.photos import CROP_STEP, CropConfig, SmallPhotos
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.weights.bundled import prompt_folder
@@ -67,12 +67,13 @@ class PairOptions(CropOptions):
 
     jpeg: Literal["model", "codec"] = "model"
     """JPEG compression: simulated as in the published pipeline (model), or with a real codec."""
-    degradation_strength: Literal["published", "light"] = "published"
-    """How strongly to degrade: as published, or with less blur, noise and compression (light), for small crops."""
+    degradation_strength: Literal["published", "light", "camera"] = "published"
+    """How strongly to degrade: as published; with less blur, noise and compression (light), for small crops; or with the
+    blur of a good camera and hardly anything else (camera)."""
 
     def degradation(self) -> DegradationConfig:
         config = dataclasses.replace(super().degradation(), codec=self.jpeg == "codec")
-        return light(config) if self.degradation_strength == "light" else config
+        return STRENGTHS[self.degradation_strength](config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

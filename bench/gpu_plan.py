@@ -4,7 +4,7 @@ python bench/gpu_plan.py                                  # upscaling: encoder, 
 python bench/gpu_plan.py --batch 1 --weights fp8 --card A100
 python bench/gpu_plan.py --programs step --batch 2        # a training step; some minutes
 python bench/gpu_plan.py --programs step --fsdp 8         # on eight GPUs that share one base
-python bench/gpu_plan.py --programs step --devices 8      # on eight that have one each, and what they send
+python bench/gpu_plan.py --programs step --devices 8      # on eight that have one each, what they send, and on up to 64
 python bench/gpu_plan.py --programs student_gradient --layers 3   # the transformer's part of it alone
 python bench/gpu_plan.py --programs transformer --by kind # where the time goes
 
@@ -36,6 +36,7 @@ from tsdsr_jax import cli
 
 Name = Literal["encode", "transformer", "decode", "step", "student_gradient", "auxiliary_gradient"]
 INFERENCE: tuple[Name, ...] = ("encode", "transformer", "decode")
+COUNTS = (1, 8, 16, 32, 64)
 HEAD = f"{'':12} {'kernels':>8} {'TFLOP/im':>9} {'GB/im':>8} {'ms/im':>8} {'at peak':>8} {'arguments':>10} {'temporary':>10}"
 
 
@@ -105,7 +106,10 @@ def main() -> None:
         rows.append(row | {"compile_s": round(time.perf_counter() - began, 1)})
         print(line(name, row), flush=True)
         if len(devices) > 1:
-            row["sent"] = sent(kernels.collectives(Program(text)), len(devices))
+            sending = kernels.collectives(Program(text))
+            row["sent"] = sent(sending, len(devices))
+            if options.fsdp == 1:
+                row["scaling"] = scaling(sending, row["ms"] * images)
         if options.by:
             print_shares(found, card, images, options)
     if len(rows) > 1:
@@ -198,6 +202,22 @@ def sent(found: Sequence[Collective], devices: int) -> dict[str, float]:
     for name, (count, nbytes) in totals.items():
         print(f"{'':12} each device sends {nbytes / 1e9:.3f} GB in {int(count)} × {name}")
     return {name: nbytes for name, (_, nbytes) in totals.items()}
+
+
+def scaling(found: Sequence[Collective], step_ms: float) -> dict[str, list[float]]:
+    """Prints and returns the modelled efficiency of 1 to 64 GPUs: the time of a step on one, over the time on all.
+
+    Nothing is computed while gradients are added up.
+    """
+    nbytes = sum(each.times * each.nbytes for each in found if each.code == "all-reduce")
+    efficiency = {
+        name: [step_ms / (step_ms + 1e3 * links.all_reduce_seconds(nbytes, count)) for count in COUNTS]
+        for name, links in kernels.LINKS.items()
+    }
+    print(f"{'':12} {'GPUs':20} " + " ".join(f"{count:6}" for count in COUNTS))
+    for name, values in efficiency.items():
+        print(f"{'':12} {name:20} " + " ".join(f"{value:6.1%}" for value in values))
+    return efficiency
 
 
 def print_shares(found: list[Kernel], card: Card, images: int, options: Options) -> None:

@@ -133,6 +133,40 @@ class Collective(NamedTuple):
         )
 
 
+class Links(NamedTuple):
+    """How GPUs are connected, in bytes per second and direction, as NCCL reaches it.
+
+    Attributes:
+      inside: of one GPU to the others of its machine.
+      outside: of a whole machine to the other machines.
+      machine: GPUs of a machine.
+    """
+
+    inside: float
+    outside: float
+    machine: int = 8
+
+    def all_reduce_seconds(self, nbytes: float, devices: int) -> float:
+        """Time to add up arrays of this size over all devices.
+
+        Within a machine, devices first add up what each of them is to send (reduce-scatter) and at last share the sums
+        (all-gather); between these, machines add up these parts in a ring.
+        """
+        inside = min(devices, self.machine)
+        machines = devices // inside
+        within = 2 * nbytes * (inside - 1) / inside / self.inside
+        between = 2 * nbytes * (machines - 1) / machines / self.outside
+        return within + between
+
+
+# An H200's NVLink has 450 GB/s in each direction; 0.8 of that and 0.9 of a network are assumed to be reached.
+_NVLINK, _NETWORK = 0.8 * 450e9, 0.9 * 400e9 / 8
+LINKS = {
+    "400 Gb/s a machine": Links(_NVLINK, _NETWORK),
+    "400 Gb/s a GPU": Links(_NVLINK, 8 * _NETWORK),
+}
+
+
 def collectives(program: Program) -> list[Collective]:
     """All collective operations of a program, in the order in which they run."""
     found = []

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 from hlo import Program  # noqa: E402
-from kernels import CARDS, MOVE, PRODUCT, collectives, copies_weights, kernels, place  # noqa: E402
+from kernels import CARDS, MOVE, PRODUCT, Links, collectives, copies_weights, kernels, place  # noqa: E402
 
 PROGRAM = Program((ROOT / "tests" / "support" / "counted.hlo").read_text())
 
@@ -101,3 +101,12 @@ def test_what_devices_send_is_counted():
         ("all-gather", "bf16", 64, 24), ("all-reduce", "f32", 480, 1), ("reduce-scatter", "f32", 20, 1),
     ]  # fmt: skip
     assert [each.sent(4) for each in found] == [24 * 48, 720, 60]
+
+
+def test_gradients_are_added_up_within_machines_then_between_them():
+    links = Links(inside=100.0, outside=10.0, machine=4)
+    assert links.all_reduce_seconds(1000, 1) == 0
+    assert links.all_reduce_seconds(1000, 2) == 2 * 1000 / 2 / 100  # a machine that is not full
+    assert links.all_reduce_seconds(1000, 4) == 2 * 1000 * 3 / 4 / 100
+    assert links.all_reduce_seconds(1000, 8) == 15 + 2 * 1000 / 2 / 10
+    assert links.all_reduce_seconds(1000, 16) == 15 + 2 * 1000 * 3 / 4 / 10

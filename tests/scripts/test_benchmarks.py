@@ -175,6 +175,19 @@ def test_tsd_is_exact_in_the_precision_that_distill_uses() -> None:
 
 
 @slow
+def test_sums_over_devices_lose_less_than_16_bits_do() -> None:
+    status, told = bench("gradient_sums", "--devices", "3", "--batch", "1", "--side", "16", "--rank", "4")
+    numbers = {
+        name: list(map(float, re.findall(r"([\d.]+) %", line)))
+        for name, line in re.findall(r"3 devices, (fp16|bf16): (.*)", told)
+    }
+    assert status == 0
+    for name, tolerance in (("fp16", 0.5), ("bf16", 4)):
+        half, wide, between = numbers[name]
+        assert 0 < between < 0.6 * wide and wide <= half < tolerance
+
+
+@slow
 def test_eight_bits(photos: Path) -> None:
     status, told = bench("eight_bits", "--photos", photos, "--tiles", "2")
     velocities = dict(re.findall(r"(int8|fp8) velocities: ([\d.]+)", told))

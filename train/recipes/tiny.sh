@@ -47,29 +47,33 @@ done
 ((${#photos[@]})) && [[ $validation && $output ]] || fail "give --photos, --validation and --output"
 [[ $seed =~ ^[0-9]{1,9}$ ]] || fail "--seed $seed: expected a whole number"
 
-# Steps and batch size of each stage; from which step on the discriminator moves the student; crops of each folder.
+# Steps and batch size of each stage, crops of each folder; of the last stage without a discriminator and with one, and from
+# which step on that moves the student.
 case "$budget" in
-  cpu)     ae=(5000 4)  large=(2000 1)  crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=100 ;;
-  lease)   ae=(6000 16) large=(2000 4)  crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=100 ;;
-  minimal) ae=(2 2)     large=(2 1)     crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=1 ;;
+  cpu)     ae=(5000 4)  large=(2000 1) crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=(2500 4 100) ;;
+  lease)   ae=(6000 16) large=(2000 4) crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=(2500 32 100) ;;
+  minimal) ae=(2 2)     large=(2 1)    crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=(2 2 1) ;;
   *) fail "--budget $budget: expected cpu, lease or minimal" ;;
 esac
 # With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
 # (docs/tiny.md), so the moving average of the student is used.
 tsd=(--lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 dasm=("${tsd[@]}" --use_dasm --use_random_bias)
-pixel=(--lambda_mse 0.1 --lambda_pixel 1)
-strength=1 rate=(--learning_rate 2e-4) falling=(--learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20)
-adversary=(--lambda_adv 0.02 --adversarial_start "$end_adv" --discriminator_width 32 --learning_rate_adv 2e-4)
+strength=1 ema=0.98 rate=(--learning_rate 2e-4) falling=(--learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20)
+# Against a discriminator a student swings between patterns; its average over some hundred steps has none (docs/tiny.md).
+adversary=(--lambda_adv 0.06 --adversarial_start "${end_adv[2]}" --discriminator_width 32
+  --learning_rate_adv 2e-4)
+against=(--learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 20)
 case "$student" in
-  pixel) losses=(--lambda_tsd 0 "${pixel[@]}") rate=("${falling[@]}") strength=1.6 ;;
+  pixel) losses=(--lambda_tsd 0 --lambda_mse 0.1 --lambda_pixel 1) rate=("${falling[@]}") strength=1.6 ;;
   mse)   losses=(--lambda_tsd 0) rate=("${falling[@]}") ;;
   tsd)   losses=("${tsd[@]}") ;;
   dasm)  losses=("${dasm[@]}") ;;
-  adv)   losses=(--lambda_tsd 0 "${pixel[@]}" "${adversary[@]}") ;;
+  adv)   losses=(--lambda_tsd 0 --lambda_mse 0.05 --lambda_pixel 1 "${adversary[@]}") ;;
   full)  losses=("${dasm[@]}" --lambda_pixel 1 "${adversary[@]}") ;;
   *) fail "--student $student: expected pixel, mse, tsd, dasm, adv or full" ;;
 esac
+case "$student" in adv | full) end=("${end_adv[@]:0:2}") ema=0.99 rate=("${against[@]}") ;; esac
 
 python=${PYTHON:-}
 if [[ -z $python ]]; then
@@ -172,7 +176,7 @@ begun=$output/start/checkpoint_$(steps "${start[0]}")/lora
 say "student, $student: ${end[0]} steps of ${end[1]}"
 student_lora=$output/student-$student-$seed/checkpoint_$(steps "${end[0]}")/lora/ema
 [[ -d $student_lora ]] || train distill "${end[@]}" "${distil[@]}" "${losses[@]}" "${rate[@]}" \
-  --checkpoint_path "$begun" --ema_decay 0.98 --seed "$seed" \
+  --checkpoint_path "$begun" --ema_decay "$ema" --seed "$seed" \
   --output_dir "$output/student-$student-$seed"
 
 say "collecting"

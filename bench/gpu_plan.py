@@ -70,8 +70,8 @@ class Options:
     """Rank of all LoRAs."""
     layers: int = 24
     """Layers of the transformer in a training step."""
-    scan_layers: bool = False
-    """Run the transformer's layers as a loop in a training step."""
+    scan_layers: bool | None = None
+    """Run the transformer's layers as a loop in a training step. Default: as training does, only with --fsdp."""
     devices: int | None = None
     """Described GPUs that train together, each with `batch` images. Default: as many as share one base."""
     fsdp: int = 1
@@ -152,7 +152,7 @@ def step_options(options: Options) -> StepOptions:
         lpips=options.lambda_lpips > 0,
         teacher="merged" if options.merge_teacher_lora else "beside",
         layers=options.layers,
-        scanned=options.scan_layers,
+        scanned=options.fsdp > 1 if options.scan_layers is None else options.scan_layers,
     )
 
 

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from tsdsr_jax import cli
 from tsdsr_jax.devices import DTYPES, matmul_precision
+from tsdsr_jax.errors import UserError
 from tsdsr_jax.models import lora
 from tsdsr_jax.models.params import Tree, init_params
 from tsdsr_jax.models.vae import AutoencoderKL, VAEConfig
@@ -93,6 +94,10 @@ def off(found: np.ndarray, exact: np.ndarray) -> float:
 def main() -> None:
     options = cli.parse(Options, description=__doc__)
     cli.at_least(options, 1, "batch", "rank")
+    if options.side < CONFIG.factor or options.side % CONFIG.factor:
+        raise UserError(f"--side {options.side}: expected a multiple of {CONFIG.factor}")
+    if min(options.devices, default=0) < 1:
+        raise UserError(f"--devices {min(options.devices, default=0)}: expected at least 1")
     key = jax.random.key(options.seed)
     params = jax.jit(partial(init_params, CONFIG))(key)
     fresh = lora.init(key, params, lora.VAE_ENCODER_TARGETS, options.rank)

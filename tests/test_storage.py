@@ -19,7 +19,7 @@ import tiny_checkpoint as tiny
 import tiny_training
 from training_processes import TrainingProcesses, free_port
 from tsdsr_jax import cli, storage
-from tsdsr_jax.commands import upscale
+from tsdsr_jax.commands import prepare, upscale
 from tsdsr_jax.errors import UserError
 from tsdsr_jax.storage import OutputFolder, as_given, fetched
 from tsdsr_jax.training.checkpoint import Checkpoints, find, read_state
@@ -339,6 +339,27 @@ def test_what_cannot_be_written_to_a_store_is_refused(store, monkeypatch, capsys
         "--report s3://bucket/page.html: cannot be written there; give a path on this machine"
         in capsys.readouterr().err
     )
+
+
+def test_several_processes_do_not_prepare_one_set_in_a_store(store, tmp_path, monkeypatch, capsys):
+    """They would not see each other's files. One may."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(tiny.synthetic_photo(128, 160, 1)).save(photos / "a.png")
+    flags = ["--hr_dir", str(photos), "--output_dir", "s3://bucket/set", "--crop_size", "128", "--min_size", "128",
+             "--pretrained_model_name_or_path", str(FOLDER)]  # fmt: skip
+
+    def prepared(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train/prepare.py", *flags, *more])
+        cli.run(prepare.main)
+        return capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        prepared("--shard", "1/2")
+    assert "--output_dir s3://bucket/set: several processes cannot write" in capsys.readouterr().err
+    assert not names(store)
+    assert "s3://bucket/set: 1 samples" in prepared("--shard", "0/1")
+    assert "manifest.json" in names(store, "bucket/set")
 
 
 def test_an_error_is_told_before_that_of_the_store(store, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,9 @@ def parts(base: Base) -> dict:
     auxiliary = tiny.random_lora(base.transformer, lora.AUXILIARY_TARGETS, 2, 10)
     judge = new_discriminator_params(JUDGE, jax.random.key(1))
     return {STUDENT: student, AUXILIARY: auxiliary, DISCRIMINATOR: judge}
+
+
+WITHOUT_TSD = LossConfig(weight_tsd=0, weight_lpips=0)
 
 
 def losses_with(adversary: Adversary | None) -> Losses:
@@ -119,3 +124,16 @@ def test_only_detail_tells_photographs_apart(parts, base, record):
         adversary.student(parts[DISCRIMINATOR], picture, jnp.int32(0))[0] for picture in (image, image + 0.3)
     )
     assert float(cast) == pytest.approx(float(plain), rel=1e-4)
+
+
+def test_the_auxiliary_network_can_be_left_out(parts, base, record):
+    """The other gradients are the same, and it gets none."""
+    whole = dataclasses.replace(losses_with(Adversary(JUDGE, weight=0.3)), config=WITHOUT_TSD)
+    less = dataclasses.replace(whole, config=dataclasses.replace(WITHOUT_TSD, train_auxiliary=False))
+    (expected, wanted), (found, metrics) = (
+        jax.jit(losses)(parts, base, record, KEY, moment(0)) for losses in (whole, less)
+    )
+    assert any(leaf.any() for leaf in jax.tree.leaves(expected.pop(AUXILIARY)))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(found.pop(AUXILIARY)))
+    close(found, expected)
+    assert metrics.keys() == wanted.keys() - {"auxiliary"}

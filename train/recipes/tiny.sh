@@ -55,9 +55,11 @@ case "$budget" in
   minimal) ae=(2 2)     large=(2 1)    crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=(2 2 1) ;;
   *) fail "--budget $budget: expected cpu, lease or minimal" ;;
 esac
+# Without TSD, nobody asks the auxiliary network.
+fake=(--learning_rate_reg 1e-3) alone=(--lambda_tsd 0 --learning_rate_reg 0)
 # With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
 # (docs/tiny.md), so the moving average of the student is used.
-tsd=(--lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
+tsd=("${fake[@]}" --lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 dasm=("${tsd[@]}" --use_dasm --use_random_bias)
 strength=1 ema=0.98 rate=(--learning_rate 2e-4) falling=(--learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20)
 # Against a discriminator a student swings between patterns; its average over some hundred steps has none (docs/tiny.md).
@@ -65,11 +67,11 @@ adversary=(--lambda_adv 0.06 --adversarial_start "${end_adv[2]}" --discriminator
   --learning_rate_adv 2e-4)
 against=(--learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 20)
 case "$student" in
-  pixel) losses=(--lambda_tsd 0 --lambda_mse 0.1 --lambda_pixel 1) rate=("${falling[@]}") strength=1.6 ;;
-  mse)   losses=(--lambda_tsd 0) rate=("${falling[@]}") ;;
+  pixel) losses=("${alone[@]}" --lambda_mse 0.1 --lambda_pixel 1) rate=("${falling[@]}") strength=1.6 ;;
+  mse)   losses=("${alone[@]}") rate=("${falling[@]}") ;;
   tsd)   losses=("${tsd[@]}") ;;
   dasm)  losses=("${dasm[@]}") ;;
-  adv)   losses=(--lambda_tsd 0 --lambda_mse 0.05 --lambda_pixel 1 "${adversary[@]}") ;;
+  adv)   losses=("${alone[@]}" --lambda_mse 0.05 --lambda_pixel 1 "${adversary[@]}") ;;
   full)  losses=("${dasm[@]}" --lambda_pixel 1 "${adversary[@]}") ;;
   *) fail "--student $student: expected pixel, mse, tsd, dasm, adv or full" ;;
 esac
@@ -166,11 +168,11 @@ teacher=$output/teacher/checkpoint_$(steps "${lora[0]}")/lora
 
 distil=(--pretrained_model_name_or_path "$model" "${pairs[@]}" "${prompts[@]}" --use_default_prompt
   --use_teacher_lora --teacher_lora_path "$teacher" --merge_teacher_lora --lambda_lpips 0 --guidance_scale 1 --rank_lora 64
-  --learning_rate_reg 1e-3 --num_validation_images 8)
+  --num_validation_images 8)
 
 say "student, MSE only: ${start[0]} steps of ${start[1]}"
 begun=$output/start/checkpoint_$(steps "${start[0]}")/lora
-[[ -d $begun ]] || train distill "${start[@]}" "${distil[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
+[[ -d $begun ]] || train distill "${start[@]}" "${distil[@]}" "${fake[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
   --lr_scheduler cosine --lr_warmup_steps 50 --output_dir "$output/start"
 
 say "student, $student: ${end[0]} steps of ${end[1]}"

@@ -77,6 +77,7 @@ CURVES = (
     Curve("TSD", ("tsd",), log_scale=True),
     Curve("latent MSE", ("mse",)),
     Curve("LPIPS", ("lpips",)),
+    Curve("pixels", ("pixel",)),
     Curve("auxiliary network loss", ("auxiliary",)),
     Curve("adversarial: logits", ("logits_real", "logits_student")),
     Curve("adversarial: losses", ("adversarial", "discriminator")),
@@ -90,7 +91,7 @@ CURVES = (
 )
 
 
-LOSSES = ("student", "tsd", "mse", "lpips", "adversarial", "discriminator", "auxiliary")
+LOSSES = ("student", "tsd", "mse", "lpips", "pixel", "adversarial", "discriminator", "auxiliary")
 COUNTS = {"tsd_not_finite": "values of the TSD gradient were not finite or above 1024, and were replaced"}
 MEMORY_REMEDIES = (
     "--gradient_checkpointing, a smaller --train_batch_size with --gradient_accumulation_steps, --split_guidance, --fsdp N "
@@ -175,7 +176,8 @@ class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, Da
     learning_rate: float = 1e-5
     """Peak learning rate of the student."""
     learning_rate_reg: float = 1e-6
-    """Peak learning rate of the auxiliary network."""
+    """Peak learning rate of the auxiliary network. Without TSD it learns, too, so that a later run with TSD can begin with
+    it; 0 with --lambda_tsd 0 leaves it out, which makes steps faster."""
 
     def loss_config(self, shift: float) -> LossConfig:
         later = (self.dasm_gamma,) * (self.dasm_points - 1)
@@ -191,6 +193,7 @@ class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, Da
             weight_mse=self.lambda_mse,
             weight_lpips=self.lambda_lpips,
             weight_pixel=self.lambda_pixel,
+            train_auxiliary=bool(self.lambda_tsd or self.learning_rate_reg),
             guidance_scale=self.guidance_scale,
             split_guidance=self.split_guidance,
             bias_range=(-25, 25) if self.use_random_bias else None,

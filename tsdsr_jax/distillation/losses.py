@@ -60,6 +60,7 @@ class LossConfig:
       tsd: constants of Target Score Distillation.
       weight_tsd, weight_mse, weight_lpips: weights of the student's three losses in TSD-SR; 0 leaves a loss out.
       weight_pixel: weight of the decoded photograph's L1 distance and distance of gradients; TSD-SR has none.
+      train_auxiliary: compute the auxiliary network's loss, which TSD needs. If False, its gradients are 0.
       guidance_scale: guidance of the teacher and the auxiliary network inside TSD.
       split_guidance: evaluate the empty and the real prompt one after the other, which halves the memory for guidance.
       bias_range: half-open range of the trajectory's random bias; None for no bias.
@@ -73,6 +74,7 @@ class LossConfig:
     weight_mse: float = 1.0
     weight_lpips: float = 1.0
     weight_pixel: float = 0.0
+    train_auxiliary: bool = True
     guidance_scale: float = 7.5
     split_guidance: bool = False
     bias_range: tuple[int, int] | None = (-25, 25)
@@ -226,9 +228,11 @@ class Losses:
             return self.auxiliary(auxiliary, base, fake, batch, draws) * moment.scale
 
         (total, (made, metrics)), student = jax.value_and_grad(scaled_student, has_aux=True)(parts[STUDENT])
-        value, auxiliary = jax.value_and_grad(scaled_auxiliary)(parts[AUXILIARY], made.latent)
-        metrics = metrics | {"student": total / moment.scale, "auxiliary": value / moment.scale}
-        gradients = {STUDENT: student, AUXILIARY: auxiliary}
+        metrics = metrics | {"student": total / moment.scale}
+        gradients = {STUDENT: student, AUXILIARY: jax.tree.map(jnp.zeros_like, parts[AUXILIARY])}
+        if self.config.train_auxiliary:
+            value, gradients[AUXILIARY] = jax.value_and_grad(scaled_auxiliary)(parts[AUXILIARY], made.latent)
+            metrics["auxiliary"] = value / moment.scale
         if self.adversary and made.image is not None:
             gradients[DISCRIMINATOR], judged = self.adversary.gradient(
                 parts[DISCRIMINATOR],

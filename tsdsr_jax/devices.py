@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
@@ -21,6 +22,8 @@ from tsdsr_jax.program_cache import keep_programs
 
 # Seconds; of the last save, and of bringing it to a store.
 _SHUTDOWN = 3600
+# Seconds by which JAX waits longer than we do for processes to join: it would abort with a trace of calls in C++.
+_JAX_LATER = 60
 _PLATFORMS = {"cuda": "cuda", "gpu": "cuda", "cpu": "cpu", "tpu": "tpu"}
 _INSTALL = {
     "cuda": "a GPU needs `pip install 'tsdsr_jax[cuda12]'`",
@@ -143,22 +146,28 @@ def join_processes(joining: Joining, say: Callable[[str], object]) -> None:
     if launched:
         coordinator, processes, process = launched.coordinator, launched.processes, launched.process
         devices = launched.devices
-    # JAX gives up later than we do: it aborts the process. In the end the others wait for what the first one still saves.
+    hint = (
+        "check that --coordinator_address can be reached"
+        if by_hand
+        else "is this run by srun, mpirun or torchrun?"
+    )
+    # Here, too, JAX gives up later. In the end the others wait for what the first one still saves.
     patience = max(100, 4 * joining.peer_timeout)
+    missing = f"not all processes have joined within {joining.join_timeout} s (--join_timeout); {hint}"
+    waiting = threading.Timer(joining.join_timeout, peers.give_up_joining, [process, missing])
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             coordinator, processes, process, devices,
-            initialization_timeout=joining.join_timeout, heartbeat_timeout_seconds=patience,
+            initialization_timeout=joining.join_timeout + _JAX_LATER, heartbeat_timeout_seconds=patience,
             shutdown_timeout_seconds=_SHUTDOWN,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError among them
         reason = str(error).split("\n")[0]
-        hint = (
-            "check that --coordinator_address can be reached"
-            if by_hand
-            else "is this run by srun, mpirun or torchrun?"
-        )
         raise UserError(f"the processes cannot be joined ({reason}); {hint}") from None
+    finally:
+        waiting.cancel()
     if jax.process_count() > 1:
         store = distributed.global_state.client
         assert store is not None, "initialize has made it"

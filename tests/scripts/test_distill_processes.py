@@ -145,6 +145,16 @@ def test_two_processes_stop_together_and_resume(start, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=120) for process in processes] == [143, 143]
     step = checkpoint.step_of(checkpoint.find(tmp_path / "run", "latest"))
+    # While it starts again, before the first step.
+    processes = pair(tmp_path / "run", 500)
+    while "resuming from" not in processes[0].printed.read_text():
+        assert processes[0].poll() is None, processes[0].printed.read_text()
+        time.sleep(0.01)
+    processes[0].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=120) for process in processes] == [143, 143]
+    stopped = checkpoint.step_of(checkpoint.find(tmp_path / "run", "latest"))
+    assert step < stopped <= step + 2
+    step = stopped
     for process in pair(tmp_path / "run", step + 2):
         finish(process)
     assert checkpoint.step_of(checkpoint.find(tmp_path / "run", "latest")) == step + 2

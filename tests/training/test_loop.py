@@ -98,6 +98,16 @@ def test_a_signal_where_a_checkpoint_was_due_saves_once():
     assert recorder.saved == [(4, 4)]
 
 
+def test_a_signal_before_a_resumed_run_trains_stops_all_processes(monkeypatch):
+    """JAX then chooses 1: one more than the last number that it was asked with, which is 0 before the first question."""
+    monkeypatch.setattr(loop.multihost_utils, "reached_preemption_sync_point", lambda number: number == 1)
+    recorder, stop = Recorder(), loop.StopSignal()
+    stop.together = True
+    batches = itertools.repeat(1)
+    assert loop.run_loop(7, count, batches, schedule(start=7), recorder.hooks(), stop) == (8, 8)
+    assert recorder.saved == [(8, 8)]
+
+
 def test_a_second_interrupt_stops_at_once():
     def twice():
         os.kill(os.getpid(), signal.SIGINT)

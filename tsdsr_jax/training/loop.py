@@ -76,13 +76,13 @@ class StopSignal:
     """Catches SIGTERM and the first Ctrl-C, so that a run can save before it stops; a second Ctrl-C stops it at once.
 
     Several processes that train together must stop at the same step. JAX's coordination service notices a SIGTERM to any of
-    them and chooses the step. It does not handle Ctrl-C, which here becomes a SIGTERM to this process.
+    them and chooses when. It does not handle Ctrl-C, which here becomes a SIGTERM to this process.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.together = jax.process_count() > 1
-        self._interrupted = False
+        self._interrupted, self._asked = False, 0
         if self.together:
             signal.signal(signal.SIGINT, self._pass_on)
         else:
@@ -105,9 +105,15 @@ class StopSignal:
         tqdm.write("(press Ctrl-C again to stop at once, without saving)", file=sys.stderr)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def requested(self, step: int) -> bool:
-        if self.together and multihost_utils.reached_preemption_sync_point(step):
+    def requested(self) -> bool:
+        """Whether to stop now. All processes ask before each step.
+
+        JAX chooses one of the next questions by their number. Steps won't do as numbers: a signal that comes before the
+        first question would choose 1, which a resumed run is past.
+        """
+        if self.together and multihost_utils.reached_preemption_sync_point(self._asked):
             self.received = signal.SIGTERM
+        self._asked += 1
         return self.received is not None
 
 
@@ -131,7 +137,7 @@ def run_loop(
     step = saved = schedule.start
     watch, trace = _Watch(schedule), _Trace(schedule.profile)
     try:
-        while step < schedule.end and not stop.requested(step):
+        while step < schedule.end and not stop.requested():
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began

@@ -7,8 +7,8 @@
 #   --validation  folder of other photographs, to validate the autoencoder during training; up to 32 of them also serve to
 #                 measure the scaling factor of the latents
 #   --output      folder for everything; finished stages are not repeated, and an interrupted stage continues
-#   --budget      cpu: about three hours on two quiet cores; lease: ten minutes of a large GPU, never tried; minimal: to see it run. It
-#                 changes only numbers of steps, crops and batch sizes.
+#   --budget      cpu: about three and a half hours on two quiet cores; lease: ten minutes of a large GPU, never tried;
+#                 minimal: to see it run. It changes only numbers of steps, crops and batch sizes.
 #   --seed        seed of the student's last stage (default 0); students share all stages before it
 #   --student     losses of the student after its start with MSE: pixel (the default), mse, tsd, dasm, adv (pixel and a
 #                 discriminator) or full (dasm, pixel and the discriminator)
@@ -50,7 +50,7 @@ done
 # Steps and batch size of each stage, crops of each folder; of the last stage without a discriminator and with one, and from
 # which step on that moves the student.
 case "$budget" in
-  cpu)     ae=(5000 4)  large=(2000 1) crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(700 8)   end_adv=(2500 4 100) ;;
+  cpu)     ae=(5000 4)  large=(2000 1) crops=1600 base=(2500 32)  lora=(100 32) start=(600 8)   end=(1000 8)  end_adv=(2500 4 100) ;;
   lease)   ae=(6000 16) large=(2000 4) crops=8000 base=(5000 128) lora=(200 64) start=(1200 32) end=(2500 32) end_adv=(2500 32 100) ;;
   minimal) ae=(2 2)     large=(2 1)    crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=(2 2 1) ;;
   *) fail "--budget $budget: expected cpu, lease or minimal" ;;
@@ -67,7 +67,7 @@ adversary=(--lambda_adv 0.06 --adversarial_start "${end_adv[2]}" --discriminator
   --learning_rate_adv 2e-4)
 against=(--learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 20)
 case "$student" in
-  pixel) losses=("${alone[@]}" --lambda_mse 0.1 --lambda_pixel 1) rate=("${falling[@]}") strength=1.6 ;;
+  pixel) losses=("${alone[@]}" --lambda_mse 0.1 --lambda_pixel 1) rate=("${falling[@]}") strength=1.4 ;;
   mse)   losses=("${alone[@]}") rate=("${falling[@]}") ;;
   tsd)   losses=("${tsd[@]}") ;;
   dasm)  losses=("${dasm[@]}") ;;
@@ -152,7 +152,7 @@ print(len(find_photographs(Path(sys.argv[1])).files))' "$folder")
   pairs+=(--data_dir "$set")
   say "training set: $each crops of each of the $count photographs in $folder, degraded and encoded"
   "$python" "$root/train/prepare.py" --hr_dir "$folder" --output_dir "$set" --pretrained_model_name_or_path "$output/new" \
-    --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$each" --degradation_strength light "${crop[@]}"
+    --default_embedding_dir "$weights/prompt/default" --crops_per_photo "$each" --degradation_strength camera "${crop[@]}"
 done
 
 say "teacher, from scratch: ${base[0]} steps of ${base[1]}"

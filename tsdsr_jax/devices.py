@@ -146,17 +146,16 @@ def join_processes(joining: Joining, say: Callable[[str], object]) -> None:
     if launched:
         coordinator, processes, process = launched.coordinator, launched.processes, launched.process
         devices = launched.devices
-    hint = (
-        "check that --coordinator_address can be reached"
-        if by_hand
-        else "is this run by srun, mpirun or torchrun?"
-    )
-    # Here, too, JAX gives up later. In the end the others wait for what the first one still saves.
+    if by_hand or launched:
+        hint = f"do all {processes} run, and can they reach {coordinator}?"
+    else:
+        hint = "is this run by srun, mpirun or torchrun?"
+    # Longer than ours, because JAX aborts the process. In the end the others wait for what the first one still saves.
     patience = max(100, 4 * joining.peer_timeout)
     missing = f"not all processes have joined within {joining.join_timeout} s (--join_timeout); {hint}"
-    waiting = threading.Timer(joining.join_timeout, peers.give_up_joining, [process, missing])
-    waiting.daemon = True
-    waiting.start()
+    deadline = threading.Timer(joining.join_timeout, peers.give_up_joining, [process, missing])
+    deadline.daemon = True
+    deadline.start()
     try:
         jax.distributed.initialize(
             coordinator, processes, process, devices,
@@ -167,7 +166,7 @@ def join_processes(joining: Joining, say: Callable[[str], object]) -> None:
         reason = str(error).split("\n")[0]
         raise UserError(f"the processes cannot be joined ({reason}); {hint}") from None
     finally:
-        waiting.cancel()
+        deadline.cancel()
     if jax.process_count() > 1:
         store = distributed.global_state.client
         assert store is not None, "initialize has made it"

@@ -175,13 +175,15 @@ _joined: Peers | None = None
 def give_up_joining(index: int | None, reason: str) -> None:
     """Ends this process because others have not come; to be called from another thread than the one that waits for them.
 
+    Its status is 1: a wrong address is as likely as a slow peer, and the same command would wait in vain again.
+
     Args:
       index: this process's number; None if it is not known yet.
       reason: what to print.
     """
     process = "this process" if index is None else f"process {index}"
     print(f"stopping {process} on {socket.gethostname()}: {reason}", file=sys.stderr, flush=True)
-    os._exit(PEER_ENDED)
+    os._exit(1)
 
 
 def watch(peers: Peers) -> None:

@@ -137,3 +137,5 @@ def test_the_auxiliary_network_can_be_left_out(parts, base, record):
     assert not any(leaf.any() for leaf in jax.tree.leaves(found.pop(AUXILIARY)))
     close(found, expected)
     assert metrics.keys() == wanted.keys() - {"auxiliary"}
+    with pytest.raises(ValueError, match="TSD needs"):
+        dataclasses.replace(less.config, weight_tsd=1.0)

@@ -560,6 +560,18 @@ def test_lpips_trains_where_its_weights_are(command, tmp_path, root, models):
         assert row["lpips"] > 0 and row["student"] == pytest.approx(2 * row["lpips"] + row["mse"], rel=1e-5)
 
 
+def test_the_auxiliary_network_is_left_alone_without_tsd_and_rate(command, tmp_path):
+    """Also its optimizer: zeros would wear out the moments, and the first steps of a run with TSD would be too large."""
+    outcome = command(
+        tmp_path / "run", "--lambda_tsd", "0", "--learning_rate_reg", "0", "--max_train_steps", "2"
+    )
+    assert outcome.status == 0, outcome.err
+    assert all("auxiliary" not in row for row in log_of(tmp_path / "run"))
+    counts = {name: int(leaf) for name, leaf in state_of(tmp_path / "run").items() if name.endswith("count")}
+    assert {count for name, count in counts.items() if name.startswith("optimizer.auxiliary")} == {0}
+    assert {count for name, count in counts.items() if name.startswith("optimizer.student")} == {2}
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

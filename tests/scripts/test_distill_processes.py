@@ -229,12 +229,11 @@ def test_two_processes_are_ended_ten_times(start, tmp_path):
             time.sleep(generator.uniform(0, 0.5))
         processes[generator.randrange(2)].send_signal(kind)
         ends.append([process.wait(timeout=120) for process in processes])
-        # 75: because of the other one.
-        assert all(status in (0, 75, 143, -signal.SIGKILL, -signal.SIGTERM) for status in ends[-1]), ends
+        # 75: because of the other one; 1: the other one did not come.
+        assert all(status in (0, 1, 75, 143, -signal.SIGKILL, -signal.SIGTERM) for status in ends[-1]), ends
         reached.add(newest(output))
-    assert any(ends), "every signal came too late"
+    assert all(any(pair_ends) for pair_ends in ends), f"a signal came too late: {ends}"
     assert len(reached) > 4, f"too few of the processes came to train: {reached}, {ends}"
-    assert any(ends), "every signal came too late"
     for process in pair(output):
         finish(process)
     assert everything(output) == everything(tmp_path / "whole"), ends
@@ -299,12 +298,11 @@ def pair_with(start, *flags: tuple[Path, tuple[str, ...]]) -> list[subprocess.Po
 @pytest.mark.parametrize("alone", [0, 1])
 def test_a_process_whose_peers_do_not_come_says_so(start, tmp_path, alone):
     together = ("--coordinator_address", f"localhost:{free_port()}", "--num_processes", "2")
-    printed = finish(
-        start(tmp_path / "run", *together, "--process_id", str(alone), "--join_timeout", "3"), PEER_ENDED
-    )
+    process = start(tmp_path / "run", *together, "--process_id", str(alone), "--join_timeout", "3")
+    printed = finish(process, status=1)
     assert printed.splitlines()[-1] == (
         f"stopping process {alone} on {socket.gethostname()}: not all processes have joined within 3 s (--join_timeout); "
-        "check that --coordinator_address can be reached"
+        f"do all 2 run, and can they reach {together[1]}?"
     )
     assert "stack trace" not in printed
 

@@ -46,6 +46,12 @@ def test_from_photographs_to_an_upscaled_picture(tmp_path):
     }
     assert {path.name for path in (tmp_path / "runs").iterdir()} == stages
 
+    # The default shares every stage but the last.
+    pixel = recipe(*given[:-2], "--budget", "minimal")
+    assert pixel.returncode == 0, pixel.stderr
+    assert (tmp_path / "runs/model-pixel-0/lora/transformer.safetensors").is_file()
+    assert "auxiliary" not in pixel.stdout
+
     again = recipe(*given, "--budget", "minimal")
     assert again.returncode == 0 and "step 2/2" in made.stdout and "step 2/2" not in again.stdout
     other = recipe(*given, "--budget", "cpu")

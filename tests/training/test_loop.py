@@ -98,7 +98,7 @@ def test_a_signal_where_a_checkpoint_was_due_saves_once():
     assert recorder.saved == [(4, 4)]
 
 
-def test_a_signal_before_a_resumed_run_trains_stops_all_processes(monkeypatch):
+def test_a_signal_before_a_resumed_run_trains_is_not_forgotten(monkeypatch):
     """JAX then chooses 1: one more than the last number that it was asked with, which is 0 before the first question."""
     monkeypatch.setattr(loop.multihost_utils, "reached_preemption_sync_point", lambda number: number == 1)
     recorder, stop = Recorder(), loop.StopSignal()

@@ -7,7 +7,7 @@
 #   --validation  folder of other photographs, to validate the autoencoder during training; up to 32 of them also serve to
 #                 measure the scaling factor of the latents
 #   --output      folder for everything; finished stages are not repeated, and an interrupted stage continues
-#   --budget      cpu: about three and a half hours on two quiet cores; lease: ten minutes of a large GPU, never tried;
+#   --budget      cpu: about three hours on two quiet cores; lease: ten minutes of a large GPU, never tried;
 #                 minimal: to see it run. It changes only numbers of steps, crops and batch sizes.
 #   --seed        seed of the student's last stage (default 0); students share all stages before it
 #   --student     losses of the student after its start with MSE: pixel (the default), mse, tsd, dasm, adv (pixel and a
@@ -55,11 +55,11 @@ case "$budget" in
   minimal) ae=(2 2)     large=(2 1)    crops=4    base=(2 2)      lora=(2 2)    start=(2 2)     end=(2 2)     end_adv=(2 2 1) ;;
   *) fail "--budget $budget: expected cpu, lease or minimal" ;;
 esac
-# Without TSD, nobody asks the auxiliary network.
-fake=(--learning_rate_reg 1e-3) alone=(--lambda_tsd 0 --learning_rate_reg 0)
+# The auxiliary network learns from the first student on, so that TSD can begin with it. Ends without TSD leave it out.
+auxiliary=(--learning_rate_reg 1e-3) without_tsd=(--lambda_tsd 0 --learning_rate_reg 0)
 # With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
 # (docs/tiny.md), so the moving average of the student is used.
-tsd=("${fake[@]}" --lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
+tsd=("${auxiliary[@]}" --lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 dasm=("${tsd[@]}" --use_dasm --use_random_bias)
 strength=1 ema=0.98 rate=(--learning_rate 2e-4) falling=(--learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20)
 # Against a discriminator a student swings between patterns; its average over some hundred steps has none (docs/tiny.md).
@@ -67,11 +67,11 @@ adversary=(--lambda_adv 0.06 --adversarial_start "${end_adv[2]}" --discriminator
   --learning_rate_adv 2e-4)
 against=(--learning_rate 3e-4 --lr_scheduler cosine --lr_warmup_steps 20)
 case "$student" in
-  pixel) losses=("${alone[@]}" --lambda_mse 0.1 --lambda_pixel 1) rate=("${falling[@]}") strength=1.4 ;;
-  mse)   losses=("${alone[@]}") rate=("${falling[@]}") ;;
+  pixel) losses=("${without_tsd[@]}" --lambda_mse 0.1 --lambda_pixel 1) rate=("${falling[@]}") strength=1.4 ;;
+  mse)   losses=("${without_tsd[@]}") rate=("${falling[@]}") ;;
   tsd)   losses=("${tsd[@]}") ;;
   dasm)  losses=("${dasm[@]}") ;;
-  adv)   losses=("${alone[@]}" --lambda_mse 0.05 --lambda_pixel 1 "${adversary[@]}") ;;
+  adv)   losses=("${without_tsd[@]}" --lambda_mse 0.05 --lambda_pixel 1 "${adversary[@]}") ;;
   full)  losses=("${dasm[@]}" --lambda_pixel 1 "${adversary[@]}") ;;
   *) fail "--student $student: expected pixel, mse, tsd, dasm, adv or full" ;;
 esac
@@ -172,7 +172,7 @@ distil=(--pretrained_model_name_or_path "$model" "${pairs[@]}" "${prompts[@]}" -
 
 say "student, MSE only: ${start[0]} steps of ${start[1]}"
 begun=$output/start/checkpoint_$(steps "${start[0]}")/lora
-[[ -d $begun ]] || train distill "${start[@]}" "${distil[@]}" "${fake[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
+[[ -d $begun ]] || train distill "${start[@]}" "${distil[@]}" "${auxiliary[@]}" --lambda_tsd 0 --learning_rate 1e-3 \
   --lr_scheduler cosine --lr_warmup_steps 50 --output_dir "$output/start"
 
 say "student, $student: ${end[0]} steps of ${end[1]}"

@@ -60,6 +60,7 @@ from tsdsr_jax.training.networks import (
     place_text,
     text_hash,
 )
+from tsdsr_jax.training.optimizer import OptimizerConfig
 from tsdsr_jax.training.options import AdversarialOptions, LayerOptions, OptimizerOptions, RunOptions
 from tsdsr_jax.training.resume import find_start
 from tsdsr_jax.training.session import say
@@ -193,7 +194,7 @@ class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, Da
             weight_mse=self.lambda_mse,
             weight_lpips=self.lambda_lpips,
             weight_pixel=self.lambda_pixel,
-            train_auxiliary=bool(self.lambda_tsd or self.learning_rate_reg),
+            train_auxiliary=self.trains_auxiliary(),
             guidance_scale=self.guidance_scale,
             split_guidance=self.split_guidance,
             bias_range=(-25, 25) if self.use_random_bias else None,
@@ -255,6 +256,14 @@ class Options(RunOptions, OptimizerOptions, AdversarialOptions, LayerOptions, Da
         """Returns the peak learning rate of each trained part."""
         rates = {STUDENT: self.learning_rate, AUXILIARY: self.learning_rate_reg}
         return rates | ({DISCRIMINATOR: self.learning_rate_adv} if self.lambda_adv else {})
+
+    def trains_auxiliary(self) -> bool:
+        return bool(self.lambda_tsd or self.learning_rate_reg)
+
+    def others(self, config: OptimizerConfig) -> dict[str, OptimizerConfig]:
+        """Returns settings of the parts that are left alone while they have no gradient; see `Trainer`."""
+        found = {DISCRIMINATOR: self.discriminator_config(config)}
+        return found if self.trains_auxiliary() else found | {AUXILIARY: config}
 
     def all_notes(self, steps: int, merged: bool = False) -> list[str]:
         """Returns notes on flags that have no effect or may surprise; a `merged` model is already a student."""
@@ -321,7 +330,7 @@ def _prepare(options: Options, model: Checkpoint, mesh: Mesh, data: Data, new: b
         losses,
         config,
         options.rates(),
-        others={DISCRIMINATOR: options.discriminator_config(config)},
+        others=options.others(config),
         dynamic_scale=options.dynamic_scale,
         branch=False,  # adapters are small
     )

@@ -84,6 +84,10 @@ class LossConfig:
     mode_scale: float = 1.29
     shift: float = 3.0
 
+    def __post_init__(self) -> None:
+        if self.weight_tsd and not self.train_auxiliary:
+            raise ValueError("TSD needs an auxiliary network that follows the student")
+
 
 class Base(NamedTuple):
     """Everything that stays constant during training. It is an argument of the step, not a constant in its program.

@@ -57,7 +57,7 @@ case "$budget" in
 esac
 # The auxiliary network learns from the first student on, so that TSD can begin with it. Ends without TSD leave it out.
 auxiliary=(--learning_rate_reg 1e-3) without_tsd=(--lambda_tsd 0 --learning_rate_reg 0)
-# With an MSE weight of 1, TSD has no visible effect; with 0, training diverges. Near this value small changes matter
+# With an MSE weight of 1, TSD has no visible effect; with 0, the student gets lost. Near this value small changes matter
 # (docs/tiny.md), so the moving average of the student is used.
 tsd=("${auxiliary[@]}" --lambda_tsd 1 --lambda_mse 0.15 --lambda_vsd 0.5 --first_index 300)
 dasm=("${tsd[@]}" --use_dasm --use_random_bias)

@@ -152,7 +152,7 @@ def main() -> None:
 def _check(options: Options) -> None:
     """Refuses flags that cannot work, before any file is read."""
     options.check_crop()
-    cli.share(options.shard)  # for its errors
+    part = cli.share(options.shard)
     if options.crops != "random" and len(set(options.photo_side)) > 1:
         raise UserError(
             f"--photo_side {' '.join(map(str, options.photo_side))}: expected one number with --crops {options.crops}"
@@ -176,7 +176,7 @@ def _check(options: Options) -> None:
             raise UserError(f"--{name} is required, except with --preview")
     if options.output_dir is not None:
         check_writable(options.output_dir)
-        if cli.share(options.shard).of > 1 and is_copy(options.output_dir):
+        if part.of > 1 and is_copy(options.output_dir):
             raise UserError(
                 f"--output_dir {options.output_dir}: several processes cannot write one set in a store; give a folder on a "
                 "file system that they share, and copy it there"
